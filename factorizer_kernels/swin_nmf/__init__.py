@@ -1,0 +1,1 @@
+"""Shifted-window NMF, fused. Read reference, cpu, autograd, functional."""

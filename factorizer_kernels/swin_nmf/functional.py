@@ -1,0 +1,64 @@
+"""The public function ``swin_nmf``."""
+
+from collections.abc import Sequence
+from math import prod
+
+from torch import Tensor
+
+from factorizer_kernels import _checks
+from factorizer_kernels.backends import choose
+from factorizer_kernels.swin_nmf import cpu, reference  # noqa: F401  (cpu registers its kernels)
+from factorizer_kernels.swin_nmf.autograd import SwinNMF
+from factorizer_kernels.windows.geometry import Shift, matricized_shape, resolve
+
+ACTS = ("relu", None)
+
+
+def swin_nmf(
+    x: Tensor,
+    u0: Tensor,
+    v0: Tensor,
+    *,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    grid_size: int | Sequence[int] | None = None,
+    patch_size: int | Sequence[int] | None = None,
+    shifts: Sequence[Shift] | None = None,
+    act: str | None = "relu",
+    num_iters: int = 5,
+    solver: str = "hals",
+    num_grad_steps: int | None = None,
+    eps: float = 1e-16,
+) -> Tensor:
+    """Replace every (shifted) window of a feature map by its low-rank NMF (Factorizer paper, section 3).
+
+    The same as act -> :func:`sw_matricize` -> :func:`nmf` -> :func:`sw_dematricize`, without any of the
+    intermediates in memory: autograd keeps x, u0 and v0.
+
+    Args:
+        x: (B, C, S1..Sp), p = 1, 2 or 3; float32, float64, bfloat16 or float16.
+        u0: (head_dim, R), or with leading dimensions that broadcast to (S·B·H, G1···Gp). Nonnegative.
+        v0: (P1···Pp, R), likewise.
+        num_heads, head_dim, grid_size, patch_size, shifts: the windows, see :func:`sw_matricize`.
+        act: "relu", or None for none.
+        num_iters, solver, num_grad_steps, eps: the factorisation, see :func:`nmf`.
+
+    Returns:
+        (B, C, S1..Sp) in x's dtype: the mean over the shifts.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what it got and what it needs.
+    """
+    x = _checks.tensor("x", x, "(B, C, S1..Sp) with p = 1, 2 or 3", 3, 5)
+    windows = resolve(
+        x.shape, num_heads=num_heads, head_dim=head_dim, grid_size=grid_size, patch_size=patch_size, shifts=shifts
+    )
+    if act not in ACTS:
+        raise ValueError(f"act must be one of {ACTS}, got {act!r}")
+    batch = matricized_shape(x.shape, *windows[:2], len(windows.shifts))[:2]
+    u0, v0 = _checks.factors(x, u0, v0, windows.head_dim, prod(windows.patch_size), batch)
+    options = (act == "relu", *_checks.solver_options(x, num_iters, solver, num_grad_steps, eps))
+    backend = choose("swin_nmf", x)
+    if backend == "reference":
+        return reference.swin_nmf(x, u0, v0, windows, *options)
+    return SwinNMF.apply(x, u0, v0, windows, *options, backend)

@@ -1,0 +1,1 @@
+"""Shifted-window matricisation. Read geometry, reference, cpu, autograd, functional."""

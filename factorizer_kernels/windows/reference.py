@@ -1,0 +1,51 @@
+"""Shifted-window matricisation in plain PyTorch: the definition, on any device, differentiable."""
+
+from math import prod
+
+import torch
+from torch import Tensor
+
+from factorizer_kernels.windows.geometry import Windows
+
+
+def sw_matricize(x: Tensor, windows: Windows) -> Tensor:
+    """x (B, C, S1..Sp) -> (S·B·H, G1···Gp, head_dim, P1···Pp)."""
+    return torch.cat([_cut(_roll(x, windows.shift(s)), windows) for s in range(windows.num_shifts)])
+
+
+def sw_dematricize(z: Tensor, size: tuple[int, ...], windows: Windows) -> Tensor:
+    """The inverse: every copy is put together, rolled back, and the copies are averaged."""
+    copies = z.reshape(windows.num_shifts, -1, *z.shape[1:])
+    total = sum(
+        _roll(_join(copies[s], size, windows), tuple(-step for step in windows.shift(s)))
+        for s in range(windows.num_shifts)
+    )
+    return total / windows.num_shifts
+
+
+def _roll(x: Tensor, shift: tuple[int, ...]) -> Tensor:
+    axes = [axis for axis, step in enumerate(shift) if step]
+    return x.roll([shift[a] for a in axes], [a + 2 for a in axes]) if axes else x
+
+
+def _cut(x: Tensor, windows: Windows) -> Tensor:
+    batch, channels, *spatial = x.shape
+    p = len(spatial)
+    heads = channels // windows.head_dim
+    split = [n for s, patch in zip(spatial, windows.patch_size, strict=True) for n in (s // patch, patch)]
+    # (B, H, D, G1, P1, G2, P2, ...) -> (B, H, G1, G2, ..., D, P1, P2, ...)
+    grid_axes, patch_axes = range(3, 3 + 2 * p, 2), range(4, 4 + 2 * p, 2)
+    cut = x.reshape(batch, heads, windows.head_dim, *split).permute(0, 1, *grid_axes, 2, *patch_axes)
+    grid = prod(split[::2])
+    return cut.reshape(batch * heads, grid, windows.head_dim, prod(windows.patch_size))
+
+
+def _join(z: Tensor, size: tuple[int, ...], windows: Windows) -> Tensor:
+    batch, channels, *spatial = size
+    p = len(spatial)
+    grid = [s // patch for s, patch in zip(spatial, windows.patch_size, strict=True)]
+    heads = channels // windows.head_dim
+    # (B, H, G1, .., Gp, D, P1, .., Pp) -> (B, H, D, G1, P1, ...)
+    pairs = [axis for a in range(p) for axis in (2 + a, 3 + p + a)]
+    cut = z.reshape(batch, heads, *grid, windows.head_dim, *windows.patch_size)
+    return cut.permute(0, 1, 2 + p, *pairs).reshape(size)
