@@ -1,0 +1,27 @@
+"""Layers: channels first, any batch, one to three spatial axes."""
+
+from .block import FactorizerBlock, FactorizerStage
+from .conv import ConvStage
+from .factorization import NMF, MatrixFactorization, set_num_iters
+from .linear import Linear
+from .matricize import Matricize, SWMatricize
+from .mixer import FactMixer
+from .mlp import MLP
+from .norm import LayerNorm
+from .positional import PositionalEmbedding
+
+__all__ = [
+    "MLP",
+    "NMF",
+    "ConvStage",
+    "FactMixer",
+    "FactorizerBlock",
+    "FactorizerStage",
+    "LayerNorm",
+    "Linear",
+    "Matricize",
+    "MatrixFactorization",
+    "PositionalEmbedding",
+    "SWMatricize",
+    "set_num_iters",
+]

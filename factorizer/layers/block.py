@@ -1,0 +1,92 @@
+"""The Factorizer block, and a stage of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from .checks import check_count, check_probability, check_spatial_size
+from .linear import Linear
+from .mixer import FactMixer
+from .mlp import MLP
+from .norm import LayerNorm
+from .parts import Part, build
+
+
+class FactorizerBlock(nn.Module):
+    """x + FactMixer(norm(x)), then x + MLP(norm(x)), for x (B, channels, S1..Sp).
+
+    Args:
+        channels: number of channels.
+        spatial_size: S1..Sp, see `FactMixer`.
+        norm: part, called with the number of channels.
+        dropout: probability of the dropouts in the mixer and in the MLP.
+        mlp_ratio: hidden width of the MLP over the number of channels.
+        kwargs: arguments of `FactMixer`, and through it of the factorisation.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        spatial_size: Sequence[int],
+        norm: Part = LayerNorm,
+        dropout: float = 0.0,
+        mlp_ratio: float = 2,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.norm1 = build("norm", norm, channels)
+        self.fact = FactMixer(channels, channels, spatial_size, dropout=dropout, **kwargs)
+        self.norm2 = build("norm", norm, channels)
+        self.mlp = MLP(channels, ratio=mlp_ratio, dropout=dropout)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.fact(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class FactorizerStage(nn.Module):
+    """Channel adapter, positional embedding, and `depth` Factorizer blocks, on x (B, C, S1..Sp).
+
+    Args:
+        in_channels, out_channels: channels of the input and the output.
+        spatial_size: S1..Sp, the size that embedding and factors are made for.
+        depth: number of blocks.
+        adapter: part, called with (in_channels, out_channels); only where these differ.
+        pos_embed: part, called with (out_channels, spatial_size).
+        dropout: probability of the dropouts in the blocks, and of one after an embedding.
+        kwargs: arguments of `FactorizerBlock`.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        spatial_size: Sequence[int],
+        depth: int = 1,
+        adapter: Part = (Linear, {"bias": False}),
+        pos_embed: Part = nn.Identity,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        check_count("depth", depth)
+        size = check_spatial_size("spatial_size", spatial_size)
+        self.adapter: nn.Module = nn.Identity()
+        if in_channels != out_channels:
+            self.adapter = build("adapter", adapter, in_channels, out_channels)
+        self.pos_embed = build("pos_embed", pos_embed, out_channels, size)
+        embedded = not isinstance(self.pos_embed, nn.Identity)
+        check_probability("dropout", dropout)
+        self.dropout = nn.Dropout(dropout) if embedded else nn.Identity()
+        self.blocks = nn.ModuleList(
+            FactorizerBlock(out_channels, size, dropout=dropout, **kwargs) for _ in range(depth)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dropout(self.pos_embed(self.adapter(x)))
+        for block in self.blocks:
+            x = block(x)
+        return x

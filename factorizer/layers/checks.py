@@ -1,0 +1,55 @@
+"""Checks of what users pass in, and the errors that tell them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+
+def check_count(name: str, value: int, minimum: int = 1) -> int:
+    """Returns `value` if it is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an int, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{name} must be at least {minimum}, got {value}")
+    return value
+
+
+def check_spatial_size(name: str, size: Sequence[int]) -> tuple[int, ...]:
+    """Returns `size` as a tuple of one to three positive ints."""
+    if isinstance(size, (str, int)) or not isinstance(size, Sequence):
+        raise TypeError(f"{name} must be a sequence of one to three ints, got {size!r}")
+    if not 1 <= len(size) <= 3:
+        raise ValueError(f"{name} must have one to three axes, got {tuple(size)}")
+    return tuple(check_count(f"{name}[{i}]", s) for i, s in enumerate(size))
+
+
+def check_probability(name: str, value: float) -> float:
+    """Returns `value` if it lies in [0, 1)."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+    if not 0 <= value < 1:
+        raise ValueError(f"{name} must lie in [0, 1), got {value}")
+    return float(value)
+
+
+def check_features(
+    layer: str, x: Tensor, channels: int, spatial_dims: int | None = None
+) -> None:
+    """Checks that `x` is a real floating-point tensor (B, channels, S1..Sp), p = `spatial_dims`."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{layer}: x must be a tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{layer}: x must be of a floating-point dtype, got {x.dtype}")
+    axes = "one or more" if spatial_dims is None else str(spatial_dims)
+    if x.ndim < 3 or (spatial_dims is not None and x.ndim != spatial_dims + 2):
+        raise ValueError(
+            f"{layer}: x must be (batch, channels, spatial...) with {axes} spatial axes, "
+            f"got shape {tuple(x.shape)}"
+        )
+    if x.shape[1] != channels:
+        raise ValueError(
+            f"{layer}: x must have {channels} channels on axis 1, got {x.shape[1]} "
+            f"(shape {tuple(x.shape)})"
+        )

@@ -1,0 +1,33 @@
+"""Pointwise linear layer: the same matrix at every voxel."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .checks import check_count, check_features
+
+
+class Linear(nn.Module):
+    """y = W x + b over the channels of x (B, in_channels, S1..Sp), any number of spatial axes.
+
+    The weight is kept as a kernel of size one, (out_channels, in_channels, 1), which is the shape
+    that published checkpoints have.
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        bias: whether to add a bias.
+
+    Raises:
+        ValueError: x has another number of channels, or no spatial axis.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_channels = check_count("in_channels", in_channels)
+        self.out_channels = check_count("out_channels", out_channels)
+        self.linear = nn.Conv1d(in_channels, out_channels, kernel_size=1, bias=bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_features("Linear", x, self.in_channels)
+        return self.linear(x.flatten(2)).unflatten(2, x.shape[2:])

@@ -1,0 +1,124 @@
+"""The Factorizer's context layer: every window replaced by its low-rank factorisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import factorizer_kernels as fk
+from torch import Tensor, nn
+
+from .checks import check_count, check_features, check_probability, check_spatial_size
+from .factorization import NMF, MatrixFactorization
+from .factorization.inits import FixedInit
+from .linear import Linear
+from .matricize import Matricize, SWMatricize
+from .parts import Part, build
+from .resize import crop_to, pad_to, resample
+
+
+class FactMixer(nn.Module):
+    """Linear, matricise, activation, factorise, put together again, linear, dropout.
+
+    (Factorizer paper, Medical Image Analysis 84, 2023, section 3.3.) Where the parts allow it, the
+    middle four run as one operator, `factorizer_kernels.swin_nmf`; see `fused`.
+
+    x (B, in_channels, S1..Sp) becomes (B, out_channels, S1..Sp). Any spatial size may be passed.
+    Windows that do not divide it are completed with zeros, which the factorisation ignores, and
+    cropped again. Where windows grow with x (`grid_size`), the start of V is interpolated to theirs.
+
+    Args:
+        in_channels, out_channels: channels of the input and the output.
+        spatial_size: S1..Sp, the size that the factors are made for.
+        reshape: part, called with (None, out_channels, S1..Sp); has `output_size`, `forward` and
+            `inverse_forward`.
+        act: part, called with no argument; None for none.
+        factorize: part, called with the matrices' size (M, N) and kwargs.
+        dropout: probability of the dropout at the end.
+        kwargs: arguments of `factorize`.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what it got and what it needs.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        spatial_size: Sequence[int],
+        reshape: Part = (Matricize, {"num_heads": 1, "grid_size": 1}),
+        act: Part | None = nn.ReLU,
+        factorize: Part = NMF,
+        dropout: float = 0.0,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        self.in_channels = check_count("in_channels", in_channels)
+        check_count("out_channels", out_channels)
+        self.spatial_size = check_spatial_size("spatial_size", spatial_size)
+        self.in_proj = Linear(in_channels, out_channels, bias=False)
+        self.reshape = build("reshape", reshape, (None, out_channels, *self.spatial_size))
+        self.act = nn.Identity() if act is None else build("act", act)
+        size = tuple(self.reshape.output_size[-2:])
+        self.factorize = build("factorize", factorize, size, **kwargs)
+        self.out_proj = Linear(out_channels, out_channels)
+        self.dropout = nn.Dropout(check_probability("dropout", dropout))
+
+    @property
+    def fused(self) -> bool:
+        """Whether the present parts run as one operator: the one place where this is decided.
+
+        They do where the operator knows them all, and nobody listens in between: a part with a
+        forward hook runs on its own, so that the hook is called.
+        """
+        parts = (self.reshape, self.act, self.factorize)
+        return (
+            type(self.reshape) in (Matricize, SWMatricize)
+            and type(self.act) in (nn.ReLU, nn.Identity)
+            and type(self.factorize) in (NMF, MatrixFactorization)
+            and isinstance(self.factorize.init, FixedInit)
+            and self.factorize.kernel_options is not None
+            and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_features("FactMixer", x, self.in_channels, len(self.spatial_size))
+        x = self.in_proj(x)
+        x = self._fused(x) if self.fused else self._unfused(x)
+        return self.dropout(self.out_proj(x))
+
+    def decompose(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The factors of the matrices of x (B, in_channels, S1..Sp), to be looked at.
+
+        Returns:
+            U (shifts * B * heads, windows, head_dim, R) and V (shifts * B * heads, windows, voxels of
+            a window, R).
+        """
+        x = self.in_proj(x)
+        return self.factorize.decompose(self.act(self.reshape(x)), **self._start(x))
+
+    def _fused(self, x: Tensor) -> Tensor:
+        size = x.shape[2:]
+        u0, v0 = self._start(x).get("start") or (self.factorize.init.u0, self.factorize.init.v0)
+        x = pad_to(x, self.reshape.fitted_size(size))
+        act = "relu" if isinstance(self.act, nn.ReLU) else None
+        windows = self.reshape.options(x.shape[2:])
+        x = fk.swin_nmf(x, u0, v0, act=act, **windows, **self.factorize.kernel_options)
+        return crop_to(x, size)
+
+    def _unfused(self, x: Tensor) -> Tensor:
+        # Parts from elsewhere need not know of other sizes than the one they were made for.
+        resized = () if tuple(x.shape[2:]) == self.spatial_size else (x.shape[2:],)
+        z = self.factorize(self.act(self.reshape(x)), **self._start(x))
+        return self.reshape.inverse_forward(z, *resized)
+
+    def _start(self, x: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+        """Where the windows of x are of another size than V was made for: the start to use."""
+        init = getattr(self.factorize, "init", None)
+        if not isinstance(init, FixedInit) or not isinstance(self.reshape, SWMatricize):
+            return {}
+        made, now = map(self.reshape.window_size, (self.spatial_size, x.shape[2:]))
+        if made == now:
+            return {}
+        v0 = resample(init.v0.mT.unflatten(-1, made)[None], now)[0]
+        return {"start": (init.u0, v0.flatten(1).mT)}

@@ -1,0 +1,47 @@
+"""Two-layer perceptron at every voxel."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from .checks import check_count, check_probability
+from .linear import Linear
+
+
+class MLP(nn.Module):
+    """Linear, exact GELU, dropout, linear, dropout over the channels of x (B, C, S1..Sp).
+
+    Args:
+        in_channels: channels of the input.
+        out_channels: channels of the output; in_channels where None.
+        hidden_channels: width of the hidden layer; round(ratio * in_channels) where None.
+        ratio: hidden width over input width; used where hidden_channels is None.
+        dropout: probability of the dropout after each linear layer.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int | None = None,
+        hidden_channels: int | None = None,
+        ratio: float = 3.0,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        check_count("in_channels", in_channels)
+        check_probability("dropout", dropout)
+        if hidden_channels is None:
+            if ratio <= 0:
+                raise ValueError(f"ratio must be positive, got {ratio}")
+            hidden_channels = max(round(ratio * in_channels), 1)
+        out_channels = in_channels if out_channels is None else out_channels
+        self.block = nn.Sequential(
+            Linear(in_channels, hidden_channels),
+            nn.GELU(),
+            nn.Dropout(dropout),
+            Linear(hidden_channels, out_channels),
+            nn.Dropout(dropout),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)

@@ -1,0 +1,37 @@
+"""Exchangeable parts: how a network is told which class to build, and with which arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+#: A class, or a pair (class, keywords) or (class, positional arguments). A pair may be a list, as
+#: configuration files have it.
+Part = Callable[..., Any] | Sequence[Any]
+
+
+def build(name: str, part: Part, *args: Any, **defaults: Any) -> Any:
+    """Builds `part` with the arguments its owner supplies.
+
+    Args:
+        name: what the owner calls this part, for error messages.
+        part: a class, or (class, keywords), or (class, positional arguments).
+        args: the owner's positional arguments; the part's own come after them.
+        defaults: the owner's keyword arguments; the part's own keywords win, and positional
+            arguments of the part replace them all.
+
+    Raises:
+        TypeError: `part` is none of the three forms.
+    """
+    if callable(part):
+        return part(*args, **defaults)
+    if isinstance(part, Sequence) and len(part) == 2 and callable(part[0]):
+        cls, own = part
+        if isinstance(own, Mapping):
+            return cls(*args, **{**defaults, **own})
+        if isinstance(own, Sequence) and not isinstance(own, str):
+            return cls(*args, *own)
+    raise TypeError(
+        f"{name} must be a class, or a pair (class, keywords) or (class, positional arguments), "
+        f"got {part!r}"
+    )

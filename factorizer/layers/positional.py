@@ -1,0 +1,37 @@
+"""Learned positional embedding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .checks import check_count, check_features, check_spatial_size
+from .resize import resample
+
+
+class PositionalEmbedding(nn.Module):
+    """Adds a learned value to every channel of every voxel of x (B, channels, S1..Sp).
+
+    The embedding has the size it was made for; an x of another size gets it interpolated
+    linearly, axis by axis.
+
+    Args:
+        channels: number of channels.
+        spatial_size: the size S1..Sp that the embedding is learned at.
+
+    Raises:
+        ValueError: x has another number of channels or of spatial axes.
+    """
+
+    def __init__(self, channels: int, spatial_size: Sequence[int]) -> None:
+        super().__init__()
+        self.channels = check_count("channels", channels)
+        size = check_spatial_size("spatial_size", spatial_size)
+        self.pos = nn.Parameter(torch.empty(1, channels, *size))
+        nn.init.trunc_normal_(self.pos, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        check_features("PositionalEmbedding", x, self.channels, self.pos.ndim - 2)
+        return x + resample(self.pos, x.shape[2:])

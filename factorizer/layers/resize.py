@@ -1,0 +1,37 @@
+"""Padding, cropping and resampling of the spatial axes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor
+
+_LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
+
+
+def round_up(size: Sequence[int], multiple: Sequence[int]) -> tuple[int, ...]:
+    """The smallest multiples of `multiple` that are not below `size`, axis by axis."""
+    return tuple(-(-s // m) * m for s, m in zip(size, multiple, strict=True))
+
+
+def pad_to(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Adds zeros at the end of each spatial axis of x (B, C, S1..Sp); x itself where it fits."""
+    missing = [want - have for want, have in zip(size, x.shape[2:], strict=True)]
+    if not any(missing):
+        return x
+    return F.pad(x, [n for m in reversed(missing) for n in (0, m)])
+
+
+def crop_to(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Keeps the first `size` entries of each spatial axis of x (B, C, S1..Sp)."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return x[(..., *(slice(s) for s in size))]
+
+
+def resample(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Linear interpolation of x (B, C, S1..Sp) to the spatial size `size`; x itself where equal."""
+    if tuple(x.shape[2:]) == tuple(size):
+        return x
+    return F.interpolate(x, size=tuple(size), mode=_LINEAR[len(size)], align_corners=False)

@@ -1,0 +1,231 @@
+"""A U-net with an exchangeable stage."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..layers.checks import check_count, check_features, check_spatial_size
+from ..layers.conv import CONV, CONV_TRANSPOSE, ConvStage
+from ..layers.parts import Part, build
+from ..layers.resize import crop_to, pad_to, round_up
+
+#: Heads that num_deep_supr=True stands for (Factorizer paper, section 4.2).
+DEEP_SUPERVISION_HEADS = 3
+
+Size = tuple[int, ...]
+
+
+class Encoder(nn.Module):
+    """Levels from fine to coarse; returns the features of each, finest first."""
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        features = []
+        for block in self.blocks:
+            x = block(x)
+            features.append(x)
+        return features
+
+
+class EncoderBlock(nn.Module):
+    """Downsampling, then a stage."""
+
+    def __init__(self, downsample: nn.Module, block: nn.Module) -> None:
+        super().__init__()
+        self.downsample = downsample
+        self.block = block
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(self.downsample(x))
+
+
+class Decoder(nn.Module):
+    """Levels from coarse to fine; returns the output of each, finest first.
+
+    Consumes the list of the encoder's features, so that each is freed as soon as it is used.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, features: list[Tensor]) -> list[Tensor]:
+        x = features.pop()
+        outputs = []
+        for block in self.blocks:
+            x = block(x, features.pop())
+            outputs.insert(0, x)
+        return outputs or [x]
+
+
+class DecoderBlock(nn.Module):
+    """Upsampling, concatenation of [skip, upsampled], then a stage."""
+
+    def __init__(self, upsample: nn.Module, block: nn.Module) -> None:
+        super().__init__()
+        self.upsample = upsample
+        self.block = block
+
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        return self.block(torch.cat([skip, self.upsample(x)], 1))
+
+
+class UNet(nn.Module):
+    """Stem, encoder, decoder with skip connections, and one or several heads.
+
+    x (B, in_channels, S1..Sp) of any spatial size gives logits (B, out_channels, S1..Sp). Where the
+    total stride does not divide the size, x is padded with zeros at the end of the axis and the
+    logits are cropped; a size that fits is left as it is.
+
+    Args:
+        in_channels, out_channels: channels of the input and of the logits.
+        spatial_dims: number of spatial axes, 1 to 3.
+        spatial_size: S1..Sp, for stages that are made for a size.
+        encoder_depth: depth of the stage of each encoder level, finest first.
+        encoder_width: channels of each encoder level.
+        strides: stride by which each level is coarser than the one above; an int or one int per axis.
+        decoder_depth: depth of the stage of each decoder level, coarsest first; one level fewer than
+            the encoder.
+        stem: part, called with (in_channels, encoder_width[0]). Default: convolution, 3 along each
+            axis, padding 1, no bias.
+        downsample: part, called with (channels, channels, kernel_size=stride, stride=stride).
+            Default: convolution. Left out where neither channels nor size change.
+        block: part, called with (in_channels, out_channels, spatial_size, depth=depth), for every
+            stage. Default: `ConvStage`.
+        upsample: part, called as downsample. Default: transposed convolution.
+        head: part, called with (channels, out_channels, kernel_size=1). Default: convolution.
+        num_deep_supr: deep supervision: False or 0 for one head and a tensor, n for n heads on the n
+            finest decoder levels and a list of their logits, finest first; True for three.
+        bottleneck: part for the stage of the coarsest level; `block` where None.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what it got and what it needs.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        spatial_dims: int = 3,
+        spatial_size: Sequence[int] | None = None,
+        encoder_depth: Sequence[int] = (1, 1, 1, 1, 1),
+        encoder_width: Sequence[int] = (32, 64, 128, 256, 512),
+        strides: Sequence[int | Sequence[int]] = (1, 2, 2, 2, 2),
+        decoder_depth: Sequence[int] = (1, 1, 1, 1),
+        stem: Part | None = None,
+        downsample: Part | None = None,
+        block: Part | None = None,
+        upsample: Part | None = None,
+        head: Part | None = None,
+        num_deep_supr: bool | int = False,
+        bottleneck: Part | None = None,
+    ) -> None:
+        super().__init__()
+        self.in_channels = check_count("in_channels", in_channels)
+        self.out_channels = check_count("out_channels", out_channels)
+        if spatial_dims not in CONV:
+            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
+        self.spatial_dims = spatial_dims
+        levels = len(encoder_width)
+        for name, value, length in (
+            ("encoder_depth", encoder_depth, levels),
+            ("strides", strides, levels),
+            ("decoder_depth", decoder_depth, levels - 1),
+        ):
+            if len(value) != length:
+                raise ValueError(
+                    f"{name} must have {length} entries for the {levels} levels of encoder_width "
+                    f"{tuple(encoder_width)}, got {tuple(value)}"
+                )
+        steps = [_per_axis(f"strides[{i}]", s, spatial_dims) for i, s in enumerate(strides)]
+        self._strides = [_product(steps[: i + 1]) for i in range(levels)]
+        sizes: list[Size | None] = [None] * levels
+        if spatial_size is not None:
+            size = check_spatial_size("spatial_size", spatial_size)
+            if len(size) != spatial_dims:
+                raise ValueError(f"spatial_size must have {spatial_dims} axes, got {size}")
+            fitted = round_up(size, self._strides[-1])
+            sizes = [_divide_up(fitted, stride) for stride in self._strides]
+
+        conv = CONV[spatial_dims]
+        stem = (conv, {"kernel_size": 3, "padding": 1, "bias": False}) if stem is None else stem
+        downsample = conv if downsample is None else downsample
+        upsample = CONV_TRANSPOSE[spatial_dims] if upsample is None else upsample
+        head = conv if head is None else head
+        block = (ConvStage, {"spatial_dims": spatial_dims}) if block is None else block
+        bottleneck = block if bottleneck is None else bottleneck
+
+        self.stem = build("stem", stem, in_channels, encoder_width[0])
+        encoder = []
+        for i, (step, width) in enumerate(zip(steps, encoder_width, strict=True)):
+            above = encoder_width[max(i - 1, 0)]
+            down: nn.Module = nn.Identity()
+            if width != above or any(s != 1 for s in step):
+                down = build("downsample", downsample, above, width, kernel_size=step, stride=step)
+            part = bottleneck if i == levels - 1 else block
+            stage = build("block", part, width, width, sizes[i], depth=encoder_depth[i])
+            encoder.append(EncoderBlock(down, stage))
+        self.encoder = Encoder(encoder)
+        decoder = []
+        for i, depth in zip(reversed(range(levels - 1)), decoder_depth, strict=True):
+            width, step = encoder_width[i], steps[i + 1]
+            up = build(
+                "upsample", upsample, encoder_width[i + 1], width, kernel_size=step, stride=step
+            )
+            decoder.append(
+                DecoderBlock(up, build("block", block, 2 * width, width, sizes[i], depth=depth))
+            )
+        self.decoder = Decoder(decoder)
+
+        num_heads = DEEP_SUPERVISION_HEADS if num_deep_supr is True else num_deep_supr
+        check_count("num_deep_supr", int(num_heads), 0)
+        if num_heads > max(len(decoder), 1):
+            raise ValueError(
+                f"num_deep_supr must be at most {max(len(decoder), 1)}, one head for each decoder "
+                f"level, got {num_deep_supr} (True stands for {DEEP_SUPERVISION_HEADS})"
+            )
+        heads = [
+            build("head", head, encoder_width[i], out_channels, kernel_size=1)
+            for i in range(num_heads or 1)
+        ]
+        if num_heads:
+            self.heads = nn.ModuleList(heads)
+        else:
+            self.head = heads[0]
+        self.num_deep_supr = int(num_heads)
+
+    def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        check_features(type(self).__name__, x, self.in_channels, self.spatial_dims)
+        size = x.shape[2:]
+        x = pad_to(x, round_up(size, self._strides[-1]))
+        outputs = self.decoder(self.encoder(self.stem(x)))
+        heads = self.heads if self.num_deep_supr else [self.head]
+        logits = [
+            crop_to(head(y), _divide_up(size, stride))
+            for head, y, stride in zip(heads, outputs, self._strides, strict=False)
+        ]
+        return logits if self.num_deep_supr else logits[0]
+
+
+def _per_axis(name: str, value: int | Sequence[int], axes: int) -> Size:
+    values = [value] * axes if isinstance(value, int) else value
+    if len(values) != axes:
+        raise ValueError(f"{name} must be an int or {axes} ints, got {value!r}")
+    return tuple(check_count(name, v) for v in values)
+
+
+def _product(factors: Sequence[Size]) -> Size:
+    product = [1] * len(factors[0])
+    for factor in factors:
+        product = [p * f for p, f in zip(product, factor, strict=True)]
+    return tuple(product)
+
+
+def _divide_up(size: Sequence[int], divisor: Size) -> Size:
+    return tuple(-(-s // d) for s, d in zip(size, divisor, strict=True))

@@ -1,0 +1,144 @@
+"""From what a task's volumes are like to the network, the crops and the training for it.
+
+Everything that a run depends on beside the files themselves stands in a `Plan`, which is plain
+data: it is kept in the checkpoint, and two runs with equal plans train the same network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from factorizer import Factorizer, LayerNorm, SWMatricize
+from factorizer.data import Geometry, Task
+
+WIDTH, STRIDES, PATCH = (32, 64, 128), (1, 2, 2), 4
+DIVISOR = PATCH * math.prod(STRIDES)  # a crop is a whole number of windows in the deepest stage
+MAX_CROP_VOXELS = 64**3
+BATCH_SIZE = 2
+ROUNDS, MIN_STEPS, MAX_STEPS = 12, 300, 1000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run depends on.
+
+    `spacing` (mm) and `crop` (voxels) are those of the network's input, axes right, anterior,
+    superior. `network` holds the arguments of `build_network`. `sided`: a class is a left or a
+    right one, so that augmentation must not exchange the sides.
+    """
+
+    task: str
+    modalities: tuple[str, ...]
+    labels: dict[int, str]
+    training: tuple[str, ...]
+    held_out: tuple[str, ...]
+    spacing: tuple[float, ...]
+    crop: tuple[int, ...]
+    network: dict[str, Any]
+    batch_size: int
+    steps: int
+    learning_rate: float
+    weight_decay: float
+    sided: bool
+    seed: int
+
+
+def plan_run(
+    task: Task,
+    geometries: Sequence[Geometry],
+    training: Sequence[str],
+    held_out: Sequence[str],
+    *,
+    steps: int | None = None,
+    seed: int = 0,
+) -> Plan:
+    """The plan for a task whose cases have these geometries, and these names in each part.
+
+    Spacing: the median of the volumes. Crop: their median shape at that spacing, each axis rounded
+    to a multiple of 16, then the longest axis shortened until at most 64^3 voxels are left. Steps,
+    where not given: so many that training sees 12 times the voxels of its volumes, at least 300 and at most 1000.
+    """
+    spacing = np.median([geometry.spacing for geometry in geometries], axis=0)
+    shapes = np.array([g.shape for g in geometries]) * [g.spacing for g in geometries] / spacing
+    median = np.median(shapes, axis=0)
+    crop = np.maximum(np.rint(median / DIVISOR), 1).astype(int) * DIVISOR
+    while crop.prod() > MAX_CROP_VOXELS:
+        crop[crop.argmax()] -= DIVISOR
+    if steps is None:
+        crops_per_round = len(training) * max(1.0, float(median.prod() / crop.prod()))
+        steps = math.ceil(ROUNDS * crops_per_round / BATCH_SIZE)
+        steps = min(max(steps, MIN_STEPS), MAX_STEPS)
+    size = tuple(int(length) for length in crop)
+    names = " ".join(task.classes).lower()
+    return Plan(
+        task=task.name,
+        modalities=task.modalities,
+        labels=task.labels,
+        training=tuple(training),
+        held_out=tuple(held_out),
+        spacing=tuple(round(float(length), 4) for length in spacing),
+        crop=size,
+        network={
+            "in_channels": len(task.modalities),
+            "out_channels": len(task.labels),
+            "spatial_size": size,
+            "encoder_width": WIDTH,
+            "strides": STRIDES,
+            "head_dim": 8,
+            "patch_size": PATCH,
+            "shifts": (None, PATCH // 2),
+            "mlp_ratio": 2,
+        },
+        batch_size=BATCH_SIZE,
+        steps=steps,
+        learning_rate=2e-3,
+        weight_decay=1e-2,
+        sided="left" in names or "right" in names,
+        seed=seed,
+    )
+
+
+def build_network(
+    *,
+    in_channels: int,
+    out_channels: int,
+    spatial_size: Sequence[int],
+    encoder_width: Sequence[int],
+    strides: Sequence[int],
+    head_dim: int,
+    patch_size: int,
+    shifts: Sequence[int | None],
+    mlp_ratio: float,
+    seed: int,
+) -> nn.Module:
+    """A Swin Factorizer with one block a stage: (B, in, *spatial_size) to logits (B, out, ...).
+
+    Weights and initial factors are drawn with `seed`; the caller's random state is left alone.
+    """
+    stages = len(encoder_width)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Factorizer(
+            in_channels=in_channels,
+            out_channels=out_channels,
+            spatial_size=tuple(spatial_size),
+            encoder_depth=(1,) * stages,
+            encoder_width=tuple(encoder_width),
+            strides=tuple(strides),
+            decoder_depth=(1,) * (stages - 1),
+            norm=LayerNorm,
+            reshape=(
+                SWMatricize,
+                {"head_dim": head_dim, "patch_size": patch_size, "shifts": tuple(shifts)},
+            ),
+            act=nn.ReLU,
+            rank=1,
+            mlp_ratio=mlp_ratio,
+        )
