@@ -1,0 +1,64 @@
+# Everything here works on a fresh clone: the virtual environment in .venv is made, and the package
+# installed into it, when something asks for it and again when the build or the sources in csrc change.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SANITIZERS := address undefined thread
+CPP := csrc tests/cpp
+
+# What an installation is made of. Python sources are used where they lie.
+SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
+
+.NOTPARALLEL:
+.PHONY: help demo test bench lint format sanitize clean
+.PRECIOUS: .venv/.installed-%
+
+help:
+	@echo "make demo [DATA=DIR] [OUT=DIR]  train, segment and explain on a small data set"
+	@echo "make test                       the whole test suite"
+	@echo "make bench                      the benchmarks"
+	@echo "make lint | format              check, or rewrite, the sources' style"
+	@echo "make sanitize                   the C++ tests under $(SANITIZERS) sanitizers"
+	@echo "make clean                      remove what was built, and .venv"
+
+demo: .venv/.installed-seg
+	$(BIN)/factorizer demo $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)")
+
+test: .venv/.installed-test
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: .venv/.installed-bench
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	find $(wildcard $(CPP)) -type f | xargs $(BIN)/clang-format --dry-run --Werror
+
+format: .venv/.installed-dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	find $(wildcard $(CPP)) -type f | xargs $(BIN)/clang-format -i
+
+sanitize: $(SANITIZERS:%=sanitize-%)
+sanitize-%: .venv/.installed-build
+	$(BIN)/cmake -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	  -DCMAKE_BUILD_TYPE=Debug -DFACTORIZER_KERNELS_TESTS=ON -DFACTORIZER_KERNELS_SANITIZE=$*
+	$(BIN)/cmake --build build/$*
+	$(BIN)/ctest --test-dir build/$* --output-on-failure --no-tests=error
+
+clean:
+	rm -rf .venv build dist *.egg-info factorizer_kernels/_native*.so
+
+# The build requirements stand in .venv, so that a build folder is kept and only what changed is
+# compiled again.
+.venv/.installed-build: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) setuptools wheel pybind11 cmake ninja
+	touch $@
+
+.venv/.installed-%: .venv/.installed-build $(SOURCES)
+	$(PIP) --no-build-isolation -e '.[$*]'
+	touch $@

@@ -1,0 +1,164 @@
+"""Builds the native module ``factorizer_kernels._native`` by CMake and Ninja.
+
+What is installed without it works through the reference (and Triton), so a machine that lacks
+something the build needs (a C++17 compiler, Python's headers, CMake) gets a notice and an
+installation without the module. An error *in compiling* the sources is another matter: it is shown
+in full and stops the installation, because a silent fallback would hide it.
+
+Environment variables:
+
+``FACTORIZER_KERNELS_NATIVE``
+    ``0`` leaves the native module out, ``1`` makes whatever hinders it an error.
+``FACTORIZER_KERNELS_CUDA``
+    ``0`` leaves the CUDA kernels out, ``1`` makes a missing nvcc an error. Unset: they are built
+    where a working nvcc is found.
+``FACTORIZER_KERNELS_CUDA_ARCHS``
+    CUDA architectures separated by semicolons, as in ``"80;90"``.
+``CXX``, ``CUDACXX``, ``CXXFLAGS``, ``CMAKE_BUILD_PARALLEL_LEVEL`` and the like
+    are CMake's own and work as ever.
+"""
+
+import importlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+
+
+NOTICE = """
+----------------------------------------------------------------------------------------
+factorizer-kernels is installed WITHOUT its native kernels.
+
+{reason}
+
+Everything works, through PyTorch alone (or Triton), but more slowly. For the fast
+kernels install a C++17 compiler (Debian, Ubuntu: apt install g++ python3-dev;
+macOS: xcode-select --install; conda: conda install cxx-compiler), then install again.
+----------------------------------------------------------------------------------------
+"""
+
+
+class NotHere(Exception):
+    """Something the native build needs is not on this machine."""
+
+
+def find_tool(name: str) -> str:
+    """A build tool: the one installed with the build requirements, else the machine's."""
+    folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
+    try:
+        folders.insert(0, importlib.import_module("cmake").CMAKE_BIN_DIR)
+    except ImportError:
+        pass
+    tool = shutil.which(name, path=os.pathsep.join(folders))
+    if tool is None:
+        raise NotHere(f"{name} was not found: pip install {name}")
+    return tool
+
+
+def environment(name: str) -> str:
+    """0, 1, or AUTO where the variable is unset or empty."""
+    value = os.environ.get(name, "").strip() or "AUTO"
+    if value not in ("0", "1", "AUTO"):
+        sys.exit(f"error: {name} is {value!r}: give 0 or 1, or leave it unset")
+    return value
+
+
+class BuildNative(build_ext):
+    """Builds the module, or drops it from the distribution and says why."""
+
+    def run(self):
+        wanted = environment("FACTORIZER_KERNELS_NATIVE")
+        self.remove_old()
+        try:
+            if wanted == "0":
+                print("FACTORIZER_KERNELS_NATIVE=0: the native module is left out", flush=True)
+                self.leave_out()
+            else:
+                self.build()
+        except NotHere as reason:
+            if wanted == "1":
+                sys.exit(f"error: the native module cannot be built: {reason}")
+            print(NOTICE.format(reason=reason), file=sys.stderr, flush=True)
+            self.leave_out()
+        super().run()
+
+    def leave_out(self):
+        self.extensions = []
+        self.distribution.ext_modules = None
+
+    def build_extension(self, ext):
+        """Nothing: CMake has built it when run() comes here."""
+
+    def remove_old(self):
+        """A module left by an earlier build must not pass for this one's."""
+        built = Path(self.build_lib) / "factorizer_kernels"
+        for folder in (built, ROOT / "factorizer_kernels") if self.inplace else (built,):
+            for module in (*folder.glob("_native*.so"), *folder.glob("_native*.pyd")):
+                module.unlink()
+
+    def build(self):
+        cmake = find_tool("cmake")
+        ninja = find_tool("ninja")
+        try:
+            import pybind11
+        except ImportError:
+            raise NotHere("pybind11 was not found: pip install pybind11") from None
+
+        # A build folder remembers the paths of the tools that made it, and those of an isolated
+        # build are gone when it ends: only a folder made by the same tools is used again.
+        folder = Path(self.build_temp).resolve() / "native"
+        tools = "\n".join([cmake, ninja, pybind11.get_cmake_dir(), sys.executable, str(ROOT)])
+        record = folder / "tools.txt"
+        if not record.is_file() or record.read_text() != tools:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            record.write_text(tools)
+
+        cuda = environment("FACTORIZER_KERNELS_CUDA")
+        configure = [
+            *(cmake, "-S", ROOT, "-B", folder, "-G", "Ninja"),
+            f"-DCMAKE_MAKE_PROGRAM={ninja}",
+            f"-DPython_EXECUTABLE={sys.executable}",
+            f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            "-DFACTORIZER_KERNELS_PYTHON=ON",
+            f"-DFACTORIZER_KERNELS_CUDA={cuda}",
+            f"-DFACTORIZER_KERNELS_CUDA_ARCHS={os.environ.get('FACTORIZER_KERNELS_CUDA_ARCHS', '')}",
+        ]
+        done = subprocess.run(configure, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        print(done.stdout, flush=True)
+        if done.returncode:
+            if cuda == "1":
+                sys.exit("error: CMake could not set up the build; its words are above")
+            raise NotHere("CMake could not set up the build:\n" + done.stdout[-2000:].rstrip())
+
+        if subprocess.run([cmake, "--build", folder]).returncode:
+            sys.exit(
+                "error: compiling the native module failed; the compiler's words are above.\n"
+                "FACTORIZER_KERNELS_CUDA=0 leaves the CUDA kernels out, "
+                "FACTORIZER_KERNELS_NATIVE=0 the native module."
+            )
+        prefix = Path(self.build_lib).resolve()
+        subprocess.run([cmake, "--install", folder, "--prefix", prefix], check=True)
+
+
+class Wheel(bdist_wheel):
+    """Tags the wheel for this platform only if there is a native module in it."""
+
+    def run(self):
+        self.run_command("build")
+        self.root_is_pure = not self.distribution.has_ext_modules()
+        super().run()
+
+
+setup(
+    ext_modules=[Extension("factorizer_kernels._native", sources=[])],
+    cmdclass={"build_ext": BuildNative, "bdist_wheel": Wheel},
+)
