@@ -56,7 +56,7 @@ clean:
 # compiled again.
 .venv/.installed-build: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) setuptools wheel pybind11 cmake ninja
+	$(PIP) setuptools pybind11 cmake ninja
 	touch $@
 
 .venv/.installed-%: .venv/.installed-build $(SOURCES)

@@ -18,6 +18,7 @@ Environment variables:
     are CMake's own and work as ever.
 """
 
+import contextlib
 import importlib
 import os
 import shutil
@@ -53,10 +54,8 @@ class NotHere(Exception):
 def find_tool(name: str) -> str:
     """A build tool: the one installed with the build requirements, else the machine's."""
     folders = [sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)]
-    try:
+    with contextlib.suppress(ImportError):
         folders.insert(0, importlib.import_module("cmake").CMAKE_BIN_DIR)
-    except ImportError:
-        pass
     tool = shutil.which(name, path=os.pathsep.join(folders))
     if tool is None:
         raise NotHere(f"{name} was not found: pip install {name}")
@@ -123,6 +122,7 @@ class BuildNative(build_ext):
             record.write_text(tools)
 
         cuda = environment("FACTORIZER_KERNELS_CUDA")
+        archs = os.environ.get("FACTORIZER_KERNELS_CUDA_ARCHS", "")
         configure = [
             *(cmake, "-S", ROOT, "-B", folder, "-G", "Ninja"),
             f"-DCMAKE_MAKE_PROGRAM={ninja}",
@@ -130,9 +130,11 @@ class BuildNative(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             "-DFACTORIZER_KERNELS_PYTHON=ON",
             f"-DFACTORIZER_KERNELS_CUDA={cuda}",
-            f"-DFACTORIZER_KERNELS_CUDA_ARCHS={os.environ.get('FACTORIZER_KERNELS_CUDA_ARCHS', '')}",
+            f"-DFACTORIZER_KERNELS_CUDA_ARCHS={archs}",
         ]
-        done = subprocess.run(configure, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        done = subprocess.run(
+            configure, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
         print(done.stdout, flush=True)
         if done.returncode:
             if cuda == "1":

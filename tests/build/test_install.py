@@ -1,0 +1,207 @@
+"""What the package promises about installing it, tried on copies of the source tree."""
+
+import os
+import shutil
+import site
+import subprocess
+import sys
+import tarfile
+import zipfile
+from importlib.metadata import Distribution
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("factorizer", "factorizer_kernels")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(
+        not (ROOT / ".git").exists() or shutil.which("git") is None,
+        reason="copies the files that git lists, and here is no git checkout",
+    ),
+]
+
+
+def run(*command, cwd=None, **env):
+    """Run a command with some environment variables changed; stdout and stderr come as one."""
+    env = {**os.environ, **{name: str(value) for name, value in env.items()}}
+    return subprocess.run(
+        [str(word) for word in command],
+        cwd=cwd,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def copy_tree(to):
+    """The project as a clone would have it, with the changes not committed yet."""
+    listed = run("git", "ls-files", "-co", "--exclude-standard", "-z", cwd=ROOT).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (to / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, to / name)
+    return to
+
+
+def python_files(folder):
+    return {
+        path.relative_to(folder).as_posix()
+        for package in PACKAGES
+        for path in (folder / package).rglob("*.py")
+    }
+
+
+def build_wheel(tree, out, **env):
+    """pip wheel with this environment's build tools; no network, kernels not optimised."""
+    return run(
+        *(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "--no-index"),
+        *("--no-build-isolation", "-w", out, tree),
+        **{"FACTORIZER_KERNELS_CUDA": 0, "CMAKE_BUILD_TYPE": "Debug", **env},
+    )
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory):
+    return copy_tree(tmp_path_factory.mktemp("tree"))
+
+
+@pytest.fixture(scope="module")
+def installed(tree, tmp_path_factory):
+    """An empty environment, without torch, after `pip install --no-deps .`."""
+    venv = tmp_path_factory.mktemp("venv")
+    assert run(sys.executable, "-m", "venv", venv).returncode == 0
+    python = venv / ("Scripts" if os.name == "nt" else "bin") / "python"
+    done = run(
+        *(python, "-m", "pip", "install", "--no-deps", "."),
+        cwd=tree,
+        FACTORIZER_KERNELS_NATIVE=1,
+        FACTORIZER_KERNELS_CUDA=0,
+    )
+    if "No matching distribution found" in done.stdout:
+        pytest.skip("an isolated build fetches its tools, and no package index answers")
+    assert done.returncode == 0, done.stdout
+    where = run(python, "-c", "import sysconfig; print(sysconfig.get_path('platlib'))")
+    return python, Path(where.stdout.strip())
+
+
+def native_module(packages):
+    (module,) = (packages / "factorizer_kernels").glob("_native*")
+    return module
+
+
+def test_builds_and_loads_without_torch(installed):
+    python, packages = installed
+    script = (
+        "import importlib.util as util, sys\n"
+        "assert util.find_spec('torch') is None\n"
+        "spec = util.spec_from_file_location('_native', sys.argv[1])\n"
+        "spec.loader.exec_module(util.module_from_spec(spec))\n"
+    )
+    done = run(python, "-c", script, native_module(packages))
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.skipif(shutil.which("ldd") is None, reason="no ldd here")
+def test_links_the_systems_libraries_only(installed):
+    _, packages = installed
+    linked = run("ldd", native_module(packages)).stdout
+    assert "libc.so" in linked  # ldd did its work
+    assert "not found" not in linked
+    names = " ".join(line.split()[0] for line in linked.splitlines())
+    for library in ("torch", "c10", "python", "cuda"):
+        assert library not in names
+
+
+def test_installs_the_two_packages_and_nothing_else(installed, tree):
+    _, packages = installed
+    (info,) = packages.glob("factorizer_kernels-*.dist-info")
+    files = {path.as_posix() for path in Distribution.at(info).files}
+    inside = {name for name in files if not name.startswith("..")}  # the console script is outside
+    assert {name.split("/")[0] for name in inside} == {*PACKAGES, info.name}
+    assert {n for n in inside if n.endswith(".py")} == python_files(tree)
+    assert {n for n in files - inside if "__pycache__" not in n} == {"../../../bin/factorizer"}
+
+
+def test_source_distribution_can_be_built_from(tree, tmp_path):
+    script = "import sys; from setuptools.build_meta import build_sdist; build_sdist(sys.argv[1])"
+    done = run(sys.executable, "-c", script, tmp_path, cwd=tree)
+    assert done.returncode == 0, done.stdout
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.partition("/")[2] for name in tar.getnames()}
+    sources = {p.relative_to(tree).as_posix() for p in (tree / "csrc").rglob("*") if p.is_file()}
+    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"}
+    assert sources | needed | python_files(tree) <= names
+
+
+def test_build_folder_of_tools_that_are_gone(installed, tree, tmp_path):
+    """The isolated build above left its folder behind; its CMake and Ninja were deleted."""
+    assert list(tree.glob("build/temp*/native/CMakeCache.txt"))
+    done = build_wheel(tree, tmp_path, FACTORIZER_KERNELS_NATIVE=1)
+    assert done.returncode == 0, done.stdout
+    (wheel,) = tmp_path.glob("*.whl")
+    assert any("/_native" in name for name in zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.parametrize("hidden", ["not on PATH", "CXX names none"])
+def test_without_a_compiler(tmp_path, hidden):
+    tree = copy_tree(tmp_path / "tree")
+    env = {"PATH": tmp_path} if hidden == "not on PATH" else {"CXX": tmp_path / "no-compiler"}
+    done = build_wheel(tree, tmp_path, **env)
+    assert done.returncode == 0, done.stdout
+    assert "installed WITHOUT its native kernels" in done.stdout
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    zipfile.ZipFile(wheel).extractall(tmp_path / "site")
+    assert python_files(tmp_path / "site") == python_files(tree)
+
+    script = (
+        "import sys, torch, factorizer_kernels as fk\n"
+        "assert fk.__file__.startswith(sys.argv[1]), fk.__file__\n"
+        "print([b.name for b in fk.backends() if b.available])\n"
+        "assert fk.nmf(torch.rand(4, 6), torch.rand(4, 1), torch.rand(6, 1)).isfinite().all()\n"
+    )
+    # -S: no .pth file, which might bring in the checkout's own module.
+    path = os.pathsep.join([str(tmp_path / "site"), *site.getsitepackages()])
+    done = run(sys.executable, "-S", "-c", script, tmp_path, cwd=tmp_path, PYTHONPATH=path)
+    assert done.returncode == 0, done.stdout
+    assert "reference" in done.stdout
+    assert "'cpu'" not in done.stdout
+
+
+def test_left_out_on_request(installed, tree, tmp_path):
+    """Also where the build folder holds the module of an earlier build."""
+    assert list(tree.glob("build/lib*/factorizer_kernels/_native*"))
+    done = build_wheel(tree, tmp_path, FACTORIZER_KERNELS_NATIVE=0)
+    assert done.returncode == 0, done.stdout
+    (wheel,) = tmp_path.glob("*-py3-none-any.whl")
+    assert not any("_native" in name for name in zipfile.ZipFile(wheel).namelist())
+
+
+@pytest.mark.parametrize(
+    ("env", "words"),
+    [
+        ({"FACTORIZER_KERNELS_NATIVE": "1", "CXX": "no-compiler"}, "cannot be built"),
+        ({"FACTORIZER_KERNELS_CUDA": "1", "CUDACXX": "no-nvcc"}, "FACTORIZER_KERNELS_CUDA=1, but"),
+        ({"FACTORIZER_KERNELS_CUDA": "yes"}, "FACTORIZER_KERNELS_CUDA is 'yes': give 0 or 1"),
+    ],
+)
+def test_what_was_asked_for_is_never_dropped_silently(tmp_path, env, words):
+    done = build_wheel(copy_tree(tmp_path / "tree"), tmp_path, **env)
+    assert done.returncode != 0
+    assert words in done.stdout
+    assert not list(tmp_path.glob("*.whl"))
+
+
+def test_error_in_the_sources_is_shown(tmp_path):
+    tree = copy_tree(tmp_path / "tree")
+    with (tree / "csrc/cpu/dispatch.cpp").open("a") as source:
+        source.write('\n#error "broken on purpose"\n')
+    done = build_wheel(tree, tmp_path)
+    assert done.returncode != 0
+    assert "broken on purpose" in done.stdout
+    assert "compiling the native module failed" in done.stdout
