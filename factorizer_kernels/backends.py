@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from factorizer_kernels import _ops
+from factorizer_kernels import _native_cpu, _ops
 
 
 class Backend(NamedTuple):
@@ -17,12 +17,6 @@ class Backend(NamedTuple):
     available: bool
     reason: str
 
-
-try:
-    from factorizer_kernels import _native
-except ImportError as _error:
-    _native = None
-    _NATIVE_ERROR = str(_error)
 
 # In the order of preference for the tensors that they serve.
 _DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
@@ -77,9 +71,10 @@ def _serves(backend: str, operator: str, x: Tensor) -> bool:
 
 
 def _cpu() -> Backend:
-    if _native is None:
-        return Backend("cpu", False, f"the compiled module is missing ({_NATIVE_ERROR}): reinstall with a C++17 compiler")
-    return Backend("cpu", True, f"C++ kernels, {_native.isa()}")
+    if _native_cpu.missing is not None:
+        reason = f"the compiled module is missing ({_native_cpu.missing}): reinstall with a C++17 compiler"
+        return Backend("cpu", False, reason)
+    return Backend("cpu", True, f"C++ kernels for {_native_cpu.native.isa()}")
 
 
 def _triton() -> Backend:

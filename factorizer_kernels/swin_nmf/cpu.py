@@ -1,1 +1,38 @@
-"""CPU kernels."""
+"""Shifted-window NMF: the calls of the C++ kernels."""
+
+from torch import Tensor
+
+from factorizer_kernels import _native_cpu as cpu
+from factorizer_kernels import _ops
+from factorizer_kernels.windows.geometry import matricized_shape
+
+
+def swin_nmf(x: Tensor, u0, v0, head_dim, patch_size, shifts, relu, num_iters, solver, eps) -> Tensor:
+    y = x.new_empty(x.shape)
+    factors = cpu.Factors(u0, v0, matricized_shape(x.shape, head_dim, patch_size, len(shifts))[:2])
+    cut = cpu.windows(x.shape, head_dim, patch_size, shifts)
+    cpu.native.swin_nmf_forward(
+        cpu.DTYPE_CODES[x.dtype], cut, cpu.volume(x), *factors.arguments(), factors.rank,
+        num_iters, solver == "hals", relu, eps, cpu.threads(), y=y.data_ptr(),
+    )  # fmt: skip
+    return y
+
+
+def swin_nmf_backward(
+    dy: Tensor, x: Tensor, u0, v0, head_dim, patch_size, shifts, relu, num_iters, solver, grad_steps, eps, factor_grads
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape)
+    factors = cpu.Factors(u0, v0, matricized_shape(x.shape, head_dim, patch_size, len(shifts))[:2])
+    du0, dv0 = factors.new_grads(factor_grads)
+    cut = cpu.windows(x.shape, head_dim, patch_size, shifts)
+    cpu.native.swin_nmf_backward(
+        cpu.DTYPE_CODES[x.dtype], cut, cpu.volume(x), *factors.arguments(), factors.rank,
+        num_iters, grad_steps, solver == "hals", relu, eps, cpu.threads(), dy=cpu.volume(dy),
+        dx=dx.data_ptr(), du0=du0.data_ptr(), dv0=dv0.data_ptr(),
+    )  # fmt: skip
+    return dx, *factors.grads(du0, dv0, factor_grads)
+
+
+if cpu.native is not None:
+    _ops.kernel("swin_nmf", "cpu")(swin_nmf)
+    _ops.kernel("swin_nmf_backward", "cpu")(swin_nmf_backward)
