@@ -12,7 +12,7 @@ import triton.language as tl
 @triton.jit
 def shift_of(copy, AXIS: tl.constexpr, SHIFTS: tl.constexpr):
     """The roll of one axis in one copy; SHIFTS is the row-major flattening of (copies, 3)."""
-    shift = copy * 0 + SHIFTS[AXIS]
+    shift = SHIFTS[AXIS]
     for k in tl.static_range(1, len(SHIFTS) // 3):
         shift = tl.where(copy == k, SHIFTS[3 * k + AXIS], shift)
     return shift
@@ -66,10 +66,10 @@ def row_offsets(m, window, strides):
 
 
 @triton.jit
-def window_at(copy, channel_block, voxel, sizes, PATCH: tl.constexpr, SHIFTS: tl.constexpr):
-    """(window within the copy, column) that hold each voxel (a flat index into S1 x S2 x S3) in one copy.
+def window_at(copy, voxel, sizes, PATCH: tl.constexpr, SHIFTS: tl.constexpr):
+    """(grid cell, column) of the window that holds each voxel in one copy.
 
-    ``channel_block`` is batch * heads + head. The inverse of ``window_of`` and ``column_offsets``.
+    ``voxel`` is a flat index into S1 x S2 x S3: the inverse of ``window_of`` and ``column_offsets``.
     """
     at_1 = _wrap(voxel // (sizes[1] * sizes[2]) + shift_of(copy, 0, SHIFTS), sizes[0])
     at_2 = _wrap(voxel // sizes[2] % sizes[1] + shift_of(copy, 1, SHIFTS), sizes[1])
@@ -77,4 +77,4 @@ def window_at(copy, channel_block, voxel, sizes, PATCH: tl.constexpr, SHIFTS: tl
     grid_2, grid_3 = sizes[1] // PATCH[1], sizes[2] // PATCH[2]
     cell = (at_1 // PATCH[0] * grid_2 + at_2 // PATCH[1]) * grid_3 + at_3 // PATCH[2]
     column = (at_1 % PATCH[0] * PATCH[1] + at_2 % PATCH[1]) * PATCH[2] + at_3 % PATCH[2]
-    return channel_block * ((sizes[0] // PATCH[0]) * grid_2 * grid_3) + cell, column
+    return cell, column

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 # Triton reads the variable when a kernel is decorated, so this is final once this module is imported.
@@ -55,6 +56,11 @@ class Problem(NamedTuple):
 def padded(extent: int) -> int:
     """The block that holds ``extent`` elements: Triton's blocks are powers of two."""
     return triton.next_power_of_2(max(extent, 1))
+
+
+def compute_type(x: Tensor) -> Any:
+    """Triton's name for the dtype of the arithmetic on x."""
+    return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
 def spatial_3d(x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from factorizer_kernels._triton import resident
 from factorizer_kernels._triton.launch import Problem, per_window
 
 
-def paths(problem: Problem):
+def path(problem: Problem):
     """The kernels for a problem: the window on chip, else passes over it, else any rank by matrix products."""
     return resident
 
@@ -30,7 +30,7 @@ def nmf(x: Tensor, u0: Tensor, v0: Tensor, num_iters: int, solver: str, eps: flo
     batch = x.shape[:-2]
     y = x.new_empty(x.shape)
     if y.numel():
-        paths(problem).forward(problem, as_map(x), per_window(u0, batch), per_window(v0, batch), as_map(y), None, None)
+        path(problem).forward(problem, as_map(x), per_window(u0, batch), per_window(v0, batch), as_map(y), None, None)
     return y
 
 
@@ -42,7 +42,7 @@ def nmf_factors(
     *batch, rows, columns = x.shape
     u, v = x.new_empty((*batch, rows, problem.rank)), x.new_empty((*batch, columns, problem.rank))
     if u.numel() or v.numel():
-        paths(problem).forward(
+        path(problem).forward(
             problem, as_map(x), per_window(u0, batch), per_window(v0, batch),
             None, u.view(-1, rows, problem.rank), v.view(-1, columns, problem.rank),
         )  # fmt: skip
@@ -69,13 +69,11 @@ def nmf_factors_backward(
 def _backward(grads, x, u0, v0, num_iters, solver, grad_steps, eps, factor_grads):
     problem = matrices(x, u0.shape[-1], num_iters, solver, eps)
     dx = x.new_empty(x.shape)
-    du0, dv0 = backward(
-        paths(problem), problem, grad_steps, factor_grads, as_map(x), u0, v0, x.shape[:-2], grads, as_map(dx)
-    )
+    du0, dv0 = backward(problem, grad_steps, factor_grads, as_map(x), u0, v0, x.shape[:-2], grads, as_map(dx))
     return dx, du0, dv0
 
 
-def backward(path, problem, grad_steps, factor_grads, x, u0, v0, batch, grads, dx) -> tuple[Tensor, Tensor]:
+def backward(problem, grad_steps, factor_grads, x, u0, v0, batch, grads, dx) -> tuple[Tensor, Tensor]:
     """Write dx (B, C, S1, S2, S3); return du0 and dv0 in the shapes of u0 and v0, empty if not asked for.
 
     ``batch`` are the leading dimensions of the matrices, that u0 and v0 broadcast to; ``grads`` is
@@ -87,7 +85,7 @@ def backward(path, problem, grad_steps, factor_grads, x, u0, v0, batch, grads, d
         dx.zero_()
         shares = None
     else:
-        shares = path.backward(
+        shares = path(problem).backward(
             problem, grad_steps, reach, x, per_window(u0, batch), per_window(v0, batch), *grads, dx
         )
     return tuple(
