@@ -3,8 +3,10 @@
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from factorizer_kernels import _native_cpu, _ops
@@ -17,6 +19,16 @@ class Backend(NamedTuple):
     available: bool
     reason: str
 
+
+# Triton is optional. Its kernels are registered here and compiled, one by one, at their first launch.
+try:
+    from factorizer_kernels._triton.launch import INTERPRETED as _TRITON_INTERPRETED
+    from factorizer_kernels.swin_nmf import triton as _  # noqa: F401  (registers, as do its imports)
+except ImportError as _error:
+    _TRITON_MISSING: str | None = str(_error)
+    _TRITON_INTERPRETED = False
+else:
+    _TRITON_MISSING = None
 
 # In the order of preference for the tensors that they serve.
 _DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
@@ -57,13 +69,21 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(operator: str, x: Tensor) -> str:
-    """The backend that runs ``operator`` on x: the one of :func:`use_backend`, else the first that serves it."""
+    """The backend that runs ``operator`` on x.
+
+    That of :func:`use_backend`, else the first that serves x's device. On an empty x there is nothing
+    to launch: plain PyTorch gives the empty result.
+    """
     name = getattr(_choice, "name", None)
-    if name is None:
-        return next((b for b in _DEVICES if _serves(b, operator, x)), "reference")
-    if name != "reference" and not _serves(name, operator, x):
-        raise ValueError(f"backend {name!r} has no {operator} for x on {x.device}: leave the choice open, or take 'reference'")
-    return name
+    interpreted = name == "triton" and _TRITON_INTERPRETED and x.device.type == "cpu"
+    if name not in (None, "reference") and not (interpreted or _serves(name, operator, x)):
+        raise ValueError(
+            f"backend {name!r} has no {operator} for x on {x.device}: "
+            "leave the choice open, or take 'reference'"
+        )
+    if x.numel() == 0:
+        return "reference"
+    return name or next((b for b in _DEVICES if _serves(b, operator, x)), "reference")
 
 
 def _serves(backend: str, operator: str, x: Tensor) -> bool:
@@ -78,7 +98,16 @@ def _cpu() -> Backend:
 
 
 def _triton() -> Backend:
-    return Backend("triton", False, "no Triton kernels in this version")
+    if _TRITON_MISSING is not None:
+        return Backend(
+            "triton", False, f"Triton is missing ({_TRITON_MISSING}): pip install triton"
+        )
+    if _TRITON_INTERPRETED:
+        reason = "interpreted, on CPU tensors and only by choice (TRITON_INTERPRET=1): for tests"
+        return Backend("triton", True, reason)
+    if not torch.cuda.is_available():
+        return Backend("triton", False, "no CUDA device")
+    return Backend("triton", True, f"Triton {version('triton')}, compiled at the first launch")
 
 
 def _cuda() -> Backend:

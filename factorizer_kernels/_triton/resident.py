@@ -61,7 +61,12 @@ def forward_kernel(
     n = tl.arange(0, N_PAD)
     mask = (m < M)[:, None] & (n < N)[None, :]
 
-    block = load_block(x, row_offsets(m, window, x_strides), column_offsets(n, window, sizes, x_strides, PATCH), mask)
+    block = load_block(
+        x,
+        row_offsets(m, window, x_strides),
+        column_offsets(n, window, sizes, x_strides, PATCH),
+        mask,
+    )
     block = block.to(u0.dtype.element_ty)
     if RELU:
         block = relu(block)
@@ -79,7 +84,10 @@ def forward_kernel(
             u, v = iterate(block, u, v, m < M, n < N, HALS, EPS, RANK)
 
     if PRODUCT:
-        rows, columns = row_offsets(m, window, y_strides), column_offsets(n, window, sizes, y_strides, PATCH)
+        rows, columns = (
+            row_offsets(m, window, y_strides),
+            column_offsets(n, window, sizes, y_strides, PATCH),
+        )
         tl.store(y + rows[:, None] + columns[None, :], outer(u, v, RANK), mask=mask)
     else:
         store_columns(u_out, at * u_strides[0] + m * u_strides[1], u_strides[2], u, m < M, RANK)
@@ -141,19 +149,32 @@ def backward_kernel(
     for map_window in range(tl.program_id(0), map_windows, tl.num_programs(0)):
         at = copy.to(tl.int64) * map_windows + map_window
         window = window_of(copy, map_window, sizes, heads, M, PATCH, SHIFTS)
-        block = load_block(x, row_offsets(m, window, x_strides), column_offsets(n, window, sizes, x_strides, PATCH), mask)
+        block = load_block(
+            x,
+            row_offsets(m, window, x_strides),
+            column_offsets(n, window, sizes, x_strides, PATCH),
+            mask,
+        )
         block = block.to(u0.dtype.element_ty)
         if RELU:
             block = relu(block)
         start = _load_factor(v0, v0_strides, at, grid_windows, n, n < N, RANK)
         if PRODUCT:
-            rows, columns = row_offsets(m, window, dy_strides), column_offsets(n, window, sizes, dy_strides, PATCH)
-            dy_block = load_block(dy, rows, columns, mask).to(u0.dtype.element_ty) * (1.0 / (len(SHIFTS) // 3))
+            rows, columns = (
+                row_offsets(m, window, dy_strides),
+                column_offsets(n, window, sizes, dy_strides, PATCH),
+            )
+            dy_block = load_block(dy, rows, columns, mask).to(u0.dtype.element_ty) * (
+                1.0 / (len(SHIFTS) // 3)
+            )
 
         if IDENTITY:
             v0_column = start[0]
             g, r = rank1.gram_rows(block, m, M), tl.sum(block, axis=1)
-            a0, b0 = tl.sum(block * v0_column[None, :], axis=1), tl.sum(v0_column * v0_column, axis=0)
+            a0, b0 = (
+                tl.sum(block * v0_column[None, :], axis=1),
+                tl.sum(v0_column * v0_column, axis=0),
+            )
             row, history = rank1.solve(a0, b0, g, r, m, t, num_iters, M, N, EPS)
             w, e, inverse = rank1.scaled(row, EPS)
             v_column = tl.where(n < N, tl.sum(block * w[:, None], axis=0) + e, 0.0)
@@ -188,8 +209,20 @@ def backward_kernel(
             if PRODUCT:
                 grad_u, grad_v = times_columns(dy_block, v, RANK), times_rows(dy_block, u, RANK)
             else:
-                grad_u = _to(load_columns(du, at * du_strides[0] + m * du_strides[1], du_strides[2], m < M, RANK), u0, RANK)
-                grad_v = _to(load_columns(dv, at * dv_strides[0] + n * dv_strides[1], dv_strides[2], n < N, RANK), u0, RANK)
+                grad_u = _to(
+                    load_columns(
+                        du, at * du_strides[0] + m * du_strides[1], du_strides[2], m < M, RANK
+                    ),
+                    u0,
+                    RANK,
+                )
+                grad_v = _to(
+                    load_columns(
+                        dv, at * dv_strides[0] + n * dv_strides[1], dv_strides[2], n < N, RANK
+                    ),
+                    u0,
+                    RANK,
+                )
             grad_x = tl.zeros_like(block)
             for k in range(grad_steps):
                 i = grad_steps - 1 - k
@@ -205,7 +238,10 @@ def backward_kernel(
 
         if RELU:
             grad_x = tl.where(block > 0, grad_x, 0.0)
-        rows, columns = row_offsets(m, window, dx_strides), column_offsets(n, window, sizes, dx_strides, PATCH)
+        rows, columns = (
+            row_offsets(m, window, dx_strides),
+            column_offsets(n, window, sizes, dx_strides, PATCH),
+        )
         if copy > 0:
             grad_x += load_block(dx, rows, columns, mask).to(grad_x.dtype)
         tl.store(dx + rows[:, None] + columns[None, :], grad_x, mask=mask)
@@ -225,8 +261,7 @@ def _to(columns, like, RANK: tl.constexpr):
 def fits(problem: Problem) -> bool:
     """Whether a window and its factors fit on chip."""
     return (
-        problem.rank <= MAX_RANK
-        and padded(problem.rows) * padded(problem.columns) <= MAX_ELEMENTS
+        problem.rank <= MAX_RANK and padded(problem.rows) * padded(problem.columns) <= MAX_ELEMENTS
     )
 
 
@@ -253,7 +288,13 @@ def _num_warps(problem: Problem, blocks: int) -> int:
 
 
 def forward(
-    problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, y: Tensor | None, u: Tensor | None, v: Tensor | None
+    problem: Problem,
+    x: Tensor,
+    u0: Tensor,
+    v0: Tensor,
+    y: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
 ) -> None:
     """Write y (like x), or u (windows, M, R) and v (windows, N, R) of any strides.
 

@@ -92,7 +92,9 @@ def add_symmetric(grad, columns, grad_gram, RANK: tl.constexpr):
 
 
 @triton.jit
-def update(factor, projection, gram, mask, HALS: tl.constexpr, EPS: tl.constexpr, RANK: tl.constexpr):
+def update(
+    factor, projection, gram, mask, HALS: tl.constexpr, EPS: tl.constexpr, RANK: tl.constexpr
+):
     """The factor after one MU or HALS update; zero where the mask is false."""
     new = factor
     for r in tl.static_range(RANK):
@@ -151,7 +153,9 @@ def update_backward(
             for j in tl.static_range(RANK):
                 i: tl.constexpr = j * RANK + r
                 grad_gram = (
-                    grad_gram[:i] + (tl.sum(old[j] * grad_denominator, axis=0),) + grad_gram[i + 1 :]
+                    grad_gram[:i]
+                    + (tl.sum(old[j] * grad_denominator, axis=0),)
+                    + grad_gram[i + 1 :]
                 )
                 grad = grad[:j] + (grad[j] + grad_denominator * gram[i],) + grad[j + 1 :]
     return grad, grad_projection, grad_gram

@@ -30,7 +30,9 @@ def nmf(x: Tensor, u0: Tensor, v0: Tensor, num_iters: int, solver: str, eps: flo
     batch = x.shape[:-2]
     y = x.new_empty(x.shape)
     if y.numel():
-        path(problem).forward(problem, as_map(x), per_window(u0, batch), per_window(v0, batch), as_map(y), None, None)
+        path(problem).forward(
+            problem, as_map(x), per_window(u0, batch), per_window(v0, batch), as_map(y), None, None
+        )
     return y
 
 
@@ -54,7 +56,9 @@ def nmf_backward(
     dy: Tensor, x: Tensor, u0: Tensor, v0: Tensor,
     num_iters: int, solver: str, grad_steps: int, eps: float, factor_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward((as_map(dy), None, None), x, u0, v0, num_iters, solver, grad_steps, eps, factor_grads)
+    return _backward(
+        (as_map(dy), None, None), x, u0, v0, num_iters, solver, grad_steps, eps, factor_grads
+    )
 
 
 @_ops.kernel("nmf_factors_backward", "triton")
@@ -69,11 +73,15 @@ def nmf_factors_backward(
 def _backward(grads, x, u0, v0, num_iters, solver, grad_steps, eps, factor_grads):
     problem = matrices(x, u0.shape[-1], num_iters, solver, eps)
     dx = x.new_empty(x.shape)
-    du0, dv0 = backward(problem, grad_steps, factor_grads, as_map(x), u0, v0, x.shape[:-2], grads, as_map(dx))
+    du0, dv0 = backward(
+        problem, grad_steps, factor_grads, as_map(x), u0, v0, x.shape[:-2], grads, as_map(dx)
+    )
     return dx, du0, dv0
 
 
-def backward(problem, grad_steps, factor_grads, x, u0, v0, batch, grads, dx) -> tuple[Tensor, Tensor]:
+def backward(
+    problem, grad_steps, factor_grads, x, u0, v0, batch, grads, dx
+) -> tuple[Tensor, Tensor]:
     """Write dx (B, C, S1, S2, S3); return du0 and dv0 in the shapes of u0 and v0, empty if not asked for.
 
     ``batch`` are the leading dimensions of the matrices, that u0 and v0 broadcast to; ``grads`` is

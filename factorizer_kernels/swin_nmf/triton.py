@@ -47,7 +47,9 @@ def gather_kernel(
         window = (copy * batch_heads + batch_head).to(tl.int64) * cells + cell
         for r in tl.static_range(RANK):
             v_row = tl.load(v + (window * RANK + r) * N + n, mask=voxel < voxels, other=0.0)
-            u_block = tl.load(u + ((window * RANK + r) * M)[None, :] + m[:, None], mask=mask, other=0.0)
+            u_block = tl.load(
+                u + ((window * RANK + r) * M)[None, :] + m[:, None], mask=mask, other=0.0
+            )
             total += u_block * v_row[None, :]
     rows = (batch_head * M + m).to(tl.int64) * voxels
     tl.store(y + rows[:, None] + voxel[None, :], total * (1.0 / copies), mask=mask)
@@ -60,7 +62,9 @@ def windows_problem(
     axes = len(patch_size)
     batch = matricized_shape(x.shape, head_dim, patch_size, len(shifts))[:2]
     patch, rolls = axes_3d(patch_size, axes, 1), axes_3d(shifts, axes, 0)
-    return Problem(head_dim, patch, rolls, u0.shape[-1], solver == "hals", eps, relu, num_iters), batch
+    return Problem(
+        head_dim, patch, rolls, u0.shape[-1], solver == "hals", eps, relu, num_iters
+    ), batch
 
 
 @_ops.kernel("swin_nmf", "triton")
@@ -68,7 +72,9 @@ def swin_nmf(
     x: Tensor, u0: Tensor, v0: Tensor, head_dim: int, patch_size: list[int], shifts: list[int],
     relu: bool, num_iters: int, solver: str, eps: float,
 ) -> Tensor:  # fmt: skip
-    problem, batch = windows_problem(x, u0, head_dim, patch_size, shifts, relu, num_iters, solver, eps)
+    problem, batch = windows_problem(
+        x, u0, head_dim, patch_size, shifts, relu, num_iters, solver, eps
+    )
     y = x.new_empty(x.shape)
     if not y.numel():
         return y
@@ -97,10 +103,20 @@ def swin_nmf_backward(
     dy: Tensor, x: Tensor, u0: Tensor, v0: Tensor, head_dim: int, patch_size: list[int], shifts: list[int],
     relu: bool, num_iters: int, solver: str, grad_steps: int, eps: float, factor_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem, batch = windows_problem(x, u0, head_dim, patch_size, shifts, relu, num_iters, solver, eps)
+    problem, batch = windows_problem(
+        x, u0, head_dim, patch_size, shifts, relu, num_iters, solver, eps
+    )
     # Copies are summed in the arithmetic's precision, not in a half-precision dx.
     dx = x.new_empty(x.shape, dtype=x.dtype if problem.copies == 1 else u0.dtype)
     du0, dv0 = backward(
-        problem, grad_steps, factor_grads, spatial_3d(x), u0, v0, batch, (spatial_3d(dy), None, None), spatial_3d(dx)
+        problem,
+        grad_steps,
+        factor_grads,
+        spatial_3d(x),
+        u0,
+        v0,
+        batch,
+        (spatial_3d(dy), None, None),
+        spatial_3d(dx),
     )
     return dx.to(x.dtype), du0, dv0

@@ -26,13 +26,19 @@ def matricize_kernel(
     copies: tl.constexpr = len(SHIFTS) // 3
     row_blocks: tl.constexpr = (M + M_BLOCK - 1) // M_BLOCK
     column_blocks: tl.constexpr = (N + N_BLOCK - 1) // N_BLOCK
-    block, item = tl.program_id(0) % (row_blocks * column_blocks), tl.program_id(0) // (row_blocks * column_blocks)
+    block, item = (
+        tl.program_id(0) % (row_blocks * column_blocks),
+        tl.program_id(0) // (row_blocks * column_blocks),
+    )
     copy, map_window = item % copies, item // copies
     m = block // column_blocks * M_BLOCK + tl.arange(0, M_BLOCK)
     n = block % column_blocks * N_BLOCK + tl.arange(0, N_BLOCK)
     mask = (m < M)[:, None] & (n < N)[None, :]
     window = window_of(copy, map_window, sizes, heads, M, PATCH, SHIFTS)
-    rows, columns = row_offsets(m, window, x_strides), column_offsets(n, window, sizes, x_strides, PATCH)
+    rows, columns = (
+        row_offsets(m, window, x_strides),
+        column_offsets(n, window, sizes, x_strides, PATCH),
+    )
     values = tl.load(x + rows[:, None] + columns[None, :], mask=mask)
     if MEAN:
         values = values.to(COMPUTE) * (1.0 / copies)
@@ -81,7 +87,9 @@ def blocks(rows: int) -> tuple[int, int]:
 
 
 @_ops.kernel("sw_matricize", "triton")
-def sw_matricize(x: Tensor, head_dim: int, patch_size: list[int], shifts: list[int], mean: bool) -> Tensor:
+def sw_matricize(
+    x: Tensor, head_dim: int, patch_size: list[int], shifts: list[int], mean: bool
+) -> Tensor:
     shape = matricized_shape(x.shape, head_dim, patch_size, len(shifts))
     z = x.new_empty(shape)
     if not z.numel():
