@@ -5,14 +5,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .checks import check_count, check_probability, check_spatial_size
+from . import pointwise
+from .checks import check_count, check_features, check_probability, check_spatial_size
 from .linear import Linear
 from .mixer import FactMixer
 from .mlp import MLP
 from .norm import LayerNorm
-from .parts import Part, build
+from .parts import Part, build, has_hooks
+
+#: The modules of a block whose arithmetic `pointwise` has in its chains.
+_CHAINED = {LayerNorm, nn.LayerNorm, Linear, nn.Conv1d, MLP, nn.Sequential, nn.GELU, nn.Dropout}
 
 
 class FactorizerBlock(nn.Module):
@@ -42,9 +47,40 @@ class FactorizerBlock(nn.Module):
         self.norm2 = build("norm", norm, channels)
         self.mlp = MLP(channels, ratio=mlp_ratio, dropout=dropout)
 
+    @property
+    def fused(self) -> bool:
+        """Whether norms, linear maps and sums run as chains of `pointwise`, with the same result.
+
+        They do where the chains know every part, no dropout is active, and nobody listens in between.
+        """
+        fact = self.fact
+        chained = (self.norm1, fact.in_proj, fact.out_proj, fact.dropout, self.norm2, self.mlp)
+        parts = [part for module in chained for part in module.modules()]
+        return (
+            not torch.compiler.is_compiling()
+            and all(type(part) in _CHAINED and not has_hooks(part) for part in parts)
+            and not has_hooks(fact)
+            and not any(isinstance(p, nn.Dropout) and p.training and p.p for p in parts)
+        )
+
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.fact(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        if not self.fused:
+            x = x + self.fact(self.norm1(x))
+            return x + self.mlp(self.norm2(x))
+        fact, norm1, norm2 = self.fact, self.norm1, self.norm2
+        check_features("FactorizerBlock", x, norm1.dim, len(fact.spatial_size))
+        y = pointwise.norm_linear(x, norm1.affine(x), fact.in_proj.matrix, norm1.norm.eps)
+        x = fact.out_proj(fact.mix(y), residual=x)
+        linear1, _, _, linear2, _ = self.mlp.block
+        return pointwise.norm_mlp(
+            x,
+            norm2.affine(x),
+            linear1.matrix,
+            linear1.linear.bias,
+            linear2.matrix,
+            linear2.linear.bias,
+            norm2.norm.eps,
+        )
 
 
 class FactorizerStage(nn.Module):

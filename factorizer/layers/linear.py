@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
+from . import pointwise
 from .checks import check_count, check_features
 
 
@@ -28,6 +29,12 @@ class Linear(nn.Module):
         self.out_channels = check_count("out_channels", out_channels)
         self.linear = nn.Conv1d(in_channels, out_channels, kernel_size=1, bias=bias)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """W x + b, plus `residual` where it is given."""
         check_features("Linear", x, self.in_channels)
-        return self.linear(x.flatten(2)).unflatten(2, x.shape[2:])
+        return pointwise.linear(x, self.matrix, self.linear.bias, residual)
+
+    @property
+    def matrix(self) -> Tensor:
+        """W (out_channels, in_channels)."""
+        return self.linear.weight[..., 0]

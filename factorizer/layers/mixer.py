@@ -13,7 +13,7 @@ from .factorization import NMF, MatrixFactorization
 from .factorization.inits import FixedInit
 from .linear import Linear
 from .matricize import Matricize, SWMatricize
-from .parts import Part, build
+from .parts import Part, build, has_hooks
 from .resize import crop_to, pad_to, resample
 
 
@@ -68,8 +68,8 @@ class FactMixer(nn.Module):
     def fused(self) -> bool:
         """Whether the present parts run as one operator: the one place where this is decided.
 
-        They do where the operator knows them all, and nobody listens in between: a part with a
-        forward hook runs on its own, so that the hook is called.
+        They do where the operator knows them all, and nobody listens in between: a part with a hook
+        runs on its own, so that the hook is called.
         """
         parts = (self.reshape, self.act, self.factorize)
         return (
@@ -78,14 +78,16 @@ class FactMixer(nn.Module):
             and type(self.factorize) in (NMF, MatrixFactorization)
             and isinstance(self.factorize.init, FixedInit)
             and self.factorize.kernel_options is not None
-            and not any(part._forward_hooks or part._forward_pre_hooks for part in parts)
+            and not any(map(has_hooks, parts))
         )
 
     def forward(self, x: Tensor) -> Tensor:
         check_features("FactMixer", x, self.in_channels, len(self.spatial_size))
-        x = self.in_proj(x)
-        x = self._fused(x) if self.fused else self._unfused(x)
-        return self.dropout(self.out_proj(x))
+        return self.dropout(self.out_proj(self.mix(self.in_proj(x))))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """What happens between the two linear maps, on x (B, out_channels, S1..Sp)."""
+        return self._fused(x) if self.fused else self._unfused(x)
 
     def decompose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of the matrices of x (B, in_channels, S1..Sp), to be looked at.

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from . import pointwise
 from .checks import check_count, check_features
 
 
@@ -27,4 +29,10 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_features("LayerNorm", x, self.dim)
-        return self.norm(x.movedim(1, -1)).movedim(-1, 1).contiguous()
+        return pointwise.norm(x, *self.affine(x), self.norm.eps)
+
+    def affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Scale and shift of each channel; ones and zeros in x's dtype where there are none."""
+        weight, bias = self.norm.weight, self.norm.bias
+        weight = x.new_ones(self.dim) if weight is None else weight
+        return weight, torch.zeros_like(weight) if bias is None else bias

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
 #: A class, or a pair (class, keywords) or (class, positional arguments). A pair may be a list, as
 #: configuration files have it.
 Part = Callable[..., Any] | Sequence[Any]
@@ -34,4 +36,14 @@ def build(name: str, part: Part, *args: Any, **defaults: Any) -> Any:
     raise TypeError(
         f"{name} must be a class, or a pair (class, keywords) or (class, positional arguments), "
         f"got {part!r}"
+    )
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether somebody listens to `module` alone, so that it must be called for itself."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
     )

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_count
+from ..pointwise import without_autocast
 from .inits import FixedInit, make_init
 from .solvers import Solver, SolverSpec, make_solvers
 
@@ -139,7 +140,7 @@ class MatrixFactorization(nn.Module):
         return self.init(x) if start is None else start
 
     def _iterate(self, x: Tensor, w: Tensor | None, start: Factors | None) -> Factors:
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             dtype = torch.promote_types(x.dtype, torch.float32)
             x = x.to(dtype)
             w = None if w is None else w.to(dtype)
