@@ -11,7 +11,9 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SOLVERS = ("mu", "hals")
 
 
-def tensor(name: str, value: object, layout: str, min_dim: int, max_dim: int | None = None) -> Tensor:
+def tensor(
+    name: str, value: object, layout: str, min_dim: int, max_dim: int | None = None
+) -> Tensor:
     """``value`` as a plain, dense, floating-point tensor (subclasses such as MONAI's MetaTensor unwrapped)."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -55,7 +57,9 @@ def factors(x: Tensor, u0: object, v0: object, rows, columns, batch) -> tuple[Te
     return u0.to(dtype), v0.to(dtype)
 
 
-def solver_options(x: Tensor, num_iters, solver, num_grad_steps, eps) -> tuple[int, str, int, float]:
+def solver_options(
+    x: Tensor, num_iters, solver, num_grad_steps, eps
+) -> tuple[int, str, int, float]:
     """(num_iters, solver, grad_steps, eps), with grad_steps clipped to num_iters."""
     num_iters = _count("num_iters", num_iters)
     grad_steps = num_iters

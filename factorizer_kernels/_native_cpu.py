@@ -49,7 +49,9 @@ def windows(size, head_dim: int, patch_size, shifts) -> "native.Windows":
     batch, channels, *spatial = size
     axes = len(spatial)
     flat = [s for i in range(0, len(shifts), axes) for s in _pad(shifts[i : i + axes], 0)]
-    return native.Windows(batch, channels // head_dim, head_dim, _pad(spatial, 1), _pad(patch_size, 1), flat)
+    return native.Windows(
+        batch, channels // head_dim, head_dim, _pad(spatial, 1), _pad(patch_size, 1), flat
+    )
 
 
 class Factors:
@@ -86,4 +88,3 @@ class Factors:
 
 def threads() -> int:
     return torch.get_num_threads()
-

@@ -33,7 +33,7 @@ def column(block, index, i):
 def gram_rows(x, m, M: tl.constexpr):
     """XXᵀ of an (M, N) block, as an (M, M) block."""
     products = tl.zeros([m.shape[0], m.shape[0]], x.dtype)
-    for i in tl.static_range(M):
+    for i in range(M):
         products = tl.where(
             m[None, :] == i, tl.sum(x * row(x, m, i)[None, :], axis=1)[:, None], products
         )

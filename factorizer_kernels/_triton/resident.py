@@ -191,7 +191,7 @@ def backward_kernel(
                 w, e, inverse = rank1.scaled(rank1.row(history, t, first - 1), EPS)
                 v0_column = tl.where(n < N, tl.sum(block * w[:, None], axis=0) + e, 0.0)
             grad_x += grad_a[:, None] * v0_column[None, :] + grad_r[:, None]
-            for i in tl.static_range(M):
+            for i in range(M):
                 symmetric = rank1.column(grad_g, m, i) + rank1.row(grad_g, m, i)
                 grad_x += symmetric[:, None] * rank1.row(block, m, i)[None, :]
             grad_u, grad_v = (tl.zeros_like(row),), (grad_v0,)

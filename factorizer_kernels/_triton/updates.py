@@ -17,6 +17,12 @@ def relu(x):
 
 
 @triton.jit
+def replaced(values, INDEX: tl.constexpr, value):
+    """A tuple with one entry replaced."""
+    return values[:INDEX] + (value,) + values[INDEX + 1 :]
+
+
+@triton.jit
 def load_columns(pointer, offsets, stride, mask, RANK: tl.constexpr):
     """RANK columns from memory, the r-th at offsets + r * stride, zero where the mask is false."""
     columns = ()
@@ -106,7 +112,7 @@ def update(
             column = relu(numerator / (gram[r * RANK + r] + EPS))
         else:
             column = factor[r] * projection[r] / _denominator(factor, gram, r, EPS, RANK)
-        new = new[:r] + (tl.where(mask, column, 0.0),) + new[r + 1 :]
+        new = replaced(new, r, tl.where(mask, column, 0.0))
     return new
 
 
@@ -128,34 +134,29 @@ def update_backward(
     grad_gram = (0.0,) * (RANK * RANK)  # every entry is replaced below
     if HALS:
         grad = grad_new
-        for k in tl.static_range(RANK):
-            r: tl.constexpr = RANK - 1 - k
+        for r in tl.static_range(RANK - 1, -1, -1):
             step = tl.where(new[r] > 0, grad[r], 0.0) / (gram[r * RANK + r] + EPS)
-            grad_projection = grad_projection[:r] + (step,) + grad_projection[r + 1 :]
+            grad_projection = replaced(grad_projection, r, step)
             # The old column r was not used: its update depends on the others only.
-            grad = grad[:r] + (zero,) + grad[r + 1 :]
+            grad = replaced(grad, r, zero)
             for j in tl.static_range(RANK):
-                if j < r or j == r:
-                    seen = new[j]
-                else:
+                # The other columns as they stood when r was updated; its own, after the division.
+                if j > r:
                     seen = old[j]
-                i: tl.constexpr = j * RANK + r
-                grad_gram = grad_gram[:i] + (-tl.sum(seen * step, axis=0),) + grad_gram[i + 1 :]
+                else:
+                    seen = new[j]
+                grad_gram = replaced(grad_gram, j * RANK + r, -tl.sum(seen * step, axis=0))
                 if j != r:
-                    grad = grad[:j] + (grad[j] - step * gram[i],) + grad[j + 1 :]
+                    grad = replaced(grad, j, grad[j] - step * gram[j * RANK + r])
     else:
         grad = (zero,) * RANK
         for r in tl.static_range(RANK):
             step = grad_new[r] / _denominator(old, gram, r, EPS, RANK)
             grad_denominator = -step * new[r]
-            grad_projection = grad_projection[:r] + (step * old[r],) + grad_projection[r + 1 :]
-            grad = grad[:r] + (grad[r] + step * projection[r],) + grad[r + 1 :]
+            grad_projection = replaced(grad_projection, r, step * old[r])
+            grad = replaced(grad, r, grad[r] + step * projection[r])
             for j in tl.static_range(RANK):
-                i: tl.constexpr = j * RANK + r
-                grad_gram = (
-                    grad_gram[:i]
-                    + (tl.sum(old[j] * grad_denominator, axis=0),)
-                    + grad_gram[i + 1 :]
-                )
-                grad = grad[:j] + (grad[j] + grad_denominator * gram[i],) + grad[j + 1 :]
+                grad_sum = tl.sum(old[j] * grad_denominator, axis=0)
+                grad_gram = replaced(grad_gram, j * RANK + r, grad_sum)
+                grad = replaced(grad, j, grad[j] + grad_denominator * gram[j * RANK + r])
     return grad, grad_projection, grad_gram

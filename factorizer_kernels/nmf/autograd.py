@@ -11,15 +11,24 @@ _nmf_factors = torch.ops.factorizer_kernels.nmf_factors.default
 _nmf_factors_backward = torch.ops.factorizer_kernels.nmf_factors_backward.default
 
 
-def _save(ctx, inputs) -> None:
+def _save(ctx, inputs, *outputs: Tensor) -> None:
     x, u0, v0, ctx.num_iters, ctx.solver, ctx.grad_steps, ctx.eps, ctx.backend = inputs
     ctx.save_for_backward(x, u0, v0)
+    if ctx.grad_steps == 0 < ctx.num_iters:  # every factor is a constant
+        ctx.mark_non_differentiable(*outputs)
 
 
 def _backward(ctx, operator, *grads: Tensor):
     factor_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     dx, du0, dv0 = operator(
-        *grads, *ctx.saved_tensors, ctx.num_iters, ctx.solver, ctx.grad_steps, ctx.eps, factor_grads, ctx.backend
+        *grads,
+        *ctx.saved_tensors,
+        ctx.num_iters,
+        ctx.solver,
+        ctx.grad_steps,
+        ctx.eps,
+        factor_grads,
+        ctx.backend,
     )
     du0, dv0 = (du0, dv0) if factor_grads else (None, None)
     return dx, du0, dv0, None, None, None, None, None
@@ -34,7 +43,7 @@ class NMF(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save(ctx, inputs)
+        _save(ctx, inputs, output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -51,7 +60,7 @@ class NMFFactors(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save(ctx, inputs)
+        _save(ctx, inputs, *output)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

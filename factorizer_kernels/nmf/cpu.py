@@ -24,12 +24,21 @@ class _Call:
         self.rows, self.columns = rows, columns
 
     def arguments(self):
-        # An empty axis has no window: there is nothing to do, and nothing is done for a batch of 0.
-        batch = self.x.shape[0] if self.rows and self.columns else 0
-        cut = cpu.native.Windows(batch, 1, max(self.rows, 1), [1, 1, self.columns or 1], [1, 1, self.columns or 1], [0, 0, 0])
-        return (cpu.DTYPE_CODES[self.x.dtype], cut, cpu.volume(self.x), *self.factors.arguments(), self.factors.rank)
+        one_window = [1, 1, self.columns]
+        cut = cpu.native.Windows(
+            self.x.shape[0], 1, self.rows, one_window, one_window, [0, 0, 0]
+        )
+        return (
+            cpu.DTYPE_CODES[self.x.dtype],
+            cut,
+            cpu.volume(self.x),
+            *self.factors.arguments(),
+            self.factors.rank,
+        )
 
-    def backward(self, num_iters, solver, grad_steps, eps, factor_grads, **loss) -> tuple[Tensor, Tensor, Tensor]:
+    def backward(
+        self, num_iters, solver, grad_steps, eps, factor_grads, **loss
+    ) -> tuple[Tensor, Tensor, Tensor]:
         dx = self.x.new_empty(self.x.shape)
         du0, dv0 = self.factors.new_grads(factor_grads)
         cpu.native.swin_nmf_backward(
@@ -53,7 +62,9 @@ def nmf_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(x, u0, v0)
     dy = dy.reshape(call.x.shape)
-    dx, du0, dv0 = call.backward(num_iters, solver, grad_steps, eps, factor_grads, dy=cpu.volume(dy))
+    dx, du0, dv0 = call.backward(
+        num_iters, solver, grad_steps, eps, factor_grads, dy=cpu.volume(dy)
+    )
     return dx.view(x.shape), du0, dv0
 
 
@@ -63,20 +74,43 @@ def nmf_factors(x: Tensor, u0: Tensor, v0: Tensor, num_iters, solver, eps) -> tu
     u = call.factors.u0.new_empty((*batch, call.factors.rank, rows))
     v = call.factors.v0.new_empty((*batch, call.factors.rank, columns))
     cpu.native.swin_nmf_forward(
-        *call.arguments(), num_iters, solver == "hals", False, eps, cpu.threads(), u=u.data_ptr(), v=v.data_ptr()
+        *call.arguments(),
+        num_iters,
+        solver == "hals",
+        False,
+        eps,
+        cpu.threads(),
+        u=u.data_ptr(),
+        v=v.data_ptr(),
     )
     return _transposed(u, x.dtype), _transposed(v, x.dtype)
 
 
 def nmf_factors_backward(
-    du: Tensor, dv: Tensor, x: Tensor, u0: Tensor, v0: Tensor, num_iters, solver, grad_steps, eps, factor_grads
+    du: Tensor,
+    dv: Tensor,
+    x: Tensor,
+    u0: Tensor,
+    v0: Tensor,
+    num_iters,
+    solver,
+    grad_steps,
+    eps,
+    factor_grads,
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(x, u0, v0)
     dtype = call.factors.u0.dtype
     du, dv = _transposed(du, dtype), _transposed(dv, dtype)
     none = cpu.native.Volume(0, [0] * 5)
     dx, du0, dv0 = call.backward(
-        num_iters, solver, grad_steps, eps, factor_grads, dy=none, du=du.data_ptr(), dv=dv.data_ptr()
+        num_iters,
+        solver,
+        grad_steps,
+        eps,
+        factor_grads,
+        dy=none,
+        du=du.data_ptr(),
+        dv=dv.data_ptr(),
     )
     return dx.view(x.shape), du0, dv0
 

@@ -57,7 +57,10 @@ def nmf_factors(
     return _run("nmf_factors", x, u0, v0, num_iters, solver, num_grad_steps, eps)
 
 
-_FUNCTIONS = {"nmf": (reference.nmf, NMF.apply), "nmf_factors": (reference.nmf_factors, NMFFactors.apply)}
+_FUNCTIONS = {
+    "nmf": (reference.nmf, NMF.apply),
+    "nmf_factors": (reference.nmf_factors, NMFFactors.apply),
+}
 
 
 def _run(operator, x, u0, v0, num_iters, solver, num_grad_steps, eps):

@@ -10,10 +10,14 @@ from torch import Tensor
 from factorizer_kernels._ops import compute_dtype
 
 
-def nmf(x: Tensor, u0: Tensor, v0: Tensor, num_iters: int, solver: str, grad_steps: int, eps: float) -> Tensor:
+def nmf(
+    x: Tensor, u0: Tensor, v0: Tensor, num_iters: int, solver: str, grad_steps: int, eps: float
+) -> Tensor:
     """Y = U Vᵀ after ``num_iters`` iterations; arithmetic in float32, or float64 for float64."""
     u, v = _factors(x, u0, v0, num_iters, solver, grad_steps, eps)
-    return (u @ v.mT).to(x.dtype).expand(x.shape)  # without iterations shared factors are shared yet
+    return (
+        (u @ v.mT).to(x.dtype).expand(x.shape)
+    )  # without iterations shared factors are shared yet
 
 
 def nmf_factors(

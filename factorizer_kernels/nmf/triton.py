@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from factorizer_kernels import _ops
-from factorizer_kernels._triton import resident
+from factorizer_kernels._triton import resident, sweep
 from factorizer_kernels._triton.launch import Problem, per_window
 
 
 def path(problem: Problem):
     """The kernels for a problem: the window on chip, else passes over it, else any rank by matrix products."""
-    return resident
+    return resident if resident.fits(problem) else sweep
 
 
 def as_map(x: Tensor) -> Tensor:

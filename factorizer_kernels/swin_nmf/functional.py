@@ -51,7 +51,12 @@ def swin_nmf(
     """
     x = _checks.tensor("x", x, "(B, C, S1..Sp) with p = 1, 2 or 3", 3, 5)
     windows = resolve(
-        x.shape, num_heads=num_heads, head_dim=head_dim, grid_size=grid_size, patch_size=patch_size, shifts=shifts
+        x.shape,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        grid_size=grid_size,
+        patch_size=patch_size,
+        shifts=shifts,
     )
     if act not in ACTS:
         raise ValueError(f"act must be one of {ACTS}, got {act!r}")

@@ -38,7 +38,12 @@ def sw_matricize(
     """
     x = _checks.tensor("x", x, "(B, C, S1..Sp) with p = 1, 2 or 3", 3, 5)
     windows = resolve(
-        x.shape, num_heads=num_heads, head_dim=head_dim, grid_size=grid_size, patch_size=patch_size, shifts=shifts
+        x.shape,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        grid_size=grid_size,
+        patch_size=patch_size,
+        shifts=shifts,
     )
     backend = choose("sw_matricize", x)
     if backend == "reference":
@@ -71,11 +76,18 @@ def sw_dematricize(
     z = _checks.tensor("z", z, "(S·B·H, G1···Gp, head_dim, P1···Pp)", 4, 4)
     size = _checks.size("size", size)
     windows = resolve(
-        size, num_heads=num_heads, head_dim=head_dim, grid_size=grid_size, patch_size=patch_size, shifts=shifts
+        size,
+        num_heads=num_heads,
+        head_dim=head_dim,
+        grid_size=grid_size,
+        patch_size=patch_size,
+        shifts=shifts,
     )
     needed = matricized_shape(size, *windows[:2], len(windows.shifts))
     if tuple(z.shape) != needed:
-        raise ValueError(f"z must have shape {needed} for size {tuple(size)} and these options, got {tuple(z.shape)}")
+        raise ValueError(
+            f"z must have shape {needed} for size {tuple(size)} and these options, got {tuple(z.shape)}"
+        )
     backend = choose("sw_dematricize", z)
     if backend == "reference":
         return reference.sw_dematricize(z, size, windows)

@@ -59,7 +59,9 @@ def resolve(
     _, channels, *spatial = size
     axes = len(spatial)
     if not 1 <= axes <= 3:
-        raise ValueError(f"x must be (B, C, S1..Sp) with p = 1, 2 or 3 spatial axes, got shape {tuple(size)}")
+        raise ValueError(
+            f"x must be (B, C, S1..Sp) with p = 1, 2 or 3 spatial axes, got shape {tuple(size)}"
+        )
 
     heads_name, heads = _exactly_one("num_heads", num_heads, "head_dim", head_dim)
     _positive(heads_name, heads)
@@ -76,7 +78,11 @@ def resolve(
                 f"{cut_name}={cut} must divide the spatial size of x: axis {axis} has {extent}, "
                 f"which is no multiple of {part}"
             )
-    patch = cuts if cut_name == "patch_size" else tuple(s // g for s, g in zip(spatial, cuts, strict=True))
+    patch = (
+        cuts
+        if cut_name == "patch_size"
+        else tuple(s // g for s, g in zip(spatial, cuts, strict=True))
+    )
 
     flat: list[int] = []
     for shift in _shift_list(shifts):
@@ -88,13 +94,17 @@ def resolve(
 def _exactly_one(first_name, first, second_name, second):
     if (first is None) == (second is None):
         state = "neither" if first is None else "both"
-        raise ValueError(f"exactly one of {first_name} and {second_name} must be given, got {state}")
+        raise ValueError(
+            f"exactly one of {first_name} and {second_name} must be given, got {state}"
+        )
     return (first_name, first) if second is None else (second_name, second)
 
 
 def _is_int(value) -> bool:
     # A SymInt under torch.compile is an integer too; True is not.
-    return hasattr(value, "__index__") and not isinstance(value, bool) and not hasattr(value, "shape")
+    return (
+        hasattr(value, "__index__") and not isinstance(value, bool) and not hasattr(value, "shape")
+    )
 
 
 def _positive(name, value):
@@ -110,7 +120,9 @@ def _per_axis(name, value, axes) -> tuple[int, ...]:
     if isinstance(value, str) or not isinstance(value, Sequence) or not all(map(_is_int, value)):
         raise TypeError(f"{name} must be an integer or one integer per spatial axis, got {value!r}")
     if len(value) != axes:
-        raise ValueError(f"{name} must have one entry per spatial axis ({axes}), got {tuple(value)}")
+        raise ValueError(
+            f"{name} must have one entry per spatial axis ({axes}), got {tuple(value)}"
+        )
     return tuple(value)
 
 
@@ -120,5 +132,7 @@ def _shift_list(shifts) -> Sequence[Shift]:
     if isinstance(shifts, str) or not isinstance(shifts, Sequence):
         raise TypeError(f"shifts must be None or a sequence of None, int or ints, got {shifts!r}")
     if not shifts:
-        raise ValueError("shifts must name at least one copy (None is the unshifted one), got an empty sequence")
+        raise ValueError(
+            "shifts must name at least one copy (None is the unshifted one), got an empty sequence"
+        )
     return shifts

@@ -15,7 +15,7 @@ def sw_matricize(x: Tensor, windows: Windows) -> Tensor:
 
 def sw_dematricize(z: Tensor, size: tuple[int, ...], windows: Windows) -> Tensor:
     """The inverse: every copy is put together, rolled back, and the copies are averaged."""
-    copies = z.reshape(windows.num_shifts, -1, *z.shape[1:])
+    copies = z.tensor_split(windows.num_shifts)
     total = sum(
         _roll(_join(copies[s], size, windows), tuple(-step for step in windows.shift(s)))
         for s in range(windows.num_shifts)
@@ -32,10 +32,14 @@ def _cut(x: Tensor, windows: Windows) -> Tensor:
     batch, channels, *spatial = x.shape
     p = len(spatial)
     heads = channels // windows.head_dim
-    split = [n for s, patch in zip(spatial, windows.patch_size, strict=True) for n in (s // patch, patch)]
+    split = [
+        n for s, patch in zip(spatial, windows.patch_size, strict=True) for n in (s // patch, patch)
+    ]
     # (B, H, D, G1, P1, G2, P2, ...) -> (B, H, G1, G2, ..., D, P1, P2, ...)
     grid_axes, patch_axes = range(3, 3 + 2 * p, 2), range(4, 4 + 2 * p, 2)
-    cut = x.reshape(batch, heads, windows.head_dim, *split).permute(0, 1, *grid_axes, 2, *patch_axes)
+    cut = x.reshape(batch, heads, windows.head_dim, *split).permute(
+        0, 1, *grid_axes, 2, *patch_axes
+    )
     grid = prod(split[::2])
     return cut.reshape(batch * heads, grid, windows.head_dim, prod(windows.patch_size))
 
