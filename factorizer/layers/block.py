@@ -51,7 +51,8 @@ class FactorizerBlock(nn.Module):
     def fused(self) -> bool:
         """Whether norms, linear maps and sums run as chains of `pointwise`, with the same result.
 
-        They do where the chains know every part, no dropout is active, and nobody listens in between.
+        They do where the chains know every part, no dropout is active, and nobody listens in
+        between.
         """
         fact = self.fact
         chained = (self.norm1, fact.in_proj, fact.out_proj, fact.dropout, self.norm2, self.mlp)
@@ -71,16 +72,8 @@ class FactorizerBlock(nn.Module):
         check_features("FactorizerBlock", x, norm1.dim, len(fact.spatial_size))
         y = pointwise.norm_linear(x, norm1.affine(x), fact.in_proj.matrix, norm1.norm.eps)
         x = fact.out_proj(fact.mix(y), residual=x)
-        linear1, _, _, linear2, _ = self.mlp.block
-        return pointwise.norm_mlp(
-            x,
-            norm2.affine(x),
-            linear1.matrix,
-            linear1.linear.bias,
-            linear2.matrix,
-            linear2.linear.bias,
-            norm2.norm.eps,
-        )
+        first, second = self.mlp.weights
+        return pointwise.norm_mlp(x, norm2.affine(x), first, second, norm2.norm.eps)
 
 
 class FactorizerStage(nn.Module):

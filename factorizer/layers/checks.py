@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from operator import index
+from typing import SupportsIndex
 
 from torch import Tensor
 
 
 def check_count(name: str, value: int, minimum: int = 1) -> int:
-    """Returns `value` if it is a whole number of at least `minimum`."""
-    if isinstance(value, bool) or not isinstance(value, int):
+    """Returns `value` as an int if it is a whole number of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         raise TypeError(f"{name} must be an int, got {value!r}")
-    if value < minimum:
+    if index(value) < minimum:
         raise ValueError(f"{name} must be at least {minimum}, got {value}")
-    return value
+    return index(value)
+
+
+def check_counts(name: str, values: Sequence[int], lengths: Collection[int]) -> tuple[int, ...]:
+    """Returns `values` as a tuple if they are positive ints, as many as one of `lengths`."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name} must be a sequence of ints, got {values!r}")
+    if len(values) not in lengths:
+        wanted = " or ".join(map(str, lengths))
+        raise ValueError(f"{name} must have {wanted} entries, got {tuple(values)}")
+    return tuple(check_count(f"{name}[{i}]", v) for i, v in enumerate(values))
 
 
 def check_spatial_size(name: str, size: Sequence[int]) -> tuple[int, ...]:
-    """Returns `size` as a tuple of one to three positive ints."""
-    if isinstance(size, (str, int)) or not isinstance(size, Sequence):
-        raise TypeError(f"{name} must be a sequence of one to three ints, got {size!r}")
-    if not 1 <= len(size) <= 3:
-        raise ValueError(f"{name} must have one to three axes, got {tuple(size)}")
-    return tuple(check_count(f"{name}[{i}]", s) for i, s in enumerate(size))
+    """Returns `size` as a tuple of one to three positive ints, one for each spatial axis."""
+    return check_counts(name, size, (1, 2, 3))
 
 
 def check_probability(name: str, value: float) -> float:
@@ -34,9 +42,7 @@ def check_probability(name: str, value: float) -> float:
     return float(value)
 
 
-def check_features(
-    layer: str, x: Tensor, channels: int, spatial_dims: int | None = None
-) -> None:
+def check_features(layer: str, x: Tensor, channels: int, spatial_dims: int | None = None) -> None:
     """Checks that `x` is a real floating-point tensor (B, channels, S1..Sp), p = `spatial_dims`."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{layer}: x must be a tensor, got {type(x).__name__}")

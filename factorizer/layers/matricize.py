@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import factorizer_kernels as fk
-from factorizer_kernels.windows.geometry import Shift, matricized_shape, resolve
 from torch import Tensor, nn
 
-from .checks import check_features, check_spatial_size
+import factorizer_kernels as fk
+from factorizer_kernels.windows.geometry import Shift, matricized_shape, resolve
+
+from .checks import check_counts, check_features
 from .resize import crop_to, pad_to, round_up
 
 
@@ -46,44 +47,42 @@ class SWMatricize(nn.Module):
         shifts: Any = None,
     ) -> None:
         super().__init__()
-        if isinstance(input_size, (str, int)) or len(input_size) < 3:
-            raise ValueError(f"input_size must be (None, C, S1..Sp), got {input_size!r}")
-        self.channels: int = input_size[1]  # type: ignore[assignment]
-        self.spatial_size = check_spatial_size("input_size[2:]", input_size[2:])  # type: ignore[arg-type]
-        self.num_heads, self.head_dim = num_heads, head_dim
-        self.grid_size, self.patch_size = grid_size, patch_size
+        self.channels, *spatial_size = check_counts(
+            "input_size[1:]",
+            input_size[1:],  # type: ignore[arg-type]
+            (2, 3, 4),
+        )
+        self.spatial_size = tuple(spatial_size)
         self.shifts = shifts
+        self.cut: dict[str, Any] = {
+            "num_heads": num_heads,
+            "head_dim": head_dim,
+            "grid_size": grid_size,
+            "patch_size": patch_size,
+        }
         # Axes of extent zero are divisible by everything: this checks the options alone.
-        unshifted = self._cut | {"shifts": None}
-        resolve((1, self.channels, *[0] * len(self.spatial_size)), **unshifted)
+        resolve((1, self.channels, *[0] * len(self.spatial_size)), **self.cut, shifts=None)
+        multiple: Any = patch_size or grid_size
+        whole = isinstance(multiple, Sequence)
+        self._multiple = tuple(multiple) if whole else (multiple,) * len(self.spatial_size)
         fitted = self.fitted_size(self.spatial_size)
         size = (1, self.channels, *fitted)
         windows = resolve(size, **self.options(fitted))
         shape = matricized_shape(size, windows.head_dim, windows.patch_size, len(windows.shifts))
         self.output_size = (None, *shape[1:])
 
-    @property
-    def _cut(self) -> dict[str, Any]:
-        return {
-            "num_heads": self.num_heads,
-            "head_dim": self.head_dim,
-            "grid_size": self.grid_size,
-            "patch_size": self.patch_size,
-        }
-
     def fitted_size(self, spatial_size: Sequence[int]) -> tuple[int, ...]:
         """The smallest size that holds `spatial_size` and is made of whole windows."""
-        cut = self.grid_size if self.patch_size is None else self.patch_size
-        return round_up(spatial_size, [cut] * len(spatial_size) if isinstance(cut, int) else cut)
+        return round_up(spatial_size, self._multiple)
 
     def window_size(self, spatial_size: Sequence[int]) -> tuple[int, ...]:
         """Voxels of one window along each axis, for an x of this spatial size."""
         size = (1, self.channels, *self.fitted_size(spatial_size))
-        return resolve(size, **self._cut, shifts=None).patch_size
+        return resolve(size, **self.cut, shifts=None).patch_size
 
     def options(self, spatial_size: Sequence[int]) -> dict[str, Any]:
         """The window options of the operators of `factorizer_kernels`, for this spatial size."""
-        return self._cut | {"shifts": self._copies(spatial_size)}
+        return self.cut | {"shifts": self._copies(spatial_size)}
 
     def _copies(self, spatial_size: Sequence[int]) -> Sequence[Shift]:
         if self.shifts is not None:
@@ -112,7 +111,7 @@ class SWMatricize(nn.Module):
         return crop_to(x, size)
 
     def extra_repr(self) -> str:
-        cut = {k: v for k, v in (self._cut | {"shifts": self.shifts}).items() if v is not None}
+        cut = {k: v for k, v in (self.cut | {"shifts": self.shifts}).items() if v is not None}
         size = (None, self.channels, *self.spatial_size)
         return ", ".join([f"{size}", *(f"{k}={v}" for k, v in cut.items())])
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import factorizer_kernels as fk
 from torch import Tensor, nn
+
+import factorizer_kernels as fk
 
 from .checks import check_count, check_features, check_probability, check_spatial_size
 from .factorization import NMF, MatrixFactorization
@@ -25,7 +26,7 @@ class FactMixer(nn.Module):
 
     x (B, in_channels, S1..Sp) becomes (B, out_channels, S1..Sp). Any spatial size may be passed.
     Windows that do not divide it are completed with zeros, which the factorisation ignores, and
-    cropped again. Where windows grow with x (`grid_size`), the start of V is interpolated to theirs.
+    cropped again. Where windows grow with x (`grid_size`), the start of V is interpolated.
 
     Args:
         in_channels, out_channels: channels of the input and the output.
@@ -93,8 +94,8 @@ class FactMixer(nn.Module):
         """The factors of the matrices of x (B, in_channels, S1..Sp), to be looked at.
 
         Returns:
-            U (shifts * B * heads, windows, head_dim, R) and V (shifts * B * heads, windows, voxels of
-            a window, R).
+            U (shifts * B * heads, windows, head_dim, R) and V (shifts * B * heads, windows, voxels
+            of a window, R).
         """
         x = self.in_proj(x)
         return self.factorize.decompose(self.act(self.reshape(x)), **self._start(x))

@@ -43,5 +43,10 @@ class MLP(nn.Module):
             nn.Dropout(dropout),
         )
 
+    @property
+    def weights(self) -> list[tuple[Tensor, Tensor]]:
+        """Weight (a matrix) and bias of the first and of the second linear layer."""
+        return [(part.matrix, part.linear.bias) for part in self.block if isinstance(part, Linear)]  # type: ignore[misc]
+
     def forward(self, x: Tensor) -> Tensor:
         return self.block(x)

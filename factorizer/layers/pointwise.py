@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-# Elements of a block. On a CPU 1 MiB of float32 for each thread, about a level-2 cache (half as much
-# and four times as much are no faster); elsewhere only the memory of the intermediates counts.
+# Elements of a block. On a CPU 1 MiB of float32 for each thread, about a level-2 cache (half as
+# much and four times as much are no faster); elsewhere only the intermediates' memory counts.
 _CPU_BLOCK_PER_THREAD = 2**18
 _DEVICE_BLOCK = 2**26
 
@@ -51,14 +51,15 @@ def norm_linear(x: Tensor, norm: tuple[Tensor, Tensor], weight: Tensor, eps: flo
 def norm_mlp(
     x: Tensor,
     norm: tuple[Tensor, Tensor],
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
+    first: tuple[Tensor, Tensor],
+    second: tuple[Tensor, Tensor],
     eps: float,
 ) -> Tensor:
-    """x + W2 gelu(W1 norm(x) + b1) + b2 over the channels of x (B, C, S1..Sp)."""
-    weights = (*_fold(norm, weight1, bias1), weight2, bias2[:, None])
+    """x + W2 gelu(W1 norm(x) + b1) + b2 over the channels of x (B, C, S1..Sp).
+
+    `norm`, `first` and `second` are weights and biases.
+    """
+    weights = (*_fold(norm, *first), second[0], second[1][:, None])
     chain = _chain(_norm_mlp, _norm_mlp_backward, eps=eps)
     return _run(chain, x, None, *_matmul_dtype(x, *weights))
 
@@ -172,7 +173,7 @@ def _over_voxels(gradient: Tensor) -> Tensor:
 def _fold(
     norm: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """The linear map after a norm's scale and shift, as one linear map: weight and bias (a column)."""
+    """A linear map after a norm's scale and shift as one map: its weight and bias (a column)."""
     scale, shift = norm
     folded = weight @ shift[:, None]
     return weight * scale, folded if bias is None else folded + bias[:, None]
@@ -206,7 +207,7 @@ def _run(chain: Chain, x: Tensor, residual: Tensor | None, *weights: Tensor) -> 
 
 
 def _blocks(x: Tensor) -> Iterator[tuple]:
-    """Indices that cut x (B, C, V) into blocks: runs of one item's voxels, or several whole items."""
+    """Indices that cut x (B, C, V) into blocks: one item's voxels, or several whole items."""
     batch, channels, voxels = x.shape
     cpu = x.device.type == "cpu"
     elements = torch.get_num_threads() * _CPU_BLOCK_PER_THREAD if cpu else _DEVICE_BLOCK
@@ -232,7 +233,7 @@ class _Pointwise(torch.autograd.Function):
             if residual is not None:
                 y = y + residual[at]
             if out is None:
-                out = y.new_empty(x.shape[0], y.shape[-2], x.shape[2])
+                out = y.new_empty((x.shape[0], y.shape[-2], x.shape[2]))
             out[at] = y
         return out
 
@@ -247,7 +248,9 @@ class _Pointwise(torch.autograd.Function):
     def backward(ctx, dy):
         x, *weights = ctx.saved_tensors
         dx = torch.empty_like(x)
-        totals = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
+        totals = [
+            torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights
+        ]
         with without_autocast(x):
             for at in _blocks(x):
                 dx[at], *grads = ctx.chain.backward(dy[at], x[at], *weights)

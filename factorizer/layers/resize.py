@@ -27,7 +27,9 @@ def crop_to(x: Tensor, size: Sequence[int]) -> Tensor:
     """Keeps the first `size` entries of each spatial axis of x (B, C, S1..Sp)."""
     if tuple(x.shape[2:]) == tuple(size):
         return x
-    return x[(..., *(slice(s) for s in size))]
+    for axis, extent in enumerate(size, start=2):
+        x = x.narrow(axis, 0, extent)
+    return x
 
 
 def resample(x: Tensor, size: Sequence[int]) -> Tensor:

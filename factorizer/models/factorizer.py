@@ -27,8 +27,8 @@ class Factorizer(UNet):
         encoder_depth, encoder_width, strides, decoder_depth, stem, downsample, upsample, head,
             num_deep_supr: see `UNet`.
         pos_embed: part of the bottleneck, called with (channels, spatial_size).
-        kwargs: arguments of `FactorizerStage`, and through it of `FactorizerBlock` (norm, mlp_ratio,
-            dropout), `FactMixer` (reshape, act, factorize) and `NMF` (rank, num_iters,
+        kwargs: arguments of `FactorizerStage`, and through it of `FactorizerBlock` (norm,
+            mlp_ratio, dropout), `FactMixer` (reshape, act, factorize) and `NMF` (rank, num_iters,
             num_grad_steps, init, solver).
 
     Raises:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers.checks import check_count, check_features, check_spatial_size
+from ..layers.checks import check_count, check_counts, check_features
 from ..layers.conv import CONV, CONV_TRANSPOSE, ConvStage
 from ..layers.parts import Part, build
 from ..layers.resize import crop_to, pad_to, round_up
@@ -57,7 +57,7 @@ class Decoder(nn.Module):
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         x = features.pop()
-        outputs = []
+        outputs: list[Tensor] = []
         for block in self.blocks:
             x = block(x, features.pop())
             outputs.insert(0, x)
@@ -89,9 +89,10 @@ class UNet(nn.Module):
         spatial_size: S1..Sp, for stages that are made for a size.
         encoder_depth: depth of the stage of each encoder level, finest first.
         encoder_width: channels of each encoder level.
-        strides: stride by which each level is coarser than the one above; an int or one int per axis.
-        decoder_depth: depth of the stage of each decoder level, coarsest first; one level fewer than
-            the encoder.
+        strides: stride by which each level is coarser than the one above; an int or one int per
+            axis.
+        decoder_depth: depth of the stage of each decoder level, coarsest first; one level fewer
+            than the encoder.
         stem: part, called with (in_channels, encoder_width[0]). Default: convolution, 3 along each
             axis, padding 1, no bias.
         downsample: part, called with (channels, channels, kernel_size=stride, stride=stride).
@@ -100,8 +101,8 @@ class UNet(nn.Module):
             stage. Default: `ConvStage`.
         upsample: part, called as downsample. Default: transposed convolution.
         head: part, called with (channels, out_channels, kernel_size=1). Default: convolution.
-        num_deep_supr: deep supervision: False or 0 for one head and a tensor, n for n heads on the n
-            finest decoder levels and a list of their logits, finest first; True for three.
+        num_deep_supr: deep supervision: False or 0 for one head and a tensor, n for n heads on the
+            n finest decoder levels and a list of their logits, finest first; True for three.
         bottleneck: part for the stage of the coarsest level; `block` where None.
 
     Raises:
@@ -132,24 +133,15 @@ class UNet(nn.Module):
         if spatial_dims not in CONV:
             raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
         self.spatial_dims = spatial_dims
+        encoder_width = check_counts("encoder_width", encoder_width, range(1, 33))
         levels = len(encoder_width)
-        for name, value, length in (
-            ("encoder_depth", encoder_depth, levels),
-            ("strides", strides, levels),
-            ("decoder_depth", decoder_depth, levels - 1),
-        ):
-            if len(value) != length:
-                raise ValueError(
-                    f"{name} must have {length} entries for the {levels} levels of encoder_width "
-                    f"{tuple(encoder_width)}, got {tuple(value)}"
-                )
-        steps = [_per_axis(f"strides[{i}]", s, spatial_dims) for i, s in enumerate(strides)]
+        encoder_depth = check_counts("encoder_depth", encoder_depth, (levels,))
+        decoder_depth = check_counts("decoder_depth", decoder_depth, (levels - 1,))
+        steps = _steps(strides, levels, spatial_dims)
         self._strides = [_product(steps[: i + 1]) for i in range(levels)]
         sizes: list[Size | None] = [None] * levels
         if spatial_size is not None:
-            size = check_spatial_size("spatial_size", spatial_size)
-            if len(size) != spatial_dims:
-                raise ValueError(f"spatial_size must have {spatial_dims} axes, got {size}")
+            size = check_counts("spatial_size", spatial_size, (spatial_dims,))
             fitted = round_up(size, self._strides[-1])
             sizes = [_divide_up(fitted, stride) for stride in self._strides]
 
@@ -183,8 +175,10 @@ class UNet(nn.Module):
             )
         self.decoder = Decoder(decoder)
 
-        num_heads = DEEP_SUPERVISION_HEADS if num_deep_supr is True else num_deep_supr
-        check_count("num_deep_supr", int(num_heads), 0)
+        if isinstance(num_deep_supr, bool):
+            num_heads = DEEP_SUPERVISION_HEADS if num_deep_supr else 0
+        else:
+            num_heads = check_count("num_deep_supr", num_deep_supr, 0)
         if num_heads > max(len(decoder), 1):
             raise ValueError(
                 f"num_deep_supr must be at most {max(len(decoder), 1)}, one head for each decoder "
@@ -198,10 +192,14 @@ class UNet(nn.Module):
             self.heads = nn.ModuleList(heads)
         else:
             self.head = heads[0]
-        self.num_deep_supr = int(num_heads)
+        self.num_deep_supr = num_heads
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_features(type(self).__name__, x, self.in_channels, self.spatial_dims)
+        if (
+            type(x) is not Tensor
+        ):  # the metadata of MONAI's MetaTensor would be copied with each block
+            x = x.as_subclass(Tensor)
         size = x.shape[2:]
         x = pad_to(x, round_up(size, self._strides[-1]))
         outputs = self.decoder(self.encoder(self.stem(x)))
@@ -213,11 +211,17 @@ class UNet(nn.Module):
         return logits if self.num_deep_supr else logits[0]
 
 
-def _per_axis(name: str, value: int | Sequence[int], axes: int) -> Size:
-    values = [value] * axes if isinstance(value, int) else value
-    if len(values) != axes:
-        raise ValueError(f"{name} must be an int or {axes} ints, got {value!r}")
-    return tuple(check_count(name, v) for v in values)
+def _steps(strides: Sequence[int | Sequence[int]], levels: int, axes: int) -> list[Size]:
+    """The stride of every level along every axis."""
+    if isinstance(strides, str) or not isinstance(strides, Sequence) or len(strides) != levels:
+        raise ValueError(
+            f"strides must have {levels} entries, one for each level of encoder_width, "
+            f"got {strides!r}"
+        )
+    return [
+        check_counts(f"strides[{i}]", s if isinstance(s, Sequence) else [s] * axes, (axes,))
+        for i, s in enumerate(strides)
+    ]
 
 
 def _product(factors: Sequence[Size]) -> Size:

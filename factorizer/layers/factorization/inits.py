@@ -50,8 +50,8 @@ class SVDInit(nn.Module):
         super().__init__()
         if rank > min(size):
             raise ValueError(
-                f"rank must be at most {min(size)} for an init from the SVD of {size[0]} x {size[1]} "
-                f"matrices, got {rank}"
+                f"rank must be at most {min(size)} for an init from the SVD of {size[0]} x "
+                f"{size[1]} matrices, got {rank}"
             )
         self.rank = rank
 
@@ -63,7 +63,7 @@ class SVDInit(nn.Module):
 
 
 class NNDSVDInit(SVDInit):
-    """Nonnegative double SVD (Boutsidis and Gallopoulos, Pattern Recognition 41, 2008, section 2.3).
+    """Nonnegative double SVD (Boutsidis and Gallopoulos, Pattern Recognition 41, 2008).
 
     Of every singular pair, the half (positive or negative parts) with the larger product of norms.
     """
@@ -94,7 +94,7 @@ def make_init(init: str | Sequence[str], size: tuple[int, int], rank: int) -> nn
     names = (init, init) if isinstance(init, str) else tuple(init)
     if len(names) != 2 or not all(name in DRAWS for name in names):
         raise ValueError(
-            f"init must be one of 'uniform', 'normal', 'svd', 'nndsvd', or a pair of the first two, "
-            f"got {init!r}"
+            f"init must be one of 'uniform', 'normal', 'svd', 'nndsvd', or a pair of the first "
+            f"two, got {init!r}"
         )
     return FixedInit(size, rank, names)

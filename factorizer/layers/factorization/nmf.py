@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from math import ceil
 
-import factorizer_kernels as fk
 import torch
 from torch import Tensor, nn
 
-from ..checks import check_count
+import factorizer_kernels as fk
+
+from ..checks import check_count, check_counts
 from ..pointwise import without_autocast
 from .inits import FixedInit, make_init
 from .solvers import Solver, SolverSpec, make_solvers
@@ -29,9 +30,9 @@ class MatrixFactorization(nn.Module):
             are constants; None: all of them.
         init: where the factors start: "uniform", "normal", a pair of them for U and V, "svd" or
             "nndsvd" (`factorizer.layers.factorization.inits`).
-        solver: a name, a class, a pair (class, keywords), or a sequence of these that run in turn in
-            every iteration (`factorizer.layers.factorization.solvers`). "hals" and "mu" run on the
-            kernels of `factorizer_kernels`, the others in plain PyTorch.
+        solver: a name, a class, a pair (class, keywords), or a sequence of these that run in turn
+            in every iteration (`factorizer.layers.factorization.solvers`). "hals" and "mu" run on
+            the kernels of `factorizer_kernels`, the others in plain PyTorch.
         verbose: whether to print the relative error after every iteration.
 
     Half precision is computed in float32, also under autocast.
@@ -49,9 +50,7 @@ class MatrixFactorization(nn.Module):
         verbose: bool = False,
     ) -> None:
         super().__init__()
-        if isinstance(size, (str, int)) or len(size) != 2:
-            raise ValueError(f"size must be (M, N), got {size!r}")
-        m, n = (check_count(f"size[{i}]", s) for i, s in enumerate(size))
+        m, n = check_counts("size", size, (2,))
         if not compression > 0:
             raise ValueError(f"compression must be positive, got {compression!r}")
         if rank is None:
@@ -134,7 +133,9 @@ class MatrixFactorization(nn.Module):
             )
         if w is not None:
             if not all(solver.weighted for solver in self.solvers):
-                raise ValueError(f"w must be None for the solvers {self.solvers}: they know no weights")
+                raise ValueError(
+                    f"w must be None for the solvers {self.solvers}: they know no weights"
+                )
             if w.shape != x.shape:
                 raise ValueError(f"w must have x's shape {tuple(x.shape)}, got {tuple(w.shape)}")
         return self.init(x) if start is None else start
@@ -179,9 +180,7 @@ class NMF(MatrixFactorization):
         solver: SolverSpec = "hals",
         verbose: bool = False,
     ) -> None:
-        super().__init__(
-            size, rank, compression, num_iters, num_grad_steps, init, solver, verbose
-        )
+        super().__init__(size, rank, compression, num_iters, num_grad_steps, init, solver, verbose)
 
 
 def set_num_iters(module: nn.Module, num_iters: int) -> None:

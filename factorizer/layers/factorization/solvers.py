@@ -11,8 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
-from factorizer_kernels.nmf.reference import hals_update, mu_update
 from torch import Tensor
+
+from factorizer_kernels.nmf.reference import hals_update, mu_update
 
 from ..checks import check_count
 
@@ -178,7 +179,7 @@ class SemiMultiplicativeUpdate(Solver):
         a, b = x @ v, v.mT @ v
         numerator = a.relu() + u @ (-b).relu()
         denominator = (-a).relu() + u @ b.relu() + self.eps
-        # The root's slope at zero is infinite: entries that are zero and stay so are kept out of it.
+        # The root's slope at zero is infinite: entries that become zero are kept out of it.
         ratio = numerator / denominator
         positive = ratio > 0
         return u * torch.where(positive, torch.where(positive, ratio, 1).sqrt(), 0)
