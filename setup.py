@@ -8,7 +8,7 @@ in full and stops the installation, because a silent fallback would hide it.
 Environment variables:
 
 ``FACTORIZER_KERNELS_NATIVE``
-    ``0`` leaves the native module out, ``1`` makes whatever hinders it an error.
+    ``0`` leaves the native module out, ``1`` makes whatever hinders it an error. Unset: as above.
 ``FACTORIZER_KERNELS_CUDA``
     ``0`` leaves the CUDA kernels out, ``1`` makes a missing nvcc an error. Unset: they are built
     where a working nvcc is found.
@@ -20,6 +20,7 @@ Environment variables:
 
 import contextlib
 import importlib
+import json
 import os
 import shutil
 import subprocess
@@ -32,7 +33,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-
+COMPILER_VARIABLES = ("PATH", "CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS")
 
 NOTICE = """
 ----------------------------------------------------------------------------------------
@@ -74,19 +75,20 @@ class BuildNative(build_ext):
     """Builds the module, or drops it from the distribution and says why."""
 
     def run(self):
-        wanted = environment("FACTORIZER_KERNELS_NATIVE")
+        native = environment("FACTORIZER_KERNELS_NATIVE")
+        cuda = environment("FACTORIZER_KERNELS_CUDA")
         self.remove_old()
-        try:
-            if wanted == "0":
-                print("FACTORIZER_KERNELS_NATIVE=0: the native module is left out", flush=True)
-                self.leave_out()
-            else:
-                self.build()
-        except NotHere as reason:
-            if wanted == "1":
-                sys.exit(f"error: the native module cannot be built: {reason}")
-            print(NOTICE.format(reason=reason), file=sys.stderr, flush=True)
+        if native == "0":
+            print("FACTORIZER_KERNELS_NATIVE=0: the native module is left out", flush=True)
             self.leave_out()
+        else:
+            try:
+                self.build(cuda)
+            except NotHere as reason:
+                if "1" in (native, cuda):
+                    sys.exit(f"error: the native module cannot be built: {reason}")
+                print(NOTICE.format(reason=reason), file=sys.stderr, flush=True)
+                self.leave_out()
         super().run()
 
     def leave_out(self):
@@ -100,10 +102,10 @@ class BuildNative(build_ext):
         """A module left by an earlier build must not pass for this one's."""
         built = Path(self.build_lib) / "factorizer_kernels"
         for folder in (built, ROOT / "factorizer_kernels") if self.inplace else (built,):
-            for module in (*folder.glob("_native*.so"), *folder.glob("_native*.pyd")):
+            for module in (*folder.glob("_native.*so"), *folder.glob("_native.*pyd")):
                 module.unlink()
 
-    def build(self):
+    def build(self, cuda):
         cmake = find_tool("cmake")
         ninja = find_tool("ninja")
         try:
@@ -114,14 +116,14 @@ class BuildNative(build_ext):
         # A build folder remembers the paths of the tools that made it, and those of an isolated
         # build are gone when it ends: only a folder made by the same tools is used again.
         folder = Path(self.build_temp).resolve() / "native"
-        tools = "\n".join([cmake, ninja, pybind11.get_cmake_dir(), sys.executable, str(ROOT)])
-        record = folder / "tools.txt"
-        if not record.is_file() or record.read_text() != tools:
+        tools = [cmake, ninja, pybind11.get_cmake_dir(), sys.executable, str(ROOT)]
+        tools += [f"{name}={os.environ.get(name)}" for name in COMPILER_VARIABLES]
+        record = folder / "tools.json"
+        if not record.is_file() or json.loads(record.read_text()) != tools:
             shutil.rmtree(folder, ignore_errors=True)
             folder.mkdir(parents=True)
-            record.write_text(tools)
+            record.write_text(json.dumps(tools))
 
-        cuda = environment("FACTORIZER_KERNELS_CUDA")
         archs = os.environ.get("FACTORIZER_KERNELS_CUDA_ARCHS", "")
         configure = [
             *(cmake, "-S", ROOT, "-B", folder, "-G", "Ninja"),
@@ -135,11 +137,10 @@ class BuildNative(build_ext):
         done = subprocess.run(
             configure, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
         )
-        print(done.stdout, flush=True)
         if done.returncode:
-            if cuda == "1":
-                sys.exit("error: CMake could not set up the build; its words are above")
-            raise NotHere("CMake could not set up the build:\n" + done.stdout[-2000:].rstrip())
+            shutil.rmtree(folder)  # CMake would remember what it did not find
+            raise NotHere(f"CMake could not set up the build:\n{done.stdout.rstrip()}")
+        print(done.stdout, flush=True)
 
         if subprocess.run([cmake, "--build", folder]).returncode:
             sys.exit(

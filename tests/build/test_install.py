@@ -89,7 +89,7 @@ def installed(tree, tmp_path_factory):
 
 
 def native_module(packages):
-    (module,) = (packages / "factorizer_kernels").glob("_native*")
+    (module,) = (packages / "factorizer_kernels").glob("_native.*")
     return module
 
 
@@ -144,7 +144,7 @@ def test_build_folder_of_tools_that_are_gone(installed, tree, tmp_path):
     done = build_wheel(tree, tmp_path, FACTORIZER_KERNELS_NATIVE=1)
     assert done.returncode == 0, done.stdout
     (wheel,) = tmp_path.glob("*.whl")
-    assert any("/_native" in name for name in zipfile.ZipFile(wheel).namelist())
+    assert any("/_native." in name for name in zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.mark.parametrize("hidden", ["not on PATH", "CXX names none"])
@@ -175,11 +175,11 @@ def test_without_a_compiler(tmp_path, hidden):
 
 def test_left_out_on_request(installed, tree, tmp_path):
     """Also where the build folder holds the module of an earlier build."""
-    assert list(tree.glob("build/lib*/factorizer_kernels/_native*"))
+    assert list(tree.glob("build/lib*/factorizer_kernels/_native.*"))
     done = build_wheel(tree, tmp_path, FACTORIZER_KERNELS_NATIVE=0)
     assert done.returncode == 0, done.stdout
     (wheel,) = tmp_path.glob("*-py3-none-any.whl")
-    assert not any("_native" in name for name in zipfile.ZipFile(wheel).namelist())
+    assert not any("/_native." in name for name in zipfile.ZipFile(wheel).namelist())
 
 
 @pytest.mark.parametrize(
