@@ -1,6 +1,8 @@
 """What the package promises about installing it, tried on copies of the source tree."""
 
 import os
+import platform
+import re
 import shutil
 import site
 import subprocess
@@ -114,6 +116,22 @@ def test_links_the_systems_libraries_only(installed):
     names = " ".join(line.split()[0] for line in linked.splitlines())
     for library in ("torch", "c10", "python", "cuda"):
         assert library not in names
+
+
+@pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump here")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="other instruction sets")
+def test_runs_on_older_processors(installed):
+    """AVX instructions stand only in the functions of the namespaces avx2 and avx512."""
+    _, packages = installed
+    listing = run("objdump", "-d", "--no-show-raw-insn", native_module(packages)).stdout
+    using_avx, function = set(), ""
+    for line in listing.splitlines():
+        if line.endswith(">:"):
+            function = line.split("<")[1]
+        elif re.search(r"[yz]mm\d|\tv\w+ .*xmm\d", line):
+            using_avx.add(function)
+    assert any("6avx512" in name for name in using_avx)  # objdump did its work, names are there
+    assert not [name for name in using_avx if "4avx2" not in name and "6avx512" not in name]
 
 
 def test_installs_the_two_packages_and_nothing_else(installed, tree):
