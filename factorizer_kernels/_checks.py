@@ -6,15 +6,14 @@ import torch
 from torch import Tensor
 
 from factorizer_kernels._ops import compute_dtype
+from factorizer_kernels.windows.geometry import is_integer
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SOLVERS = ("mu", "hals")
 
 
-def tensor(
-    name: str, value: object, layout: str, min_dim: int, max_dim: int | None = None
-) -> Tensor:
-    """``value`` as a plain, dense, floating-point tensor (subclasses such as MONAI's MetaTensor unwrapped)."""
+def tensor(name: str, value: object, layout: str, min_dim: int, max_dim: int | None = None) -> Tensor:
+    """``value`` as a dense, floating-point tensor; MONAI's MetaTensor and the like are unwrapped."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
@@ -23,7 +22,10 @@ def tensor(
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
     if value.dim() < min_dim or (max_dim is not None and value.dim() > max_dim):
         raise ValueError(f"{name} must be {layout}, got shape {tuple(value.shape)}")
-    return value.as_subclass(Tensor) if type(value) not in (Tensor, torch.nn.Parameter) else value
+    # A subclass of functions only (MetaTensor) would run them again on its way through the operator.
+    only_functions = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
+    plain = type(value) in (Tensor, torch.nn.Parameter)
+    return value if plain or not only_functions else value.as_subclass(Tensor)
 
 
 def same_device(x: Tensor, **others: Tensor) -> None:
@@ -33,7 +35,7 @@ def same_device(x: Tensor, **others: Tensor) -> None:
 
 
 def factors(x: Tensor, u0: object, v0: object, rows, columns, batch) -> tuple[Tensor, Tensor]:
-    """u0 (..., M, R) and v0 (..., N, R) for matrices M x N with leading dimensions ``batch``, in x's compute dtype."""
+    """u0 (..., M, R) and v0 (..., N, R) for M x N matrices of leading dimensions ``batch``, converted."""
     u0 = tensor("u0", u0, "(M, R) or (..., M, R)", 2)
     v0 = tensor("v0", v0, "(N, R) or (..., N, R)", 2)
     same_device(x, u0=u0, v0=v0)
@@ -45,7 +47,8 @@ def factors(x: Tensor, u0: object, v0: object, rows, columns, batch) -> tuple[Te
             )
         if not _broadcasts(factor.shape[:-2], batch):
             raise ValueError(
-                f"{name}'s leading dimensions must broadcast to {tuple(batch)}, got shape {tuple(factor.shape)}"
+                f"{name}'s leading dimensions must broadcast to {tuple(batch)}, "
+                f"got shape {tuple(factor.shape)}"
             )
     if u0.shape[-1] != v0.shape[-1]:
         raise ValueError(
@@ -57,9 +60,7 @@ def factors(x: Tensor, u0: object, v0: object, rows, columns, batch) -> tuple[Te
     return u0.to(dtype), v0.to(dtype)
 
 
-def solver_options(
-    x: Tensor, num_iters, solver, num_grad_steps, eps
-) -> tuple[int, str, int, float]:
+def solver_options(x: Tensor, num_iters, solver, num_grad_steps, eps) -> tuple[int, str, int, float]:
     """(num_iters, solver, grad_steps, eps), with grad_steps clipped to num_iters."""
     num_iters = _count("num_iters", num_iters)
     grad_steps = num_iters
@@ -100,7 +101,7 @@ def size(name: str, value) -> tuple[int, ...]:
     if isinstance(value, (str, Tensor)) or not hasattr(value, "__len__"):
         raise TypeError(f"{name} must be a sequence of integers (B, C, S1..Sp), got {value!r}")
     for extent in value:
-        if not hasattr(extent, "__index__") or isinstance(extent, bool):
+        if not is_integer(extent):
             raise TypeError(f"{name} must hold integers, got {extent!r}")
         if extent < 0:
             raise ValueError(f"{name} must not hold negative numbers, got {tuple(value)}")

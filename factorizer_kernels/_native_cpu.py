@@ -7,8 +7,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from factorizer_kernels.windows.geometry import rolls
+
 try:
-    from factorizer_kernels import _native as native
+    from factorizer_kernels import _native as native  # type: ignore[attr-defined]
 except ImportError as _error:
     native = None
     missing: str | None = str(_error)
@@ -48,10 +50,9 @@ def windows(size, head_dim: int, patch_size, shifts) -> "native.Windows":
     """The cut of a (B, C, S1..Sp) volume."""
     batch, channels, *spatial = size
     axes = len(spatial)
-    flat = [s for i in range(0, len(shifts), axes) for s in _pad(shifts[i : i + axes], 0)]
-    return native.Windows(
-        batch, channels // head_dim, head_dim, _pad(spatial, 1), _pad(patch_size, 1), flat
-    )
+    steps = rolls(shifts, spatial)
+    flat = [s for i in range(0, len(steps), axes) for s in _pad(steps[i : i + axes], 0)]
+    return native.Windows(batch, channels // head_dim, head_dim, _pad(spatial, 1), _pad(patch_size, 1), flat)
 
 
 class Factors:
@@ -77,10 +78,11 @@ class Factors:
         """The kernels' gradients in the shapes of u0 and v0, summed where those were broadcast."""
         if not wanted:
             return du0, dv0
-        return tuple(
-            (g.mT.reshape(shape) if self.shared else g.mT.sum_to_size(shape)).contiguous()
-            for g, shape in zip((du0, dv0), self.shapes, strict=True)
-        )
+        return self._grad(du0, self.shapes[0]), self._grad(dv0, self.shapes[1])
+
+    def _grad(self, grad: Tensor, shape) -> Tensor:
+        grad = grad.mT
+        return (grad.reshape(shape) if self.shared else grad.sum_to_size(shape)).contiguous()
 
     def _pair(self, factor: Tensor) -> tuple[int, int]:
         return (factor.data_ptr(), 0 if self.shared else factor.shape[-1] * factor.shape[-2])

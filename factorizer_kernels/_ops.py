@@ -1,43 +1,95 @@
 """The contract: every operator's schema, its fake, and the table of kernels that implement it.
 
 A kernel is registered for an operator and a backend with :func:`kernel`. The operator's last argument
-names the backend, so a traced graph or a backward pass runs where its forward ran. Plain PyTorch (the
-backend ``reference``) is not in this table: it is differentiable as it stands and never becomes an
-opaque operator.
+names the backend, so that a traced graph and a backward pass run where their forward was meant to. Plain
+PyTorch (the backend ``reference``) is not in this table: it is differentiable as it stands and never
+becomes an opaque operator.
 
 Meanings shared by all the operators: ``patch_size`` has one entry per spatial axis, ``shifts`` is the
-row-major flattening of (num_shifts, num_axes), ``grad_steps`` is the number of differentiated
-iterations (``grad_steps == num_iters``: all of them, and the gradient reaches u0 and v0), factors are in
-the arithmetic's dtype (:func:`compute_dtype`). Gradients of u0 and v0 have their shapes, or are empty
-(one axis of size 0) where ``factor_grads`` is false. Outputs are contiguous.
+row-major flattening of (num_shifts, num_axes), ``grad_steps`` is the number of differentiated iterations
+(``grad_steps == num_iters``: all of them, and the gradient reaches u0 and v0), u0 and v0 are in the
+arithmetic's dtype (:func:`compute_dtype`). Gradients of u0 and v0 have their shapes, or one empty axis
+where ``factor_grads`` is false. Outputs are contiguous.
 """
 
 from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 from factorizer_kernels.windows.geometry import matricized_shape
 
-_NMF = "Tensor x, Tensor u0, Tensor v0"
-_SOLVE = "int num_iters, str solver, float eps"
-_SOLVE_BACKWARD = "int num_iters, str solver, int grad_steps, float eps, bool factor_grads"
-_WINDOWS = "int head_dim, SymInt[] patch_size, SymInt[] shifts"
 
-SCHEMAS = {
-    "nmf": f"({_NMF}, {_SOLVE}, str backend) -> Tensor",
-    "nmf_backward": f"(Tensor dy, {_NMF}, {_SOLVE_BACKWARD}, str backend) -> (Tensor, Tensor, Tensor)",
-    "nmf_factors": f"({_NMF}, {_SOLVE}, str backend) -> (Tensor, Tensor)",
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic on tensors of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+# Fakes: shapes and dtypes of the outputs, without computing them.
+
+
+def _like_x(x, *options):
+    return x.new_empty(x.shape)
+
+
+def _nmf_gradients(x, u0, v0, factor_grads):
+    if factor_grads:
+        return x.new_empty(x.shape), u0.new_empty(u0.shape), v0.new_empty(v0.shape)
+    return x.new_empty(x.shape), u0.new_empty((0,)), v0.new_empty((0,))
+
+
+def _nmf_backward(dy, x, u0, v0, num_iters, solver, grad_steps, eps, factor_grads, backend):
+    return _nmf_gradients(x, u0, v0, factor_grads)
+
+
+def _nmf_factors(x, u0, v0, num_iters, solver, eps, backend):
+    *batch, rows, columns = x.shape
+    rank = u0.shape[-1]
+    return x.new_empty((*batch, rows, rank)), x.new_empty((*batch, columns, rank))
+
+
+def _nmf_factors_backward(du, dv, x, u0, v0, num_iters, solver, grad_steps, eps, factor_grads, backend):
+    return _nmf_gradients(x, u0, v0, factor_grads)
+
+
+def _sw_matricize(x, head_dim, patch_size, shifts, mean, backend):
+    return x.new_empty(matricized_shape(x.shape, head_dim, patch_size, len(shifts)))
+
+
+def _sw_dematricize(z, size, *options):
+    return z.new_empty(size)
+
+
+def _swin_nmf_backward(
+    dy, x, u0, v0, head_dim, patch_size, shifts, relu, num_iters, solver, grad_steps, eps, factor_grads, backend
+):  # fmt: skip
+    return _nmf_gradients(x, u0, v0, factor_grads)
+
+
+_NMF = "Tensor x, Tensor u0, Tensor v0"
+_WINDOWS = "int head_dim, SymInt[] patch_size, SymInt[] shifts"
+_SOLVE = "int num_iters, str solver, float eps, str backend"
+_SOLVE_BACKWARD = "int num_iters, str solver, int grad_steps, float eps, bool factor_grads, str backend"
+_GRADIENTS = "(Tensor dx, Tensor du0, Tensor dv0)"
+
+# name: (schema, fake)
+OPERATORS: dict[str, tuple[str, Callable]] = {
+    "nmf": (f"({_NMF}, {_SOLVE}) -> Tensor", _like_x),
+    "nmf_backward": (f"(Tensor dy, {_NMF}, {_SOLVE_BACKWARD}) -> {_GRADIENTS}", _nmf_backward),
+    "nmf_factors": (f"({_NMF}, {_SOLVE}) -> (Tensor u, Tensor v)", _nmf_factors),
     "nmf_factors_backward": (
-        f"(Tensor du, Tensor dv, {_NMF}, {_SOLVE_BACKWARD}, str backend) -> (Tensor, Tensor, Tensor)"
+        f"(Tensor du, Tensor dv, {_NMF}, {_SOLVE_BACKWARD}) -> {_GRADIENTS}",
+        _nmf_factors_backward,
     ),
     # mean: divide by the number of shifts, on either way; each operator is the other's adjoint.
-    "sw_matricize": f"(Tensor x, {_WINDOWS}, bool mean, str backend) -> Tensor",
-    "sw_dematricize": f"(Tensor z, SymInt[] size, {_WINDOWS}, bool mean, str backend) -> Tensor",
-    "swin_nmf": f"({_NMF}, {_WINDOWS}, bool relu, {_SOLVE}, str backend) -> Tensor",
+    "sw_matricize": (f"(Tensor x, {_WINDOWS}, bool mean, str backend) -> Tensor", _sw_matricize),
+    "sw_dematricize": (
+        f"(Tensor z, SymInt[] size, {_WINDOWS}, bool mean, str backend) -> Tensor",
+        _sw_dematricize,
+    ),
+    "swin_nmf": (f"({_NMF}, {_WINDOWS}, bool relu, {_SOLVE}) -> Tensor", _like_x),
     "swin_nmf_backward": (
-        f"(Tensor dy, {_NMF}, {_WINDOWS}, bool relu, {_SOLVE_BACKWARD}, str backend)"
-        " -> (Tensor, Tensor, Tensor)"
+        f"(Tensor dy, {_NMF}, {_WINDOWS}, bool relu, {_SOLVE_BACKWARD}) -> {_GRADIENTS}",
+        _swin_nmf_backward,
     ),
 }
 
@@ -63,67 +115,15 @@ def has_kernel(operator: str, backend: str) -> bool:
     return (operator, backend) in _KERNELS
 
 
-def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the arithmetic on tensors of ``dtype``: float64 for float64, else float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _define(operator: str) -> None:
+def _define(operator: str, schema: str, fake: Callable) -> None:
     def run(*args):
         *arguments, backend = args
         return _KERNELS[operator, backend](*arguments)
 
-    _LIBRARY.define(operator + SCHEMAS[operator], tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(operator + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(operator, run, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"factorizer_kernels::{operator}", fake, lib=_LIBRARY)
 
 
-for _operator in SCHEMAS:
-    _define(_operator)
-
-
-def _factor_grads(u0: Tensor, v0: Tensor, factor_grads: bool) -> tuple[Tensor, Tensor]:
-    if factor_grads:
-        return u0.new_empty(u0.shape), v0.new_empty(v0.shape)
-    return u0.new_empty((0,)), v0.new_empty((0,))
-
-
-def _fake_like_x(x, *options):
-    return x.new_empty(x.shape)
-
-
-def _fake_nmf_backward(dy, x, u0, v0, num_iters, solver, grad_steps, eps, factor_grads, backend):
-    return (x.new_empty(x.shape), *_factor_grads(u0, v0, factor_grads))
-
-
-def _fake_nmf_factors(x, u0, v0, num_iters, solver, eps, backend):
-    *batch, rows, columns = x.shape
-    rank = u0.shape[-1]
-    return x.new_empty((*batch, rows, rank)), x.new_empty((*batch, columns, rank))
-
-
-def _fake_sw_matricize(x, head_dim, patch_size, shifts, mean, backend):
-    return x.new_empty(matricized_shape(x.shape, head_dim, patch_size, len(shifts)))
-
-
-def _fake_sw_dematricize(z, size, *options):
-    return z.new_empty(size)
-
-
-def _fake_swin_nmf_backward(
-    dy, x, u0, v0, head_dim, patch_size, shifts, relu, num_iters, solver, grad_steps, eps, factor_grads,
-    backend,
-):  # fmt: skip
-    return (x.new_empty(x.shape), *_factor_grads(u0, v0, factor_grads))
-
-
-for _operator, _fake in {
-    "nmf": _fake_like_x,
-    "nmf_backward": _fake_nmf_backward,
-    "nmf_factors": _fake_nmf_factors,
-    "nmf_factors_backward": lambda du, dv, *rest: _fake_nmf_backward(du, *rest),
-    "sw_matricize": _fake_sw_matricize,
-    "sw_dematricize": _fake_sw_dematricize,
-    "swin_nmf": _fake_like_x,
-    "swin_nmf_backward": _fake_swin_nmf_backward,
-}.items():
-    torch.library.register_fake(f"factorizer_kernels::{_operator}", _fake, lib=_LIBRARY)
+for _operator, (_schema, _fake) in OPERATORS.items():
+    _define(_operator, _schema, _fake)

@@ -99,9 +99,7 @@ def _cpu() -> Backend:
 
 def _triton() -> Backend:
     if _TRITON_MISSING is not None:
-        return Backend(
-            "triton", False, f"Triton is missing ({_TRITON_MISSING}): pip install triton"
-        )
+        return Backend("triton", False, f"Triton is missing ({_TRITON_MISSING}): pip install triton")
     if _TRITON_INTERPRETED:
         reason = "interpreted, on CPU tensors and only by choice (TRITON_INTERPRET=1): for tests"
         return Backend("triton", True, reason)

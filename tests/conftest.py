@@ -64,8 +64,6 @@ def rel():
         result, expected = result.detach().double(), expected.detach().double()
         assert result.shape == expected.shape
         norm = expected.norm()
-        return (
-            (result - expected).norm() / norm if norm > 0 else (result - expected).norm()
-        ).item()
+        return ((result - expected).norm() / norm if norm > 0 else (result - expected).norm()).item()
 
     return distance

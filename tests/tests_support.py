@@ -20,14 +20,13 @@ def grads_of(backend, function, inputs, losses, options) -> Outcome:
     values = out if isinstance(out, tuple) else (out,)
     gradients = torch.autograd.grad(values, leaves, losses, allow_unused=True)
     gradients = [
-        torch.zeros_like(leaf) if g is None else g
-        for g, leaf in zip(gradients, leaves, strict=True)
+        torch.zeros_like(leaf) if g is None else g for g, leaf in zip(gradients, leaves, strict=True)
     ]
     return Outcome(tuple(v.detach() for v in values), tuple(gradients))
 
 
 def away_from_dead_components(expected, function, inputs, losses, options, tolerance=1e-9) -> bool:
-    """Whether the reference's result stands still when x moves by 1e-12 (else rounding decides, see maths)."""
+    """Whether the reference's result stands still when x moves by 1e-12; else rounding decides it."""
     x, *factors = inputs
     generator = torch.Generator().manual_seed(0)
     noise = torch.randn(x.shape, generator=generator, dtype=x.dtype)

@@ -83,9 +83,7 @@ def per_window(factor: Tensor, batch: Sequence[int]) -> Tensor:
     return full.reshape(prod(batch) // max(inner, 1), inner, *factor.shape[-2:])
 
 
-def launch(
-    kernel: Any, programs: int | tuple[int, ...], x: Tensor, *args: Any, **constants: Any
-) -> None:
+def launch(kernel: Any, programs: int | tuple[int, ...], x: Tensor, *args: Any, **constants: Any) -> None:
     """Start a kernel on x's device and that device's current stream."""
     grid = programs if isinstance(programs, tuple) else (programs,)
     if not all(grid):

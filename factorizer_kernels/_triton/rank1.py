@@ -14,8 +14,6 @@ u of iteration t.
 import triton
 import triton.language as tl
 
-from factorizer_kernels._triton.updates import relu
-
 
 @triton.jit
 def row(block, index, i):
@@ -34,9 +32,7 @@ def gram_rows(x, m, M: tl.constexpr):
     """XXᵀ of an (M, N) block, as an (M, M) block."""
     products = tl.zeros([m.shape[0], m.shape[0]], x.dtype)
     for i in range(M):
-        products = tl.where(
-            m[None, :] == i, tl.sum(x * row(x, m, i)[None, :], axis=1)[:, None], products
-        )
+        products = tl.where(m[None, :] == i, tl.sum(x * row(x, m, i)[None, :], axis=1)[:, None], products)
     return products
 
 
@@ -115,3 +111,62 @@ def solve_backward(
         a, b = a0, b0
     grad_a = grad_u / (b + EPS)
     return grad_a, -tl.sum(grad_a * row(history, t, first), axis=0), grad_g, grad_r
+
+
+@triton.jit
+def column_of_v(x, w, e, n, N: tl.constexpr):
+    """v = Xᵀw + e for the columns n of x, zero beyond column N."""
+    return tl.where(n < N, tl.sum(x * w[:, None], axis=0) + e, 0.0)
+
+
+@triton.jit
+def sums(x, v0, m, M: tl.constexpr):
+    """(a, b, G, r) of the columns in x, an (M, N) block."""
+    return (
+        tl.sum(x * v0[None, :], axis=1),
+        tl.sum(v0 * v0, axis=0),
+        gram_rows(x, m, M),
+        tl.sum(x, axis=1),
+    )
+
+
+@triton.jit
+def window(x, v0, m, n, t, num_iters, M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr):
+    """(u, v) of a whole (M, N) block."""
+    a, b, g, r = sums(x, v0, m, M)
+    u, history = solve(a, b, g, r, m, t, num_iters, M, N, EPS)
+    w, e, inverse = scaled(u, EPS)
+    return u, column_of_v(x, w, e, n, N)
+
+
+@triton.jit
+def window_backward(
+    x, v0, dy, m, n, t, num_iters, grad_steps, M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr
+):
+    """(x̄, v̄0) of a whole (M, N) block, v̄0 for the v that the first differentiated iteration starts from."""
+    a, b, g, r = sums(x, v0, m, M)
+    u, history = solve(a, b, g, r, m, t, num_iters, M, N, EPS)
+    w, e, inverse = scaled(u, EPS)
+    grad_u = tl.sum(dy * column_of_v(x, w, e, n, N)[None, :], axis=1)
+    grad_v = tl.sum(dy * u[:, None], axis=0)
+    grad_w = tl.sum(x * grad_v[None, :], axis=1)
+    grad_u += scaled_backward(u, w, e, inverse, grad_w, tl.sum(grad_v, axis=0))
+    grad_a, grad_b, grad_g, grad_r = solve_backward(
+        grad_u, a, b, g, r, history, t, num_iters, grad_steps, N, EPS
+    )
+    start = v0
+    if num_iters > grad_steps:
+        w_start, e_start, inverse = scaled(row(history, t, num_iters - grad_steps - 1), EPS)
+        start = column_of_v(x, w_start, e_start, n, N)
+    grad_v0 = tl.sum(x * grad_a[:, None], axis=0) + 2.0 * grad_b * start
+    return map_gradient(x, w, grad_v, grad_a, start, grad_g, grad_r, m, M), grad_v0
+
+
+@triton.jit
+def map_gradient(x, w, grad_v, grad_a, start, grad_g, grad_r, m, M: tl.constexpr):
+    """x̄ of the columns in x: what v = Xᵀw + e, a = X v_start, G and r hand back."""
+    grad_x = w[:, None] * grad_v[None, :] + grad_a[:, None] * start[None, :] + grad_r[:, None]
+    for i in tl.static_range(M):
+        both = column(grad_g, m, i) + row(grad_g, m, i)
+        grad_x += both[:, None] * row(x, m, i)[None, :]
+    return grad_x

@@ -7,7 +7,6 @@ registers, the iterations keep their factors in a tape, one slot for each progra
 cache because the programs go on to the next window with the same slot.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -19,6 +18,7 @@ from factorizer_kernels._triton.updates import (
     add,
     add_symmetric,
     gram,
+    load_block,
     load_columns,
     outer,
     relu,
@@ -33,11 +33,6 @@ MAX_ELEMENTS = 8192
 MAX_RANK = 8
 # Where G = XXᵀ, built row by row, costs less than the iterations that it replaces.
 MAX_IDENTITY_ROWS = 16
-
-
-@triton.jit
-def load_block(pointer, rows, columns, mask):
-    return tl.load(pointer + rows[:, None] + columns[None, :], mask=mask, other=0.0)
 
 
 @triton.jit(do_not_specialize=["map_windows", "num_iters"])
@@ -72,12 +67,8 @@ def forward_kernel(
         block = relu(block)
     v = _load_factor(v0, v0_strides, at, grid_windows, n, n < N, RANK)
     if IDENTITY:
-        g, r = rank1.gram_rows(block, m, M), tl.sum(block, axis=1)
-        a, b = tl.sum(block * v[0][None, :], axis=1), tl.sum(v[0] * v[0], axis=0)
-        row, history = rank1.solve(a, b, g, r, m, tl.arange(0, T_PAD), num_iters, M, N, EPS)
-        w, e, inverse = rank1.scaled(row, EPS)
-        u = (row,)
-        v = (tl.where(n < N, tl.sum(block * w[:, None], axis=0) + e, 0.0),)
+        row, v_column = rank1.window(block, v[0], m, n, tl.arange(0, T_PAD), num_iters, M, N, EPS)
+        u, v = (row,), (v_column,)
     else:
         u = _load_factor(u0, u0_strides, at, grid_windows, m, m < M, RANK)
         for _ in range(num_iters):
@@ -169,32 +160,10 @@ def backward_kernel(
             )
 
         if IDENTITY:
-            v0_column = start[0]
-            g, r = rank1.gram_rows(block, m, M), tl.sum(block, axis=1)
-            a0, b0 = (
-                tl.sum(block * v0_column[None, :], axis=1),
-                tl.sum(v0_column * v0_column, axis=0),
+            grad_x, grad_v0 = rank1.window_backward(
+                block, start[0], dy_block, m, n, t, num_iters, grad_steps, M, N, EPS
             )
-            row, history = rank1.solve(a0, b0, g, r, m, t, num_iters, M, N, EPS)
-            w, e, inverse = rank1.scaled(row, EPS)
-            v_column = tl.where(n < N, tl.sum(block * w[:, None], axis=0) + e, 0.0)
-            grad_row = tl.sum(dy_block * v_column[None, :], axis=1)
-            grad_v = tl.sum(dy_block * row[:, None], axis=0)
-            grad_x = w[:, None] * grad_v[None, :]
-            grad_w = tl.sum(block * grad_v[None, :], axis=1)
-            grad_row += rank1.scaled_backward(row, w, e, inverse, grad_w, tl.sum(grad_v, axis=0))
-            grad_a, grad_b, grad_g, grad_r = rank1.solve_backward(
-                grad_row, a0, b0, g, r, history, t, num_iters, grad_steps, N, EPS
-            )
-            grad_v0 = tl.sum(block * grad_a[:, None], axis=0) + 2.0 * grad_b * v0_column
-            if first > 0:
-                w, e, inverse = rank1.scaled(rank1.row(history, t, first - 1), EPS)
-                v0_column = tl.where(n < N, tl.sum(block * w[:, None], axis=0) + e, 0.0)
-            grad_x += grad_a[:, None] * v0_column[None, :] + grad_r[:, None]
-            for i in range(M):
-                symmetric = rank1.column(grad_g, m, i) + rank1.row(grad_g, m, i)
-                grad_x += symmetric[:, None] * rank1.row(block, m, i)[None, :]
-            grad_u, grad_v = (tl.zeros_like(row),), (grad_v0,)
+            grad_u, grad_v = (tl.zeros([M_PAD], grad_x.dtype),), (grad_v0,)
         else:
             v = start
             u = _load_factor(u0, u0_strides, at, grid_windows, m, m < M, RANK)
@@ -210,16 +179,12 @@ def backward_kernel(
                 grad_u, grad_v = times_columns(dy_block, v, RANK), times_rows(dy_block, u, RANK)
             else:
                 grad_u = _to(
-                    load_columns(
-                        du, at * du_strides[0] + m * du_strides[1], du_strides[2], m < M, RANK
-                    ),
+                    load_columns(du, at * du_strides[0] + m * du_strides[1], du_strides[2], m < M, RANK),
                     u0,
                     RANK,
                 )
                 grad_v = _to(
-                    load_columns(
-                        dv, at * dv_strides[0] + n * dv_strides[1], dv_strides[2], n < N, RANK
-                    ),
+                    load_columns(dv, at * dv_strides[0] + n * dv_strides[1], dv_strides[2], n < N, RANK),
                     u0,
                     RANK,
                 )
@@ -260,9 +225,7 @@ def _to(columns, like, RANK: tl.constexpr):
 
 def fits(problem: Problem) -> bool:
     """Whether a window and its factors fit on chip."""
-    return (
-        problem.rank <= MAX_RANK and padded(problem.rows) * padded(problem.columns) <= MAX_ELEMENTS
-    )
+    return problem.rank <= MAX_RANK and padded(problem.rows) * padded(problem.columns) <= MAX_ELEMENTS
 
 
 def _identity(problem: Problem) -> bool:
@@ -280,11 +243,14 @@ def _constants(problem: Problem) -> dict:
     }  # fmt: skip
 
 
-def _num_warps(problem: Problem, blocks: int) -> int:
-    """So many that a lane holds at most 64 elements of the ``blocks`` blocks and the columns beside them."""
-    elements = padded(problem.rows) * padded(problem.columns) * blocks
-    columns = padded(problem.columns) * problem.rank * (blocks + 1)
-    return min(max(triton.next_power_of_2(elements + columns) // (32 * 64), 1), 8)
+def _num_warps(problem: Problem, blocks: int, columns: int, per_lane: int) -> int:
+    """So many that a lane holds ``per_lane`` elements of ``blocks`` blocks and ``columns`` pairs of factors.
+
+    The counts are those of the registers' report of the compiler: tests/factorizer_kernels/triton.
+    """
+    held = blocks * padded(problem.rows) + columns * problem.rank
+    warps = triton.next_power_of_2(held * padded(problem.columns)) // (32 * per_lane)
+    return min(max(warps, 1), 8)
 
 
 def forward(
@@ -310,7 +276,7 @@ def forward(
         u0, u0.stride(), v0, v0.stride(), problem.num_iters,
         y, y.stride() if product else (0,) * 5,
         u, (0,) * 3 if product else u.stride(), v, (0,) * 3 if product else v.stride(),
-        PRODUCT=product, **_constants(problem), num_warps=_num_warps(problem, 1),
+        PRODUCT=product, **_constants(problem), num_warps=_num_warps(problem, 1, 2, 64),
     )  # fmt: skip
 
 
@@ -349,6 +315,6 @@ def backward(
             nothing if product else du, (0,) * 3 if product else du.stride(),
             nothing if product else dv, (0,) * 3 if product else dv.stride(),
             dx, dx.stride(), du0, dv0, u_tape, v_tape,
-            PRODUCT=product, FACTOR_GRADS=factor_grads, **_constants(problem), num_warps=_num_warps(problem, 3),
+            PRODUCT=product, FACTOR_GRADS=factor_grads, **_constants(problem), num_warps=_num_warps(problem, 3, 6, 128),
         )  # fmt: skip
     return du0.view(-1, problem.rows, problem.rank), dv0.view(-1, problem.columns, problem.rank)

@@ -141,11 +141,21 @@ def _matrices(problem: Problem, x: Tensor, mean: bool = False) -> Tensor:
 def _start(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The matrices after the activation and the first factors, all contiguous, in the arithmetic's dtype."""
     z = _matrices(problem, x).to(u0.dtype)
-    return z.relu() if problem.relu else z, u0.flatten(0, 1).contiguous(), v0.flatten(0, 1).contiguous()
+    return (
+        z.relu() if problem.relu else z,
+        u0.flatten(0, 1).contiguous(),
+        v0.flatten(0, 1).contiguous(),
+    )
 
 
 def forward(
-    problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, y: Tensor | None, u: Tensor | None, v: Tensor | None
+    problem: Problem,
+    x: Tensor,
+    u0: Tensor,
+    v0: Tensor,
+    y: Tensor | None,
+    u: Tensor | None,
+    v: Tensor | None,
 ) -> None:
     """As of ``resident.forward``."""
     z, new_u, new_v = _start(problem, x, u0, v0)

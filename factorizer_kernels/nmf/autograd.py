@@ -18,6 +18,22 @@ def _save(ctx, inputs, *outputs: Tensor) -> None:
         ctx.mark_non_differentiable(*outputs)
 
 
+def _fold_vmap(in_dims, x: Tensor, u0: Tensor, v0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The mapped dimension becomes the first of x's leading dimensions."""
+    x_dim, u_dim, v_dim = in_dims[:3]
+    x = x.unsqueeze(0) if x_dim is None else x.movedim(x_dim, 0)
+
+    def align(factor: Tensor, dim: int | None) -> Tensor:
+        if dim is None:
+            return factor
+        factor = factor.movedim(dim, 0)
+        return factor.reshape(-1, *(1,) * (x.dim() - factor.dim()), *factor.shape[1:])
+
+    u0, v0 = align(u0, u_dim), align(v0, v_dim)
+    size = max(len(t) for t, dim in ((x, x_dim), (u0, u_dim), (v0, v_dim)) if dim is not None)
+    return x.expand(size, *x.shape[1:]), u0, v0
+
+
 def _backward(ctx, operator, *grads: Tensor):
     factor_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
     dx, du0, dv0 = operator(
@@ -50,6 +66,10 @@ class NMF(torch.autograd.Function):
     def backward(ctx, dy):
         return _backward(ctx, _nmf_backward, dy)
 
+    @staticmethod
+    def vmap(info, in_dims, x, u0, v0, *options):
+        return NMF.apply(*_fold_vmap(in_dims, x, u0, v0), *options), 0
+
 
 class NMFFactors(torch.autograd.Function):
     """(x, u0, v0, num_iters, solver, grad_steps, eps, backend) -> (u, v); keeps x, u0 and v0."""
@@ -66,3 +86,7 @@ class NMFFactors(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, du, dv):
         return _backward(ctx, _nmf_factors_backward, du, dv)
+
+    @staticmethod
+    def vmap(info, in_dims, x, u0, v0, *options):
+        return NMFFactors.apply(*_fold_vmap(in_dims, x, u0, v0), *options), (0, 0)

@@ -25,9 +25,7 @@ class _Call:
 
     def arguments(self):
         one_window = [1, 1, self.columns]
-        cut = cpu.native.Windows(
-            self.x.shape[0], 1, self.rows, one_window, one_window, [0, 0, 0]
-        )
+        cut = cpu.native.Windows(self.x.shape[0], 1, self.rows, one_window, one_window, [0, 0, 0])
         return (
             cpu.DTYPE_CODES[self.x.dtype],
             cut,
@@ -62,9 +60,7 @@ def nmf_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     call = _Call(x, u0, v0)
     dy = dy.reshape(call.x.shape)
-    dx, du0, dv0 = call.backward(
-        num_iters, solver, grad_steps, eps, factor_grads, dy=cpu.volume(dy)
-    )
+    dx, du0, dv0 = call.backward(num_iters, solver, grad_steps, eps, factor_grads, dy=cpu.volume(dy))
     return dx.view(x.shape), du0, dv0
 
 

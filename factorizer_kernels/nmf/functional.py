@@ -1,6 +1,5 @@
 """The public functions ``nmf`` and ``nmf_factors``."""
 
-import torch
 from torch import Tensor
 
 from factorizer_kernels import _checks

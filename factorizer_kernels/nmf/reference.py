@@ -15,9 +15,7 @@ def nmf(
 ) -> Tensor:
     """Y = U Vᵀ after ``num_iters`` iterations; arithmetic in float32, or float64 for float64."""
     u, v = _factors(x, u0, v0, num_iters, solver, grad_steps, eps)
-    return (
-        (u @ v.mT).to(x.dtype).expand(x.shape)
-    )  # without iterations shared factors are shared yet
+    return (u @ v.mT).to(x.dtype).expand(x.shape)  # without iterations shared factors are shared yet
 
 
 def nmf_factors(

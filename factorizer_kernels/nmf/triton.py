@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from factorizer_kernels import _ops
-from factorizer_kernels._triton import resident, sweep
+from factorizer_kernels._triton import resident, streaming, sweep
 from factorizer_kernels._triton.launch import Problem, per_window
 
 
 def path(problem: Problem):
     """The kernels for a problem: the window on chip, else passes over it, else any rank by matrix products."""
-    return resident if resident.fits(problem) else sweep
+    return next((kernels for kernels in (resident, streaming) if kernels.fits(problem)), sweep)
 
 
 def as_map(x: Tensor) -> Tensor:
@@ -56,9 +56,7 @@ def nmf_backward(
     dy: Tensor, x: Tensor, u0: Tensor, v0: Tensor,
     num_iters: int, solver: str, grad_steps: int, eps: float, factor_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    return _backward(
-        (as_map(dy), None, None), x, u0, v0, num_iters, solver, grad_steps, eps, factor_grads
-    )
+    return _backward((as_map(dy), None, None), x, u0, v0, num_iters, solver, grad_steps, eps, factor_grads)
 
 
 @_ops.kernel("nmf_factors_backward", "triton")
@@ -73,15 +71,11 @@ def nmf_factors_backward(
 def _backward(grads, x, u0, v0, num_iters, solver, grad_steps, eps, factor_grads):
     problem = matrices(x, u0.shape[-1], num_iters, solver, eps)
     dx = x.new_empty(x.shape)
-    du0, dv0 = backward(
-        problem, grad_steps, factor_grads, as_map(x), u0, v0, x.shape[:-2], grads, as_map(dx)
-    )
+    du0, dv0 = backward(problem, grad_steps, factor_grads, as_map(x), u0, v0, x.shape[:-2], grads, as_map(dx))
     return dx, du0, dv0
 
 
-def backward(
-    problem, grad_steps, factor_grads, x, u0, v0, batch, grads, dx
-) -> tuple[Tensor, Tensor]:
+def backward(problem, grad_steps, factor_grads, x, u0, v0, batch, grads, dx) -> tuple[Tensor, Tensor]:
     """Write dx (B, C, S1, S2, S3); return du0 and dv0 in the shapes of u0 and v0, empty if not asked for.
 
     ``batch`` are the leading dimensions of the matrices, that u0 and v0 broadcast to; ``grads`` is
@@ -97,7 +91,7 @@ def backward(
             problem, grad_steps, reach, x, per_window(u0, batch), per_window(v0, batch), *grads, dx
         )
     return tuple(
-        _sum_shares(factor, batch, shares[i] if shares and reach else None, factor_grads)
+        _sum_shares(factor, batch, shares[i] if reach and shares else None, factor_grads)
         for i, factor in enumerate((u0, v0))
     )
 
@@ -108,4 +102,4 @@ def _sum_shares(factor: Tensor, batch, shares: Tensor | None, factor_grads: bool
         return factor.new_empty((0,))
     if shares is None:
         return torch.zeros_like(factor, memory_format=torch.contiguous_format)
-    return shares.view(*batch, *factor.shape[-2:]).sum_to_size(factor.shape).contiguous()
+    return shares.reshape(*batch, *factor.shape[-2:]).sum_to_size(factor.shape).contiguous()

@@ -28,8 +28,6 @@ class SwinNMF(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         factor_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        dx, du0, dv0 = _swin_nmf_backward(
-            dy, *ctx.saved_tensors, *ctx.options, factor_grads, ctx.backend
-        )
+        dx, du0, dv0 = _swin_nmf_backward(dy, *ctx.saved_tensors, *ctx.options, factor_grads, ctx.backend)
         du0, dv0 = (du0, dv0) if factor_grads else (None, None)
         return dx, du0, dv0, None, None, None, None, None, None, None

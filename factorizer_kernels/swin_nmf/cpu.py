@@ -7,9 +7,7 @@ from factorizer_kernels import _ops
 from factorizer_kernels.windows.geometry import matricized_shape
 
 
-def swin_nmf(
-    x: Tensor, u0, v0, head_dim, patch_size, shifts, relu, num_iters, solver, eps
-) -> Tensor:
+def swin_nmf(x: Tensor, u0, v0, head_dim, patch_size, shifts, relu, num_iters, solver, eps) -> Tensor:
     y = x.new_empty(x.shape)
     factors = cpu.Factors(u0, v0, matricized_shape(x.shape, head_dim, patch_size, len(shifts))[:2])
     cut = cpu.windows(x.shape, head_dim, patch_size, shifts)

@@ -1,7 +1,6 @@
 """The public function ``swin_nmf``."""
 
 from collections.abc import Sequence
-from math import prod
 
 from torch import Tensor
 
@@ -9,7 +8,7 @@ from factorizer_kernels import _checks
 from factorizer_kernels.backends import choose
 from factorizer_kernels.swin_nmf import cpu, reference  # noqa: F401  (cpu registers its kernels)
 from factorizer_kernels.swin_nmf.autograd import SwinNMF
-from factorizer_kernels.windows.geometry import Shift, matricized_shape, resolve
+from factorizer_kernels.windows.geometry import Shift, matricized_shape, product, resolve
 
 ACTS = ("relu", None)
 
@@ -61,7 +60,7 @@ def swin_nmf(
     if act not in ACTS:
         raise ValueError(f"act must be one of {ACTS}, got {act!r}")
     batch = matricized_shape(x.shape, *windows[:2], len(windows.shifts))[:2]
-    u0, v0 = _checks.factors(x, u0, v0, windows.head_dim, prod(windows.patch_size), batch)
+    u0, v0 = _checks.factors(x, u0, v0, windows.head_dim, product(windows.patch_size), batch)
     options = (act == "relu", *_checks.solver_options(x, num_iters, solver, num_grad_steps, eps))
     backend = choose("swin_nmf", x)
     if backend == "reference":

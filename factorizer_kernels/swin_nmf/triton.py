@@ -16,7 +16,7 @@ from factorizer_kernels import _ops
 from factorizer_kernels._triton.address import window_at
 from factorizer_kernels._triton.launch import Problem, axes_3d, launch, per_window, spatial_3d
 from factorizer_kernels.nmf.triton import backward, path
-from factorizer_kernels.windows.geometry import matricized_shape
+from factorizer_kernels.windows.geometry import matricized_shape, rolls
 from factorizer_kernels.windows.triton import blocks
 
 
@@ -47,9 +47,7 @@ def gather_kernel(
         window = (copy * batch_heads + batch_head).to(tl.int64) * cells + cell
         for r in tl.static_range(RANK):
             v_row = tl.load(v + (window * RANK + r) * N + n, mask=voxel < voxels, other=0.0)
-            u_block = tl.load(
-                u + ((window * RANK + r) * M)[None, :] + m[:, None], mask=mask, other=0.0
-            )
+            u_block = tl.load(u + ((window * RANK + r) * M)[None, :] + m[:, None], mask=mask, other=0.0)
             total += u_block * v_row[None, :]
     rows = (batch_head * M + m).to(tl.int64) * voxels
     tl.store(y + rows[:, None] + voxel[None, :], total * (1.0 / copies), mask=mask)
@@ -61,10 +59,9 @@ def windows_problem(
     """The problem, and the leading dimensions (S·B·H, G1···Gp) of its matrices."""
     axes = len(patch_size)
     batch = matricized_shape(x.shape, head_dim, patch_size, len(shifts))[:2]
-    patch, rolls = axes_3d(patch_size, axes, 1), axes_3d(shifts, axes, 0)
-    return Problem(
-        head_dim, patch, rolls, u0.shape[-1], solver == "hals", eps, relu, num_iters
-    ), batch
+    patch = axes_3d(patch_size, axes, 1)
+    steps = axes_3d(rolls(shifts, x.shape[2:]), axes, 0)
+    return Problem(head_dim, patch, steps, u0.shape[-1], solver == "hals", eps, relu, num_iters), batch
 
 
 @_ops.kernel("swin_nmf", "triton")
@@ -72,9 +69,7 @@ def swin_nmf(
     x: Tensor, u0: Tensor, v0: Tensor, head_dim: int, patch_size: list[int], shifts: list[int],
     relu: bool, num_iters: int, solver: str, eps: float,
 ) -> Tensor:  # fmt: skip
-    problem, batch = windows_problem(
-        x, u0, head_dim, patch_size, shifts, relu, num_iters, solver, eps
-    )
+    problem, batch = windows_problem(x, u0, head_dim, patch_size, shifts, relu, num_iters, solver, eps)
     y = x.new_empty(x.shape)
     if not y.numel():
         return y
@@ -103,9 +98,7 @@ def swin_nmf_backward(
     dy: Tensor, x: Tensor, u0: Tensor, v0: Tensor, head_dim: int, patch_size: list[int], shifts: list[int],
     relu: bool, num_iters: int, solver: str, grad_steps: int, eps: float, factor_grads: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem, batch = windows_problem(
-        x, u0, head_dim, patch_size, shifts, relu, num_iters, solver, eps
-    )
+    problem, batch = windows_problem(x, u0, head_dim, patch_size, shifts, relu, num_iters, solver, eps)
     # Copies are summed in the arithmetic's precision, not in a half-precision dx.
     dx = x.new_empty(x.shape, dtype=x.dtype if problem.copies == 1 else u0.dtype)
     du0, dv0 = backward(

@@ -20,7 +20,7 @@ def sw_matricize(
     patch_size: int | Sequence[int] | None = None,
     shifts: Sequence[Shift] | None = None,
 ) -> Tensor:
-    """Cut a feature map into (shifted) windows, each a head_dim x voxels matrix (Factorizer paper, section 3).
+    """Cut a feature map into (shifted) windows, each a head_dim x voxels matrix (Factorizer, section 3).
 
     Args:
         x: (B, C, S1..Sp), p = 1, 2 or 3; float32, float64, bfloat16 or float16.

@@ -1,8 +1,10 @@
 """How a feature map is cut into (shifted) windows: the options' meaning, checked and resolved once."""
 
 from collections.abc import Sequence
-from math import prod
 from typing import NamedTuple
+
+import numpy as np
+import torch
 
 Shift = int | Sequence[int] | None
 
@@ -14,7 +16,7 @@ class Windows(NamedTuple):
         head_dim: channels of one window, the rows M of its matrix; C = heads · head_dim, head_dim fastest.
         patch_size: voxels of one window along each spatial axis; their product is the columns N.
         shifts: cyclic roll of every spatial axis before the cut, for each copy, row-major flattened
-            (num_shifts, num_axes), each reduced modulo its axis' size.
+            (num_shifts, num_axes); any integers.
     """
 
     head_dim: int
@@ -31,12 +33,28 @@ class Windows(NamedTuple):
         return self.shifts[copy * axes : (copy + 1) * axes]
 
 
+def product(values) -> int:
+    """The product of integers, symbolic ones (under torch.compile) included."""
+    result = 1
+    for value in values:
+        result = result * value
+    return result
+
+
 def matricized_shape(size, head_dim, patch_size, num_flat_shifts) -> tuple[int, int, int, int]:
     """(S·B·H, G1···Gp, head_dim, P1···Pp) for x of ``size`` (B, C, S1..Sp)."""
     batch, channels, *spatial = size
     copies = num_flat_shifts // len(patch_size)
-    grid = prod(s // p for s, p in zip(spatial, patch_size, strict=True))
-    return (copies * batch * (channels // head_dim), grid, head_dim, prod(patch_size))
+    grid = product([s // p for s, p in zip(spatial, patch_size, strict=True)])
+    return (copies * batch * (channels // head_dim), grid, head_dim, product(patch_size))
+
+
+def rolls(shifts, spatial) -> list[int]:
+    """The flattened shifts modulo the spatial size, as kernels take them.
+
+    They stay as given until a kernel runs: a traced graph then holds for every size.
+    """
+    return [shift % spatial[i % len(spatial)] for i, shift in enumerate(shifts)]
 
 
 def resolve(
@@ -59,9 +77,7 @@ def resolve(
     _, channels, *spatial = size
     axes = len(spatial)
     if not 1 <= axes <= 3:
-        raise ValueError(
-            f"x must be (B, C, S1..Sp) with p = 1, 2 or 3 spatial axes, got shape {tuple(size)}"
-        )
+        raise ValueError(f"x must be (B, C, S1..Sp) with p = 1, 2 or 3 spatial axes, got shape {tuple(size)}")
 
     heads_name, heads = _exactly_one("num_heads", num_heads, "head_dim", head_dim)
     _positive(heads_name, heads)
@@ -78,51 +94,41 @@ def resolve(
                 f"{cut_name}={cut} must divide the spatial size of x: axis {axis} has {extent}, "
                 f"which is no multiple of {part}"
             )
-    patch = (
-        cuts
-        if cut_name == "patch_size"
-        else tuple(s // g for s, g in zip(spatial, cuts, strict=True))
-    )
+    patch = cuts if cut_name == "patch_size" else tuple(s // g for s, g in zip(spatial, cuts, strict=True))
 
     flat: list[int] = []
     for shift in _shift_list(shifts):
         per_axis = (0,) * axes if shift is None else _per_axis("shifts", shift, axes)
-        flat += [s % extent if extent else 0 for s, extent in zip(per_axis, spatial, strict=True)]
+        flat += per_axis
     return Windows(head_dim, patch, tuple(flat))
 
 
 def _exactly_one(first_name, first, second_name, second):
     if (first is None) == (second is None):
         state = "neither" if first is None else "both"
-        raise ValueError(
-            f"exactly one of {first_name} and {second_name} must be given, got {state}"
-        )
+        raise ValueError(f"exactly one of {first_name} and {second_name} must be given, got {state}")
     return (first_name, first) if second is None else (second_name, second)
 
 
-def _is_int(value) -> bool:
-    # A SymInt under torch.compile is an integer too; True is not.
-    return (
-        hasattr(value, "__index__") and not isinstance(value, bool) and not hasattr(value, "shape")
-    )
+def is_integer(value) -> bool:
+    """Whether value is an integer, symbolic ones (under torch.compile) included; True is not."""
+    return isinstance(value, (int, torch.SymInt, np.integer)) and not isinstance(value, bool)
 
 
 def _positive(name, value):
-    if not _is_int(value):
+    if not is_integer(value):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 1:
         raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _per_axis(name, value, axes) -> tuple[int, ...]:
-    if _is_int(value):
+    if is_integer(value):
         return (value,) * axes
-    if isinstance(value, str) or not isinstance(value, Sequence) or not all(map(_is_int, value)):
+    if isinstance(value, str) or not isinstance(value, Sequence) or not all(map(is_integer, value)):
         raise TypeError(f"{name} must be an integer or one integer per spatial axis, got {value!r}")
     if len(value) != axes:
-        raise ValueError(
-            f"{name} must have one entry per spatial axis ({axes}), got {tuple(value)}"
-        )
+        raise ValueError(f"{name} must have one entry per spatial axis ({axes}), got {tuple(value)}")
     return tuple(value)
 
 

@@ -1,11 +1,9 @@
 """Shifted-window matricisation in plain PyTorch: the definition, on any device, differentiable."""
 
-from math import prod
-
 import torch
 from torch import Tensor
 
-from factorizer_kernels.windows.geometry import Windows
+from factorizer_kernels.windows.geometry import Windows, product
 
 
 def sw_matricize(x: Tensor, windows: Windows) -> Tensor:
@@ -16,15 +14,15 @@ def sw_matricize(x: Tensor, windows: Windows) -> Tensor:
 def sw_dematricize(z: Tensor, size: tuple[int, ...], windows: Windows) -> Tensor:
     """The inverse: every copy is put together, rolled back, and the copies are averaged."""
     copies = z.tensor_split(windows.num_shifts)
-    total = sum(
-        _roll(_join(copies[s], size, windows), tuple(-step for step in windows.shift(s)))
-        for s in range(windows.num_shifts)
-    )
-    return total / windows.num_shifts
+    volumes = [
+        _roll(_join(copy, size, windows), tuple(-step for step in windows.shift(s)))
+        for s, copy in enumerate(copies)
+    ]
+    return torch.stack(volumes).mean(0)
 
 
 def _roll(x: Tensor, shift: tuple[int, ...]) -> Tensor:
-    axes = [axis for axis, step in enumerate(shift) if step]
+    axes = [axis for axis, step in enumerate(shift) if step != 0]
     return x.roll([shift[a] for a in axes], [a + 2 for a in axes]) if axes else x
 
 
@@ -32,16 +30,12 @@ def _cut(x: Tensor, windows: Windows) -> Tensor:
     batch, channels, *spatial = x.shape
     p = len(spatial)
     heads = channels // windows.head_dim
-    split = [
-        n for s, patch in zip(spatial, windows.patch_size, strict=True) for n in (s // patch, patch)
-    ]
+    split = [n for s, patch in zip(spatial, windows.patch_size, strict=True) for n in (s // patch, patch)]
     # (B, H, D, G1, P1, G2, P2, ...) -> (B, H, G1, G2, ..., D, P1, P2, ...)
     grid_axes, patch_axes = range(3, 3 + 2 * p, 2), range(4, 4 + 2 * p, 2)
-    cut = x.reshape(batch, heads, windows.head_dim, *split).permute(
-        0, 1, *grid_axes, 2, *patch_axes
-    )
-    grid = prod(split[::2])
-    return cut.reshape(batch * heads, grid, windows.head_dim, prod(windows.patch_size))
+    cut = x.reshape(batch, heads, windows.head_dim, *split).permute(0, 1, *grid_axes, 2, *patch_axes)
+    grid = product(split[::2])
+    return cut.reshape(batch * heads, grid, windows.head_dim, product(windows.patch_size))
 
 
 def _join(z: Tensor, size: tuple[int, ...], windows: Windows) -> Tensor:

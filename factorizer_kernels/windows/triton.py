@@ -9,7 +9,7 @@ from torch import Tensor
 from factorizer_kernels import _ops
 from factorizer_kernels._triton.address import column_offsets, row_offsets, window_at, window_of
 from factorizer_kernels._triton.launch import axes_3d, compute_type, launch, padded, spatial_3d
-from factorizer_kernels.windows.geometry import matricized_shape
+from factorizer_kernels.windows.geometry import matricized_shape, rolls
 
 # Elements and rows of one program's block, at most.
 BLOCK_ELEMENTS = 4096
@@ -87,9 +87,7 @@ def blocks(rows: int) -> tuple[int, int]:
 
 
 @_ops.kernel("sw_matricize", "triton")
-def sw_matricize(
-    x: Tensor, head_dim: int, patch_size: list[int], shifts: list[int], mean: bool
-) -> Tensor:
+def sw_matricize(x: Tensor, head_dim: int, patch_size: list[int], shifts: list[int], mean: bool) -> Tensor:
     shape = matricized_shape(x.shape, head_dim, patch_size, len(shifts))
     z = x.new_empty(shape)
     if not z.numel():
@@ -101,12 +99,13 @@ def sw_matricize(
     n_block = min(n_block, padded(columns))
     windows = x.numel() // (head_dim * columns)
     copies = len(shifts) // axes
+    steps = axes_3d(rolls(shifts, x.shape[2:]), axes, 0)
     x = spatial_3d(x)
     launch(
         matricize_kernel,
         windows * copies * triton.cdiv(head_dim, m_block) * triton.cdiv(columns, n_block), x,
         x, x.stride(), tuple(x.shape[2:]), heads, windows, z,
-        M=head_dim, N=columns, PATCH=axes_3d(patch_size, axes, 1), SHIFTS=axes_3d(shifts, axes, 0),
+        M=head_dim, N=columns, PATCH=axes_3d(patch_size, axes, 1), SHIFTS=steps,
         MEAN=mean, COMPUTE=compute_type(x), M_BLOCK=m_block, N_BLOCK=n_block,
     )  # fmt: skip
     return z
@@ -122,12 +121,13 @@ def sw_dematricize(
     axes = len(patch_size)
     m_block, n_block = blocks(head_dim)
     sizes = axes_3d(size[2:], axes, 1)
+    steps = axes_3d(rolls(shifts, size[2:]), axes, 0)
     channel_blocks = size[0] * size[1] // head_dim
     launch(
         dematricize_kernel,
         channel_blocks * triton.cdiv(prod(sizes), n_block) * triton.cdiv(head_dim, m_block), x,
         z, z.stride(), sizes, x.numel() // (head_dim * prod(patch_size)), x,
-        M=head_dim, PATCH=axes_3d(patch_size, axes, 1), SHIFTS=axes_3d(shifts, axes, 0),
+        M=head_dim, PATCH=axes_3d(patch_size, axes, 1), SHIFTS=steps,
         MEAN=mean, COMPUTE=compute_type(x), M_BLOCK=m_block, N_BLOCK=n_block,
     )  # fmt: skip
     return x

@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from tests_support import away_from_dead_components, grads_of
 
 import factorizer_kernels as fk
-from tests_support import away_from_dead_components, grads_of
 
 # (size, options): 1-D to 3-D, every kind of shift, patches off the vector width, one window as large as
 # the map, windows beyond the cache (32³ x 8), many heads and few voxels.
@@ -70,9 +70,7 @@ def test_float32_accuracy(rank, rel):
     x, u0, v0, dy = _problem((1, 16, 16, 16, 16), {"head_dim": 8, "patch_size": 8}, rank)
     options = {"head_dim": 8, "patch_size": 8, "shifts": [None, 4], "solver": "mu"}
     expected = grads_of("reference", fk.swin_nmf, (x, u0, v0), (dy,), options)
-    result = grads_of(
-        "cpu", fk.swin_nmf, tuple(t.float() for t in (x, u0, v0)), (dy.float(),), options
-    )
+    result = grads_of("cpu", fk.swin_nmf, tuple(t.float() for t in (x, u0, v0)), (dy.float(),), options)
     assert rel(result.values[0], expected.values[0]) < 1e-6
     assert rel(result.gradients[0], expected.gradients[0]) < 1e-4
 
@@ -101,9 +99,7 @@ def test_is_the_composition(backend, rel):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_half_precision(dtype, backend, rel):
-    x, u0, v0, dy = _problem(
-        (1, 16, 16, 16, 16), {"head_dim": 8, "patch_size": 8}, 1, torch.float32
-    )
+    x, u0, v0, dy = _problem((1, 16, 16, 16, 16), {"head_dim": 8, "patch_size": 8}, 1, torch.float32)
     x = x.to(dtype)
     x[..., :8] = -1  # all-zero windows after relu
     options = {"head_dim": 8, "patch_size": 8, "shifts": [None, 4]}
@@ -150,9 +146,7 @@ def test_factors_per_window(backend, rel):
 
 
 @pytest.mark.parametrize("rank", [1, 2])
-@pytest.mark.parametrize(
-    "options", [{"patch_size": 8, "shifts": [None, 4, 2]}, {"grid_size": 1}], ids=str
-)
+@pytest.mark.parametrize("options", [{"patch_size": 8, "shifts": [None, 4, 2]}, {"grid_size": 1}], ids=str)
 def test_same_bits_for_any_number_of_threads(rank, options):
     options = {"head_dim": 8, **options}
     x, u0, v0, dy = _problem((1, 16, 32, 32, 32), options, rank, torch.float32)

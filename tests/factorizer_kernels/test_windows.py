@@ -29,9 +29,7 @@ CASES = [
 def test_golden(golden, backend):
     meta = golden["meta"]
     options = {
-        k: meta[k]
-        for k in ("head_dim", "num_heads", "patch_size", "grid_size", "shifts")
-        if k in meta
+        k: meta[k] for k in ("head_dim", "num_heads", "patch_size", "grid_size", "shifts") if k in meta
     }
     assert torch.equal(fk.sw_matricize(golden["x"], **options), golden["y"])
     # One addition and one division per shift.
@@ -54,9 +52,7 @@ def test_cpu_meets_reference(size, options, dtype, poisoned):
     with fk.use_backend("cpu"):
         assert torch.equal(fk.sw_matricize(x, **options), z)
         joined = fk.sw_dematricize(z * 1.5, size, **options)
-    torch.testing.assert_close(
-        joined, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6
-    )
+    torch.testing.assert_close(joined, expected.to(dtype), rtol=2 * torch.finfo(dtype).eps, atol=1e-6)
 
 
 @pytest.mark.parametrize(("size", "options"), CASES, ids=str)
@@ -82,9 +78,7 @@ def test_second_derivative(backend):
     options = {"head_dim": 2, "patch_size": 4, "shifts": [None, 1]}
     assert torch.autograd.gradgradcheck(lambda x: fk.sw_matricize(x, **options).pow(3), (x,))
     z = torch.randn(4, 2, 2, 4, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradgradcheck(
-        lambda z: fk.sw_dematricize(z, (1, 4, 8), **options).pow(3), (z,)
-    )
+    assert torch.autograd.gradgradcheck(lambda z: fk.sw_dematricize(z, (1, 4, 8), **options).pow(3), (z,))
 
 
 @pytest.mark.parametrize("dim_order", [(0, 2, 3, 4, 1), (4, 3, 2, 1, 0)], ids=str)
