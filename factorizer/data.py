@@ -73,15 +73,10 @@ class Task:
     labels: dict[int, str]
     cases: tuple[Case, ...]
 
-    @property
-    def classes(self) -> list[str]:
-        """Names of the foreground classes."""
-        return list(self.labels.values())[1:]
-
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape in voxels and spacing in mm of one volume, its axes ordered right, anterior, superior."""
+    """Shape in voxels and spacing in mm of a volume, its axes right, anterior, superior."""
 
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
@@ -115,7 +110,8 @@ def read_decathlon(root: str | Path) -> Task:
         raise DataError(f"data: {root} is not a folder; it must be one in the Decathlon's layout")
     if not path.is_file():
         raise DataError(
-            f"{root}: dataset.json is missing; the Decathlon's layout is dataset.json, imagesTr/ and labelsTr/"
+            f"{root}: dataset.json is missing; the Decathlon's layout is dataset.json, imagesTr/ "
+            "and labelsTr/"
         )
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -147,8 +143,7 @@ def read_decathlon(root: str | Path) -> Task:
         files = [entry.get("image"), entry.get("label")] if isinstance(entry, dict) else [None]
         if not all(isinstance(file, str) for file in files):
             raise DataError(
-                f"{path}: training[{index}] is {entry!r}; it must name one file as 'image' and one "
-                "as 'label'"
+                f"{path}: training[{index}] is {entry!r}; it must name one file as 'image' and one as 'label'"
             )
     cases = tuple(
         Case(_stem(entry["image"]), Path(entry["image"]), Path(entry["label"]))
@@ -182,7 +177,7 @@ def check_case(task: Task, case: Case) -> Geometry:
     image_file, image = _read_nifti(case.image)
     label_file, label = _read_nifti(case.label)
     if image.ndim not in (3, 4):
-        raise DataError(f"{case.image}: shape {image.shape}; it must be X, Y, Z or X, Y, Z, channel")
+        raise DataError(f"{case.image}: has shape {image.shape}; it must be X, Y, Z or X, Y, Z, channel")
     channels = image.shape[3] if image.ndim == 4 else 1
     if channels != len(task.modalities):
         raise DataError(
@@ -191,8 +186,7 @@ def check_case(task: Task, case: Case) -> Geometry:
         )
     if label.shape != image.shape[:3]:
         raise DataError(
-            f"{case.label}: shape {label.shape} does not match its image's {image.shape[:3]} "
-            f"({case.image})"
+            f"{case.label}: shape {label.shape} does not match its image's {image.shape[:3]} ({case.image})"
         )
     if not np.allclose(image_file.affine, label_file.affine, atol=1e-2):
         raise DataError(f"{case.label}: its affine differs from its image's ({case.image})")
@@ -201,8 +195,7 @@ def check_case(task: Task, case: Case) -> Geometry:
     unknown = sorted(set(np.unique(label).tolist()) - set(task.labels))
     if unknown:
         raise DataError(
-            f"{case.label}: label value {unknown[0]:g} has no class; dataset.json lists "
-            f"{list(task.labels)}"
+            f"{case.label}: label value {unknown[0]:g} has no class; dataset.json lists {list(task.labels)}"
         )
     # The volume's axes, reordered to right, anterior, superior as `preprocessing` will do.
     axes = nib.io_orientation(image_file.affine)[:, 0]
@@ -228,22 +221,22 @@ def split_cases(cases: Sequence[Case], seed: int) -> tuple[list[Case], list[Case
 
 
 def preprocessing(keys: Sequence[str], spacing: Sequence[float], values: Sequence[int]) -> Compose:
-    """File to network input: axes right, anterior, superior; `spacing` in mm; z-scores.
+    """Files to network input: axes right, anterior, superior; `spacing` in mm; z-scores.
 
-    Each channel of the image is normalised by the mean and standard deviation of its nonzero
-    voxels. A label's values become class indices 0, 1, ... in the order of `values`.
+    `keys` name the files of an item: "image", whose channels are each normalised by the mean and
+    standard deviation of their nonzero voxels, and label volumes under any other name, whose
+    values become class indices 0, 1, ... in the order of `values`. Each becomes (C, X, Y, Z).
     """
+    labels = [key for key in keys if key != "image"]
     transforms: list[Callable[..., Any]] = [
         LoadImaged(keys, reader="NibabelReader"),
         EnsureChannelFirstd(keys),
         Orientationd(keys, axcodes="RAS", labels=None),
-        Spacingd(
-            keys, pixdim=spacing, mode=["nearest" if key == "label" else "bilinear" for key in keys]
-        ),
+        Spacingd(keys, pixdim=spacing, mode=["nearest" if key in labels else "bilinear" for key in keys]),
         NormalizeIntensityd("image", nonzero=True, channel_wise=True),
     ]
-    if "label" in keys and list(values) != list(range(len(values))):
-        transforms.append(MapLabelValued("label", list(values), list(range(len(values)))))
+    if labels and list(values) != list(range(len(values))):
+        transforms.append(MapLabelValued(labels, list(values), list(range(len(values)))))
     return Compose(transforms)
 
 
@@ -289,7 +282,7 @@ def training_volumes(
     spacing: Sequence[float],
     values: Sequence[int],
     crop: Sequence[int],
-) -> CacheDataset:
+) -> Sequence[dict[str, Any]]:
     """The preprocessed volumes of `cases`, padded to the crop, as many in memory as 6 GiB hold.
 
     An item has image (C, X, Y, Z) float32, label (1, X, Y, Z) uint8, and the places of each class,
@@ -306,7 +299,7 @@ def training_volumes(
             EnsureTyped("label", dtype=torch.uint8, track_meta=False),
         ]
     )
-    return CacheDataset(
+    return CacheDataset(  # type: ignore[return-value]
         [{"image": str(case.image), "label": str(case.label)} for case in cases],
         transform=steps,
         cache_num=max(1, CACHE_BYTES // (largest * (4 * channels + 1))),
@@ -318,7 +311,7 @@ def training_volumes(
 class Crops:
     """Training batches as a pure function of (seed, step), so that a resumed run goes on exactly.
 
-    Batch `step` holds images (B, C, *crop) float32 and class indices (B, 1, *crop), both float32. The
+    Batch `step` holds images (B, C, *crop) and class indices (B, 1, *crop), both float32. The
     volumes come in a new random order in every round.
     """
 

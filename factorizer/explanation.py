@@ -8,12 +8,16 @@ of that kind are what the Factorizer paper (Medical Image Analysis 84, 2023) sho
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from factorizer import FactMixer
+from factorizer.data import Case, preprocessing
+from factorizer.inference import sliding_window
+from factorizer.planning import Plan
 
 
 def mixers(network: nn.Module) -> dict[str, FactMixer]:
@@ -29,18 +33,14 @@ def component_maps(mixer: FactMixer, x: Tensor) -> Tensor:
     features, averaged over the shifts. (v alone has no scale: only the product u vᵀ has one, and
     windows would not be comparable.)
     """
-    cut, size = mixer.reshape, x.shape[2:]
     u, v = mixer.decompose(x)
     lengths = v * torch.linalg.vector_norm(u, dim=-2, keepdim=True)
-    heads = u.shape[0] // (x.shape[0] * len(cut.options(size)["shifts"]))
-    back = type(cut)(  # the same windows, one row each
-        (None, heads, *size),
-        head_dim=1,
-        grid_size=cut.grid_size,
-        patch_size=cut.patch_size,
-        shifts=cut.shifts,
-    )
-    maps = [back.inverse_forward(row[..., None, :], size) for row in lengths.unbind(-1)]
+    head_dim = u.shape[-2]
+    maps = []
+    for row in lengths.unbind(-1):
+        # Every channel of a head gets the component, as that is what can be put back; one is kept.
+        rows = row[..., None, :].expand(*row.shape[:-1], head_dim, row.shape[-1])
+        maps.append(mixer.reshape.inverse_forward(rows, x.shape[2:])[:, ::head_dim])
     return torch.stack(maps, dim=2).flatten(1, 2)
 
 
@@ -65,9 +65,7 @@ class ComponentMaps(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         inputs: dict[str, Tensor] = {}
         hooks = [
-            mixer.register_forward_pre_hook(
-                lambda _, args, name=name: inputs.__setitem__(name, args[0])
-            )
+            mixer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
             for name, mixer in self.chosen.items()
         ]
         try:
@@ -82,6 +80,43 @@ class ComponentMaps(nn.Module):
             self.counts[name] = found.shape[1]
             maps.append(interpolate(found, size=x.shape[2:], mode=mode))
         return torch.cat(maps, dim=1)
+
+
+def shallow_and_deep(network: nn.Module, plan: Plan) -> dict[str, str]:
+    """The names of the first mixer and of the bottleneck's."""
+    names = list(mixers(network))
+    return {"shallow": names[0], "deep": names[sum(plan.network["encoder_depth"]) - 1]}
+
+
+def case_components(
+    network: nn.Module, plan: Plan, layers: Sequence[str], case: Case
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The maps (n, X, Y, Z) of each layer over a whole volume, and the preprocessed case."""
+    before = preprocessing(("image", "label"), plan.spacing, list(plan.labels))
+    item = before({"image": str(case.image), "label": str(case.label)})
+    components = ComponentMaps(network, layers)
+    maps = sliding_window(plan)(item["image"].as_tensor()[None], components)[0]
+    parts = maps.split([components.counts[name] for name in layers])
+    return dict(zip(layers, parts, strict=True)), item
+
+
+def component_agreement(
+    network: nn.Module, plan: Plan, layers: Sequence[str], cases: Sequence[Case]
+) -> dict[str, Tensor]:
+    """`agreement` of every map with every foreground class: for each layer (classes, maps).
+
+    Taken over the voxels that have a signal, and averaged over the cases that have the class.
+    """
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for case in cases:
+        maps, item = case_components(network, plan, layers, case)
+        label = item["label"].as_tensor()[0]
+        inside = item["image"].as_tensor().abs().sum(0) > 0
+        masks = [label[inside] == k for k in range(1, len(plan.labels))]
+        for name in layers:
+            areas = [[agreement(volume[inside], mask) for volume in maps[name]] for mask in masks]
+            found[name].append(torch.tensor(areas))
+    return {name: torch.stack(areas).nanmean(0) for name, areas in found.items()}
 
 
 def agreement(scores: Tensor, mask: Tensor) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -22,7 +23,7 @@ from factorizer.training import read_checkpoint
 def load_network(path: str | Path) -> tuple[nn.Module, Plan]:
     """The network of a checkpoint, in evaluation mode, and the plan that it was trained by.
 
-    Raises FileNotFoundError where there is none, ValueError where the file is not one of ours.
+    Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
     """
     plan, state = read_checkpoint(path)
     network = build_network(**plan.network, seed=plan.seed)
@@ -54,12 +55,11 @@ def segment(network: nn.Module, plan: Plan, image: Path) -> np.ndarray:
 
 def write_segmentation(labels: np.ndarray, image: Path, path: Path) -> None:
     """Write label values as NIfTI with the affine, and the meaning of its codes, of `image`."""
-    source = nib.load(image)
-    volume = nib.Nifti1Image(labels, source.affine)  # type: ignore[attr-defined]
-    header = source.header  # type: ignore[attr-defined]
-    volume.header.set_xyzt_units(*header.get_xyzt_units())
-    volume.set_qform(source.affine, int(header["qform_code"]))  # type: ignore[attr-defined]
-    volume.set_sform(source.affine, int(header["sform_code"]))  # type: ignore[attr-defined]
+    source: Any = nib.load(image)
+    volume = nib.Nifti1Image(labels, source.affine)
+    volume.header.set_xyzt_units(*source.header.get_xyzt_units())
+    volume.set_qform(source.affine, int(source.header["qform_code"]))
+    volume.set_sform(source.affine, int(source.header["sform_code"]))
     with atomic(path) as temporary:
         nib.save(volume, temporary)
 
@@ -67,5 +67,6 @@ def write_segmentation(labels: np.ndarray, image: Path, path: Path) -> None:
 def dice(prediction: np.ndarray, truth: np.ndarray, values: Sequence[int]) -> Tensor:
     """Dice of each foreground class of two label volumes; NaN for a class that the truth lacks."""
     metric = DiceMetric(include_background=False, reduction="none")
-    volumes = (torch.from_numpy(np.searchsorted(values, v))[None, None] for v in (prediction, truth))
-    return metric(*(one_hot(volume, len(values)) for volume in volumes))[0]
+    classes = (torch.from_numpy(np.searchsorted(values, v)) for v in (prediction, truth))
+    metric(*(one_hot(volume[None, None], len(values)) for volume in classes))
+    return torch.as_tensor(metric.get_buffer()[0])

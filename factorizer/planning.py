@@ -7,7 +7,7 @@ data: it is kept in the checkpoint, and two runs with equal plans train the same
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from factorizer import Factorizer, LayerNorm, SWMatricize
-from factorizer.data import Geometry, Task
+from factorizer.data import Case, Geometry, Task
 
 WIDTH, STRIDES, PATCH = (32, 64, 128), (1, 2, 2), 4
 DIVISOR = PATCH * math.prod(STRIDES)  # a crop is a whole number of windows in the deepest stage
@@ -49,24 +49,31 @@ class Plan:
     sided: bool
     seed: int
 
+    @property
+    def classes(self) -> list[str]:
+        """Names of the foreground classes."""
+        return list(self.labels.values())[1:]
+
 
 def plan_run(
     task: Task,
-    geometries: Sequence[Geometry],
-    training: Sequence[str],
-    held_out: Sequence[str],
+    geometries: Mapping[str, Geometry],
+    training: Sequence[Case],
+    held_out: Sequence[Case],
     *,
     steps: int | None = None,
     seed: int = 0,
 ) -> Plan:
-    """The plan for a task whose cases have these geometries, and these names in each part.
+    """The plan for a task with this split, and with these geometries by the names of its cases.
 
     Spacing: the median of the volumes. Crop: their median shape at that spacing, each axis rounded
     to a multiple of 16, then the longest axis shortened until at most 64^3 voxels are left. Steps,
-    where not given: so many that training sees 12 times the voxels of its volumes, at least 300 and at most 1000.
+    where not given: so many that training sees 12 times the voxels of its volumes, but at least
+    300 and at most 1000.
     """
-    spacing = np.median([geometry.spacing for geometry in geometries], axis=0)
-    shapes = np.array([g.shape for g in geometries]) * [g.spacing for g in geometries] / spacing
+    spacing = np.median([geometry.spacing for geometry in geometries.values()], axis=0)
+    shapes = np.array([g.shape for g in geometries.values()])
+    shapes = shapes * [g.spacing for g in geometries.values()] / spacing
     median = np.median(shapes, axis=0)
     crop = np.maximum(np.rint(median / DIVISOR), 1).astype(int) * DIVISOR
     while crop.prod() > MAX_CROP_VOXELS:
@@ -76,21 +83,23 @@ def plan_run(
         steps = math.ceil(ROUNDS * crops_per_round / BATCH_SIZE)
         steps = min(max(steps, MIN_STEPS), MAX_STEPS)
     size = tuple(int(length) for length in crop)
-    names = " ".join(task.classes).lower()
+    names = " ".join(task.labels.values()).lower()
     return Plan(
         task=task.name,
         modalities=task.modalities,
         labels=task.labels,
-        training=tuple(training),
-        held_out=tuple(held_out),
+        training=tuple(case.name for case in training),
+        held_out=tuple(case.name for case in held_out),
         spacing=tuple(round(float(length), 4) for length in spacing),
         crop=size,
         network={
             "in_channels": len(task.modalities),
             "out_channels": len(task.labels),
             "spatial_size": size,
+            "encoder_depth": (1,) * len(WIDTH),
             "encoder_width": WIDTH,
             "strides": STRIDES,
+            "decoder_depth": (1,) * (len(WIDTH) - 1),
             "head_dim": 8,
             "patch_size": PATCH,
             "shifts": (None, PATCH // 2),
@@ -110,29 +119,30 @@ def build_network(
     in_channels: int,
     out_channels: int,
     spatial_size: Sequence[int],
+    encoder_depth: Sequence[int],
     encoder_width: Sequence[int],
     strides: Sequence[int],
+    decoder_depth: Sequence[int],
     head_dim: int,
     patch_size: int,
     shifts: Sequence[int | None],
     mlp_ratio: float,
     seed: int,
 ) -> nn.Module:
-    """A Swin Factorizer with one block a stage: (B, in, *spatial_size) to logits (B, out, ...).
+    """A Swin Factorizer: (B, in, *spatial_size) to logits (B, out, ...).
 
     Weights and initial factors are drawn with `seed`; the caller's random state is left alone.
     """
-    stages = len(encoder_width)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Factorizer(
             in_channels=in_channels,
             out_channels=out_channels,
             spatial_size=tuple(spatial_size),
-            encoder_depth=(1,) * stages,
+            encoder_depth=tuple(encoder_depth),
             encoder_width=tuple(encoder_width),
             strides=tuple(strides),
-            decoder_depth=(1,) * (stages - 1),
+            decoder_depth=tuple(decoder_depth),
             norm=LayerNorm,
             reshape=(
                 SWMatricize,

@@ -1,4 +1,4 @@
-"""The training loop, and the checkpoint that it continues from and that a network is loaded from."""
+"""The training loop, and the checkpoint that a run continues from and a network is loaded from."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from monai.losses import DiceCELoss
 from monai.optimizers import WarmupCosineSchedule
 from torch import Tensor, nn
 
-from factorizer.data import Crops, atomic
-from factorizer.planning import Plan, build_network
+from factorizer.data import Crops, DataError, atomic
+from factorizer.planning import Plan
 
 SAVE_EVERY = 20  # steps that a killed run loses at most
 WARM_UP = 0.05  # share of the steps
@@ -29,9 +29,8 @@ class Trainer:
     and k; so a run that was stopped and continued ends where an unbroken one does.
     """
 
-    def __init__(self, plan: Plan) -> None:
-        self.plan = plan
-        self.network = build_network(**plan.network, seed=plan.seed)
+    def __init__(self, plan: Plan, network: nn.Module) -> None:
+        self.plan, self.network = plan, network
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay
         )
@@ -60,8 +59,8 @@ class Trainer:
         self.optimizer.step()
         return loss.item()
 
-    def run(self, crops: Crops, path: Path, advance: Callable[[int, float], None]) -> None:
-        """Train to the last step of the plan, saving to `path`; `advance` gets each step and loss.
+    def run(self, crops: Crops, path: Path, advance: Callable[[int], None]) -> None:
+        """Train to the plan's last step, saving to `path`; `advance` is told of each step done.
 
         Raises FloatingPointError where the loss is no longer finite.
         """
@@ -75,7 +74,7 @@ class Trainer:
             self.seconds += time.perf_counter() - start
             if self.step % SAVE_EVERY == 0 or self.step == self.plan.steps:
                 self.save(path)
-            advance(self.step, loss)
+            advance(self.step)
 
     def save(self, path: Path) -> None:
         """Write the checkpoint, whole or not at all: plain data and tensors only."""
@@ -102,7 +101,7 @@ class Trainer:
 def read_checkpoint(path: str | Path) -> tuple[Plan, dict[str, Any]]:
     """The plan and the state in a checkpoint. Nothing in the file is executed.
 
-    Raises FileNotFoundError where there is none, ValueError where the file is not one of ours.
+    Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -110,4 +109,4 @@ def read_checkpoint(path: str | Path) -> tuple[Plan, dict[str, Any]]:
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load has no error of its own for a file of another kind
-        raise ValueError(f"{path}: not a checkpoint of this program ({error})") from error
+        raise DataError(f"{path}: not a checkpoint of this program ({error})") from error

@@ -19,15 +19,18 @@ from torch.nn.functional import interpolate
 from factorizer.data import atomic
 
 CASES = 30
-SPACING = 1.0  # mm
+SHAPE = (40, 48, 40)  # voxels, about
 NOTICE = "SYNTHETIC volumes drawn at random by the demo; not patients, not anatomy"
 
 
-def write_synthetic(root: Path, *, cases: int = CASES, seed: int = 0) -> Path:
+def write_synthetic(
+    root: Path, *, cases: int = CASES, shape: tuple[int, int, int] = SHAPE, seed: int = 0
+) -> Path:
     """Write the task as a Decathlon folder and return it; the same `seed` gives the same voxels.
 
-    Volumes are about 40 x 48 x 40, two contrasts, labels 0 background, 1 halo, 2 core.
-    dataset.json comes last, so a folder that has one is whole, and is left as it is.
+    Volumes of two contrasts, each axis within 3 voxels of `shape`, 1 mm apart; labels
+    0 background, 1 halo, 2 core. dataset.json comes last, so a folder that has one is whole, and
+    is left as it is.
     """
     if (root / "dataset.json").is_file():
         return root
@@ -35,12 +38,11 @@ def write_synthetic(root: Path, *, cases: int = CASES, seed: int = 0) -> Path:
         (root / folder).mkdir(parents=True, exist_ok=True)
     training = []
     for index in range(cases):
-        image, label = synthetic_case(np.random.default_rng([seed, index]))
+        image, label = synthetic_case(np.random.default_rng([seed, index]), shape)
         name = f"synthetic_{index + 1:03d}.nii.gz"
-        affine = np.diag([SPACING, SPACING, SPACING, 1.0])
         for folder, volume in (("imagesTr", image), ("labelsTr", label)):
             with atomic(root / folder / name) as temporary:
-                nib.save(nib.Nifti1Image(volume, affine), temporary)
+                nib.save(nib.Nifti1Image(volume, np.eye(4)), temporary)
         training.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
     content = {
         "name": "Synthetic lesions",
@@ -58,9 +60,11 @@ def write_synthetic(root: Path, *, cases: int = CASES, seed: int = 0) -> Path:
     return root
 
 
-def synthetic_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+def synthetic_case(
+    rng: np.random.Generator, about: tuple[int, int, int] = SHAPE
+) -> tuple[np.ndarray, np.ndarray]:
     """One case: image (X, Y, Z, 2) float32 and label (X, Y, Z) uint8."""
-    shape = tuple(int(length + rng.integers(-3, 4)) for length in (40, 48, 40))
+    shape = tuple(int(length + rng.integers(-3, 4)) for length in about)
     axes = [np.linspace(-1, 1, length, dtype=np.float32) for length in shape]
     place = np.stack(np.meshgrid(*axes, indexing="ij"))
 
@@ -95,9 +99,7 @@ def synthetic_case(rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
     return np.stack(channels, axis=-1).astype(np.float32), label
 
 
-def _blob(
-    rng: np.random.Generator, place: np.ndarray, size: float, reach: float
-) -> np.ndarray:
+def _blob(rng: np.random.Generator, place: np.ndarray, size: float, reach: float) -> np.ndarray:
     """Distance from a random centre, 1 on the surface of a lumpy ellipsoid of about that size."""
     direction = rng.standard_normal(3)
     centre = reach * rng.uniform(0.2, 1) * direction / np.linalg.norm(direction)

@@ -1,22 +1,108 @@
-"""Times of several networks side by side: interleaved, so that a busy machine slows all alike."""
+"""The Factorizer's speed beside the reference backend's and a convolutional network's."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
+import torch
+from monai.networks.nets import SegResNet
+from torch import nn
 
-def side_by_side(runs: Mapping[str, Callable[[], object]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call over `repeats` rounds, every round one call of each in turn.
+import factorizer_kernels as fk
+from factorizer.planning import Plan, build_network
+from factorizer.training import Trainer
 
-    One round before them, not counted, warms caches and allocators.
+FORWARD_ROUNDS, STEP_ROUNDS = 7, 5
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Medians of the forward of one crop and of one training step."""
+
+    name: str
+    parameters: int
+    forward_ms: float
+    training_step_ms: float
+
+
+def kernel_backend() -> str:
+    """The backend that the operators choose for tensors on the CPU."""
+    return next((b.name for b in fk.backends() if b.name == "cpu" and b.available), "reference")
+
+
+def compare(plan: Plan) -> list[Speed]:
+    """Times of the plan's network: with its fused kernels where there are some, on the reference
+    backend, and of a SegResNet of like size, all side by side with fresh weights."""
+    factorizer = Trainer(plan, build_network(**plan.network, seed=plan.seed))
+    convolutions = Trainer(plan, like_segresnet(factorizer.network, plan))
+    contenders = {"Factorizer, reference backend": ("reference", factorizer)}
+    if (backend := kernel_backend()) != "reference":
+        contenders = {f"Factorizer, fused kernels ({backend})": (backend, factorizer), **contenders}
+    contenders["SegResNet (MONAI)"] = ("reference", convolutions)  # it calls no operator of ours
+
+    generator = torch.Generator().manual_seed(plan.seed)
+    shape = (plan.batch_size, len(plan.modalities), *plan.crop)
+    image = torch.randn(shape, generator=generator)
+    label = torch.randint(len(plan.labels), (plan.batch_size, 1, *plan.crop), generator=generator).float()
+
+    def forward(backend: str, trainer: Trainer) -> None:
+        trainer.network.eval()
+        with torch.no_grad(), fk.use_backend(backend):
+            trainer.network(image[:1])
+
+    def step(backend: str, trainer: Trainer) -> None:
+        with fk.use_backend(backend):
+            trainer.update(image, label)
+
+    forwards = side_by_side(
+        {name: partial(forward, *pair) for name, pair in contenders.items()}, FORWARD_ROUNDS
+    )
+    steps = side_by_side({name: partial(step, *pair) for name, pair in contenders.items()}, STEP_ROUNDS)
+    return [
+        Speed(name, parameter_count(trainer.network), forwards[name], steps[name])
+        for name, (_, trainer) in contenders.items()
+    ]
+
+
+def side_by_side(runs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
+    """Median milliseconds of each call, every round making each call in turn.
+
+    So whatever else the machine does slows all alike. A first round, which warms caches and
+    allocators, is not counted.
     """
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(repeats + 1):
+    for round_ in range(rounds + 1):
         for name, call in runs.items():
             start = time.perf_counter()
             call()
-            if repeat:
+            if round_:
                 seconds[name].append(time.perf_counter() - start)
-    return {name: median(times) for name, times in seconds.items()}
+    return {name: round(1e3 * median(times), 2) for name, times in seconds.items()}
+
+
+def like_segresnet(network: nn.Module, plan: Plan) -> SegResNet:
+    """MONAI's SegResNet with the stages of the plan's network, one block in each, and the number of
+    filters that brings its parameters closest to the network's."""
+    levels = len(plan.network["encoder_width"])
+    wanted = parameter_count(network)
+    candidates = [
+        SegResNet(
+            spatial_dims=3,
+            init_filters=filters,
+            in_channels=len(plan.modalities),
+            out_channels=len(plan.labels),
+            blocks_down=(1,) * levels,
+            blocks_up=(1,) * (levels - 1),
+        )
+        for filters in (8, 16, 24, 32)  # its group normalisation wants multiples of 8
+    ]
+    return min(candidates, key=lambda candidate: abs(parameter_count(candidate) - wanted))
+
+
+def parameter_count(network: nn.Module) -> int:
+    """Numbers that training changes."""
+    return sum(parameter.numel() for parameter in network.parameters())

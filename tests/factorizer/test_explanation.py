@@ -1,0 +1,101 @@
+"""Components put back into the volume, and their agreement with a mask."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from factorizer import FactMixer, Factorizer, LayerNorm, SWMatricize
+from factorizer.explanation import ComponentMaps, agreement, component_maps, mixers
+
+WINDOWS = {"head_dim": 8, "patch_size": 4}
+
+
+def mixer_for(shifts, **options):
+    torch.manual_seed(0)
+    reshape = (SWMatricize, {**WINDOWS, "shifts": shifts})
+    return FactMixer(16, 16, (8, 8, 8), reshape=reshape, **options).double()
+
+
+def features(*size):
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(2, 16, *size, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("shifts", [(None,), (2,)])
+@pytest.mark.parametrize("size", [(8, 8, 8), (12, 8, 4), (7, 9, 8)])
+def test_rank_one_component_is_the_length_of_what_is_put_back(shifts, size):
+    mixer, x = mixer_for(shifts, rank=1), features(*size)
+    maps = component_maps(mixer, x)
+    y = mixer.reshape(mixer.act(mixer.in_proj(x)))
+    y = mixer.reshape.inverse_forward(mixer.factorize(y), size)
+    # One shift and rank 1: a head's output at a voxel is u v, whose length is the component.
+    lengths = torch.linalg.vector_norm(y.unflatten(1, (2, 8)), dim=2)
+    assert maps.shape == (2, 2, *size)
+    torch.testing.assert_close(maps, lengths)
+
+
+def test_components_are_averaged_over_shifts():
+    x = features(8, 8, 8)
+    both = component_maps(mixer_for((None, 2), rank=1), x)
+    each = [component_maps(mixer_for((shift,), rank=1), x) for shift in (None, 2)]
+    torch.testing.assert_close(both, (each[0] + each[1]) / 2)
+
+
+def test_higher_rank_gives_rank_maps_a_head():
+    maps = component_maps(mixer_for((None, 2), rank=3), features(8, 8, 8))
+    assert maps.shape == (2, 6, 8, 8, 8)
+    assert (maps >= 0).all()
+    assert maps.isfinite().all()
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return Factorizer(
+        1,
+        2,
+        (16, 16, 16),
+        encoder_depth=(1, 1),
+        encoder_width=(16, 32),
+        strides=(1, 2),
+        decoder_depth=(1,),
+        norm=LayerNorm,
+        reshape=(SWMatricize, WINDOWS),
+    ).eval()
+
+
+def test_component_maps_of_a_network(network):
+    names = list(mixers(network))
+    assert len(names) == 3
+    maps = ComponentMaps(network, names[:2])
+    x = torch.randn(1, 1, 16, 16, 16)
+    found = maps(x)
+    assert list(maps.counts.values()) == [2, 4]
+    assert found.shape == (1, 6, 16, 16, 16)
+    inputs = []
+    hook = mixers(network)[names[0]].register_forward_pre_hook(lambda _, args: inputs.append(args[0]))
+    network(x)
+    hook.remove()
+    torch.testing.assert_close(found[:, :2], component_maps(mixers(network)[names[0]], inputs[0]))
+    assert not any(mixer._forward_pre_hooks for mixer in mixers(network).values())
+
+
+def test_an_unknown_layer_is_named(network):
+    with pytest.raises(ValueError, match="no 'nowhere'"):
+        ComponentMaps(network, ["nowhere"])
+
+
+def test_agreement_is_the_probability_of_the_right_order():
+    rng = np.random.default_rng(0)
+    scores = torch.from_numpy(rng.integers(0, 6, 60))  # many ties
+    mask = torch.from_numpy(rng.random(60) < 0.3)
+    inside, outside = scores[mask][:, None], scores[~mask][None]
+    expected = ((inside > outside).double() + 0.5 * (inside == outside).double()).mean()
+    assert agreement(scores, mask) == pytest.approx(expected.item(), abs=1e-12)
+    assert agreement(mask.float(), mask) == 1
+    assert agreement(-mask.float(), mask) == 0
+    assert agreement(torch.ones(60), mask) == 0.5
+    assert math.isnan(agreement(scores, torch.zeros(60)))
+    assert math.isnan(agreement(scores, torch.ones(60)))

@@ -1,0 +1,152 @@
+"""Plans, the training loop, and the checkpoint it continues from."""
+
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+
+from factorizer.data import Case, DataError, Geometry, Task
+from factorizer.planning import build_network, plan_run
+from factorizer.training import Trainer, read_checkpoint
+
+
+def plan_for(shape=(16, 16, 16), spacing=(1.0, 1.0, 1.0), cases=10, labels=None, **options):
+    members = tuple(Case(f"case_{i}", None, None) for i in range(cases))
+    task = Task("task", ("A", "B"), labels or {0: "background", 3: "lesion"}, members)
+    geometries = {case.name: Geometry(shape, spacing) for case in members}
+    return plan_run(task, geometries, members[:-2], members[-2:], **options)
+
+
+class Batches:
+    """Batches that are a function of the step, and a trace of the steps asked for."""
+
+    def __init__(self, plan):
+        self.plan, self.asked = plan, []
+
+    def __getitem__(self, step):
+        self.asked.append(step)
+        generator = torch.Generator().manual_seed(step)
+        image = torch.randn(2, len(self.plan.modalities), *self.plan.crop, generator=generator)
+        return image, (image[:, :1] > 0.5).float()
+
+
+def trainer_for(plan):
+    return Trainer(plan, build_network(**plan.network, seed=plan.seed))
+
+
+@pytest.mark.parametrize(
+    ("shape", "crop"),
+    [
+        ((35, 50, 36), (32, 48, 32)),  # the nearest multiples of 16
+        ((40, 48, 40), (32, 48, 32)),
+        ((5, 8, 24), (16, 16, 32)),  # never less than one
+        ((240, 240, 155), (64, 64, 64)),  # never more than 64^3 voxels
+        ((320, 320, 20), (128, 128, 16)),
+    ],
+)
+def test_crop(shape, crop):
+    assert plan_for(shape).crop == crop
+
+
+def test_crop_is_planned_at_the_median_spacing():
+    assert plan_for((48, 48, 24), (1.0, 1.0, 3.0)).spacing == (1.0, 1.0, 3.0)
+    members = tuple(Case(str(i), None, None) for i in range(3))
+    task = Task("task", ("A",), {0: "background", 1: "a"}, members)
+    spacings = [(1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (2.0, 1.0, 1.0)]
+    geometries = {str(i): Geometry((32, 32, 32), spacing) for i, spacing in enumerate(spacings)}
+    plan = plan_run(task, geometries, members[:2], members[2:])
+    assert plan.spacing == (2.0, 1.0, 1.0)
+    assert plan.crop == (32, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("names", "sided"),
+    [(("hippocampus",), False), (("Left kidney", "right kidney"), True)],
+)
+def test_sided(names, sided):
+    labels = {0: "background", **dict(enumerate(names, 1))}
+    assert plan_for(labels=labels).sided == sided
+
+
+def test_steps_follow_the_data_within_bounds():
+    few, some, many = (plan_for((32, 32, 32), cases=n).steps for n in (4, 120, 5000))
+    assert few < some < many
+    assert plan_for((32, 32, 32), cases=10_000).steps == many
+    assert plan_for(steps=7).steps == 7
+
+
+def test_network_is_a_function_of_the_seed():
+    plan = plan_for()
+    state = torch.get_rng_state()
+    first, second = (build_network(**plan.network, seed=0).state_dict() for _ in range(2))
+    other = build_network(**plan.network, seed=1).state_dict()
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_training_learns(tmp_path):
+    plan = plan_for(steps=30)
+    trainer = trainer_for(plan)
+    trainer.run(Batches(plan), tmp_path / "checkpoint.pt", lambda step: None)
+    assert trainer.step == 30
+    assert sum(trainer.losses[-3:]) < 0.5 * sum(trainer.losses[:3])
+
+
+def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(tmp_path, monkeypatch):
+    monkeypatch.setattr("factorizer.training.SAVE_EVERY", 2)
+    plan = plan_for(steps=6)
+    unbroken = trainer_for(plan)
+    unbroken.run(Batches(plan), tmp_path / "unbroken.pt", lambda step: None)
+
+    def stop(step):
+        if step == 5:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "stopped.pt"
+    with pytest.raises(KeyboardInterrupt):
+        trainer_for(plan).run(Batches(plan), path, stop)
+    resumed, batches = trainer_for(plan), Batches(plan)
+    saved_plan, state = read_checkpoint(path)
+    assert saved_plan == plan
+    resumed.load(state)
+    assert resumed.step == 4
+    resumed.run(batches, path, lambda step: None)
+    assert batches.asked == [4, 5]
+    # The same operations in the same order; the tolerance is for sums that threads split
+    # differently from run to run, a few roundings of float32 over two steps.
+    torch.testing.assert_close(resumed.losses, unbroken.losses, rtol=1e-5, atol=1e-6)
+    for name, value in unbroken.network.state_dict().items():
+        torch.testing.assert_close(resumed.network.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    plan = plan_for(steps=3)
+    trainer = trainer_for(plan)
+    with torch.no_grad():
+        next(trainer.network.parameters()).fill_(float("nan"))
+    with pytest.raises(FloatingPointError, match="step 1"):
+        trainer.run(Batches(plan), tmp_path / "checkpoint.pt", lambda step: None)
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_checkpoint_holds_plain_data_only(tmp_path):
+    plan = plan_for(steps=1)
+    trainer = trainer_for(plan)
+    trainer.run(Batches(plan), tmp_path / "checkpoint.pt", lambda step: None)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["plan"] == asdict(plan)
+    assert len(state["losses"]) == 1
+    assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint.pt"]
+
+
+def test_read_checkpoint_errors(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        read_checkpoint(tmp_path / "absent.pt")
+    (tmp_path / "text.pt").write_text("no tensors")
+    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
+    plan = asdict(replace(plan_for(), steps=1))
+    torch.save({"plan": {**plan, "colour": "red"}}, tmp_path / "newer.pt")
+    for name in ("text.pt", "other.pt", "newer.pt"):
+        with pytest.raises(DataError, match=rf"{name}: not a checkpoint"):
+            read_checkpoint(tmp_path / name)
