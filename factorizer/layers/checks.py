@@ -54,8 +54,9 @@ def check_features(layer: str, x: Tensor, channels: int, spatial_dims: int | Non
             f"{layer}: x must be (batch, channels, spatial...) with {axes} spatial axes, "
             f"got shape {tuple(x.shape)}"
         )
+    if 0 in x.shape[2:]:
+        raise ValueError(f"{layer}: spatial axes of x must not be empty, got {tuple(x.shape)}")
     if x.shape[1] != channels:
         raise ValueError(
-            f"{layer}: x must have {channels} channels on axis 1, got {x.shape[1]} "
-            f"(shape {tuple(x.shape)})"
+            f"{layer}: x must have {channels} channels on axis 1, got {x.shape[1]} (shape {tuple(x.shape)})"
         )

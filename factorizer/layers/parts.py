@@ -34,8 +34,7 @@ def build(name: str, part: Part, *args: Any, **defaults: Any) -> Any:
         if isinstance(own, Sequence) and not isinstance(own, str):
             return cls(*args, *own)
     raise TypeError(
-        f"{name} must be a class, or a pair (class, keywords) or (class, positional arguments), "
-        f"got {part!r}"
+        f"{name} must be a class, or a pair (class, keywords) or (class, positional arguments), got {part!r}"
     )
 
 

@@ -33,9 +33,7 @@ def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return _run(_chain(_norm, _norm_backward, eps=eps), x, None, weight[:, None], bias[:, None])
 
 
-def linear(
-    x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
-) -> Tensor:
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
     """W x + b (+ residual) over the channels of x (B, C, S1..Sp)."""
     weights = [weight] if bias is None else [weight, bias[:, None]]
     return _run(_chain(_linear, _linear_backward), x, residual, *_matmul_dtype(x, *weights))
@@ -64,12 +62,20 @@ def norm_mlp(
     return _run(chain, x, None, *_matmul_dtype(x, *weights))
 
 
+def check_dtype(x: Tensor, weight: Tensor) -> None:
+    """Checks that x is of the dtype of a layer's weight, or that autocast sees to that."""
+    if x.dtype != weight.dtype and not _autocasts(x.device.type):
+        raise TypeError(f"x must be {weight.dtype}, as the weights are, got {x.dtype}")
+
+
 def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which operations on x's device compute in the dtypes they are given."""
     device = x.device.type
-    if not torch.amp.is_autocast_available(device):
-        return nullcontext()
-    return torch.autocast(device, enabled=False)
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 # --- the chains ----------------------------------------------------------------------------------
@@ -91,9 +97,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y if bias is None else y + bias
 
 
-def _linear_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None
-) -> tuple[Tensor, ...]:
+def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
     dy = dy.to(weight.dtype)
     grads = weight.mT @ dy, _over_voxels(dy @ x.to(weight.dtype).mT)
     return grads if bias is None else (*grads, _over_voxels(dy.sum(-1, keepdim=True)))
@@ -103,9 +107,7 @@ def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return (_standardise(x, eps)[0] * weight + bias).to(x.dtype)
 
 
-def _norm_backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, ...]:
+def _norm_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, ...]:
     y, scale = _standardise(x, eps)
     grads = (_over_voxels(g.sum(-1, keepdim=True)) for g in (dy * y, dy))
     return _standardise_backward(dy * weight, y, scale), *grads
@@ -170,9 +172,7 @@ def _over_voxels(gradient: Tensor) -> Tensor:
     return gradient if gradient.ndim == 2 else gradient.sum(0)
 
 
-def _fold(
-    norm: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def _fold(norm: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     """A linear map after a norm's scale and shift as one map: its weight and bias (a column)."""
     scale, shift = norm
     folded = weight @ shift[:, None]
@@ -181,12 +181,11 @@ def _fold(
 
 def _matmul_dtype(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
     """The weights in the dtype of the matrix products: their own, or that of autocast."""
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        return tuple(w.to(torch.get_autocast_dtype(device)) for w in weights)
-    if x.dtype != weights[0].dtype:
-        raise TypeError(f"x must be {weights[0].dtype}, as the weights are, got {x.dtype}")
-    return weights
+    check_dtype(x, weights[0])
+    device, half = x.device.type, weights[0].dtype
+    if half != torch.float64 and _autocasts(device):
+        half = torch.get_autocast_dtype(device)
+    return tuple(w.to(half) for w in weights)
 
 
 # --- running them --------------------------------------------------------------------------------
@@ -248,9 +247,7 @@ class _Pointwise(torch.autograd.Function):
     def backward(ctx, dy):
         x, *weights = ctx.saved_tensors
         dx = torch.empty_like(x)
-        totals = [
-            torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights
-        ]
+        totals = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
         with without_autocast(x):
             for at in _blocks(x):
                 dx[at], *grads = ctx.chain.backward(dy[at], x[at], *weights)

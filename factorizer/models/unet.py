@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..layers.checks import check_count, check_counts, check_features
 from ..layers.conv import CONV, CONV_TRANSPOSE, ConvStage
 from ..layers.parts import Part, build
+from ..layers.pointwise import check_dtype
 from ..layers.resize import crop_to, pad_to, round_up
 
 #: Heads that num_deep_supr=True stands for (Factorizer paper, section 4.2).
@@ -167,12 +168,8 @@ class UNet(nn.Module):
         decoder = []
         for i, depth in zip(reversed(range(levels - 1)), decoder_depth, strict=True):
             width, step = encoder_width[i], steps[i + 1]
-            up = build(
-                "upsample", upsample, encoder_width[i + 1], width, kernel_size=step, stride=step
-            )
-            decoder.append(
-                DecoderBlock(up, build("block", block, 2 * width, width, sizes[i], depth=depth))
-            )
+            up = build("upsample", upsample, encoder_width[i + 1], width, kernel_size=step, stride=step)
+            decoder.append(DecoderBlock(up, build("block", block, 2 * width, width, sizes[i], depth=depth)))
         self.decoder = Decoder(decoder)
 
         if isinstance(num_deep_supr, bool):
@@ -185,8 +182,7 @@ class UNet(nn.Module):
                 f"level, got {num_deep_supr} (True stands for {DEEP_SUPERVISION_HEADS})"
             )
         heads = [
-            build("head", head, encoder_width[i], out_channels, kernel_size=1)
-            for i in range(num_heads or 1)
+            build("head", head, encoder_width[i], out_channels, kernel_size=1) for i in range(num_heads or 1)
         ]
         if num_heads:
             self.heads = nn.ModuleList(heads)
@@ -196,9 +192,9 @@ class UNet(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_features(type(self).__name__, x, self.in_channels, self.spatial_dims)
-        if (
-            type(x) is not Tensor
-        ):  # the metadata of MONAI's MetaTensor would be copied with each block
+        check_dtype(x, next(self.parameters()))
+        # The metadata of MONAI's MetaTensor would be copied with every slice of it.
+        if type(x) is not Tensor:
             x = x.as_subclass(Tensor)
         size = x.shape[2:]
         x = pad_to(x, round_up(size, self._strides[-1]))
@@ -215,8 +211,7 @@ def _steps(strides: Sequence[int | Sequence[int]], levels: int, axes: int) -> li
     """The stride of every level along every axis."""
     if isinstance(strides, str) or not isinstance(strides, Sequence) or len(strides) != levels:
         raise ValueError(
-            f"strides must have {levels} entries, one for each level of encoder_width, "
-            f"got {strides!r}"
+            f"strides must have {levels} entries, one for each level of encoder_width, got {strides!r}"
         )
     return [
         check_counts(f"strides[{i}]", s if isinstance(s, Sequence) else [s] * axes, (axes,))

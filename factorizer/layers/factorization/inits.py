@@ -57,6 +57,7 @@ class SVDInit(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision has no SVD
         u, s, vt = torch.linalg.svd(x, full_matrices=False)
         root = s[..., None, : self.rank].sqrt()
         return u[..., : self.rank] * root, vt[..., : self.rank, :].mT * root
@@ -73,8 +74,7 @@ class NNDSVDInit(SVDInit):
         u, v = super().forward(x)
         positive, negative = (u.relu(), v.relu()), ((-u).relu(), (-v).relu())
         weight_positive, weight_negative = (
-            p.norm(dim=-2, keepdim=True) * q.norm(dim=-2, keepdim=True)
-            for p, q in (positive, negative)
+            p.norm(dim=-2, keepdim=True) * q.norm(dim=-2, keepdim=True) for p, q in (positive, negative)
         )
         keep = weight_positive >= weight_negative
         u, v = (torch.where(keep, p, n) for p, n in zip(positive, negative, strict=True))
@@ -91,6 +91,8 @@ def make_init(init: str | Sequence[str], size: tuple[int, int], rank: int) -> nn
         return SVDInit(size, rank)
     if init == "nndsvd":
         return NNDSVDInit(size, rank)
+    if not isinstance(init, (str, Sequence)):
+        raise TypeError(f"init must be a name or a pair of names, got {init!r}")
     names = (init, init) if isinstance(init, str) else tuple(init)
     if len(names) != 2 or not all(name in DRAWS for name in names):
         raise ValueError(

@@ -83,14 +83,14 @@ class MatrixFactorization(nn.Module):
 
     def forward(self, x: Tensor, w: Tensor | None = None, start: Factors | None = None) -> Tensor:
         """U Vᵀ (..., M, N), in x's dtype. Arguments as those of `decompose`."""
+        start = self._start(x, w, start)
         options = self.kernel_options
-        if options is None:
-            return self.reconstruct(*self._iterate(x, w, start)).to(x.dtype)
-        return fk.nmf(x, *self._start(x, w, start), **options)
+        with without_autocast(x):  # also for the kernels, one of which is plain PyTorch
+            if options is None:
+                return self.reconstruct(*self._iterate(x, w, start)).to(x.dtype)
+            return fk.nmf(x, *start, **options)
 
-    def decompose(
-        self, x: Tensor, w: Tensor | None = None, start: Factors | None = None
-    ) -> Factors:
+    def decompose(self, x: Tensor, w: Tensor | None = None, start: Factors | None = None) -> Factors:
         """The factors U (..., M, R) and V (..., N, R) of x, in x's dtype.
 
         Args:
@@ -98,11 +98,13 @@ class MatrixFactorization(nn.Module):
             w: nonnegative weights of x's entries, of its shape, for solvers that take them ("wmu").
             start: U (M, R) or (..., M, R) and V likewise, in place of `init`.
         """
+        start = self._start(x, w, start)
         options = self.kernel_options
-        if options is None:
-            u, v = self._iterate(x, w, start)
-            return u.to(x.dtype), v.to(x.dtype)
-        return fk.nmf_factors(x, *self._start(x, w, start), **options)
+        with without_autocast(x):
+            if options is None:
+                u, v = self._iterate(x, w, start)
+                return u.to(x.dtype), v.to(x.dtype)
+            return fk.nmf_factors(x, *start, **options)
 
     def reconstruct(self, u: Tensor, v: Tensor) -> Tensor:
         """U Vᵀ."""
@@ -128,35 +130,29 @@ class MatrixFactorization(nn.Module):
         # Other sizes go only with factors that were made for them.
         free = start is not None or not isinstance(self.init, FixedInit)
         if x.ndim < 2 or (not free and tuple(x.shape[-2:]) != self.size):
-            raise ValueError(
-                f"x must be (..., {self.size[0]}, {self.size[1]}), got shape {tuple(x.shape)}"
-            )
+            raise ValueError(f"x must be (..., {self.size[0]}, {self.size[1]}), got shape {tuple(x.shape)}")
         if w is not None:
             if not all(solver.weighted for solver in self.solvers):
-                raise ValueError(
-                    f"w must be None for the solvers {self.solvers}: they know no weights"
-                )
+                raise ValueError(f"w must be None for the solvers {self.solvers}: they know no weights")
             if w.shape != x.shape:
                 raise ValueError(f"w must have x's shape {tuple(x.shape)}, got {tuple(w.shape)}")
         return self.init(x) if start is None else start
 
-    def _iterate(self, x: Tensor, w: Tensor | None, start: Factors | None) -> Factors:
-        with without_autocast(x):
-            dtype = torch.promote_types(x.dtype, torch.float32)
-            x = x.to(dtype)
-            w = None if w is None else w.to(dtype)
-            u, v = (f.to(dtype) for f in self._start(x, w, start))
-            u, v = (f.expand(*x.shape[:-2], *f.shape[-2:]) for f in (u, v))
-            grad_steps = self.num_iters if self.num_grad_steps is None else self.num_grad_steps
-            for step in range(self.num_iters):
-                differentiated = step >= self.num_iters - grad_steps
-                with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
-                    for solver in self.solvers:
-                        u, v = solver(x, u, v, w)
-                if self.verbose:
-                    error = self.loss(x, u, v, w).mean().item()
-                    print(f"iteration {step + 1}: relative error {error:.6g}")
-            return u, v
+    def _iterate(self, x: Tensor, w: Tensor | None, start: Factors) -> Factors:
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        x = x.to(dtype)
+        w = None if w is None else w.to(dtype)
+        u, v = (f.to(dtype).expand(*x.shape[:-2], *f.shape[-2:]) for f in start)
+        grad_steps = self.num_iters if self.num_grad_steps is None else self.num_grad_steps
+        for step in range(self.num_iters):
+            differentiated = step >= self.num_iters - grad_steps
+            with torch.set_grad_enabled(torch.is_grad_enabled() and differentiated):
+                for solver in self.solvers:
+                    u, v = solver(x, u, v, w)
+            if self.verbose:
+                error = self.loss(x, u, v, w).mean().item()
+                print(f"iteration {step + 1}: relative error {error:.6g}")
+        return u, v
 
     def extra_repr(self) -> str:
         return f"size={self.size}, rank={self.rank}, num_iters={self.num_iters}, {self.solvers}"

@@ -138,9 +138,7 @@ class FastMultiplicativeUpdate(Solver):
         num_inner: inner updates.
     """
 
-    def __init__(
-        self, factor: int | Sequence[int] = (0, 1), eps: float = 1e-16, num_inner: int = 3
-    ) -> None:
+    def __init__(self, factor: int | Sequence[int] = (0, 1), eps: float = 1e-16, num_inner: int = 3) -> None:
         super().__init__(factor, eps)
         self.num_inner = check_count("num_inner", num_inner)
 
@@ -223,6 +221,5 @@ def make_solvers(solver: SolverSpec) -> list[Solver]:
             return [solver[0](**solver[1])]
         return [one for entry in solver for one in make_solvers(entry)]
     raise TypeError(
-        f"solver must be a name, a class, a pair (class, keywords) or a sequence of these, "
-        f"got {solver!r}"
+        f"solver must be a name, a class, a pair (class, keywords) or a sequence of these, got {solver!r}"
     )
