@@ -44,30 +44,15 @@ def store_columns(pointer, offsets, stride, columns, mask, RANK: tl.constexpr):
 
 
 @triton.jit
-def sums(values, COUNT: tl.constexpr):
-    """The sum of each of COUNT vectors: one reduction over their stack, so one barrier for them all."""
-    j = tl.arange(0, triton.next_power_of_2(COUNT))
-    stack = tl.where(j[:, None] == 0, values[0][None, :], 0.0)
-    for k in tl.static_range(1, COUNT):
-        stack = tl.where(j[:, None] == k, values[k][None, :], stack)
-    stacked = tl.sum(stack, axis=1)
-    totals = ()
-    for k in tl.static_range(COUNT):
-        totals = totals + (tl.sum(tl.where(j == k, stacked, 0.0), axis=0),)
-    return totals
-
-
-@triton.jit
 def gram(columns, RANK: tl.constexpr):
-    """FᵀF, row by row; each of the equal halves is summed once."""
+    """FᵀF; each of the equal halves is summed once."""
     products = ()
     for j in tl.static_range(RANK):
-        for k in tl.static_range(j):
-            products = products + (products[k * RANK + j],)
-        row = ()
-        for k in tl.static_range(j, RANK):
-            row = row + (columns[j] * columns[k],)
-        products = products + sums(row, RANK - j)
+        for k in tl.static_range(RANK):
+            if k < j:
+                products = products + (products[k * RANK + j],)
+            else:
+                products = products + (tl.sum(columns[j] * columns[k], axis=0),)
     return products
 
 
@@ -150,7 +135,7 @@ def update_backward(
     """The gradients of the old factor, the projection and the Gram matrix, from that of the new factor."""
     zero = tl.zeros_like(grad_new[0])
     grad_projection = (zero,) * RANK
-    grad_columns = ((0.0,) * RANK,) * RANK  # of the Gram matrix; every one is replaced below
+    grad_gram = (0.0,) * (RANK * RANK)  # every entry is replaced below
     if HALS:
         grad = grad_new
         for r in tl.static_range(RANK - 1, -1, -1):
@@ -158,16 +143,15 @@ def update_backward(
             grad_projection = replaced(grad_projection, r, step)
             # The old column r was not used: its update depends on the others only.
             grad = replaced(grad, r, zero)
-            products = ()
             for j in tl.static_range(RANK):
                 # The other columns as they stood when r was updated; its own, after the division.
                 if j > r:
-                    products = products + (-old[j] * step,)
+                    seen = old[j]
                 else:
-                    products = products + (-new[j] * step,)
+                    seen = new[j]
+                grad_gram = replaced(grad_gram, j * RANK + r, -tl.sum(seen * step, axis=0))
                 if j != r:
                     grad = replaced(grad, j, grad[j] - step * gram[j * RANK + r])
-            grad_columns = replaced(grad_columns, r, sums(products, RANK))
     else:
         grad = (zero,) * RANK
         for r in tl.static_range(RANK):
@@ -175,13 +159,8 @@ def update_backward(
             grad_denominator = -step * new[r]
             grad_projection = replaced(grad_projection, r, step * old[r])
             grad = replaced(grad, r, grad[r] + step * projection[r])
-            products = ()
             for j in tl.static_range(RANK):
-                products = products + (old[j] * grad_denominator,)
+                grad_sum = tl.sum(old[j] * grad_denominator, axis=0)
+                grad_gram = replaced(grad_gram, j * RANK + r, grad_sum)
                 grad = replaced(grad, j, grad[j] + grad_denominator * gram[j * RANK + r])
-            grad_columns = replaced(grad_columns, r, sums(products, RANK))
-    grad_gram = ()
-    for j in tl.static_range(RANK):
-        for r in tl.static_range(RANK):
-            grad_gram = grad_gram + (grad_columns[r][j],)
     return grad, grad_projection, grad_gram

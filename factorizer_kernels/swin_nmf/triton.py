@@ -45,7 +45,7 @@ def gather_kernel(
     for copy in tl.static_range(copies):
         cell, n = window_at(copy, voxel, sizes, PATCH, SHIFTS)
         window = (copy * batch_heads + batch_head).to(tl.int64) * cells + cell
-        for r in tl.static_range(RANK):
+        for r in range(RANK):
             v_row = tl.load(v + (window * RANK + r) * N + n, mask=voxel < voxels, other=0.0)
             u_block = tl.load(u + ((window * RANK + r) * M)[None, :] + m[:, None], mask=mask, other=0.0)
             total += u_block * v_row[None, :]
