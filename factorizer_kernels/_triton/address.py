@@ -66,6 +66,42 @@ def row_offsets(m, window, strides):
 
 
 @triton.jit
+def window_of_matrix(
+    at, map_windows, sizes, heads, M: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr
+):
+    """The window of matrix ``at``, counted over all the copies, copies outermost."""
+    copy, map_window = (at // map_windows).to(tl.int32), (at % map_windows).to(tl.int32)
+    return window_of(copy, map_window, sizes, heads, M, PATCH, SHIFTS)
+
+
+@triton.jit
+def _block(pointer, strides, window, sizes, m, n, PATCH: tl.constexpr):
+    rows, columns = row_offsets(m, window, strides), column_offsets(n, window, sizes, strides, PATCH)
+    return pointer + rows[:, None] + columns[None, :]
+
+
+@triton.jit
+def load_map(
+    pointer, strides, window, sizes, m, n, like,
+    M: tl.constexpr, N: tl.constexpr, PATCH: tl.constexpr,
+):  # fmt: skip
+    """Rows m and columns n of a window, zero outside it, in the dtype that the pointer ``like`` points to."""
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    block = tl.load(_block(pointer, strides, window, sizes, m, n, PATCH), mask=mask, other=0.0)
+    return block.to(like.dtype.element_ty)
+
+
+@triton.jit
+def store_map(
+    pointer, strides, window, sizes, m, n, block,
+    M: tl.constexpr, N: tl.constexpr, PATCH: tl.constexpr,
+):  # fmt: skip
+    """Write rows m and columns n of a window."""
+    mask = (m < M)[:, None] & (n < N)[None, :]
+    tl.store(_block(pointer, strides, window, sizes, m, n, PATCH), block, mask=mask)
+
+
+@triton.jit
 def window_at(copy, voxel, sizes, PATCH: tl.constexpr, SHIFTS: tl.constexpr):
     """(grid cell, column) of the window that holds each voxel in one copy.
 

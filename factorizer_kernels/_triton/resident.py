@@ -12,13 +12,12 @@ import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels._triton import rank1
-from factorizer_kernels._triton.address import column_offsets, row_offsets, window_of
+from factorizer_kernels._triton.address import load_map, store_map, window_of
 from factorizer_kernels._triton.launch import Problem, launch, padded, processors
 from factorizer_kernels._triton.updates import (
     add,
     add_symmetric,
     gram,
-    load_block,
     load_columns,
     outer,
     relu,
@@ -54,15 +53,8 @@ def forward_kernel(
     window = window_of(copy, map_window, sizes, heads, M, PATCH, SHIFTS)
     m = tl.arange(0, M_PAD)
     n = tl.arange(0, N_PAD)
-    mask = (m < M)[:, None] & (n < N)[None, :]
 
-    block = load_block(
-        x,
-        row_offsets(m, window, x_strides),
-        column_offsets(n, window, sizes, x_strides, PATCH),
-        mask,
-    )
-    block = block.to(u0.dtype.element_ty)
+    block = load_map(x, x_strides, window, sizes, m, n, u0, M, N, PATCH)
     if RELU:
         block = relu(block)
     v = _load_factor(v0, v0_strides, at, grid_windows, n, n < N, RANK)
@@ -75,11 +67,7 @@ def forward_kernel(
             u, v = iterate(block, u, v, m < M, n < N, HALS, EPS, RANK)
 
     if PRODUCT:
-        rows, columns = (
-            row_offsets(m, window, y_strides),
-            column_offsets(n, window, sizes, y_strides, PATCH),
-        )
-        tl.store(y + rows[:, None] + columns[None, :], outer(u, v, RANK), mask=mask)
+        store_map(y, y_strides, window, sizes, m, n, outer(u, v, RANK), M, N, PATCH)
     else:
         store_columns(u_out, at * u_strides[0] + m * u_strides[1], u_strides[2], u, m < M, RANK)
         store_columns(v_out, at * v_strides[0] + n * v_strides[1], v_strides[2], v, n < N, RANK)
@@ -134,30 +122,18 @@ def backward_kernel(
     m = tl.arange(0, M_PAD)
     n = tl.arange(0, N_PAD)
     t = tl.arange(0, T_PAD)
-    mask = (m < M)[:, None] & (n < N)[None, :]
     first = num_iters - grad_steps
     slot = tl.program_id(0).to(tl.int64) * grad_steps * RANK
     for map_window in range(tl.program_id(0), map_windows, tl.num_programs(0)):
         at = copy.to(tl.int64) * map_windows + map_window
         window = window_of(copy, map_window, sizes, heads, M, PATCH, SHIFTS)
-        block = load_block(
-            x,
-            row_offsets(m, window, x_strides),
-            column_offsets(n, window, sizes, x_strides, PATCH),
-            mask,
-        )
-        block = block.to(u0.dtype.element_ty)
+        block = load_map(x, x_strides, window, sizes, m, n, u0, M, N, PATCH)
         if RELU:
             block = relu(block)
         start = _load_factor(v0, v0_strides, at, grid_windows, n, n < N, RANK)
         if PRODUCT:
-            rows, columns = (
-                row_offsets(m, window, dy_strides),
-                column_offsets(n, window, sizes, dy_strides, PATCH),
-            )
-            dy_block = load_block(dy, rows, columns, mask).to(u0.dtype.element_ty) * (
-                1.0 / (len(SHIFTS) // 3)
-            )
+            dy_block = load_map(dy, dy_strides, window, sizes, m, n, u0, M, N, PATCH)
+            dy_block *= 3.0 / len(SHIFTS)  # the mean over the copies
 
         if IDENTITY:
             grad_x, grad_v0 = rank1.window_backward(
@@ -203,13 +179,9 @@ def backward_kernel(
 
         if RELU:
             grad_x = tl.where(block > 0, grad_x, 0.0)
-        rows, columns = (
-            row_offsets(m, window, dx_strides),
-            column_offsets(n, window, sizes, dx_strides, PATCH),
-        )
         if copy > 0:
-            grad_x += load_block(dx, rows, columns, mask).to(grad_x.dtype)
-        tl.store(dx + rows[:, None] + columns[None, :], grad_x, mask=mask)
+            grad_x += load_map(dx, dx_strides, window, sizes, m, n, u0, M, N, PATCH)
+        store_map(dx, dx_strides, window, sizes, m, n, grad_x, M, N, PATCH)
         if FACTOR_GRADS:
             store_columns(du0, (at * M + m) * RANK, 1, grad_u, m < M, RANK)
             store_columns(dv0, (at * N + n) * RANK, 1, grad_v, n < N, RANK)

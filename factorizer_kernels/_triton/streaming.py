@@ -13,13 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from factorizer_kernels._triton.address import column_offsets, row_offsets, window_of
+from factorizer_kernels._triton.address import load_map, store_map, window_of_matrix
 from factorizer_kernels._triton.launch import Problem, launch, padded
 from factorizer_kernels._triton.updates import (
     add,
     add_symmetric,
     gram,
-    load_block,
     load_columns,
     outer,
     relu,
@@ -73,9 +72,7 @@ def pass_kernel(
     """One strip of one matrix: V's update from U (UPDATE), the strip's sums for the next U step, y (PRODUCT)."""
     at = (tl.program_id(0) // strips).to(tl.int64)
     strip = tl.program_id(0) % strips
-    window = window_of(
-        (at // map_windows).to(tl.int32), (at % map_windows).to(tl.int32), sizes, heads, M, PATCH, SHIFTS
-    )
+    window = window_of_matrix(at, map_windows, sizes, heads, M, PATCH, SHIFTS)
     m = tl.arange(0, M_PAD)
     u_columns = load_columns(u, at * (RANK * M) + m, M, m < M, RANK)
     u_gram = gram(u_columns, RANK)
@@ -83,9 +80,7 @@ def pass_kernel(
     b = (tl.sum(tl.zeros([M_PAD], u.dtype.element_ty), axis=0),) * (RANK * RANK)
     for k in range(strip_blocks):
         n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)
-        mask = (m < M)[:, None] & (n < N)[None, :]
-        rows, columns = row_offsets(m, window, x_strides), column_offsets(n, window, sizes, x_strides, PATCH)
-        block = load_block(x, rows, columns, mask).to(u.dtype.element_ty)
+        block = load_map(x, x_strides, window, sizes, m, n, u, M, N, PATCH)
         if RELU:
             block = relu(block)
         v_columns = load_columns(v, at * (RANK * N) + n, N, n < N, RANK)
@@ -94,11 +89,7 @@ def pass_kernel(
             v_columns = update(v_columns, c, u_gram, n < N, HALS, EPS, RANK)
             store_columns(new_v, at * (RANK * N) + n, N, v_columns, n < N, RANK)
         if PRODUCT:
-            rows, columns = (
-                row_offsets(m, window, y_strides),
-                column_offsets(n, window, sizes, y_strides, PATCH),
-            )
-            tl.store(y + rows[:, None] + columns[None, :], outer(u_columns, v_columns, RANK), mask=mask)
+            store_map(y, y_strides, window, sizes, m, n, outer(u_columns, v_columns, RANK), M, N, PATCH)
         a = add(a, times_columns(block, v_columns, RANK), RANK)
         b = add(b, gram(v_columns, RANK), RANK * RANK)
     store_sums(sums, at * strips + strip, m, a, b, M, RANK)
@@ -133,9 +124,7 @@ def backward_pass_kernel(
     """
     at = (tl.program_id(0) // strips).to(tl.int64)
     strip = tl.program_id(0) % strips
-    window = window_of(
-        (at // map_windows).to(tl.int32), (at % map_windows).to(tl.int32), sizes, heads, M, PATCH, SHIFTS
-    )
+    window = window_of_matrix(at, map_windows, sizes, heads, M, PATCH, SHIFTS)
     m = tl.arange(0, M_PAD)
     u_columns = load_columns(u, at * (RANK * M) + m, M, m < M, RANK)
     u_gram = gram(u_columns, RANK)
@@ -145,19 +134,14 @@ def backward_pass_kernel(
         grad_a, grad_b = load_sums(later_grad_sums, at, m, M, RANK)
     for k in range(strip_blocks):
         n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)
-        mask = (m < M)[:, None] & (n < N)[None, :]
-        rows, columns = row_offsets(m, window, x_strides), column_offsets(n, window, sizes, x_strides, PATCH)
-        block = load_block(x, rows, columns, mask).to(u.dtype.element_ty)
+        block = load_map(x, x_strides, window, sizes, m, n, u, M, N, PATCH)
         if RELU:
             block = relu(block)
         old = load_columns(old_v, at * (RANK * N) + n, N, n < N, RANK)
         new = load_columns(v, at * (RANK * N) + n, N, n < N, RANK)
         if LAST and PRODUCT:
-            rows, columns = (
-                row_offsets(m, window, dy_strides),
-                column_offsets(n, window, sizes, dy_strides, PATCH),
-            )
-            dy_block = load_block(dy, rows, columns, mask).to(u.dtype.element_ty) * (1.0 / (len(SHIFTS) // 3))
+            dy_block = load_map(dy, dy_strides, window, sizes, m, n, u, M, N, PATCH)
+            dy_block *= 3.0 / len(SHIFTS)  # the mean over the copies
             grad = times_rows(dy_block, u_columns, RANK)
             grad_u = add(grad_u, times_columns(dy_block, new, RANK), RANK)
         else:
@@ -203,11 +187,10 @@ def gradient_kernel(
     """One strip of one copy: x̄ = Σ_i U_{i+1} C̄_iᵀ + Ā_i V_iᵀ, and what the first U step hands back to v0."""
     at = copy.to(tl.int64) * map_windows + tl.program_id(0) // strips
     strip = tl.program_id(0) % strips
-    window = window_of(copy, tl.program_id(0) // strips, sizes, heads, M, PATCH, SHIFTS)
+    window = window_of_matrix(at, map_windows, sizes, heads, M, PATCH, SHIFTS)
     m = tl.arange(0, M_PAD)
     for k in range(strip_blocks):
         n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)
-        mask = (m < M)[:, None] & (n < N)[None, :]
         grad_x = tl.zeros([M_PAD, BLOCK], u_tape.dtype.element_ty)
         for i in range(grad_steps):
             slot = i * windows.to(tl.int64) + at
@@ -216,8 +199,7 @@ def gradient_kernel(
             c = load_columns(grad_c_tape, slot * (RANK * N) + n, N, n < N, RANK)
             a, b = load_sums(grad_sums_tape, slot, m, M, RANK)
             grad_x += outer(u, c, RANK) + outer(a, v, RANK)
-        rows, columns = row_offsets(m, window, x_strides), column_offsets(n, window, sizes, x_strides, PATCH)
-        block = load_block(x, rows, columns, mask).to(u_tape.dtype.element_ty)
+        block = load_map(x, x_strides, window, sizes, m, n, u_tape, M, N, PATCH)
         if RELU:
             block = relu(block)
             grad_x = tl.where(block > 0, grad_x, 0.0)
@@ -226,13 +208,9 @@ def gradient_kernel(
         grad = load_columns(grad_v, at * (RANK * N) + n, N, n < N, RANK)
         grad = add_symmetric(add(grad, times_rows(block, grad_a, RANK), RANK), start, grad_b, RANK)
         store_columns(grad_v, at * (RANK * N) + n, N, grad, n < N, RANK)
-        rows, columns = (
-            row_offsets(m, window, dx_strides),
-            column_offsets(n, window, sizes, dx_strides, PATCH),
-        )
         if copy > 0:
-            grad_x += load_block(dx, rows, columns, mask).to(grad_x.dtype)
-        tl.store(dx + rows[:, None] + columns[None, :], grad_x, mask=mask)
+            grad_x += load_map(dx, dx_strides, window, sizes, m, n, u_tape, M, N, PATCH)
+        store_map(dx, dx_strides, window, sizes, m, n, grad_x, M, N, PATCH)
 
 
 def fits(problem: Problem) -> bool:

@@ -17,12 +17,6 @@ def relu(x):
 
 
 @triton.jit
-def load_block(pointer, rows, columns, mask):
-    """An (M, N) block, zero where the mask is false."""
-    return tl.load(pointer + rows[:, None] + columns[None, :], mask=mask, other=0.0)
-
-
-@triton.jit
 def replaced(values, INDEX: tl.constexpr, value):
     """A tuple with one entry replaced."""
     return values[:INDEX] + (value,) + values[INDEX + 1 :]

@@ -4,13 +4,13 @@ import torch
 from torch import Tensor
 
 from factorizer_kernels import _ops
-from factorizer_kernels._triton import resident, streaming, sweep
+from factorizer_kernels._triton import resident, streaming, streaming_rank1, sweep
 from factorizer_kernels._triton.launch import Problem, per_window
 
 
 def path(problem: Problem):
     """The kernels for a problem: the window on chip, else passes over it, else any rank by matrix products."""
-    return next((kernels for kernels in (resident, streaming) if kernels.fits(problem)), sweep)
+    return next((kernels for kernels in (resident, streaming_rank1, streaming) if kernels.fits(problem)), sweep)
 
 
 def as_map(x: Tensor) -> Tensor:
