@@ -47,11 +47,6 @@ inline void copy(const T* from, i64 count, T* to) {
   for (i64 i = 0; i < count; ++i) to[i] = from[i];
 }
 
-template <i64 R>
-struct Constant {
-  constexpr operator i64() const { return R; }
-};
-
 // Calls f with the rank as a compile-time constant where it is small, so that its loops unroll.
 template <class F>
 inline void with_rank(i64 rank, F&& f) {
@@ -175,7 +170,7 @@ class Iterations {
     for (i64 t = 1; t <= o_.num_iters; ++t) {
       add_partials(a_at(t).data, b_at(t));
       update<T>(o_, b_at(t), u_at(t - 1), a_at(t), u_at(t), tiles_.rows, rows_);
-      correlate<T>(rank_, u_at(t), rank_, u_at(t), rows_, d_at(t), rank_);
+      gram<T>(rank_, u_at(t), rows_, d_at(t));
       pass_of_v(t);
     }
   }
@@ -254,7 +249,7 @@ class Iterations {
       T* partial = partials_ + tile * partial_size_;
       fill(partial, partial_size_, T(0));
       correlate<T>(rank_, v, tiles_.rows, x, length, partial, rows_);
-      correlate<T>(rank_, v, rank_, v, length, partial + rank_ * rows_, rank_);
+      gram<T>(rank_, v, length, partial + rank_ * rows_);
     });
   }
 
@@ -322,11 +317,12 @@ class RankOne {
     partial_size_ = m_ * m_ + 2 * m_ + 1;
     partials_ = arena.template take<T>(tiles.count * partial_size_);
     small_ = arena.template take<T>(m_ * (m_ + 4));
-    ones_ = arena.template take<T>(tiles.max_length());
-    v0_ = arena.template take<T>(columns_);
     v_ = arena.template take<T>(columns_);
+    // Three rows that sums are taken of together: dv (backward only), ones, v0.
+    dv_ = arena.template take<T>((backward ? 3 : 2) * columns_) - (backward ? 0 : columns_);
+    ones_ = dv_ + columns_;
+    v0_ = ones_ + columns_;
     if (!backward) return;
-    dv_ = arena.template take<T>(columns_);
     gradient_memory_ = arena.template take<double>(RankOneGradient::size(m_));
     totals_ = arena.template take<double>(2 * m_ + 1);
   }
@@ -340,16 +336,15 @@ class RankOne {
     if (sign != Sign::known && !has_sign(sign)) return false;
     copy(v0, tiles_.columns, v0_);
     fill(v0_ + tiles_.columns, columns_ - tiles_.columns, T(0));
-    fill(ones_, tiles_.max_length(), T(1));
+    fill(ones_, columns_, T(1));
     tiles_.each([&](i64 tile, int worker) {
       const i64 length = tiles_.length(tile);
       const Rows<const T> x = tiles_.x(tile, worker);
       T* partial = partials_ + tile * partial_size_;
-      const T* v0_part = v0_ + tiles_.begin(tile);
-      correlate<T>(m_, x, m_, x, length, partial, m_);
-      correlate<T>(1, {v0_part, 0}, m_, x, length, partial + m_ * m_, m_);
-      correlate<T>(1, {ones_, 0}, m_, x, length, partial + m_ * m_ + m_, m_);
-      correlate<T>(1, {v0_part, 0}, 1, {v0_part, 0}, length, partial + m_ * m_ + 2 * m_, 1);
+      const i64 begin = tiles_.begin(tile);
+      gram<T>(m_, x, length, partial);
+      correlate<T>(2, {ones_ + begin, columns_}, m_, x, length, partial + m_ * m_, m_);
+      gram<T>(1, {v0_ + begin, 0}, length, partial + m_ * m_ + 2 * m_);
     });
     add_partials(partial_size_, moments_);
     RankOneTrace steps = trace();
@@ -398,14 +393,14 @@ class RankOne {
     rank_one_backward(m_, o_.num_iters, o_.num_iters - o_.grad_steps, o_.hals, o_.eps, moments(), steps, totals_,
                       totals_ + m_, totals_[2 * m_], gradient);
 
-    // dX = [s | dr | k u | da] [X; 1; dv; v0]
+    // dX = [s | k u | dr | da] [X; dv; 1; v0]
     const double k = steps.k[o_.num_iters];
     const i64 stride = m_ + 3;
     T* w = small_;
     for (i64 m = 0; m < m_; ++m) {
       for (i64 j = 0; j < m_; ++j) w[m * stride + j] = T(gradient.s[m * m_ + j]);
-      w[m * stride + m_] = T(gradient.dr[m]);
-      w[m * stride + m_ + 1] = T(k * this->u(m));
+      w[m * stride + m_] = T(k * this->u(m));
+      w[m * stride + m_ + 1] = T(gradient.dr[m]);
       w[m * stride + m_ + 2] = T(gradient.da[m]);
     }
     const T two_db = T(2.0 * gradient.db);
@@ -414,9 +409,7 @@ class RankOne {
       const Rows<const T> x = tiles_.x(tile, worker);
       tiles_.write_dx(tile, worker, [&](Rows<T> dx) {
         combine<T>(m_, w, stride, 1, m_, x, dx, length);
-        combine<T>(m_, w + m_, stride, 1, 1, {ones_, 0}, dx, length, true);
-        combine<T>(m_, w + m_ + 1, stride, 1, 1, {dv_ + begin, 0}, dx, length, true);
-        if (reaches_v0) combine<T>(m_, w + m_ + 2, stride, 1, 1, {v0_ + begin, 0}, dx, length, true);
+        combine<T>(m_, w + m_, stride, 1, reaches_v0 ? 3 : 2, {dv_ + begin, columns_}, dx, length, true);
       });
       if (reaches_v0) {
         combine<T>(1, w + m_ + 2, 0, stride, m_, x, {dv_ + begin, 0}, length);
@@ -444,7 +437,7 @@ class RankOne {
 
   RankOneTrace trace() const { return RankOneTrace(trace_memory_, m_, o_.num_iters); }
   Moments moments() const {
-    return {moments_, moments_ + m_ * m_ + m_, moments_ + m_ * m_, moments_[m_ * m_ + 2 * m_]};
+    return {moments_, moments_ + m_ * m_, moments_ + m_ * m_ + m_, moments_[m_ * m_ + 2 * m_]};
   }
 
   void add_partials(i64 count, double* totals) const {

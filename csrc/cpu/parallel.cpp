@@ -1,8 +1,10 @@
 #include "parallel.h"
 
+#include <sys/mman.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cstdint>
 #include <cstdlib>
 #include <new>
 #include <system_error>
@@ -81,5 +83,17 @@ Scratch::Scratch(std::size_t bytes) {
 }
 
 Scratch::~Scratch() { std::free(data_); }
+
+void expect_writes(void* data, i64 bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr std::uintptr_t huge_page = 2 << 20;
+  const auto begin = (reinterpret_cast<std::uintptr_t>(data) + huge_page - 1) / huge_page * huge_page;
+  const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / huge_page * huge_page;
+  // A hint: where the system refuses, pages fault one by one as ever.
+  if (bytes >= 4 * i64(huge_page) && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
 
 }  // namespace factorizer

@@ -40,4 +40,8 @@ class Scratch {
   void* data_;
 };
 
+// Tells the system that all of a large fresh output will be written: it may then back it by huge pages, which
+// spares thousands of page faults. The contents stay as they are.
+void expect_writes(void* data, i64 bytes);
+
 }  // namespace factorizer

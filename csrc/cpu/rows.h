@@ -117,5 +117,17 @@ void correlate(i64 rows, Rows<const T> f, i64 columns, Rows<const T> x, i64 leng
   }
 }
 
+// out[p, q] = sum_n x_p[n] x_q[n], rows x rows.
+template <class T>
+void gram(i64 rows, Rows<const T> x, i64 length, T* out) {
+  for (i64 p = 0; p < rows; p += 4) {
+    const i64 block = rows - p < 4 ? rows - p : 4;
+    correlate<T>(block, {x[p], x.stride}, rows - p, {x[p], x.stride}, length, out + p * rows + p, rows);
+    for (i64 i = p; i < p + block; ++i) {
+      for (i64 j = p + block; j < rows; ++j) out[j * rows + i] = out[i * rows + j];
+    }
+  }
+}
+
 }  // namespace FK_ISA
 }  // namespace factorizer

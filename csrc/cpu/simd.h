@@ -51,5 +51,11 @@ constexpr i64 round_up(i64 n) {
   return (n + Simd<T>::width - 1) / Simd<T>::width * Simd<T>::width;
 }
 
+// A length known at compile time, for code that takes one known only at run time as well.
+template <i64 N>
+struct Constant {
+  constexpr operator i64() const { return N; }
+};
+
 }  // namespace FK_ISA
 }  // namespace factorizer

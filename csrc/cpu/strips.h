@@ -27,20 +27,32 @@ inline i64 matrix_index(const Windows& w, const Strip& s, i64 bh_begin, i64 num_
 
 inline i64 wrap(i64 index, i64 size) { return index < 0 ? index + size : index; }
 
+// Calls f with the length of a line, as a compile-time constant where it is common, so that the loop over
+// it becomes a few vectors.
+template <class F>
+inline void with_line(i64 length, F&& f) {
+  switch (length) {
+    case 4: return f(Constant<4>{});
+    case 8: return f(Constant<8>{});
+    case 16: return f(Constant<16>{});
+    default: return f(length);
+  }
+}
+
 // Calls piece(channel, i1, i2, i3, window, column, length) for every run that is contiguous both in the
-// volume (from voxel (i1, i2, i3)) and in the strip (columns of a window of it).
-template <class Piece>
-inline void each_piece(const Windows& w, const Strip& s, Piece&& piece) {
+// volume (from voxel (i1, i2, i3)) and in the strip (columns of a window of it). Length: see with_line.
+template <class Length, class Piece>
+inline void each_piece(const Windows& w, const Strip& s, Length line_length, Piece&& piece) {
   const i64* shift = w.shifts + 3 * s.shift;
-  const i64 line_length = s.num_voxels;
+  const i64 first = wrap(s.window * w.patch[2] + s.voxel - shift[2], w.size[2]);
   for (i64 channel = 0; channel < w.head_dim; ++channel) {
     i64 p1 = s.line / w.patch[1], p2 = s.line % w.patch[1];
     for (i64 line = 0; line < s.num_lines; ++line) {
       const i64 i1 = wrap(s.grid[0] * w.patch[0] + p1 - shift[0], w.size[0]);
       const i64 i2 = wrap(s.grid[1] * w.patch[1] + p2 - shift[1], w.size[1]);
-      i64 i3 = wrap(s.window * w.patch[2] + s.voxel - shift[2], w.size[2]);
+      const i64 column = line * line_length;
+      i64 i3 = first;
       for (i64 window = 0; window < s.num_windows; ++window) {
-        const i64 column = line * line_length;
         const i64 before_end = w.size[2] - i3;
         if (line_length <= before_end) {
           piece(channel, i1, i2, i3, window, column, line_length);
@@ -56,18 +68,6 @@ inline void each_piece(const Windows& w, const Strip& s, Piece&& piece) {
         ++p1;
       }
     }
-  }
-}
-
-// The same short loop with its length known where that is common, so that it becomes a few vectors.
-template <class F>
-inline void each_element(i64 length, F&& f) {
-  if (length == 8) {
-    for (i64 i = 0; i < 8; ++i) f(i);
-  } else if (length == 4) {
-    for (i64 i = 0; i < 4; ++i) f(i);
-  } else {
-    for (i64 i = 0; i < length; ++i) f(i);
   }
 }
 
@@ -100,24 +100,26 @@ inline Head<S> contiguous_head(S* data, const Windows& w) {
 template <class S, class T>
 void read_strip(const Windows& w, const Strip& s, Head<const S> volume, bool relu, T scale, Rows<T> buffer,
                 i64 window_stride) {
-  const i64 step = volume.stride[2];
-  auto read = [&](auto load) {
-    each_piece(w, s, [&](i64 c, i64 i1, i64 i2, i64 i3, i64 window, i64 column, i64 length) {
+  auto read = [&](auto load, auto step, auto line_length) {
+    each_piece(w, s, line_length, [&](i64 c, i64 i1, i64 i2, i64 i3, i64 window, i64 column, auto length) {
       const S* from = volume.at(c, i1, i2, i3);
       T* to = buffer[c] + window * window_stride + column;
-      if (step == 1) {
-        each_element(length, [&](i64 i) { to[i] = load(from[i]); });
-      } else {
-        for (i64 i = 0; i < length; ++i) to[i] = load(from[i * step]);
-      }
+      for (i64 i = 0; i < length; ++i) to[i] = load(from[i * step]);
     });
   };
+  auto read_with = [&](auto load) {
+    if (volume.stride[2] == 1) {
+      with_line(s.num_voxels, [&](auto length) { read(load, Constant<1>{}, length); });
+    } else {
+      read(load, volume.stride[2], s.num_voxels);
+    }
+  };
   if (relu) {
-    read([](S x) { return T(to_compute(x)) < T(0) ? T(0) : T(to_compute(x)); });  // NaN passes
+    read_with([](S x) { return T(to_compute(x)) < T(0) ? T(0) : T(to_compute(x)); });  // NaN passes
   } else if (scale == T(1)) {
-    read([](S x) { return T(to_compute(x)); });
+    read_with([](S x) { return T(to_compute(x)); });
   } else {
-    read([scale](S x) { return T(to_compute(x)) * scale; });
+    read_with([scale](S x) { return T(to_compute(x)) * scale; });
   }
 }
 
@@ -125,14 +127,16 @@ void read_strip(const Windows& w, const Strip& s, Head<const S> volume, bool rel
 template <class T>
 void add_strip(const Windows& w, const Strip& s, Rows<const T> buffer, i64 window_stride, bool accumulate,
                Head<T> sums) {
-  each_piece(w, s, [&](i64 c, i64 i1, i64 i2, i64 i3, i64 window, i64 column, i64 length) {
-    const T* from = buffer[c] + window * window_stride + column;
-    T* to = sums.at(c, i1, i2, i3);
-    if (accumulate) {
-      each_element(length, [&](i64 i) { to[i] += from[i]; });
-    } else {
-      each_element(length, [&](i64 i) { to[i] = from[i]; });
-    }
+  with_line(s.num_voxels, [&](auto line_length) {
+    each_piece(w, s, line_length, [&](i64 c, i64 i1, i64 i2, i64 i3, i64 window, i64 column, auto length) {
+      const T* from = buffer[c] + window * window_stride + column;
+      T* to = sums.at(c, i1, i2, i3);
+      if (accumulate) {
+        for (i64 i = 0; i < length; ++i) to[i] += from[i];
+      } else {
+        for (i64 i = 0; i < length; ++i) to[i] = from[i];
+      }
+    });
   });
 }
 

@@ -373,6 +373,24 @@ void factorize_chunk(const SwinNMF& p, bool rank_one, i64 bh_begin, i64 num_bh, 
   }
 }
 
+// Where a voxel of a line lies along the last axis of one copy: its window and its place in that window.
+struct LinePosition {
+  i64 window, voxel;
+
+  LinePosition(const Windows& w, i64 i3, i64 shift) {
+    const i64 q3 = (i3 + shift) % w.size[2];
+    window = q3 / w.patch[2];
+    voxel = q3 % w.patch[2];
+  }
+  i64 left(const Windows& w) const { return w.patch[2] - voxel; }
+  void advance(const Windows& w, i64 run) {
+    voxel += run;
+    if (voxel < w.patch[2]) return;
+    voxel = 0;
+    if (++window == w.grid(2)) window = 0;
+  }
+};
+
 // Voxels [begin, begin + length) of line (i1, i2) of every channel of a head: out_c = mean over the shifts of u_c v.
 template <class T>
 void compose_line(const SwinNMF& p, i64 bh_local, i64 num_bh, i64 i1, i64 i2, i64 begin, i64 length, const T* u,
@@ -385,28 +403,28 @@ void compose_line(const SwinNMF& p, i64 bh_local, i64 num_bh, i64 i1, i64 i2, i6
     const i64 q1 = (i1 + steps[0]) % w.size[0], q2 = (i2 + steps[1]) % w.size[1];
     const i64 row_of_windows = ((shift * num_bh + bh_local) * w.grid(0) + q1 / w.patch[0]) * w.grid(1) + q2 / w.patch[1];
     const i64 line = (q1 % w.patch[0] * w.patch[1] + q2 % w.patch[1]) * w.patch[2];
-    i64 q3 = (begin + steps[2]) % w.size[2];
+    LinePosition at(w, begin, steps[2]);
     for (i64 n = 0; n < length;) {
-      const i64 voxel = q3 % w.patch[2];
-      const i64 matrix = row_of_windows * w.grid(2) + q3 / w.patch[2];
-      i64 run = w.patch[2] - voxel;
-      if (run > length - n) run = length - n;
+      const i64 matrix = row_of_windows * w.grid(2) + at.window;
+      const i64 run = at.left(w) < length - n ? at.left(w) : length - n;
       for (i64 r = 0; r < rank; ++r) {
-        const T* vs = v + (matrix * rank + r) * columns + line + voxel;
+        const T* vs = v + (matrix * rank + r) * columns + line + at.voxel;
         const T* us = u + (matrix * rank + r) * rows;
-        for (i64 c = 0; c < rows; ++c) {
-          const T factor = us[c] * scale;
-          T* to = out[c] + n;
-          if (shift == 0 && r == 0) {
-            each_element(run, [&](i64 i) { to[i] = factor * vs[i]; });
-          } else {
-            each_element(run, [&](i64 i) { to[i] += factor * vs[i]; });
+        const bool first = shift == 0 && r == 0;
+        with_line(run, [&](auto elements) {
+          for (i64 c = 0; c < rows; ++c) {
+            const T factor = us[c] * scale;
+            T* to = out[c] + n;
+            if (first) {
+              for (i64 i = 0; i < elements; ++i) to[i] = factor * vs[i];
+            } else {
+              for (i64 i = 0; i < elements; ++i) to[i] += factor * vs[i];
+            }
           }
-        }
+        });
       }
       n += run;
-      q3 += run;
-      if (q3 == w.size[2]) q3 = 0;
+      at.advance(w, run);
     }
   }
 }
@@ -445,6 +463,8 @@ void compose_chunk(const SwinNMF& p, i64 bh_begin, i64 num_bh, int threads, cons
   });
 }
 
+i64 map_bytes(const Windows& w, i64 element) { return w.batch * w.heads * w.head_dim * w.voxels() * element; }
+
 template <class T, class S>
 void forward(const SwinNMF& p) {
   const Windows& w = p.windows;
@@ -455,6 +475,7 @@ void forward(const SwinNMF& p) {
     factorize_chunk<T, S>(p, rank_one, 0, w.batch * w.heads, threads, static_cast<T*>(p.u.data), static_cast<T*>(p.v.data));
     return;
   }
+  expect_writes(p.y, map_bytes(w, sizeof(S)));
   const i64 per_chunk = heads_per_chunk(w, sizeof(T));
   const i64 matrices = w.num_shifts * per_chunk * w.num_windows();
   const Scratch factors(matrices * p.options.rank * (w.head_dim + w.columns()) * sizeof(T));
@@ -506,6 +527,7 @@ void backward(const SwinNMF& p) {
     }
     return;
   }
+  expect_writes(p.dx, map_bytes(w, sizeof(S)));
   const bool rank_one = rank_one_applies<T>(p);
   const bool fit = windows_fit(w, sizeof(T));
   const int threads = threads_for(p);

@@ -30,17 +30,19 @@ void matricize(const Matricize& p) {
     const Head<const S> x = head_of<const S>(p.x, w, strip.bh);
     S* z = static_cast<S*>(p.z) + matrix_index(w, strip, 0, w.batch * w.heads) * w.head_dim * w.columns();
     const T scale = T(p.scale);
-    each_piece(w, strip, [&](i64 c, i64 i1, i64 i2, i64 i3, i64 window, i64 column, i64 length) {
-      const S* from = x.at(c, i1, i2, i3);
-      S* to = z + (window * w.head_dim + c) * w.columns() + column;
-      const i64 step = x.stride[2];
-      if (scale != T(1)) {
-        for (i64 i = 0; i < length; ++i) to[i] = Storage<S>::from(scale * to_compute(from[i * step]));
-      } else if (step == 1) {
-        each_element(length, [&](i64 i) { to[i] = from[i]; });
-      } else {
-        for (i64 i = 0; i < length; ++i) to[i] = from[i * step];
-      }
+    with_line(strip.num_voxels, [&](auto line_length) {
+      each_piece(w, strip, line_length, [&](i64 c, i64 i1, i64 i2, i64 i3, i64 window, i64 column, auto length) {
+        const S* from = x.at(c, i1, i2, i3);
+        S* to = z + (window * w.head_dim + c) * w.columns() + column;
+        const i64 step = x.stride[2];
+        if (scale != T(1)) {
+          for (i64 i = 0; i < length; ++i) to[i] = Storage<S>::from(scale * to_compute(from[i * step]));
+        } else if (step == 1) {
+          for (i64 i = 0; i < length; ++i) to[i] = from[i];
+        } else {
+          for (i64 i = 0; i < length; ++i) to[i] = from[i * step];
+        }
+      });
     });
   });
 }
@@ -71,7 +73,7 @@ void dematricize(const Matricize& p) {
             i64 run = w.patch[2] - voxel;
             if (run > count - n) run = count - n;
             const S* from = z + (matrix * w.head_dim + c) * w.columns() + line + voxel;
-            each_element(run, [&](i64 i) { sums[n + i] += to_compute(from[i]); });
+            for (i64 i = 0; i < run; ++i) sums[n + i] += to_compute(from[i]);
             n += run;
             q3 += run;
             if (q3 == w.size[2]) q3 = 0;
