@@ -25,7 +25,7 @@ def demo(
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Folder for the results; one with a checkpoint is continued.")
-    ] = Path("demo-output"),
+    ] = Path("runs/demo"),
     steps: Annotated[
         int | None, typer.Option(help="Training steps. Default: derived from the data's size.")
     ] = None,

@@ -24,6 +24,7 @@ from monai.data import CacheDataset, load_decathlon_datalist
 from monai.transforms import (
     ClassesToIndicesd,
     Compose,
+    CropForegroundd,
     EnsureChannelFirstd,
     EnsureTyped,
     LoadImaged,
@@ -43,7 +44,7 @@ from monai.transforms import (
 from nibabel.filebasedimages import ImageFileError
 
 MIN_CASES = 3  # two to train on and one held out
-HELD_OUT = 0.2  # share of the cases that training never sees
+HELD_OUT, MAX_HELD_OUT = 0.2, 40  # share and number of the cases that training never sees
 CACHE_BYTES = 6 * 2**30  # volumes beyond this are read again at every use
 
 
@@ -76,7 +77,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape in voxels and spacing in mm of a volume, its axes right, anterior, superior."""
+    """Of a volume's nonzero part: shape in voxels, spacing in mm; axes right, anterior, superior."""
 
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
@@ -171,8 +172,8 @@ def check_case(task: Task, case: Case) -> Geometry:
     """Read both files of a case, check that they fit the task and each other.
 
     Raises DataError where a file cannot be read, the image is not three-dimensional, lacks
-    channels or holds NaN or infinity, the label lies on another grid than its image, or a label
-    value stands for no class.
+    channels or holds NaN, infinity or nothing but zeros, the label lies on another grid than its
+    image, or a label value stands for no class.
     """
     image_file, image = _read_nifti(case.image)
     label_file, label = _read_nifti(case.label)
@@ -188,6 +189,8 @@ def check_case(task: Task, case: Case) -> Geometry:
         raise DataError(
             f"{case.label}: shape {label.shape} does not match its image's {image.shape[:3]} ({case.image})"
         )
+    if np.linalg.matrix_rank(image_file.affine) < 4:
+        raise DataError(f"{case.image}: its affine is singular")
     if not np.allclose(image_file.affine, label_file.affine, atol=1e-2):
         raise DataError(f"{case.label}: its affine differs from its image's ({case.image})")
     if not np.isfinite(image).all():
@@ -197,22 +200,19 @@ def check_case(task: Task, case: Case) -> Geometry:
         raise DataError(
             f"{case.label}: label value {unknown[0]:g} has no class; dataset.json lists {list(task.labels)}"
         )
-    # The volume's axes, reordered to right, anterior, superior as `preprocessing` will do.
-    axes = nib.io_orientation(image_file.affine)[:, 0]
-    if np.isnan(axes).any():
-        raise DataError(f"{case.image}: its affine is singular")
-    order = np.argsort(axes)
-    spacing = nib.affines.voxel_sizes(image_file.affine)
-    first, second, third = order
-    return Geometry(
-        (image.shape[first], image.shape[second], image.shape[third]),
-        (float(spacing[first]), float(spacing[second]), float(spacing[third])),
-    )
+    nonzero = image != 0 if image.ndim == 3 else (image != 0).any(axis=3)
+    if not nonzero.any():
+        raise DataError(f"{case.image}: holds nothing but zeros")
+    # The axes in the order that `preprocessing` will bring them into.
+    order = np.argsort(nib.io_orientation(image_file.affine)[:, 0])
+    shape = [int(np.ptp(np.nonzero(nonzero)[axis])) + 1 for axis in order]
+    spacing = nib.affines.voxel_sizes(image_file.affine)[order].tolist()
+    return Geometry((shape[0], shape[1], shape[2]), (spacing[0], spacing[1], spacing[2]))
 
 
 def split_cases(cases: Sequence[Case], seed: int) -> tuple[list[Case], list[Case]]:
-    """(training, held out): a fifth of the cases, drawn with `seed`, is held out; both sorted."""
-    count = max(1, round(HELD_OUT * len(cases)))
+    """(training, held out), both sorted: a fifth, at most 40, is held out, drawn with `seed`."""
+    count = min(max(1, round(HELD_OUT * len(cases))), MAX_HELD_OUT)
     by_name = sorted(cases, key=lambda case: case.name)
     drawn = set(np.random.default_rng(seed).permutation(len(cases))[:count].tolist())
     training = [case for index, case in enumerate(by_name) if index not in drawn]
@@ -221,11 +221,13 @@ def split_cases(cases: Sequence[Case], seed: int) -> tuple[list[Case], list[Case
 
 
 def preprocessing(keys: Sequence[str], spacing: Sequence[float], values: Sequence[int]) -> Compose:
-    """Files to network input: axes right, anterior, superior; `spacing` in mm; z-scores.
+    """Files to network input: one orientation, one spacing, no empty margins, z-scores.
 
-    `keys` name the files of an item: "image", whose channels are each normalised by the mean and
-    standard deviation of their nonzero voxels, and label volumes under any other name, whose
-    values become class indices 0, 1, ... in the order of `values`. Each becomes (C, X, Y, Z).
+    Axes run right, anterior, superior, `spacing` mm a voxel, over the smallest box with the
+    image's nonzero voxels. `keys` name the files of an item: "image", whose channels are each
+    normalised by the mean and standard deviation of their nonzero voxels, and label volumes under
+    any other name, whose values become class indices 0, 1, ... in the order of `values`. Each
+    becomes (C, X, Y, Z).
     """
     labels = [key for key in keys if key != "image"]
     transforms: list[Callable[..., Any]] = [
@@ -233,6 +235,7 @@ def preprocessing(keys: Sequence[str], spacing: Sequence[float], values: Sequenc
         EnsureChannelFirstd(keys),
         Orientationd(keys, axcodes="RAS", labels=None),
         Spacingd(keys, pixdim=spacing, mode=["nearest" if key in labels else "bilinear" for key in keys]),
+        CropForegroundd(keys, source_key="image", select_fn=_nonzero, allow_smaller=True),
         NormalizeIntensityd("image", nonzero=True, channel_wise=True),
     ]
     if labels and list(values) != list(range(len(values))):
@@ -333,6 +336,10 @@ class Crops:
             torch.stack([crop["image"] for crop in crops]),
             torch.stack([crop["label"] for crop in crops]),
         )
+
+
+def _nonzero(image: torch.Tensor) -> torch.Tensor:
+    return image != 0
 
 
 def _stem(file: str) -> str:

@@ -90,7 +90,7 @@ def plan_run(
         labels=task.labels,
         training=tuple(case.name for case in training),
         held_out=tuple(case.name for case in held_out),
-        spacing=tuple(round(float(length), 4) for length in spacing),
+        spacing=tuple(spacing.tolist()),
         crop=size,
         network={
             "in_channels": len(task.modalities),

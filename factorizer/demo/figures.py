@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import to_rgb, to_rgba
+from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
@@ -19,6 +19,7 @@ from factorizer.planning import Plan
 COLOURS = ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#0072B2")
 BACKGROUND, TEXT = "#111417", "#e8e8e8"
 VIEWS = ("sagittal", "coronal", "axial")
+PANEL = 2.5  # inches
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,23 @@ def draw_segmentations(
     classes: Sequence[str],
     title: str,
 ) -> None:
-    """A row for each case: up to two modalities, the truth and the prediction, on one slice."""
+    """A row for each case: up to two modalities, the truth and the prediction, on one slice.
+
+    All rows are cut along the axis that shows the classes of all cases best.
+    """
     shown = list(modalities)[:2]
     columns = [*shown, "ground truth", "prediction"]
-    figure = Figure(figsize=(2.9 * len(columns), 2.9 * len(cases) + 1.2), facecolor=BACKGROUND)
-    grid = figure.subplots(len(cases), len(columns), squeeze=False)
-    for row, case in zip(grid, cases, strict=True):
-        axis, index = best_slice(case.truth, len(classes))
-        for ax, channel in zip(row, range(len(shown)), strict=False):
+    views = [slice_scores(case.truth, len(classes)) for case in cases]
+    axis = max(range(3), key=lambda a: sum(scores[a].max() for scores in views))
+    figure, grid = _panels(cases[0], axis, len(cases), len(columns))
+    for row, case, scores in zip(grid, cases, views, strict=True):
+        index = int(scores[axis].argmax())
+        for channel, ax in enumerate(row[: len(shown)]):
             _show(ax, case, channel, axis, index)
         for ax, labels in zip(row[len(shown) :], (case.truth, case.prediction), strict=True):
             _show(ax, case, 0, axis, index)
-            _overlay(ax, _cut(labels, axis, index), len(classes), fill=0.45)
-        row[0].set_ylabel(f"{case.name}\n{VIEWS[axis]} slice {index}", color=TEXT, fontsize=8)
+            _overlay(ax, np.take(labels, index, axis), len(classes), fill=0.45)
+        row[0].set_ylabel(f"{case.name}\n{VIEWS[axis]}, {index}", color=TEXT, fontsize=8)
         row[-1].set_xlabel(case.caption, color=TEXT, fontsize=8)
     for ax, name in zip(grid[0], columns, strict=True):
         ax.set_title(name, color=TEXT, fontsize=11)
@@ -78,78 +83,83 @@ def draw_components(
     classes: Sequence[str],
     title: str,
 ) -> None:
-    """A row for each layer (its name, its maps (n, X, Y, Z), their captions), over one slice.
+    """A row for each of two layers (its name, its maps (n, X, Y, Z), their captions), on one slice.
 
-    The first column shows the truth and the prediction as outlines; so do the maps the truth.
+    The first column has the truth and the prediction as outlines; the maps have the truth's.
     """
     columns = 1 + max(len(maps) for _, maps, _ in layers)
-    figure = Figure(figsize=(2.6 * columns, 3.0 * len(layers) + 1.2), facecolor=BACKGROUND)
-    grid = figure.subplots(len(layers), columns, squeeze=False)
-    axis, index = best_slice(case.truth, len(classes))
-    outlines = (("ground truth", case.truth), ("prediction", case.prediction))
-    for row, (name, maps, captions), (outline, labels) in zip(grid, layers, outlines, strict=False):
+    axis = max(range(3), key=lambda a: slice_scores(case.truth, len(classes))[a].max())
+    index = int(slice_scores(case.truth, len(classes))[axis].argmax())
+    figure, grid = _panels(case, axis, len(layers), columns)
+    truth = np.take(case.truth, index, axis)
+    outlines = (("ground truth", truth), ("prediction", np.take(case.prediction, index, axis)))
+    for row, (name, maps, captions), (outline, labels) in zip(grid, layers, outlines, strict=True):
         _show(row[0], case, 0, axis, index)
-        _overlay(row[0], _cut(labels, axis, index), len(classes), fill=0)
+        _overlay(row[0], labels, len(classes), fill=0)
         row[0].set_title(outline, color=TEXT, fontsize=9)
         row[0].set_ylabel(name, color=TEXT, fontsize=10)
         for ax in row[1 + len(maps) :]:
             ax.set_visible(False)
         for ax, volume, caption in zip(row[1:], maps, captions, strict=False):
             _show(ax, case, 0, axis, index)
-            plane = _cut(volume, axis, index)
-            top = np.quantile(plane, 0.995) or 1.0
-            strength = np.clip(plane / top, 0, 1)
+            plane = np.take(volume, index, axis).T
+            strength = np.clip(plane / (np.quantile(plane, 0.995) or 1), 0, 1)
             ax.imshow(
-                strength.T,
+                strength,
                 cmap="inferno",
-                alpha=0.15 + 0.75 * strength.T,
+                alpha=0.15 + 0.75 * strength,
                 origin="lower",
-                aspect=_aspect(case, axis),
+                aspect=ax.get_aspect(),
             )
-            _overlay(ax, _cut(case.truth, axis, index), len(classes), fill=0)
+            _overlay(ax, truth, len(classes), fill=0)
             ax.set_title(caption, color=TEXT, fontsize=9)
     _finish(figure, path, title, classes)
 
 
-def best_slice(labels: np.ndarray, num_classes: int) -> tuple[int, int]:
-    """(axis, index) of the slice that shows the classes best: the largest sum of their √area."""
-    best = (0.0, 2, labels.shape[2] // 2)
+def slice_scores(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
+    """For each axis, how much of the classes each slice shows: the sum over them of √area.
+
+    The root makes a slice with some of every class count more than one with much of a single one.
+    """
+    scores = []
     for axis in range(3):
         others = tuple(a for a in range(3) if a != axis)
-        areas = np.stack([(labels == k).sum(others) for k in range(1, num_classes + 1)])
-        score = np.sqrt(areas).sum(0)
-        if score.max() > best[0]:
-            best = (float(score.max()), axis, int(score.argmax()))
-    return best[1], best[2]
+        areas = [(labels == k).sum(others) for k in range(1, num_classes + 1)]
+        scores.append(np.sqrt(areas).sum(0))
+    return scores
 
 
-def _cut(volume: np.ndarray, axis: int, index: int) -> np.ndarray:
-    return np.take(volume, index, axis=axis)
-
-
-def _aspect(case: Picture, axis: int) -> float:
-    across, up = (case.spacing[a] for a in range(3) if a != axis)
-    return up / across
+def _panels(case: Picture, axis: int, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
+    """A grid of axes in the shape of a slice of the case, the longer side of each PANEL inches."""
+    width, height = (case.truth.shape[a] * case.spacing[a] for a in range(3) if a != axis)
+    scale = PANEL / max(width, height)
+    size = (columns * (scale * width + 0.25) + 0.5, rows * (scale * height + 0.6) + 1.1)
+    figure = Figure(figsize=size, facecolor=BACKGROUND)
+    figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.08)
+    return figure, figure.subplots(rows, columns, squeeze=False)
 
 
 def _show(ax: Axes, case: Picture, channel: int, axis: int, index: int) -> None:
     low, high = np.quantile(case.image[channel], [0.01, 0.995])
+    across, up = (case.spacing[a] for a in range(3) if a != axis)
     ax.imshow(
-        _cut(case.image[channel], axis, index).T,
+        np.take(case.image[channel], index, axis).T,
         cmap="gray",
         vmin=low,
         vmax=high,
         origin="lower",
-        aspect=_aspect(case, axis),
+        aspect=up / across,
     )
     ax.set_xticks([])
     ax.set_yticks([])
+    ax.set_facecolor(BACKGROUND)
     for spine in ax.spines.values():
         spine.set_visible(False)
 
 
 def _overlay(ax: Axes, plane: np.ndarray, num_classes: int, fill: float) -> None:
     """Classes of a slice as outlines, and as a colour of opacity `fill`."""
+    limits = ax.get_xlim(), ax.get_ylim()
     for k in range(1, num_classes + 1):
         mask, colour = (plane == k).T, COLOURS[(k - 1) % len(COLOURS)]
         if not mask.any():
@@ -159,21 +169,20 @@ def _overlay(ax: Axes, plane: np.ndarray, num_classes: int, fill: float) -> None
             tint[mask] = to_rgba(colour, fill)
             ax.imshow(tint, origin="lower", aspect=ax.get_aspect())
         # Padded, so that an outline is also drawn along the edge of the volume.
-        padded = np.pad(mask, 1).astype(float)
         places = [np.arange(-1, length + 1) for length in (mask.shape[1], mask.shape[0])]
-        ax.contour(*places, padded, levels=[0.5], colors=[to_rgb(colour)], linewidths=1.4)
+        ax.contour(*places, np.pad(mask, 1).astype(float), [0.5], colors=[colour], linewidths=1.4)
+    ax.set(xlim=limits[0], ylim=limits[1])
 
 
 def _finish(figure: Figure, path: Path, title: str, classes: Sequence[str]) -> None:
-    figure.suptitle(title, color=TEXT, fontsize=12)
-    patches = [Patch(color=COLOURS[k % len(COLOURS)], label=name) for k, name in enumerate(classes)]
+    figure.suptitle(title, color=TEXT, fontsize=11)
+    colours = [COLOURS[k % len(COLOURS)] for k in range(len(classes))]
     figure.legend(
-        handles=patches,
-        loc="lower center",
+        handles=[Patch(color=c, label=name) for c, name in zip(colours, classes, strict=True)],
+        loc="outside lower center",
         ncols=min(len(classes), 6),
         frameon=False,
         labelcolor=TEXT,
     )
-    figure.tight_layout(rect=(0, 0.05, 1, 0.97))
     with atomic(path) as temporary:
-        figure.savefig(temporary, dpi=130, facecolor=BACKGROUND)
+        figure.savefig(temporary, dpi=140, facecolor=BACKGROUND)

@@ -13,6 +13,7 @@ from factorizer.data import (
     Case,
     Crops,
     DataError,
+    Geometry,
     Task,
     atomic,
     augmentation,
@@ -61,7 +62,9 @@ def test_reads_what_the_folder_says(folder):
     assert task.labels == {0: "background", 1: "halo", 2: "core"}
     assert [case.name for case in task.cases] == [f"synthetic_{i:03d}" for i in range(1, 5)]
     for case in task.cases:
-        assert check_case(task, case).shape == nib.load(case.label).shape
+        nonzero = np.asarray(nib.load(case.image).dataobj).any(axis=3)
+        box = tuple(np.ptp(places) + 1 for places in np.nonzero(nonzero))
+        assert check_case(task, case) == Geometry(box, (1.0, 1.0, 1.0))
 
 
 def test_labels_are_sorted_by_value(folder):
@@ -140,6 +143,7 @@ def test_unreadable_nifti(folder, kind, content):
         ("imagesTr", lambda x: x[..., 0], "1 channels; dataset.json lists 2"),
         ("imagesTr", lambda x: x[..., None], "has shape"),
         ("imagesTr", lambda x: np.where(x == x.max(), np.nan, x), "NaN or infinite"),
+        ("imagesTr", lambda x: x * 0, "nothing but zeros"),
         ("labelsTr", lambda x: np.where(x == 2, 3, x).astype(np.uint8), "label value 3 has no"),
         ("labelsTr", lambda x: np.where(x == 2, 1.5, x), r"label value 1\.5 has no class"),
     ],
@@ -170,7 +174,7 @@ def test_geometry_is_told_in_canonical_axes(tmp_path):
     # Array axes run superior, left, posterior, 2, 3 and 4 mm apart.
     affine = np.array([[0, -3, 0, 5], [0, 0, -4, 6], [2, 0, 0, 7], [0, 0, 0, 1]], dtype=float)
     label = np.zeros((4, 5, 6), dtype=np.uint8)
-    case = write_case(tmp_path, label.astype(np.float32), label, affine)
+    case = write_case(tmp_path, label.astype(np.float32) + 1, label, affine)
     geometry = check_case(Task("t", ("MRI",), {0: "background", 1: "a"}, (case,)), case)
     assert geometry.shape == (5, 6, 4)
     assert geometry.spacing == pytest.approx((3, 4, 2))
@@ -180,18 +184,19 @@ def test_preprocessing(tmp_path):
     rng = np.random.default_rng(0)
     affine = np.array([[0, -3, 0, 5], [0, 0, -4, 6], [2, 0, 0, 7], [0, 0, 0, 1]], dtype=float)
     image = rng.gamma(2.0, 100, (4, 5, 6, 2)).astype(np.float32)
-    image[0] = 0  # air, which the z-scores leave out
+    image[0] = 0  # air, which is cut off
+    image[2, 3, 4] = 0  # a hole, which the z-scores leave out
     label = rng.choice([0, 2, 5], (4, 5, 6)).astype(np.uint8)
     case = write_case(tmp_path, image, label, affine)
     before = preprocessing(("image", "label"), (3, 4, 2), (0, 2, 5))
     item = before({"image": str(case.image), "label": str(case.label)})
     # Right is minus the second array axis, anterior minus the third, superior the first.
-    expected = image[:, ::-1, ::-1].transpose(3, 1, 2, 0)
+    expected = image[1:, ::-1, ::-1].transpose(3, 1, 2, 0)
     voxels = expected != 0
     for channel, inside, got in zip(expected, voxels, item["image"].numpy(), strict=True):
         scores = (channel - channel[inside].mean()) / channel[inside].std()
         np.testing.assert_allclose(got, np.where(inside, scores, 0), atol=1e-5)
-    classes = np.searchsorted([0, 2, 5], label[:, ::-1, ::-1].transpose(1, 2, 0))
+    classes = np.searchsorted([0, 2, 5], label[1:, ::-1, ::-1].transpose(1, 2, 0))
     np.testing.assert_array_equal(item["label"].numpy()[0], classes)
 
 

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 from factorizer.cli import app
 from factorizer.data import DataError, split_cases
 from factorizer.demo import run_demo, write_synthetic
-from factorizer.demo.figures import best_slice
+from factorizer.demo.figures import slice_scores
 from factorizer.demo.timing import side_by_side
 from factorizer.inference import load_network
 from factorizer.training import read_checkpoint
@@ -217,13 +217,16 @@ def test_help_is_fast():
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-def test_best_slice_shows_every_class():
+def test_slices_that_show_every_class_score_highest():
     labels = np.zeros((5, 6, 7), dtype=int)
-    labels[:4, :4, 1] = 1  # 16 voxels of one class alone
-    labels[2, 1:4, 2:5] = 1  # 9 of one beside 6 of the other
+    labels[:4, :4, 1] = 1  # 16 voxels of one class alone, and nothing of the other
+    labels[2, 1:4, 2:5] = 1  # 9 beside 6
     labels[2, 4:, 2:5] = 2
-    assert best_slice(labels, 2) == (0, 2)
-    assert best_slice(labels * 0, 2) == (2, 3)
+    scores = slice_scores(labels, 2)
+    assert [len(axis) for axis in scores] == [5, 6, 7]
+    assert scores[0].argmax() == 2
+    assert scores[0][2] == pytest.approx(np.sqrt(9 + 4) + np.sqrt(6))
+    assert scores[2][1] == pytest.approx(4)
 
 
 def test_side_by_side_interleaves_and_takes_medians():
