@@ -60,3 +60,13 @@ def check_features(layer: str, x: Tensor, channels: int, spatial_dims: int | Non
         raise ValueError(
             f"{layer}: x must have {channels} channels on axis 1, got {x.shape[1]} (shape {tuple(x.shape)})"
         )
+
+
+def without_metadata(x: Tensor) -> Tensor:
+    """x as a plain tensor, where it is of a subclass that only adds to the data.
+
+    MONAI's MetaTensor would copy its metadata with every slice of it. Subclasses with a dispatch of
+    their own, as those of a tracer, stay what they are.
+    """
+    plain = type(x) is Tensor or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__
+    return x if plain else x.as_subclass(Tensor)

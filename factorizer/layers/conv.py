@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .checks import check_count
+from .norm import LayerNorm
 
 CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 CONV_TRANSPOSE: dict[int, type[nn.Module]] = {
@@ -14,15 +15,10 @@ CONV_TRANSPOSE: dict[int, type[nn.Module]] = {
     2: nn.ConvTranspose2d,
     3: nn.ConvTranspose3d,
 }
-INSTANCE_NORM: dict[int, type[nn.Module]] = {
-    1: nn.InstanceNorm1d,
-    2: nn.InstanceNorm2d,
-    3: nn.InstanceNorm3d,
-}
 
 
 class ConvStage(nn.Module):
-    """`depth` times convolution (3 along each axis, no bias), instance norm, leaky ReLU.
+    """`depth` times convolution (3 along each axis, no bias), layer norm, leaky ReLU.
 
     Args:
         in_channels, out_channels: channels of the input and the output.
@@ -46,7 +42,7 @@ class ConvStage(nn.Module):
             width = out_channels if i else in_channels
             layers += [
                 CONV[spatial_dims](width, out_channels, 3, padding=1, bias=False),
-                INSTANCE_NORM[spatial_dims](out_channels, affine=True),
+                LayerNorm(out_channels),
                 nn.LeakyReLU(0.01),
             ]
         self.block = nn.Sequential(*layers)

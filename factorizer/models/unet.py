@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers.checks import check_count, check_counts, check_features
+from ..layers.checks import check_count, check_counts, check_features, without_metadata
 from ..layers.conv import CONV, CONV_TRANSPOSE, ConvStage
 from ..layers.parts import Part, build
 from ..layers.pointwise import check_dtype
@@ -193,9 +193,7 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         check_features(type(self).__name__, x, self.in_channels, self.spatial_dims)
         check_dtype(x, next(self.parameters()))
-        # The metadata of MONAI's MetaTensor would be copied with every slice of it.
-        if type(x) is not Tensor:
-            x = x.as_subclass(Tensor)
+        x = without_metadata(x)
         size = x.shape[2:]
         x = pad_to(x, round_up(size, self._strides[-1]))
         outputs = self.decoder(self.encoder(self.stem(x)))

@@ -412,16 +412,41 @@ def test_training_lowers_the_loss():
     assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.filterwarnings("ignore")  # what dynamo says about itself
+def test_networks_are_compiled_exported_and_transformed(rel):
+    network = small(encoder_depth=(1, 1), encoder_width=(8, 16), strides=(1, 2), decoder_depth=(1,))
+    x = torch.randn(2, 2, 16, 16)
+    expected = network(x)
+    expected.square().sum().backward()
+    gradients = {name: p.grad for name, p in network.named_parameters()}
+
+    network.zero_grad()
+    compiled = torch.compile(network, fullgraph=True, backend="eager")(x)
+    compiled.square().sum().backward()
+    assert rel(compiled, expected) < 1e-6
+    assert all(rel(p.grad, gradients[n]) < 1e-4 for n, p in network.named_parameters())
+
+    assert rel(torch.export.export(network.eval(), (x,)).module()(x), expected) < 1e-6
+
+    def loss(parameters):
+        return torch.func.functional_call(network, parameters, (x,)).square().sum()
+
+    parameters = {name: p.detach() for name, p in network.named_parameters()}
+    for name, gradient in torch.func.grad(loss)(parameters).items():
+        assert rel(gradient, gradients[name]) < 1e-4
+
+
 # --- U-net ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dims", [1, 2, 3])
-def test_plain_unet(dims):
-    network = UNet(**SMALL, spatial_dims=dims, num_deep_supr=2)
-    size = (13, 18, 7)[:dims]
+@pytest.mark.parametrize("size", [(13,), (13, 18), (13, 18, 7), (1, 2, 3)])
+def test_plain_unet(size):
+    network = UNet(**SMALL, spatial_dims=len(size), num_deep_supr=2)
     fine, coarse = network(torch.randn(2, 2, *size))
     assert fine.shape == (2, 3, *size)
     assert coarse.shape == (2, 3, *((s + 1) // 2 for s in size))
+    fine.square().sum().backward()
+    assert all(p.grad.isfinite().all() for p in network.encoder.parameters())
 
 
 def test_unet_hands_its_stages_what_they_need():
