@@ -80,11 +80,11 @@ def scaled_backward(u, w, e, inverse, grad_w, grad_e):
 def solve_backward(
     grad_u, a0, b0, g, r, history, t, num_iters, grad_steps, N: tl.constexpr, EPS: tl.constexpr
 ):
-    """(ā, b̄, Ḡ, r̄) from ū of the last iteration; ā and b̄ belong to the first differentiated U step.
+    """(ā, b̄, Ḡ + Ḡᵀ, r̄) from ū of the last iteration; ā and b̄ belong to the first differentiated U step.
 
     a0, b0 start the iterations; grad_steps >= 1.
     """
-    grad_g = tl.zeros_like(g)
+    both_g = tl.zeros_like(g)
     grad_r = tl.zeros_like(r)
     first = num_iters - grad_steps
     for k in range(grad_steps - 1):
@@ -102,7 +102,7 @@ def solve_backward(
         grad_w += tl.sum(g * grad_a[:, None], axis=0)
         grad_e += tl.sum(r * grad_a, axis=0)
         grad_r += e * grad_a
-        grad_g += grad_a[:, None] * w[None, :]
+        both_g += grad_a[:, None] * w[None, :] + w[:, None] * grad_a[None, :]
         grad_u = scaled_backward(previous, w, e, inverse, grad_w, grad_e)
     if first > 0:
         w, e, inverse = scaled(row(history, t, first - 1), EPS)
@@ -110,7 +110,7 @@ def solve_backward(
     else:
         a, b = a0, b0
     grad_a = grad_u / (b + EPS)
-    return grad_a, -tl.sum(grad_a * row(history, t, first), axis=0), grad_g, grad_r
+    return grad_a, -tl.sum(grad_a * row(history, t, first), axis=0), both_g, grad_r
 
 
 @triton.jit
@@ -151,7 +151,7 @@ def window_backward(
     grad_v = tl.sum(dy * u[:, None], axis=0)
     grad_w = tl.sum(x * grad_v[None, :], axis=1)
     grad_u += scaled_backward(u, w, e, inverse, grad_w, tl.sum(grad_v, axis=0))
-    grad_a, grad_b, grad_g, grad_r = solve_backward(
+    grad_a, grad_b, both_g, grad_r = solve_backward(
         grad_u, a, b, g, r, history, t, num_iters, grad_steps, N, EPS
     )
     start = v0
@@ -159,14 +159,13 @@ def window_backward(
         w_start, e_start, inverse = scaled(row(history, t, num_iters - grad_steps - 1), EPS)
         start = column_of_v(x, w_start, e_start, n, N)
     grad_v0 = tl.sum(x * grad_a[:, None], axis=0) + 2.0 * grad_b * start
-    return map_gradient(x, w, grad_v, grad_a, start, grad_g, grad_r, m, M), grad_v0
+    return map_gradient(x, w, grad_v, grad_a, start, both_g, grad_r, m, M), grad_v0
 
 
 @triton.jit
-def map_gradient(x, w, grad_v, grad_a, start, grad_g, grad_r, m, M: tl.constexpr):
+def map_gradient(x, w, grad_v, grad_a, start, both_g, grad_r, m, M: tl.constexpr):
     """x̄ of the columns in x: what v = Xᵀw + e, a = X v_start, G and r hand back."""
     grad_x = w[:, None] * grad_v[None, :] + grad_a[:, None] * start[None, :] + grad_r[:, None]
     for i in tl.static_range(M):
-        both = column(grad_g, m, i) + row(grad_g, m, i)
-        grad_x += both[:, None] * row(x, m, i)[None, :]
+        grad_x += column(both_g, m, i)[:, None] * row(x, m, i)[None, :]
     return grad_x

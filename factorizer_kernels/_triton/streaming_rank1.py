@@ -143,7 +143,7 @@ def solve_backward_kernel(
     sums, grad_sums, u, u_start, grads, num_iters, grad_steps,
     M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr, M_PAD: tl.constexpr, T_PAD: tl.constexpr,
 ):  # fmt: skip
-    """All the iterations of one matrix backward: ``grads`` gets (Ḡ, ā, r̄, b̄), laid out as the sums.
+    """All the iterations of one matrix backward: ``grads`` gets (Ḡ + Ḡᵀ, ā, r̄, b̄), laid out as the sums.
 
     u_start gets the u before the first differentiated iteration, if there is one.
     """
@@ -157,11 +157,11 @@ def solve_backward_kernel(
     grad_e = tl.load(grad_sums + start + 2 * M)
     grad_u = load_vector(grad_sums, start, m, M)
     grad_u += rank1.scaled_backward(row, w, e, inverse, grad_w, grad_e)
-    grad_a, grad_b, grad_g, grad_r = rank1.solve_backward(
+    grad_a, grad_b, both_g, grad_r = rank1.solve_backward(
         grad_u, a, b, g, r, history, tl.arange(0, T_PAD), num_iters, grad_steps, N, EPS
     )
     start = at * (M * M + 2 * M + 1)
-    store_square(grads, start, m, grad_g, M)
+    store_square(grads, start, m, both_g, M)
     tl.store(grads + start + M * M + m, grad_a, mask=m < M)
     tl.store(grads + start + M * M + M + m, grad_r, mask=m < M)
     tl.store(grads + start + M * M + 2 * M, grad_b)
@@ -183,7 +183,7 @@ def gradient_kernel(
     row = load_vector(u, at * M, m, M)
     w, e, inverse = rank1.scaled(row, EPS)
     w_start, e_start, inverse = rank1.scaled(load_vector(u_start, at * M, m, M), EPS)
-    grad_a, grad_b, grad_g, grad_r = load_sums(grads, at, m, M)
+    grad_a, grad_b, both_g, grad_r = load_sums(grads, at, m, M)
     for k in range(strip_blocks):
         n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)
         block = relu(load_map(x, x_strides, window, sizes, m, n, u, M, N, PATCH))
@@ -194,7 +194,7 @@ def gradient_kernel(
         else:
             start = rank1.column_of_v(block, w_start, e_start, n, N)
         grad_v = tl.sum(dy_block * row[:, None], axis=0)
-        grad_x = rank1.map_gradient(block, w, grad_v, grad_a, start, grad_g, grad_r, m, M)
+        grad_x = rank1.map_gradient(block, w, grad_v, grad_a, start, both_g, grad_r, m, M)
         grad_x = tl.where(block > 0, grad_x, 0.0)
         if copy > 0:
             grad_x += load_map(dx, dx_strides, window, sizes, m, n, u, M, N, PATCH)

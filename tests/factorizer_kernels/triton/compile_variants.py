@@ -1,0 +1,156 @@
+"""Compile the Triton kernels for a GPU that is not there, and print what they use.
+
+    python compile_variants.py CAPABILITY [--slow] [--record]
+
+Runs the operators on CPU tensors with every launch replaced by a compilation for the given compute
+capability, so that the variants are those of real calls. Prints a table as JSON: for each case and
+kernel the largest number of registers, bytes of shared memory and bytes of stack (spills) of its cubins.
+With --record the table is written to resources.json beside this file, as the bound for the tests.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import factorizer_kernels as fk  # noqa: F401  (registers the operators)
+
+OPERATORS = torch.ops.factorizer_kernels
+RESOURCES = Path(__file__).with_name("resources.json")
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+EPS = 1e-16
+
+
+class AbsentDevice:
+    """What Triton asks of a driver before it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.capability, 32)
+
+
+def swin(solver, rank, shifts=(0, 0, 0, 4, 4, 4), dtype=torch.float32):
+    """Forward and backward of swin_nmf in 8³ windows of 8 channels, the case of the benchmarks."""
+    x = torch.rand(1, 32, 32, 32, 32, dtype=dtype)
+    u0, v0 = torch.rand(8, rank), torch.rand(512, rank)
+    windows = (8, [8, 8, 8], list(shifts))
+    OPERATORS.swin_nmf(x, u0, v0, *windows, True, 5, solver, EPS, "triton")
+    OPERATORS.swin_nmf_backward(x, x, u0, v0, *windows, True, 5, solver, 5, EPS, True, "triton")
+
+
+def whole_map(solver, rank):
+    """The same with one window as large as the map: the Global Factorizer."""
+    x = torch.rand(1, 16, 32, 64, 32)
+    u0, v0 = torch.rand(8, rank), torch.rand(32 * 64 * 32, rank)
+    windows = (8, [32, 64, 32], [0, 0, 0])
+    OPERATORS.swin_nmf(x, u0, v0, *windows, True, 5, solver, EPS, "triton")
+    OPERATORS.swin_nmf_backward(x, x, u0, v0, *windows, True, 5, solver, 5, EPS, True, "triton")
+
+
+def odd(solver, rank):
+    """nmf and nmf_factors where no size is a power of two."""
+    x, u0, v0 = torch.rand(3, 11, 50), torch.rand(11, rank), torch.rand(50, rank)
+    OPERATORS.nmf(x, u0, v0, 5, solver, EPS, "triton")
+    OPERATORS.nmf_backward(x, x, u0, v0, 5, solver, 5, EPS, True, "triton")
+    u, v = OPERATORS.nmf_factors(x, u0, v0, 5, solver, EPS, "triton")
+    OPERATORS.nmf_factors_backward(u, v, x, u0, v0, 5, solver, 5, EPS, True, "triton")
+
+
+def windows():
+    x = torch.rand(1, 32, 32, 32, 32)
+    z = OPERATORS.sw_matricize(x, 8, [8, 8, 8], [0, 0, 0, 4, 4, 4], False, "triton")
+    OPERATORS.sw_dematricize(z, x.shape, 8, [8, 8, 8], [0, 0, 0, 4, 4, 4], True, "triton")
+
+
+CASES = {
+    "swin hals 1": lambda: swin("hals", 1),
+    "swin mu 1": lambda: swin("mu", 1),
+    "swin hals 2": lambda: swin("hals", 2),
+    "swin hals 1 one copy bfloat16": lambda: swin("hals", 1, (0, 0, 0), torch.bfloat16),
+    "swin hals 12": lambda: swin("hals", 12),
+    "whole map hals 1": lambda: whole_map("hals", 1),
+    "whole map hals 2": lambda: whole_map("hals", 2),
+    "windows": windows,
+}
+SLOW_CASES = {
+    **{f"swin {s} {r}": lambda s=s, r=r: swin(s, r) for s in ("mu", "hals") for r in range(1, 9)},
+    **{f"whole map {s} {r}": lambda s=s, r=r: whole_map(s, r) for s in ("mu", "hals") for r in (1, 4, 8)},
+    **{f"odd {s} {r}": lambda s=s, r=r: odd(s, r) for s in ("mu", "hals") for r in (1, 3)},
+}
+
+
+def registers_and_stack(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of stack) of a cubin's one kernel."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", report)
+    registers, stack, local = map(int, found.groups())
+    return registers, stack + local
+
+
+def table(capability: int, cases: dict) -> dict[str, list[int]]:
+    """{case / kernel: [registers, shared memory, stack]}, the largest of all the variants."""
+    compiled = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
+        compiled.append((self.fn.__name__, kernel))
+        return kernel
+
+    JITFunction.run = compile_only
+    driver.set_active(AbsentDevice(capability))
+    found: dict[str, list[int]] = {}
+    try:
+        for case, call in cases.items():
+            compiled.clear()
+            call()
+            for name, kernel in {kernel.hash: (name, kernel) for name, kernel in compiled}.values():
+                key = f"{case} / {name}"
+                registers, stack = registers_and_stack(kernel.asm["cubin"])
+                used = (registers, kernel.metadata.shared, stack)
+                found[key] = [max(a, b) for a, b in zip(found.get(key, used), used, strict=True)]
+    finally:
+        JITFunction.run = run
+    return found
+
+
+def main() -> None:
+    capability = sys.argv[1]
+    cases = SLOW_CASES if "--slow" in sys.argv else CASES
+    result = table(int(capability), cases)
+    if "--record" in sys.argv:
+        recorded = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
+        recorded[capability] = {**recorded.get(capability, {}), **result}
+        lines = ",\n".join(
+            f'  "{cc}": {{\n' + ",\n".join(f'    "{k}": {v}' for k, v in sorted(recorded[cc].items())) + "\n  }"
+            for cc in sorted(recorded, key=int)
+        )  # fmt: skip
+        temporary = RESOURCES.with_suffix(".tmp")
+        temporary.write_text(f"{{\n{lines}\n}}\n")
+        os.replace(temporary, RESOURCES)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,43 @@
+"""Every kernel compiles to a cubin for the GPUs named, and uses no more of them than was recorded.
+
+No GPU is needed: Triton's wheel carries the assembler. A second run takes the cubins from Triton's cache.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import factorizer_kernels as fk
+
+pytest.importorskip("triton")
+
+HERE = Path(__file__).parent
+RECORDED = json.loads((HERE / "resources.json").read_text())
+# A newer compiler may allocate a little differently; spills are never allowed beyond what was recorded.
+REGISTER_SLACK = 24
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("cases", ["", pytest.param("--slow", marks=pytest.mark.slow)], ids=["main", "slow"])
+def test_compiles_within_the_recorded_resources(capability, cases):
+    environment = {
+        **os.environ, "PYTHONPATH": str(Path(fk.__file__).parents[1]), "TRITON_INTERPRET": "0",
+    }  # fmt: skip
+    command = [sys.executable, str(HERE / "compile_variants.py"), str(capability), *cases.split()]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    table = json.loads(done.stdout)
+    print(f"\ncompute capability {capability}: registers, shared memory, stack")
+    for variant, used in table.items():
+        print(f"  {variant:60s} {used[0]:4d} {used[1]:6d} {used[2]:4d}")
+    recorded = RECORDED[str(capability)]
+    assert table.keys() <= recorded.keys(), "a new kernel: record it with compile_variants.py --record"
+    for variant, (registers, shared, stack) in table.items():
+        register_bound, shared_bound, stack_bound = recorded[variant]
+        assert registers <= min(register_bound + REGISTER_SLACK, 255), variant
+        assert shared <= max(2 * shared_bound, 4096), variant
+        assert stack <= stack_bound, variant
