@@ -103,6 +103,8 @@ void read_strip(const Windows& w, const Strip& s, Head<const S> volume, bool rel
   auto read = [&](auto load, auto step, auto line_length) {
     each_piece(w, s, line_length, [&](i64 c, i64 i1, i64 i2, i64 i3, i64 window, i64 column, auto length) {
       const S* from = volume.at(c, i1, i2, i3);
+      // The next plane's line, mostly: those are too far apart for the hardware to foresee.
+      __builtin_prefetch(from + volume.stride[0]);
       T* to = buffer[c] + window * window_stride + column;
       for (i64 i = 0; i < length; ++i) to[i] = load(from[i * step]);
     });
