@@ -70,10 +70,11 @@ class FactorizerBlock(nn.Module):
             return x + self.mlp(self.norm2(x))
         fact, norm1, norm2 = self.fact, self.norm1, self.norm2
         check_features("FactorizerBlock", x, norm1.dim, len(fact.spatial_size))
-        y = pointwise.norm_linear(x, norm1.affine(x), fact.in_proj.matrix, norm1.norm.eps)
-        x = fact.out_proj(fact.mix(y), residual=x)
-        first, second = self.mlp.weights
-        return pointwise.norm_mlp(x, norm2.affine(x), first, second, norm2.norm.eps)
+        y = pointwise.norm_linear(x, norm1.affine(x), fact.in_proj.weights, norm1.norm.eps)
+        out_proj, first, second = (part.weights for part in (fact.out_proj, *self.mlp.linears))
+        return pointwise.linear_norm_mlp(
+            fact.mix(y), x, out_proj, norm2.affine(x), first, second, norm2.norm.eps
+        )
 
 
 class FactorizerStage(nn.Module):

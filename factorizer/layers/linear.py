@@ -29,12 +29,12 @@ class Linear(nn.Module):
         self.out_channels = check_count("out_channels", out_channels)
         self.linear = nn.Conv1d(in_channels, out_channels, kernel_size=1, bias=bias)
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """W x + b, plus `residual` where it is given."""
+    def forward(self, x: Tensor) -> Tensor:
         check_features("Linear", x, self.in_channels)
-        return pointwise.linear(x, self.matrix, self.linear.bias, residual)
+        return pointwise.linear(x, self.weights)
 
     @property
-    def matrix(self) -> Tensor:
-        """W (out_channels, in_channels)."""
-        return self.linear.weight[..., 0]
+    def weights(self) -> tuple[Tensor, Tensor]:
+        """W (out_channels, in_channels) and b (out_channels), zeros where there is none."""
+        weight, bias = self.linear.weight[..., 0], self.linear.bias
+        return weight, weight.new_zeros(self.out_channels) if bias is None else bias

@@ -44,9 +44,9 @@ class MLP(nn.Module):
         )
 
     @property
-    def weights(self) -> list[tuple[Tensor, Tensor]]:
-        """Weight (a matrix) and bias of the first and of the second linear layer."""
-        return [(part.matrix, part.linear.bias) for part in self.block if isinstance(part, Linear)]  # type: ignore[misc]
+    def linears(self) -> list[Linear]:
+        """The two linear layers."""
+        return [part for part in self.block if isinstance(part, Linear)]
 
     def forward(self, x: Tensor) -> Tensor:
         return self.block(x)

@@ -29,7 +29,7 @@ class LayerNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         check_features("LayerNorm", x, self.dim)
-        return pointwise.norm(x, *self.affine(x), self.norm.eps)
+        return pointwise.norm(x, self.affine(x), self.norm.eps)
 
     def affine(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Scale and shift of each channel; ones and zeros in x's dtype where there are none."""

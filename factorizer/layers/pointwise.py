@@ -3,16 +3,16 @@
 Normalisation over the channels, pointwise linear maps and the MLP do little arithmetic on large
 tensors: written as separate operations they wait for memory, and autograd keeps every intermediate.
 Here each chain of them runs block by block, so that the intermediates stay in the cache, and the
-backward pass computes them again from the chain's input, the only large tensor that is kept.
+backward pass computes them again from the chain's inputs, the only large tensors that are kept.
 
-A chain is a pair of functions for one block of voxels, x (C, voxels) or (batch, C, voxels): the
-forward y, and the backward with the gradients of x and of the weights. `_Pointwise` cuts the
+A chain is a pair of functions for one block of voxels, of inputs (C, voxels) or (batch, C, voxels):
+the forward, and the backward with the gradients of inputs and weights. `_Pointwise` cuts the
 tensors, runs the chain over the blocks, and adds up the gradients of the weights.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, NamedTuple
@@ -28,38 +28,32 @@ _CPU_BLOCK_PER_THREAD = 2**18
 _DEVICE_BLOCK = 2**26
 
 
-def norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
+Weights = tuple[Tensor, Tensor]  # weight and bias
+
+
+def norm(x: Tensor, norm: Weights, eps: float) -> Tensor:
     """Layer normalisation over the channels of x (B, C, S1..Sp), in float32 at least."""
-    return _run(_chain(_norm, _norm_backward, eps=eps), x, None, weight[:, None], bias[:, None])
+    return _run(_chain(_norm, _norm_backward, eps=eps), [x], [w[:, None] for w in norm])
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None) -> Tensor:
-    """W x + b (+ residual) over the channels of x (B, C, S1..Sp)."""
-    weights = [weight] if bias is None else [weight, bias[:, None]]
-    return _run(_chain(_linear, _linear_backward), x, residual, *_matmul_dtype(x, *weights))
+def linear(x: Tensor, linear: Weights) -> Tensor:
+    """W x + b over the channels of x (B, C, S1..Sp)."""
+    return _run(_chain(_linear, _linear_backward), [x], _matmul_dtype(x, _columns(linear)))
 
 
-def norm_linear(x: Tensor, norm: tuple[Tensor, Tensor], weight: Tensor, eps: float) -> Tensor:
-    """W norm(x) over the channels of x (B, C, S1..Sp); `norm` is the norm's weight and bias."""
-    weights = _fold(norm, weight, None)
+def norm_linear(x: Tensor, norm: Weights, linear: Weights, eps: float) -> Tensor:
+    """W norm(x) + b over the channels of x (B, C, S1..Sp)."""
     chain = _chain(_norm_linear, _norm_linear_backward, eps=eps)
-    return _run(chain, x, None, *_matmul_dtype(x, *weights))
+    return _run(chain, [x], _matmul_dtype(x, _fold(norm, linear)))
 
 
-def norm_mlp(
-    x: Tensor,
-    norm: tuple[Tensor, Tensor],
-    first: tuple[Tensor, Tensor],
-    second: tuple[Tensor, Tensor],
-    eps: float,
+def linear_norm_mlp(
+    y: Tensor, x: Tensor, linear: Weights, norm: Weights, first: Weights, second: Weights, eps: float
 ) -> Tensor:
-    """x + W2 gelu(W1 norm(x) + b1) + b2 over the channels of x (B, C, S1..Sp).
-
-    `norm`, `first` and `second` are weights and biases.
-    """
-    weights = (*_fold(norm, *first), second[0], second[1][:, None])
-    chain = _chain(_norm_mlp, _norm_mlp_backward, eps=eps)
-    return _run(chain, x, None, *_matmul_dtype(x, *weights))
+    """z + W2 gelu(W1 norm(z) + b1) + b2, where z = x + W y + b, over the channels of y and x."""
+    weights = *_columns(linear), *_fold(norm, first), *_columns(second)
+    chain = _chain(_linear_norm_mlp, _linear_norm_mlp_backward, eps=eps)
+    return _run(chain, [y, x], _matmul_dtype(x, weights))
 
 
 def check_dtype(x: Tensor, weight: Tensor) -> None:
@@ -82,7 +76,7 @@ def _autocasts(device: str) -> bool:
 
 
 class Chain(NamedTuple):
-    """forward(x, *weights) -> y; backward(dy, x, *weights) -> (dx, gradient of each weight)."""
+    """forward(*inputs, *weights) -> y; backward(dy, *inputs, *weights) -> a gradient of each."""
 
     forward: Callable[..., Tensor]
     backward: Callable[..., tuple[Tensor, ...]]
@@ -92,15 +86,14 @@ def _chain(forward: Callable[..., Any], backward: Callable[..., Any], **options:
     return Chain(partial(forward, **options), partial(backward, **options))
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    y = weight @ x.to(weight.dtype)
-    return y if bias is None else y + bias
+def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return weight @ x.to(weight.dtype) + bias
 
 
-def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tuple[Tensor, ...]:
+def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
     dy = dy.to(weight.dtype)
-    grads = weight.mT @ dy, _over_voxels(dy @ x.to(weight.dtype).mT)
-    return grads if bias is None else (*grads, _over_voxels(dy.sum(-1, keepdim=True)))
+    dweight, dbias = dy @ x.to(weight.dtype).mT, dy.sum(-1, keepdim=True)
+    return weight.mT @ dy, _over_voxels(dweight), _over_voxels(dbias)
 
 
 def _norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
@@ -125,28 +118,41 @@ def _norm_linear_backward(
     return _standardise_backward(dy, y, scale), *grads
 
 
-def _norm_mlp(
-    x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor, eps: float
-) -> Tensor:
-    hidden = F.gelu(_norm_linear(x, weight1, bias1, eps))
-    return _linear(hidden, weight2, bias2).to(x.dtype) + x
-
-
-def _norm_mlp_backward(
-    dy: Tensor,
+def _linear_norm_mlp(
+    y: Tensor,
     x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    eps: float,
+) -> Tensor:
+    z = _linear(y, weight, bias) + x
+    return _linear(F.gelu(_norm_linear(z, weight1, bias1, eps)), weight2, bias2) + z
+
+
+def _linear_norm_mlp_backward(
+    dout: Tensor,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
     weight1: Tensor,
     bias1: Tensor,
     weight2: Tensor,
     bias2: Tensor,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    y, scale = _standardise(x, eps)
-    hidden = _linear(y, weight1, bias1)
-    dhidden, *grads2 = _linear_backward(dy, F.gelu(hidden), weight2, bias2)
+    normed, scale = _standardise(_linear(y, weight, bias) + x, eps)
+    hidden = _linear(normed, weight1, bias1)
+    dhidden, *grads2 = _linear_backward(dout, F.gelu(hidden), weight2, bias2)
     dhidden = torch.ops.aten.gelu_backward(dhidden, hidden)
-    dnorm, *grads1 = _linear_backward(dhidden, y, weight1, bias1)
-    return _standardise_backward(dnorm, y, scale) + dy, *grads1, *grads2
+    dnormed, *grads1 = _linear_backward(dhidden, normed, weight1, bias1)
+    dz = _standardise_backward(dnormed, normed, scale) + dout
+    dy, *grads = _linear_backward(dz, y, weight, bias)
+    return dy, dz, *grads, *grads1, *grads2
 
 
 def _standardise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -172,14 +178,17 @@ def _over_voxels(gradient: Tensor) -> Tensor:
     return gradient if gradient.ndim == 2 else gradient.sum(0)
 
 
-def _fold(norm: tuple[Tensor, Tensor], weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
-    """A linear map after a norm's scale and shift as one map: its weight and bias (a column)."""
-    scale, shift = norm
-    folded = weight @ shift[:, None]
-    return weight * scale, folded if bias is None else folded + bias[:, None]
+def _columns(linear: Weights) -> Weights:
+    return linear[0], linear[1][:, None]
 
 
-def _matmul_dtype(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
+def _fold(norm: Weights, linear: Weights) -> Weights:
+    """A linear map after a norm's scale and shift, as one map."""
+    (scale, shift), (weight, bias) = norm, _columns(linear)
+    return weight * scale, weight @ shift[:, None] + bias
+
+
+def _matmul_dtype(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """The weights in the dtype of the matrix products: their own, or that of autocast."""
     check_dtype(x, weights[0])
     device, half = x.device.type, weights[0].dtype
@@ -191,17 +200,15 @@ def _matmul_dtype(x: Tensor, *weights: Tensor) -> tuple[Tensor, ...]:
 # --- running them --------------------------------------------------------------------------------
 
 
-def _run(chain: Chain, x: Tensor, residual: Tensor | None, *weights: Tensor) -> Tensor:
-    size = x.shape[2:]
-    x = x.flatten(2)
-    residual = None if residual is None else residual.flatten(2)
-    with without_autocast(x):
+def _run(chain: Chain, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    size = inputs[0].shape[2:]
+    inputs = [x.flatten(2) for x in inputs]
+    with without_autocast(inputs[0]):
         # A compiler fuses, and decides what to keep, by itself.
-        if torch.compiler.is_compiling() or x.numel() == 0:
-            y = chain.forward(x, *weights)
-            y = y if residual is None else y + residual
+        if torch.compiler.is_compiling() or inputs[0].numel() == 0:
+            y = chain.forward(*inputs, *weights)
         else:
-            y = _Pointwise.apply(chain, x, residual, *weights)
+            y = _Pointwise.apply(chain, len(inputs), *inputs, *weights)
     return y.unflatten(2, size)
 
 
@@ -222,36 +229,35 @@ def _blocks(x: Tensor) -> Iterator[tuple]:
 
 
 class _Pointwise(torch.autograd.Function):
-    """(chain, x (B, C, V), residual (B, D, V) or None, *weights) -> y (B, D, V); keeps x."""
+    """(chain, n, n inputs (B, C, V), weights) -> y (B, D, V); keeps the inputs."""
 
     @staticmethod
-    def forward(chain, x, residual, *weights):
+    def forward(chain, n, *tensors):
+        inputs, weights = tensors[:n], tensors[n:]
         out = None
-        for at in _blocks(x):
-            y = chain.forward(x[at], *weights)
-            if residual is not None:
-                y = y + residual[at]
+        for at in _blocks(inputs[0]):
+            y = chain.forward(*(x[at] for x in inputs), *weights)
             if out is None:
-                out = y.new_empty((x.shape[0], y.shape[-2], x.shape[2]))
+                out = y.new_empty((inputs[0].shape[0], y.shape[-2], inputs[0].shape[2]))
             out[at] = y
         return out
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        ctx.chain, x, residual, *weights = inputs
-        ctx.has_residual = residual is not None
-        ctx.save_for_backward(x, *weights)
+        ctx.chain, ctx.n, *tensors = inputs
+        ctx.save_for_backward(*tensors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy):
-        x, *weights = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        totals = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
-        with without_autocast(x):
-            for at in _blocks(x):
-                dx[at], *grads = ctx.chain.backward(dy[at], x[at], *weights)
-                for total, grad in zip(totals, grads, strict=True):
-                    total.add_(grad)
-        grads = (total.to(w.dtype) for total, w in zip(totals, weights, strict=True))
-        return None, dx, dy if ctx.has_residual else None, *grads
+        inputs, weights = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        dinputs = [torch.empty_like(x) for x in inputs]
+        dweights = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
+        with without_autocast(dy):
+            for at in _blocks(inputs[0]):
+                grads = ctx.chain.backward(dy[at], *(x[at] for x in inputs), *weights)
+                for dinput, grad in zip(dinputs, grads, strict=False):
+                    dinput[at] = grad
+                for dweight, grad in zip(dweights, grads[ctx.n :], strict=True):
+                    dweight.add_(grad)
+        return None, None, *dinputs, *(d.to(w.dtype) for d, w in zip(dweights, weights, strict=True))

@@ -96,16 +96,21 @@ def test_layer_norm_takes_the_arguments_of_torch(kwargs, rel):
 
 def test_chains_pass_gradcheck(block_size):
     torch.manual_seed(0)
-    x = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
-    shapes = [(3,), (3,), (4, 3), (4,), (3, 4), (3,)]
-    w = [torch.randn(s, dtype=torch.float64, requires_grad=True) for s in shapes]
-    residual = torch.randn(2, 4, 2, 2, dtype=torch.float64, requires_grad=True)
+
+    def random(*size):
+        return torch.randn(size, dtype=torch.float64, requires_grad=True)
+
     check = torch.autograd.gradcheck
-    assert check(lambda x, a, b: pointwise.norm(x, a, b, 1e-5), (x, *w[:2]))
-    assert check(pointwise.linear, (x, *w[2:4], residual))
-    assert check(lambda x, a, b, c: pointwise.norm_linear(x, (a, b), c, 1e-5), (x, *w[:3]))
-    chain = lambda x, a, b, c, d, e, f: pointwise.norm_mlp(x, (a, b), (c, d), (e, f), 1e-5)  # noqa: E731
-    assert check(chain, (x, *w))
+    x, norm, linear = random(2, 3, 2, 2), (random(3), random(3)), (random(4, 3), random(4))
+    assert check(lambda x, *n: pointwise.norm(x, n, 1e-5), (x, *norm))
+    assert check(lambda x, *w: pointwise.linear(x, w), (x, *linear))
+    chain = lambda x, a, b, c, d: pointwise.norm_linear(x, (a, b), (c, d), 1e-5)  # noqa: E731
+    assert check(chain, (x, *norm, *linear))
+    y, back = random(2, 4, 2, 2), (random(3, 4), random(3))
+    chain = lambda y, x, a, b, c, d, e, f, g, h: pointwise.linear_norm_mlp(  # noqa: E731
+        y, x, (a, b), (c, d), (e, f), (g, h), 1e-5
+    )
+    assert check(chain, (y, x, *back, *norm, *linear, *back))
 
 
 def test_autograd_keeps_little_more_than_the_input_of_a_block():
@@ -120,8 +125,8 @@ def test_autograd_keeps_little_more_than_the_input_of_a_block():
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
         block(x)
     size = x.numel() * x.element_size()
-    # x, the factorisation's input and output, and the MLP's input; 5 % for weights and factors.
-    assert sum(kept.values()) < 4.05 * size
+    # x, and the factorisation's input and output; 5 % for weights and factors.
+    assert sum(kept.values()) < 3.05 * size
 
 
 def test_empty_batch():
