@@ -60,5 +60,7 @@ clean:
 	touch $@
 
 .venv/.installed-%: .venv/.installed-build $(SOURCES)
+	@echo "Installing factorizer-kernels[$*] into .venv: some minutes the first time ..."
 	$(PIP) --no-build-isolation -e '.[$*]'
+	@$(BIN)/python -c "import factorizer_kernels as fk; [print(*b) for b in fk.backends()]"
 	touch $@

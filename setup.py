@@ -114,8 +114,10 @@ class BuildNative(build_ext):
             raise NotHere("pybind11 was not found: pip install pybind11") from None
 
         # A build folder remembers the paths of the tools that made it, and those of an isolated
-        # build are gone when it ends: only a folder made by the same tools is used again.
-        folder = Path(self.build_temp).resolve() / "native"
+        # build are gone when it ends: only a folder made by the same tools is used again. For an
+        # editable installation setuptools offers one that is deleted; developers want theirs kept.
+        folder = ROOT / "build/editable" if self.editable_mode else Path(self.build_temp).resolve()
+        folder /= "native"
         tools = [cmake, ninja, pybind11.get_cmake_dir(), sys.executable, str(ROOT)]
         tools += [f"{name}={os.environ.get(name)}" for name in COMPILER_VARIABLES]
         record = folder / "tools.json"
@@ -134,9 +136,7 @@ class BuildNative(build_ext):
             f"-DFACTORIZER_KERNELS_CUDA={cuda}",
             f"-DFACTORIZER_KERNELS_CUDA_ARCHS={archs}",
         ]
-        done = subprocess.run(
-            configure, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-        )
+        done = subprocess.run(configure, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
             shutil.rmtree(folder)  # CMake would remember what it did not find
             raise NotHere(f"CMake could not set up the build:\n{done.stdout.rstrip()}")
