@@ -27,7 +27,8 @@ class FactMixer(nn.Module):
 
     x (B, in_channels, S1..Sp) becomes (B, out_channels, S1..Sp). Any spatial size may be passed.
     Windows that do not divide it are completed with zeros, which the factorisation ignores, and
-    cropped again. Where windows grow with x (`grid_size`), the start of V is interpolated.
+    cropped again; the cyclic shifts run over the completed size. Where windows grow with x
+    (`grid_size`), the start of V is interpolated.
 
     Args:
         in_channels, out_channels: channels of the input and the output.

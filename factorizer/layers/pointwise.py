@@ -27,7 +27,6 @@ from torch.autograd.function import once_differentiable
 _CPU_BLOCK_PER_THREAD = 2**18
 _DEVICE_BLOCK = 2**26
 
-
 Weights = tuple[Tensor, Tensor]  # weight and bias
 
 
@@ -169,8 +168,7 @@ def _standardise_backward(dy: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 def _mean(x: Tensor) -> Tensor:
-    # A matrix product, because it is faster than a reduction over the axis before the last.
-    return x.new_full((1, x.shape[-2]), 1 / x.shape[-2]) @ x
+    return x.mean(-2, keepdim=True)
 
 
 def _over_voxels(gradient: Tensor) -> Tensor:
@@ -191,10 +189,10 @@ def _fold(norm: Weights, linear: Weights) -> Weights:
 def _matmul_dtype(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
     """The weights in the dtype of the matrix products: their own, or that of autocast."""
     check_dtype(x, weights[0])
-    device, half = x.device.type, weights[0].dtype
-    if half != torch.float64 and _autocasts(device):
-        half = torch.get_autocast_dtype(device)
-    return tuple(w.to(half) for w in weights)
+    device, dtype = x.device.type, weights[0].dtype
+    if _autocasts(device) and dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
+    return [w.to(dtype) for w in weights]
 
 
 # --- running them --------------------------------------------------------------------------------
