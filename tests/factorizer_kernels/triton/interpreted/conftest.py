@@ -1,0 +1,28 @@
+"""The tests of this folder run where Triton interprets its kernels; ../test_interpreted.py sees to that."""
+
+import os
+
+import pytest
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+collect_ignore_glob = [] if INTERPRETED else ["*"]
+
+
+@pytest.fixture(autouse=True)
+def patch_once(monkeypatch):
+    """Device functions run as they are, more than twice as fast.
+
+    The interpreter patches ``triton.language`` at a kernel's launch and once more at every call of a
+    device function inside it. The launch's patch serves all our device functions, and one more, for the
+    length of a test, those of Triton's own library.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    def call(self, *args, **kwargs):
+        return self.rewrite()(*args, **kwargs)
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
+    scope = interpreter._patch_lang(tl.sum.fn)
+    yield
+    scope.restore()
