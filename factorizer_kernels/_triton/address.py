@@ -20,7 +20,7 @@ def shift_of(copy, AXIS: tl.constexpr, SHIFTS: tl.constexpr):
 
 @triton.jit
 def window_of(copy, map_window, sizes, heads, M: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr):
-    """(batch, first channel, start1, start2, start3) of a window of one copy: its first voxel before the wrap.
+    """(batch, first channel, start1, start2, start3) of a window of one copy.
 
     ``map_window`` counts the windows of one copy, (batch, head, grid1, grid2, grid3) row-major.
     """

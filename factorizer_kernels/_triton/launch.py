@@ -77,10 +77,18 @@ def axes_3d(values: Sequence[int], axes: int, fill: int) -> tuple[int, ...]:
 
 
 def per_window(factor: Tensor, batch: Sequence[int]) -> Tensor:
-    """A factor (..., L, R), broadcast, as (batch, grid, L, R) for leading dimensions ``batch``; a view if it can be."""
+    """A factor (..., L, R), broadcast to the leading dimensions ``batch``, as (batch, grid, L, R).
+
+    A view wherever there is one.
+    """
     full = factor.expand(*batch, *factor.shape[-2:])
     inner = batch[-1] if len(batch) > 1 else 1
     return full.reshape(prod(batch) // max(inner, 1), inner, *factor.shape[-2:])
+
+
+def strides(x: Tensor, axes: int) -> tuple[int, ...]:
+    """The strides of x, or as many zeros where it is an empty stand-in for a tensor that is not used."""
+    return x.stride() if x.numel() else (0,) * axes
 
 
 def launch(kernel: Any, programs: int | tuple[int, ...], x: Tensor, *args: Any, **constants: Any) -> None:

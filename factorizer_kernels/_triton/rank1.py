@@ -61,7 +61,7 @@ def solve(a, b, g, r, m, t, num_iters, M: tl.constexpr, N: tl.constexpr, EPS: tl
     u = step_u(a, b, m, M, EPS)
     history = tl.where(t[:, None] == 0, u[None, :], 0.0)
     for i in range(1, num_iters):
-        w, e, inverse = scaled(u, EPS)
+        w, e, _inverse = scaled(u, EPS)
         a, b = next_sums(g, r, w, e, N)
         u = step_u(a, b, m, M, EPS)
         history = tl.where(t[:, None] == i, u[None, :], history)
@@ -134,8 +134,8 @@ def sums(x, v0, m, M: tl.constexpr):
 def window(x, v0, m, n, t, num_iters, M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr):
     """(u, v) of a whole (M, N) block."""
     a, b, g, r = sums(x, v0, m, M)
-    u, history = solve(a, b, g, r, m, t, num_iters, M, N, EPS)
-    w, e, inverse = scaled(u, EPS)
+    u, _history = solve(a, b, g, r, m, t, num_iters, M, N, EPS)
+    w, e, _inverse = scaled(u, EPS)
     return u, column_of_v(x, w, e, n, N)
 
 
@@ -156,7 +156,7 @@ def window_backward(
     )
     start = v0
     if num_iters > grad_steps:
-        w_start, e_start, inverse = scaled(row(history, t, num_iters - grad_steps - 1), EPS)
+        w_start, e_start, _inverse = scaled(row(history, t, num_iters - grad_steps - 1), EPS)
         start = column_of_v(x, w_start, e_start, n, N)
     grad_v0 = tl.sum(x * grad_a[:, None], axis=0) + 2.0 * grad_b * start
     return map_gradient(x, w, grad_v, grad_a, start, both_g, grad_r, m, M), grad_v0

@@ -6,6 +6,9 @@ it. Rank 1 of HALS after a ReLU goes by the rank-1 identity (``rank1``), everyth
 registers, the iterations keep their factors in a tape, one slot for each program, that stays in the L2
 cache because the programs go on to the next window with the same slot.
 """
+# Triton knows no unpacking inside a tuple, and its tuples grow.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 import triton
 import triton.language as tl
@@ -13,7 +16,7 @@ from torch import Tensor
 
 from factorizer_kernels._triton import rank1
 from factorizer_kernels._triton.address import load_map, store_map, window_of
-from factorizer_kernels._triton.launch import Problem, launch, padded, processors
+from factorizer_kernels._triton.launch import Problem, launch, padded, processors, strides
 from factorizer_kernels._triton.updates import (
     add,
     add_symmetric,
@@ -225,30 +228,20 @@ def _num_warps(problem: Problem, blocks: int, columns: int, per_lane: int) -> in
     return min(max(warps, 1), 8)
 
 
-def forward(
-    problem: Problem,
-    x: Tensor,
-    u0: Tensor,
-    v0: Tensor,
-    y: Tensor | None,
-    u: Tensor | None,
-    v: Tensor | None,
-) -> None:
-    """Write y (like x), or u (windows, M, R) and v (windows, N, R) of any strides.
+def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> None:
+    """Write ``out``: y (like x), or u (windows, M, R) and v (windows, N, R) of any strides.
 
     x is (B, C, S1, S2, S3); u0 (batch, grid, M, R) and v0 (batch, grid, N, R), see ``per_window``.
     """
     windows = problem.map_windows(x)
-    product = y is not None
     nothing = x.new_empty(0)
-    y, u, v = y if product else nothing, nothing if product else u, nothing if product else v
+    y, (u, v) = (out, (nothing, nothing)) if isinstance(out, Tensor) else (nothing, out)
     launch(
         forward_kernel, problem.copies * windows, x,
         x, x.stride(), tuple(x.shape[2:]), x.shape[1] // problem.rows, windows, u0.shape[1],
         u0, u0.stride(), v0, v0.stride(), problem.num_iters,
-        y, y.stride() if product else (0,) * 5,
-        u, (0,) * 3 if product else u.stride(), v, (0,) * 3 if product else v.stride(),
-        PRODUCT=product, **_constants(problem), num_warps=_num_warps(problem, 1, 2, 64),
+        y, strides(y, 5), u, strides(u, 3), v, strides(v, 3),
+        PRODUCT=isinstance(out, Tensor), **_constants(problem), num_warps=_num_warps(problem, 1, 2, 64),
     )  # fmt: skip
 
 
@@ -259,21 +252,19 @@ def backward(
     x: Tensor,
     u0: Tensor,
     v0: Tensor,
-    dy: Tensor | None,
-    du: Tensor | None,
-    dv: Tensor | None,
+    grads: Tensor | tuple[Tensor, Tensor],
     dx: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """Write dx; return every window's share of the gradients of u0 and v0, (windows, M, R), (windows, N, R).
 
-    dy is like x, or du (windows, M, R) and dv (windows, N, R) are the factors' gradients. Needs
-    grad_steps >= 1 where the rank-1 identity is taken.
+    ``grads`` is dy (like x), or du (windows, M, R) and dv (windows, N, R). grad_steps >= 1, or no
+    iterations at all.
     """
     windows = problem.map_windows(x)
-    product = dy is not None
     identity = _identity(problem)
     programs = windows if identity else min(windows, 8 * processors(x))
     nothing = x.new_empty(0)
+    dy, (du, dv) = (grads, (nothing, nothing)) if isinstance(grads, Tensor) else (nothing, grads)
     tape = 0 if identity else programs * grad_steps * problem.rank
     shares = problem.copies * windows * problem.rank if factor_grads else 0
     du0, dv0 = u0.new_empty(shares * problem.rows), u0.new_empty(shares * problem.columns)
@@ -283,10 +274,9 @@ def backward(
             backward_kernel, programs, x,
             x, x.stride(), tuple(x.shape[2:]), x.shape[1] // problem.rows, windows, u0.shape[1],
             u0, u0.stride(), v0, v0.stride(), problem.num_iters, grad_steps, copy,
-            dy if product else nothing, dy.stride() if product else (0,) * 5,
-            nothing if product else du, (0,) * 3 if product else du.stride(),
-            nothing if product else dv, (0,) * 3 if product else dv.stride(),
+            dy, strides(dy, 5), du, strides(du, 3), dv, strides(dv, 3),
             dx, dx.stride(), du0, dv0, u_tape, v_tape,
-            PRODUCT=product, FACTOR_GRADS=factor_grads, **_constants(problem), num_warps=_num_warps(problem, 3, 6, 128),
+            PRODUCT=isinstance(grads, Tensor), FACTOR_GRADS=factor_grads, **_constants(problem),
+            num_warps=_num_warps(problem, 3, 6, 128),
         )  # fmt: skip
     return du0.view(-1, problem.rows, problem.rank), dv0.view(-1, problem.columns, problem.rank)

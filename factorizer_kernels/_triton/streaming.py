@@ -8,6 +8,9 @@ factors of all the iterations.
 
 Factors lie as (windows, RANK, length) here, sums as (windows, RANK * M + RANK * RANK): A, then B.
 """
+# Triton knows no unpacking inside a tuple, and its tuples grow.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 import triton
 import triton.language as tl
@@ -69,7 +72,7 @@ def pass_kernel(
     HALS: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr,
     UPDATE: tl.constexpr, PRODUCT: tl.constexpr, M_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One strip of one matrix: V's update from U (UPDATE), the strip's sums for the next U step, y (PRODUCT)."""
+    """One strip: V's update from U (UPDATE), the strip's sums for the next U step, y (PRODUCT)."""
     at = (tl.program_id(0) // strips).to(tl.int64)
     strip = tl.program_id(0) % strips
     window = window_of_matrix(at, map_windows, sizes, heads, M, PATCH, SHIFTS)
@@ -117,7 +120,7 @@ def backward_pass_kernel(
     HALS: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr,
     PRODUCT: tl.constexpr, LAST: tl.constexpr, M_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One strip: the V step's backward, in place in grad_v, and the strip's share of Ū and of the gradient of UᵀU.
+    """One strip: the V step's backward, in place in grad_v, and what it hands back to U and to UᵀU.
 
     LAST is the last iteration, whose gradient comes from dy (PRODUCT) or lies in grad_v; the gradient of
     any other one still lacks what the next U step hands back, ``later_grad_sums``.
@@ -197,8 +200,8 @@ def gradient_kernel(
             u = load_columns(u_tape, (slot + windows) * (RANK * M) + m, M, m < M, RANK)
             v = load_columns(v_tape, slot * (RANK * N) + n, N, n < N, RANK)
             c = load_columns(grad_c_tape, slot * (RANK * N) + n, N, n < N, RANK)
-            a, b = load_sums(grad_sums_tape, slot, m, M, RANK)
-            grad_x += outer(u, c, RANK) + outer(a, v, RANK)
+            grad_a, _grad_b = load_sums(grad_sums_tape, slot, m, M, RANK)
+            grad_x += outer(u, c, RANK) + outer(grad_a, v, RANK)
         block = load_map(x, x_strides, window, sizes, m, n, u_tape, M, N, PATCH)
         if RELU:
             block = relu(block)
@@ -252,41 +255,40 @@ class _Passes:
     def empty_sums(self, *leading: int) -> Tensor:
         return self.u0.new_empty((*leading, self.problem.rank * (self.problem.rows + self.problem.rank)))
 
-    def _strips(self, kernel, *tensors, **constants) -> Tensor:
-        """Launch over all the strips; the total over the strips of the sums, the last array of ``tensors``."""
+    def over_strips(self, kernel, before_sums, after_sums, **constants) -> Tensor:
+        """Launch over all the strips; return the total of the sums that they write."""
         sums = self.empty_sums(self.windows, self.strips)
         launch(
             kernel, self.windows * self.strips, self.x,
-            *self.head, self.strips, self.strip_blocks, *tensors[0], sums, *tensors[1],
+            *self.head, self.strips, self.strip_blocks, *before_sums, sums, *after_sums,
             **self.map, HALS=self.problem.hals, EPS=self.problem.eps, **constants,
         )  # fmt: skip
         return sums.sum(1)
 
     def sums_of(self, v: Tensor) -> Tensor:
-        return self._strips(pass_kernel, (self.u0, v, v), (v, (0,) * 5), UPDATE=False, PRODUCT=False)
+        return self.over_strips(pass_kernel, (self.u0, v, v), (v, (0,) * 5), UPDATE=False, PRODUCT=False)
 
     def step_v(self, u: Tensor, v: Tensor, new_v: Tensor, y: Tensor | None) -> Tensor:
         """Write new_v, and y if it is wanted; return the sums of the next U step."""
         product = (v, (0,) * 5) if y is None else (y, y.stride())
-        return self._strips(pass_kernel, (u, v, new_v), product, UPDATE=True, PRODUCT=y is not None)
+        return self.over_strips(pass_kernel, (u, v, new_v), product, UPDATE=True, PRODUCT=y is not None)
 
     def step_u(self, sums: Tensor, u: Tensor, new_u: Tensor) -> None:
         launch(update_u_kernel, self.windows, self.x, sums, u, new_u, **self.update)
 
 
-def forward(
-    problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, y: Tensor | None, u: Tensor | None, v: Tensor | None
-) -> None:
+def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> None:
     """As of ``resident.forward``."""
     passes = _Passes(problem, x, u0, v0)
     new_u, new_v = passes.u0, passes.v0
     sums = passes.sums_of(new_v)
+    y = out if isinstance(out, Tensor) else None
     for i in range(problem.num_iters):
         passes.step_u(sums, new_u, new_u)
         sums = passes.step_v(new_u, new_v, new_v, y if i == problem.num_iters - 1 else None)
-    if y is None:
-        u.copy_(new_u.mT)
-        v.copy_(new_v.mT)
+    if not isinstance(out, Tensor):
+        out[0].copy_(new_u.mT)
+        out[1].copy_(new_v.mT)
 
 
 def backward(
@@ -296,9 +298,7 @@ def backward(
     x: Tensor,
     u0: Tensor,
     v0: Tensor,
-    dy: Tensor | None,
-    du: Tensor | None,
-    dv: Tensor | None,
+    grads: Tensor | tuple[Tensor, Tensor],
     dx: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As of ``resident.backward``; grad_steps >= 1."""
@@ -321,18 +321,19 @@ def backward(
         sums = passes.step_v(u_tape[i + 1], v_tape[i], v_tape[i + 1], None)
 
     grad_c_tape = v.new_empty((grad_steps, *v.shape))
-    if dy is not None:
+    if isinstance(grads, Tensor):
         grad_u, grad_v = u.new_zeros(u.shape), v.new_empty(v.shape)
+        grad_y = (grads, grads.stride())
     else:
-        grad_u, grad_v = _rank_first(du, u), _rank_first(dv, u)
-    grad_y = (grad_v, (0,) * 5) if dy is None else (dy, dy.stride())
+        grad_u, grad_v = _rank_first(grads[0], u), _rank_first(grads[1], u)
+        grad_y = (grad_v, (0,) * 5)
     for i in reversed(range(grad_steps)):
         last = i == grad_steps - 1
         later = grad_sums_tape[i if last else i + 1]
-        totals = passes._strips(
+        totals = passes.over_strips(
             backward_pass_kernel,
             (u_tape[i + 1], v_tape[i], v_tape[i + 1], *grad_y, later, grad_v, grad_c_tape[i]), (),
-            PRODUCT=dy is not None, LAST=last,
+            PRODUCT=isinstance(grads, Tensor), LAST=last,
         )  # fmt: skip
         launch(
             update_u_backward_kernel, passes.windows, x,

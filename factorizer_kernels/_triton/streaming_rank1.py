@@ -82,7 +82,7 @@ def solve_kernel(
     at = tl.program_id(0).to(tl.int64)
     m = tl.arange(0, M_PAD)
     a, b, g, r = load_sums(sums, at, m, M)
-    row, history = rank1.solve(a, b, g, r, m, tl.arange(0, T_PAD), num_iters, M, N, EPS)
+    row, _history = rank1.solve(a, b, g, r, m, tl.arange(0, T_PAD), num_iters, M, N, EPS)
     tl.store(u + at * M + m, row, mask=m < M)
 
 
@@ -97,7 +97,7 @@ def write_kernel(
     window = window_of_matrix(at, map_windows, sizes, heads, M, PATCH, SHIFTS)
     m = tl.arange(0, M_PAD)
     row = load_vector(u, at * M, m, M)
-    w, e, inverse = rank1.scaled(row, EPS)
+    w, e, _inverse = rank1.scaled(row, EPS)
     for k in range(strip_blocks):
         n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)
         block = relu(load_map(x, x_strides, window, sizes, m, n, u, M, N, PATCH))
@@ -120,7 +120,7 @@ def product_backward_kernel(
     window = window_of_matrix(at, map_windows, sizes, heads, M, PATCH, SHIFTS)
     m = tl.arange(0, M_PAD)
     row = load_vector(u, at * M, m, M)
-    w, e, inverse = rank1.scaled(row, EPS)
+    w, e, _inverse = rank1.scaled(row, EPS)
     grad_u, grad_w = tl.zeros_like(row), tl.zeros_like(row)
     grad_e = tl.sum(grad_u, axis=0)
     for k in range(strip_blocks):
@@ -181,18 +181,15 @@ def gradient_kernel(
     window = window_of_matrix(at, map_windows, sizes, heads, M, PATCH, SHIFTS)
     m = tl.arange(0, M_PAD)
     row = load_vector(u, at * M, m, M)
-    w, e, inverse = rank1.scaled(row, EPS)
-    w_start, e_start, inverse = rank1.scaled(load_vector(u_start, at * M, m, M), EPS)
+    w, _e, _inverse = rank1.scaled(row, EPS)
+    w_start, e_start, _inverse = rank1.scaled(load_vector(u_start, at * M, m, M), EPS)
     grad_a, grad_b, both_g, grad_r = load_sums(grads, at, m, M)
     for k in range(strip_blocks):
         n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)
         block = relu(load_map(x, x_strides, window, sizes, m, n, u, M, N, PATCH))
         dy_block = load_map(dy, dy_strides, window, sizes, m, n, u, M, N, PATCH)
         dy_block *= 3.0 / len(SHIFTS)  # the mean over the copies
-        if FROM_V0:
-            start = load_vector(v0, at * N, n, N)
-        else:
-            start = rank1.column_of_v(block, w_start, e_start, n, N)
+        start = load_vector(v0, at * N, n, N) if FROM_V0 else rank1.column_of_v(block, w_start, e_start, n, N)
         grad_v = tl.sum(dy_block * row[:, None], axis=0)
         grad_x = rank1.map_gradient(block, w, grad_v, grad_a, start, both_g, grad_r, m, M)
         grad_x = tl.where(block > 0, grad_x, 0.0)
@@ -247,19 +244,17 @@ class _Passes:
         return sums, u
 
 
-def forward(
-    problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, y: Tensor | None, u: Tensor | None, v: Tensor | None
-) -> None:
+def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> None:
     """As of ``resident.forward``."""
     passes = _Passes(problem, x, u0, v0)
     _, new_u = passes.sums_and_u()
-    if y is not None:
-        passes.over_strips(write_kernel, new_u, new_u, y, y.stride(), PRODUCT=True)
+    if isinstance(out, Tensor):
+        passes.over_strips(write_kernel, new_u, new_u, out, out.stride(), PRODUCT=True)
     else:
         new_v = passes.v0.new_empty(passes.v0.shape)
         passes.over_strips(write_kernel, new_u, new_v, new_v, (0,) * 5, PRODUCT=False)
-        u.copy_(new_u.unsqueeze(-1))
-        v.copy_(new_v)
+        out[0].copy_(new_u.unsqueeze(-1))
+        out[1].copy_(new_v)
 
 
 def backward(
@@ -269,27 +264,27 @@ def backward(
     x: Tensor,
     u0: Tensor,
     v0: Tensor,
-    dy: Tensor | None,
-    du: Tensor | None,
-    dv: Tensor | None,
+    grads: Tensor | tuple[Tensor, Tensor],
     dx: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As of ``resident.backward``; grad_steps >= 1, and dy is given."""
+    """As of ``resident.backward``; grad_steps >= 1, and the gradient is dy."""
+    assert isinstance(grads, Tensor)  # nmf_factors has no activation, so it never takes the identity
+    dy = grads
     passes = _Passes(problem, x, u0, v0)
     rows = problem.rows
     sums, u = passes.sums_and_u()
     grad_sums = u.new_empty((passes.windows, passes.strips, 2 * rows + 1))
     passes.over_strips(product_backward_kernel, u, dy, dy.stride(), grad_sums)
-    grads, u_start = u.new_empty(sums.shape), u.new_empty(u.shape)
+    grad_totals, u_start = u.new_empty(sums.shape), u.new_empty(u.shape)
     launch(
         solve_backward_kernel, passes.windows, x,
-        sums, grad_sums.sum(1), u, u_start, grads, problem.num_iters, grad_steps, **passes.solve,
+        sums, grad_sums.sum(1), u, u_start, grad_totals, problem.num_iters, grad_steps, **passes.solve,
     )  # fmt: skip
     dv0 = passes.v0.new_empty(passes.v0.shape)
     for copy in range(problem.copies):
         launch(
             gradient_kernel, passes.map_windows * passes.strips, x,
-            *passes.head, copy, u, u_start, passes.v0, grads, dy, dy.stride(), dx, dx.stride(), dv0,
+            *passes.head, copy, u, u_start, passes.v0, grad_totals, dy, dy.stride(), dx, dx.stride(), dv0,
             FROM_V0=grad_steps == problem.num_iters, **passes.map,
         )  # fmt: skip
     return u.new_zeros((passes.windows, rows, 1)), dv0

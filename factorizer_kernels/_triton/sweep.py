@@ -148,24 +148,16 @@ def _start(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor) -> tuple[Tensor,
     )
 
 
-def forward(
-    problem: Problem,
-    x: Tensor,
-    u0: Tensor,
-    v0: Tensor,
-    y: Tensor | None,
-    u: Tensor | None,
-    v: Tensor | None,
-) -> None:
+def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> None:
     """As of ``resident.forward``."""
     z, new_u, new_v = _start(problem, x, u0, v0)
     for _ in range(problem.num_iters):
         new_u, new_v = _iterate(problem, z, new_u, new_v)
-    if y is not None:
-        _write_map(problem, new_u @ new_v.mT, y)
+    if isinstance(out, Tensor):
+        _write_map(problem, new_u @ new_v.mT, out)
     else:
-        u.copy_(new_u)
-        v.copy_(new_v)
+        out[0].copy_(new_u)
+        out[1].copy_(new_v)
 
 
 def _write_map(problem: Problem, z: Tensor, x: Tensor) -> None:
@@ -182,9 +174,7 @@ def backward(
     x: Tensor,
     u0: Tensor,
     v0: Tensor,
-    dy: Tensor | None,
-    du: Tensor | None,
-    dv: Tensor | None,
+    grads: Tensor | tuple[Tensor, Tensor],
     dx: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """As of ``resident.backward``."""
@@ -194,11 +184,11 @@ def backward(
         if i >= problem.num_iters - grad_steps:
             tape.append((u, v))
         u, v = _iterate(problem, z, u, v)
-    if dy is not None:
-        grad_y = _matrices(problem, dy, mean=True).to(u.dtype)
+    if isinstance(grads, Tensor):
+        grad_y = _matrices(problem, grads, mean=True).to(u.dtype)
         grad_u, grad_v = grad_y @ v, grad_y.mT @ u
     else:
-        grad_u, grad_v = du.to(u.dtype), dv.to(v.dtype)
+        grad_u, grad_v = (grad.to(u.dtype) for grad in grads)
     grad_z = torch.zeros_like(z)
     while tape:
         old_u, old_v = tape.pop()

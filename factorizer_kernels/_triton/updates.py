@@ -5,6 +5,9 @@ RANK * RANK scalars, row-major. U and V take the same functions: for U (M, R) th
 and the Gram matrix VᵀV, for V (N, R) they are C = XᵀU and UᵀU. Names follow the mathematics:
 ``grad`` of a name is the gradient of the loss with respect to it.
 """
+# Triton knows no unpacking inside a tuple, and its tuples grow.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 import triton
 import triton.language as tl
@@ -139,10 +142,7 @@ def update_backward(
             grad = replaced(grad, r, zero)
             for j in tl.static_range(RANK):
                 # The other columns as they stood when r was updated; its own, after the division.
-                if j > r:
-                    seen = old[j]
-                else:
-                    seen = new[j]
+                seen = old[j] if j > r else new[j]
                 grad_gram = replaced(grad_gram, j * RANK + r, -tl.sum(seen * step, axis=0))
                 if j != r:
                     grad = replaced(grad, j, grad[j] - step * gram[j * RANK + r])

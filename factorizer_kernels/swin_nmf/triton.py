@@ -14,8 +14,8 @@ from torch import Tensor
 
 from factorizer_kernels import _ops
 from factorizer_kernels._triton.address import window_at
-from factorizer_kernels._triton.launch import Problem, axes_3d, launch, per_window, spatial_3d
-from factorizer_kernels.nmf.triton import backward, path
+from factorizer_kernels._triton.launch import Problem, axes_3d, launch, spatial_3d
+from factorizer_kernels.nmf.triton import backward, forward
 from factorizer_kernels.windows.geometry import matricized_shape, rolls
 from factorizer_kernels.windows.triton import blocks
 
@@ -71,16 +71,14 @@ def swin_nmf(
 ) -> Tensor:  # fmt: skip
     problem, batch = windows_problem(x, u0, head_dim, patch_size, shifts, relu, num_iters, solver, eps)
     y = x.new_empty(x.shape)
-    if not y.numel():
-        return y
-    x, u0, v0 = spatial_3d(x), per_window(u0, batch), per_window(v0, batch)
+    x = spatial_3d(x)
     if problem.copies == 1:
-        path(problem).forward(problem, x, u0, v0, spatial_3d(y), None, None)
+        forward(problem, x, u0, v0, batch, spatial_3d(y))
         return y
     windows = prod(batch)
     u = u0.new_empty((windows, problem.rank, problem.rows))
     v = v0.new_empty((windows, problem.rank, problem.columns))
-    path(problem).forward(problem, x, u0, v0, None, u.mT, v.mT)
+    forward(problem, x, u0, v0, batch, (u.mT, v.mT))
     m_block, n_block = blocks(head_dim)
     sizes = tuple(x.shape[2:])
     batch_heads = x.shape[0] * x.shape[1] // head_dim
@@ -109,7 +107,7 @@ def swin_nmf_backward(
         u0,
         v0,
         batch,
-        (spatial_3d(dy), None, None),
+        spatial_3d(dy),
         spatial_3d(dx),
     )
     return dx.to(x.dtype), du0, dv0

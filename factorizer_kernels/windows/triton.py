@@ -90,8 +90,6 @@ def blocks(rows: int) -> tuple[int, int]:
 def sw_matricize(x: Tensor, head_dim: int, patch_size: list[int], shifts: list[int], mean: bool) -> Tensor:
     shape = matricized_shape(x.shape, head_dim, patch_size, len(shifts))
     z = x.new_empty(shape)
-    if not z.numel():
-        return z
     axes = len(patch_size)
     heads = x.shape[1] // head_dim
     columns = shape[-1]
@@ -116,8 +114,6 @@ def sw_dematricize(
     z: Tensor, size: list[int], head_dim: int, patch_size: list[int], shifts: list[int], mean: bool
 ) -> Tensor:
     x = z.new_empty(size)
-    if not x.numel():
-        return x
     axes = len(patch_size)
     m_block, n_block = blocks(head_dim)
     sizes = axes_3d(size[2:], axes, 1)
