@@ -94,6 +94,12 @@ def test_layer_norm_takes_the_arguments_of_torch(kwargs, rel):
     assert rel(module(x), module.norm(x.movedim(1, -1)).movedim(-1, 1)) < 1e-6
 
 
+def test_layer_norm_of_half_precision_is_computed_in_float32(rel):
+    torch.manual_seed(0)
+    x = (300 + 100 * torch.randn(2, 8, 5)).half()  # whose squares float16 cannot hold
+    assert rel(LayerNorm(8).half()(x), LayerNorm(8)(x.float())) < torch.finfo(torch.float16).eps
+
+
 def test_chains_pass_gradcheck(block_size):
     torch.manual_seed(0)
 

@@ -25,7 +25,6 @@ from factorizer import (
     preset,
     set_num_iters,
 )
-from factorizer.layers.factorization.solvers import Solver
 
 SWIN = (SWMatricize, {"head_dim": 4, "patch_size": 4})
 SMALL = {
@@ -36,17 +35,6 @@ SMALL = {
     "strides": (1, 2, 2),
     "decoder_depth": (1, 1),
 }
-
-
-class PublishedMU(Solver):
-    """MU with eps above the fraction line too, as the golden cases have it.
-
-    Where ReLU has left a column of zeros it gives another result than the MU of this package, which
-    keeps zeros at zero; the one golden network with MU has 88 such columns among 4096.
-    """
-
-    def update(self, x, u, v, w):
-        return (u * (x @ v) + self.eps) / (u @ (v.mT @ v) + self.eps)
 
 
 def small(spatial_size=(16, 16), reshape=SWIN, seed=0, **kwargs):
@@ -61,7 +49,7 @@ def parameter_count(module):
 # --- golden --------------------------------------------------------------------------------------
 
 
-def check_golden(golden, dtype, rel):
+def check_golden(golden, dtype, rel, published_mu):
     """Value, and gradients of the input and of all parameters, of a published module.
 
     The arithmetic differs in order only, so float64 agrees to a few thousand roundings (1e-16). In
@@ -72,7 +60,7 @@ def check_golden(golden, dtype, rel):
     cls, keywords = arguments["reshape"]
     arguments["reshape"] = (getattr(factorizer, cls), keywords)
     if arguments["solver"] == "mu":
-        arguments["solver"] = PublishedMU
+        arguments["solver"] = published_mu
     module = getattr(factorizer, golden["meta"]["cls"])(**arguments).to(dtype).eval()
     state = {k[len("state/") :]: v for k, v in golden.items() if k.startswith("state/")}
     module.load_state_dict(state, strict=True)
@@ -96,20 +84,20 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 
 @DTYPES
 @pytest.mark.golden_kind("mixer")
-def test_golden_mixer(golden, dtype, backend, rel):
-    check_golden(golden, dtype, rel)
+def test_golden_mixer(golden, dtype, backend, rel, published_mu):
+    check_golden(golden, dtype, rel, published_mu)
 
 
 @DTYPES
 @pytest.mark.golden_kind("block")
-def test_golden_block(golden, dtype, backend, rel):
-    check_golden(golden, dtype, rel)
+def test_golden_block(golden, dtype, backend, rel, published_mu):
+    check_golden(golden, dtype, rel, published_mu)
 
 
 @DTYPES
 @pytest.mark.golden_kind("model")
-def test_golden_model(golden, dtype, backend, rel):
-    check_golden(golden, dtype, rel)
+def test_golden_model(golden, dtype, backend, rel, published_mu):
+    check_golden(golden, dtype, rel, published_mu)
 
 
 # --- the published interface ---------------------------------------------------------------------
