@@ -22,7 +22,7 @@ from .resize import crop_to, pad_to, resample
 class FactMixer(nn.Module):
     """Linear, matricise, activation, factorise, put together again, linear, dropout.
 
-    (Factorizer paper, Medical Image Analysis 84, 2023, section 3.3.) Where the parts allow it, the
+    (Factorizer paper, Medical Image Analysis 84, 2023.) Where the parts allow it, the
     middle four run as one operator, `factorizer_kernels.swin_nmf`; see `fused`.
 
     x (B, in_channels, S1..Sp) becomes (B, out_channels, S1..Sp). Any spatial size may be passed.

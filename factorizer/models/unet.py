@@ -13,7 +13,7 @@ from ..layers.parts import Part, build
 from ..layers.pointwise import check_dtype
 from ..layers.resize import crop_to, pad_to, round_up
 
-#: Heads that num_deep_supr=True stands for (Factorizer paper, section 4.2).
+#: Heads that num_deep_supr=True stands for: the loss weights of the recipes are 1, 1/2 and 1/4.
 DEEP_SUPERVISION_HEADS = 3
 
 Size = tuple[int, ...]

@@ -162,7 +162,7 @@ class NMF(MatrixFactorization):
     """Nonnegative matrix factorisation of every M x N matrix of x (..., M, N).
 
     Arguments as those of `MatrixFactorization`, with other defaults: the factors start at U[0, 1)
-    and are updated by HALS (Factorizer paper, Medical Image Analysis 84, 2023, section 3.2).
+    and are updated by HALS (Factorizer paper, Medical Image Analysis 84, 2023).
     """
 
     def __init__(

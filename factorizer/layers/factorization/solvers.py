@@ -58,9 +58,9 @@ class Solver:
 class LeastSquares(Solver):
     """Alternating least squares: U ← A B⁻¹, the minimum over all real U.
 
-    The oldest of the updates; as the unprojected step of ALS in Berry et al., Computational
-    Statistics & Data Analysis 52, 2007, section 3.3. B gets a ridge of the order of its rounding
-    error, so that a rank-deficient V does not break the solution.
+    The unconstrained step of ALS in Berry et al., Computational Statistics & Data Analysis 52,
+    2007. B gets a ridge of the order of its rounding error, so that a rank-deficient V does not
+    break the solution.
     """
 
     def update(self, x: Tensor, u: Tensor, v: Tensor, w: Tensor | None) -> Tensor:
@@ -75,9 +75,8 @@ class LeastSquares(Solver):
 class ProjectedLeastSquares(LeastSquares):
     """Projected alternating least squares: U ← max(0, A B⁻¹).
 
-    Berry et al., Computational Statistics & Data Analysis 52, 2007, "ACLS/AHCLS without
-    constraints" (section 3.3). An approximation of the nonnegative least-squares solution: the
-    error may rise.
+    Berry et al., Computational Statistics & Data Analysis 52, 2007. An approximation of the
+    nonnegative least-squares solution: the error may rise.
     """
 
     def update(self, x: Tensor, u: Tensor, v: Tensor, w: Tensor | None) -> Tensor:
@@ -88,7 +87,7 @@ class CoordinateDescent(Solver):
     """Coordinate descent, column by column, for real factors.
 
     U_r ← (A_r - Σ_{j≠r} U_j B_jr + ε) / (B_rr + ε): HALS (Cichocki and Phan, IEICE Transactions
-    E92-A, 2009, algorithm 2) without the projection.
+    E92-A, 2009) without the projection.
     """
 
     def update(self, x: Tensor, u: Tensor, v: Tensor, w: Tensor | None) -> Tensor:
@@ -106,7 +105,8 @@ class CoordinateDescent(Solver):
 class HALS(Solver):
     """Hierarchical alternating least squares: coordinate descent with the projection max(0, ·).
 
-    Cichocki and Phan, IEICE Transactions E92-A, 2009, algorithm 2.
+    Cichocki and Phan, Fast local algorithms for large scale nonnegative matrix and tensor
+    factorizations, IEICE Transactions E92-A, 2009.
     """
 
     kernel = "hals"
@@ -118,7 +118,7 @@ class HALS(Solver):
 class MultiplicativeUpdate(Solver):
     """Multiplicative update, U ← U ∘ A / (U B + ε), for X ≥ 0.
 
-    Lee and Seung, Advances in Neural Information Processing Systems 13, 2001, equation 4. ε stands
+    Lee and Seung, Advances in Neural Information Processing Systems 13, 2001, theorem 1. ε stands
     below the fraction line only: zero stays zero.
     """
 
@@ -131,8 +131,8 @@ class MultiplicativeUpdate(Solver):
 class FastMultiplicativeUpdate(Solver):
     """Accelerated multiplicative update: several updates of U for one A and B, for X ≥ 0.
 
-    Gillis and Glineur, Neural Computation 24, 2012, algorithm 3, with a fixed number of inner
-    updates in place of their stopping rule: A and B are the costly part.
+    Gillis and Glineur, Neural Computation 24, 2012, with a fixed number of inner updates in place
+    of their stopping rule: A and B are the costly part.
 
     Args:
         num_inner: inner updates.
@@ -153,7 +153,7 @@ class WeightedMultiplicativeUpdate(Solver):
     """Weighted multiplicative update, U ← U ∘ ((W∘X) V) / ((W∘(U Vᵀ)) V + ε), for X, W ≥ 0.
 
     Blondel, Ho and Van Dooren, Weighted nonnegative matrix factorization and face feature
-    extraction, 2008, section 3. Minimises Σ W∘(X - U Vᵀ)²; without weights it is MU.
+    extraction, 2008. Minimises Σ W∘(X - U Vᵀ)²; without weights it is MU.
     """
 
     weighted = True
@@ -169,7 +169,7 @@ class SemiMultiplicativeUpdate(Solver):
 
     U ← U ∘ sqrt((A⁺ + U B⁻) / (A⁻ + U B⁺ + ε)), with A⁺ and A⁻ the positive and negative parts:
     Ding, Li and Jordan, IEEE Transactions on Pattern Analysis and Machine Intelligence 32, 2010,
-    equation 10 (semi-NMF). With both factors updated so, both are nonnegative; ("ls-0", "smu-1")
+    semi-NMF. With both factors updated so, both are nonnegative; ("ls-0", "smu-1")
     is that article's semi-NMF.
     """
 
