@@ -152,7 +152,7 @@ def test_source_distribution_can_be_built_from(tree, tmp_path):
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
     sources = {p.relative_to(tree).as_posix() for p in (tree / "csrc").rglob("*") if p.is_file()}
-    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE"}
+    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"}
     assert sources | needed | python_files(tree) <= names
 
 
