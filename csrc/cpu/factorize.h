@@ -318,10 +318,8 @@ class RankOne {
     partials_ = arena.template take<T>(tiles.count * partial_size_);
     small_ = arena.template take<T>(m_ * (m_ + 4));
     v_ = arena.template take<T>(columns_);
-    // Three rows that sums are taken of together: dv (backward only), ones, v0.
-    dv_ = arena.template take<T>((backward ? 3 : 2) * columns_) - (backward ? 0 : columns_);
-    ones_ = dv_ + columns_;
-    v0_ = ones_ + columns_;
+    // Three rows that sums are taken of together.
+    dv_ = arena.template take<T>(3 * columns_);
     if (!backward) return;
     gradient_memory_ = arena.template take<double>(RankOneGradient::size(m_));
     totals_ = arena.template take<double>(2 * m_ + 1);
@@ -334,17 +332,17 @@ class RankOne {
   // False where X has not the sign it must have, or where eps matters to MU: then the iterations must be run.
   bool forward(const T* v0, Sign sign) {
     if (sign != Sign::known && !has_sign(sign)) return false;
-    copy(v0, tiles_.columns, v0_);
-    fill(v0_ + tiles_.columns, columns_ - tiles_.columns, T(0));
-    fill(ones_, columns_, T(1));
+    copy(v0, tiles_.columns, v0_row());
+    fill(v0_row() + tiles_.columns, columns_ - tiles_.columns, T(0));
+    fill(ones_row(), columns_, T(1));
     tiles_.each([&](i64 tile, int worker) {
       const i64 length = tiles_.length(tile);
       const Rows<const T> x = tiles_.x(tile, worker);
       T* partial = partials_ + tile * partial_size_;
       const i64 begin = tiles_.begin(tile);
       gram<T>(m_, x, length, partial);
-      correlate<T>(2, {ones_ + begin, columns_}, m_, x, length, partial + m_ * m_, m_);
-      gram<T>(1, {v0_ + begin, 0}, length, partial + m_ * m_ + 2 * m_);
+      correlate<T>(2, {ones_row() + begin, columns_}, m_, x, length, partial + m_ * m_, m_);
+      gram<T>(1, {v0_row() + begin, 0}, length, partial + m_ * m_ + 2 * m_);
     });
     add_partials(partial_size_, moments_);
     RankOneTrace steps = trace();
@@ -413,7 +411,7 @@ class RankOne {
       });
       if (reaches_v0) {
         combine<T>(1, w + m_ + 2, 0, stride, m_, x, {dv_ + begin, 0}, length);
-        combine<T>(1, &two_db, 0, 0, 1, {v0_ + begin, 0}, {dv_ + begin, 0}, length, true);
+        combine<T>(1, &two_db, 0, 0, 1, {v0_row() + begin, 0}, {dv_ + begin, 0}, length, true);
       }
     });
   }
@@ -435,6 +433,8 @@ class RankOne {
     return true;
   }
 
+  T* ones_row() const { return dv_ + columns_; }
+  T* v0_row() const { return dv_ + 2 * columns_; }
   RankOneTrace trace() const { return RankOneTrace(trace_memory_, m_, o_.num_iters); }
   Moments moments() const {
     return {moments_, moments_ + m_ * m_, moments_ + m_ * m_ + m_, moments_[m_ * m_ + 2 * m_]};
@@ -452,7 +452,7 @@ class RankOne {
   const i64 m_, rows_, columns_;  // rows_ and columns_ padded
   i64 partial_size_;
   double *trace_memory_, *moments_, *gradient_memory_ = nullptr, *totals_ = nullptr;
-  T *partials_, *small_, *ones_, *v0_, *v_, *dv_ = nullptr;
+  T *partials_, *small_, *v_, *dv_ = nullptr;
 };
 
 }  // namespace FK_ISA

@@ -15,7 +15,6 @@ from .factorization.inits import FixedInit
 from .linear import Linear
 from .matricize import Matricize, SWMatricize
 from .parts import Part, build, has_hooks
-from .pointwise import without_autocast
 from .resize import crop_to, pad_to, resample
 
 
@@ -108,8 +107,7 @@ class FactMixer(nn.Module):
         x = pad_to(x, self.reshape.fitted_size(size))
         act = "relu" if isinstance(self.act, nn.ReLU) else None
         windows = self.reshape.options(x.shape[2:])
-        with without_autocast(x):  # which would reach into the backend of plain PyTorch
-            x = fk.swin_nmf(x, u0, v0, act=act, **windows, **self.factorize.kernel_options)
+        x = fk.swin_nmf(x, u0, v0, act=act, **windows, **self.factorize.kernel_options)
         return crop_to(x, size)
 
     def _unfused(self, x: Tensor) -> Tensor:

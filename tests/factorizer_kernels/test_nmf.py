@@ -193,6 +193,16 @@ def test_half_precision(dtype, tolerance, solver, backend, rel):
     assert leaf.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_autocast_leaves_the_arithmetic_alone(dtype, backend):
+    torch.manual_seed(0)
+    x, u0, v0 = torch.rand(3, 8, 64), torch.rand(8, 2), torch.rand(64, 2)
+    x[0] = 0
+    expected = fk.nmf(x, u0, v0)
+    with torch.autocast("cpu", dtype):
+        assert torch.equal(fk.nmf(x, u0, v0), expected)
+
+
 @pytest.mark.parametrize("rank", [1, 2])
 @pytest.mark.parametrize("solver", ["mu", "hals"])
 def test_zero_windows_columns_and_rows(solver, rank, backend):
