@@ -1,0 +1,378 @@
+"""How a group of contenders is checked, raced and measured.
+
+A :class:`Case` is one group: one problem, one mode, several contenders. :func:`race` builds them all,
+checks those that claim to compute our operator against float64, warms them up, and then lets them run in
+turn, round after round, so that whatever else the machine does slows all alike. A contender that is wrong,
+unavailable or hopeless here ends as the exception that says so.
+"""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import median
+from typing import Any, Protocol
+
+import pytest
+import torch
+from monai.losses import DiceCELoss
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import factorizer_kernels as fk
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+FUSED = "fused"  # stands for the first backend with kernels for that device
+SHORTEST_SAMPLE = 2e-3  # seconds: briefer calls are repeated within one sample
+GRAPH_BELOW = 2e-4  # seconds: on a GPU, briefer calls are replayed from a CUDA graph
+
+Function = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How large and how long: the meaning of ``--size``."""
+
+    name: str
+    seconds: float  # a contender's share of its group's time
+    fewest_rounds: int
+    most_rounds: int
+    operations: float  # a contender that would need more in one call is left out
+
+
+EFFORTS = {
+    effort.name: effort
+    for effort in (
+        Effort("tiny", 0.0, 2, 2, 1e9),
+        Effort("default", 1.0, 3, 41, 2e11 if DEVICE.type == "cpu" else 2e13),
+        Effort("paper", 5.0, 5, 101, 5e12 if DEVICE.type == "cpu" else 5e14),
+    )
+}
+
+
+class Problem(Protocol):
+    """What all the contenders of a group are given."""
+
+    def input(self) -> Tensor:
+        """The same x for every contender."""
+
+    def check(self, function: Function, mode: str) -> None:
+        """Raises AssertionError where the function's result is not the float64 reference's."""
+
+    def describe(self, function: Function) -> dict[str, Any]:
+        """Facts beside time and memory."""
+
+
+@dataclass(frozen=True)
+class Contender:
+    """One way to do the job.
+
+    ``build(problem, effort)`` returns a function of x, or skips with a reason. ``backend`` names the
+    backend that it must run on; such a contender computes our operator, and its result is checked.
+    ``options`` replace fields of the group's problem.
+    """
+
+    name: str
+    build: Callable[[Any, Effort], Function]
+    backend: str | None = None
+    modes: tuple[str, ...] = ("forward", "forward+backward", "training step")
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One group: the table of pytest-benchmark that its contenders share."""
+
+    family: str
+    label: str
+    mode: str
+    problem: Problem
+    contenders: tuple[Contender, ...]
+
+    @property
+    def group(self) -> str:
+        return f"{self.family}, {self.label}, {self.mode}"
+
+
+@dataclass
+class Measurement:
+    """One contender's samples, in seconds per call, and what else was seen."""
+
+    call: Callable[[], Any]
+    loops: int
+    info: dict[str, Any]
+    seconds: list[float] = field(default_factory=list)
+    peaks: list[int] = field(default_factory=list)
+
+    @property
+    def spent(self) -> float:
+        return sum(self.seconds) * self.loops
+
+    def sample(self) -> None:
+        with PeakMemory() as memory:
+            self.seconds.append(timed(self.call, self.loops))
+        if memory.peak is not None:
+            self.peaks.append(memory.peak)
+
+
+def cases(
+    family: str,
+    problems: Iterable[tuple[str, Problem]],
+    contenders: Iterable[Contender],
+    modes: Iterable[str] = ("forward", "forward+backward"),
+) -> list[Case]:
+    """A group for every labelled problem and mode, with the contenders that have the mode."""
+    contenders = tuple(contenders)
+    return [
+        Case(family, label, mode, problem, tuple(c for c in contenders if mode in c.modes))
+        for label, problem in problems
+        for mode in modes
+    ]
+
+
+# --- the race ------------------------------------------------------------------------------------
+
+
+def race(case: Case, effort: Effort) -> dict[str, Measurement | BaseException]:
+    """Every contender's measurement, or the failure or skip that it ended with."""
+    results = {contender.name: _enter(case, contender, effort) for contender in case.contenders}
+    running = [r for r in results.values() if isinstance(r, Measurement)]
+    gc.collect()
+    for round_ in range(effort.most_rounds):
+        for measurement in running:
+            if round_ < effort.fewest_rounds or measurement.spent < effort.seconds:
+                measurement.sample()
+    for measurement in running:
+        peaks = measurement.peaks
+        measurement.info |= {"peak_bytes": max(peaks) if peaks else None}
+        measurement.call = _nothing  # and with it the contender's memory
+    return results
+
+
+def _nothing() -> None: ...
+
+
+def _enter(case: Case, contender: Contender, effort: Effort) -> Measurement | BaseException:
+    """The contender, checked, warmed up and ready to run."""
+    try:
+        problem = replace(case.problem, **contender.options)
+        x = problem.input()
+        function = contender.build(problem, effort)
+        info: dict[str, Any] = {"mode": case.mode, "device": DEVICE.type}
+        if contender.backend is not None:
+            info["backend"] = assert_backend(function, x, contender.backend)
+            problem.check(function, case.mode)
+        info |= problem.describe(function)
+        if case.mode == "forward+backward":
+            info["kept_bytes"] = kept_bytes(function, x)
+        call = MODES[case.mode](function, x)
+        call()
+        seconds = timed(call, 1)
+        if DEVICE.type == "cuda" and seconds < GRAPH_BELOW:
+            call = graphed(call)
+            info["cuda_graph"] = True
+        return Measurement(call, max(1, round(SHORTEST_SAMPLE / seconds)), info)
+    except (Exception, pytest.skip.Exception, pytest.fail.Exception) as error:
+        return error.with_traceback(None)  # its frames hold tensors
+
+
+def ratio(of: Measurement, to: Measurement) -> float:
+    """Of the medians."""
+    return median(of.seconds) / median(to.seconds)
+
+
+# --- modes: what one call does -------------------------------------------------------------------
+
+
+def forward(function: Function, x: Tensor) -> Callable[[], Any]:
+    if isinstance(function, nn.Module):
+        function.eval()
+
+    def call() -> Tensor:
+        with torch.no_grad():
+            return function(x)
+
+    return call
+
+
+def forward_backward(function: Function, x: Tensor) -> Callable[[], Any]:
+    """y, and the gradients of x and of the parameters."""
+    x = x.detach().requires_grad_()
+    leaves = [x, *(function.parameters() if isinstance(function, nn.Module) else ())]
+    dy = cotangent(x)
+
+    def call() -> tuple[Tensor, ...]:
+        y = function(x)
+        return y, *torch.autograd.grad(y, leaves, dy)
+
+    return call
+
+
+def training_step(function: Function, x: Tensor) -> Callable[[], Any]:
+    """Forward, Dice and cross-entropy, backward, AdamW: the paper's recipe."""
+    assert isinstance(function, nn.Module)
+    function.train()
+    optimizer = torch.optim.AdamW(function.parameters(), lr=1e-4, weight_decay=1e-2)
+    loss = DiceCELoss(sigmoid=True, squared_pred=True)
+    with torch.no_grad():
+        label = (cotangent(function(x)) > 0).to(x.dtype)
+
+    def call() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        loss(function(x), label).backward()
+        optimizer.step()
+
+    return call
+
+
+MODES = {"forward": forward, "forward+backward": forward_backward, "training step": training_step}
+
+
+def cotangent(y: Tensor) -> Tensor:
+    """The same gradient of the loss for every result of a shape."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(y.shape, generator=generator).to(y)
+
+
+# --- truth ---------------------------------------------------------------------------------------
+
+
+def assert_close(result: Tensor, expected: Tensor, tolerance: float, what: str) -> None:
+    """Relative L2 distance; a NaN is never close."""
+    error = ((result.double() - expected).norm() / expected.norm()).item()
+    if not error <= tolerance:
+        pytest.fail(
+            f"wrong, so not timed: the {what} is {error:.1e} off float64's, allowed is {tolerance:.0e}"
+        )
+
+
+class Under(nn.Module):
+    """A function, or a module, that runs its operators on a named backend."""
+
+    def __init__(self, backend: str, function: Function) -> None:
+        super().__init__()
+        self.backend, self.function = _resolve(backend), function
+
+    def forward(self, x: Tensor) -> Tensor:
+        with fk.use_backend(self.backend):
+            return self.function(x)
+
+
+class _BackendsSeen(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "factorizer_kernels":
+            self.names.add(args[-1])
+        return func(*args, **(kwargs or {}))
+
+
+def assert_backend(function: Function, x: Tensor, backend: str) -> str:
+    """The backend that the operators' calls really went to; the reference calls no operator."""
+    with _BackendsSeen() as seen, torch.no_grad():
+        function(x)
+    used = "+".join(sorted(seen.names)) or "reference"
+    if used != _resolve(backend):
+        pytest.fail(f"ran on the backend {used!r}, not on {_resolve(backend)!r}")
+    return used
+
+
+def _resolve(backend: str) -> str:
+    """The name that FUSED stands for, any other unchanged."""
+    if backend != FUSED:
+        return backend
+    serves = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}[DEVICE.type]
+    candidates = [b for b in fk.backends() if b.name in serves]
+    for candidate in candidates:
+        if candidate.available:
+            return candidate.name
+    reasons = "; ".join(f"{b.name}: {b.reason}" for b in candidates)
+    pytest.fail(f"no backend with kernels serves {DEVICE.type} tensors here ({reasons})")
+
+
+# --- time and memory -----------------------------------------------------------------------------
+
+
+def timed(call: Callable[[], Any], loops: int) -> float:
+    """Seconds per call: by the clock, or on a GPU by events on its current stream."""
+    if DEVICE.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(loops):
+            call()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3 / loops
+    start = time.perf_counter()
+    for _ in range(loops):
+        call()
+    return (time.perf_counter() - start) / loops
+
+
+def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
+    """The call's launches, captured once: what is then timed is the card and not Python."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    return graph.replay
+
+
+class PeakMemory:
+    """Memory that the calls inside took at most, beside what was there before: ``peak``, in bytes.
+
+    On a GPU what torch's allocator handed out; on Linux the process's resident memory, which the kernel
+    itself keeps the peak of; elsewhere None.
+    """
+
+    peak: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if DEVICE.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            self._before = torch.cuda.memory_allocated()
+        else:
+            try:
+                Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+                self._before = _resident_peak()
+            except OSError:
+                self._before = None
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if DEVICE.type == "cuda":
+            self.peak = torch.cuda.max_memory_allocated() - self._before
+        elif self._before is not None:
+            self.peak = max(_resident_peak() - self._before, 0)
+
+
+def _resident_peak() -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
+def kept_bytes(function: Function, x: Tensor) -> int:
+    """What autograd keeps for the backward, beside x itself and the parameters."""
+    leaf = x.detach().requires_grad_()
+    theirs = {t.untyped_storage().data_ptr() for t in (leaf, *getattr(function, "parameters", list)())}
+    kept: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in theirs:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = function(leaf)
+    del y
+    return sum(kept.values())

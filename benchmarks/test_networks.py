@@ -1,0 +1,99 @@
+"""Whole networks, 4 -> 3 channels: the Factorizer's presets beside MONAI's."""
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from monai.networks.nets import UNETR, DynUNet, SegResNet, SwinUNETR
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import factorizer
+
+from .harness import DEVICE, FUSED, Contender, Effort, Under, assert_close, cases, forward_backward
+
+IN, OUT = 4, 3
+_SIDES = {"tiny": 32, "default": 64, "paper": 128}
+_CHECKED_SIDE = 32  # the network is checked on a corner: in float64 the whole would not fit beside it
+
+
+@dataclass(frozen=True)
+class Volume:
+    """An image (1, IN, side, side, side)."""
+
+    side: int
+
+    def input(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randn(1, IN, *[self.side] * 3, generator=generator).to(DEVICE)
+
+    def _corner(self) -> Tensor:
+        return self.input()[(..., *[slice(_CHECKED_SIDE)] * 3)]
+
+    def check(self, network: Under, mode: str) -> None:
+        """Ten stages one behind the other add up their roundings, and norms amplify them."""
+        x = self._corner()
+        truth = Under("reference", copy.deepcopy(network.function).double())
+        expected = forward_backward(truth, x.double())()[:2]
+        results = forward_backward(network, x)()[:2]
+        for result, reference, tolerance, what in zip(
+            results, expected, (1e-4, 1e-3), ("logits", "gradient of x"), strict=True
+        ):
+            assert_close(result, reference, tolerance, what)
+
+    def describe(self, network: nn.Module) -> dict:
+        """FLOPs are those that PyTorch counts: of matrix products, convolutions and attention. An operator
+        with kernels counts as the reference's products."""
+        plain = Under("reference", network.function if isinstance(network, Under) else network).eval()
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            plain(self.input())
+        return {
+            "voxels": self.side**3,
+            "parameters": sum(p.numel() for p in network.parameters()),
+            "flops": counter.get_total_flops(),
+        }
+
+
+def _factorizer(name: str, backend: str = FUSED) -> Callable[[Volume, Effort], nn.Module]:
+    def build(problem: Volume, effort: Effort) -> nn.Module:
+        torch.manual_seed(0)
+        network = factorizer.preset(name, in_channels=IN, out_channels=OUT, spatial_size=[problem.side] * 3)
+        return Under(backend, network).to(DEVICE)
+
+    return build
+
+
+def _monai(build: Callable[[int], nn.Module]) -> Callable[[Volume, Effort], nn.Module]:
+    return lambda problem, effort: build(problem.side).to(DEVICE)
+
+
+_DYNUNET = {
+    "kernel_size": [3] * 5,
+    "strides": [1, 2, 2, 2, 2],
+    "upsample_kernel_size": [2] * 4,
+    "res_block": True,
+}
+
+# The sizes that MONAI's networks have in the literature on brain tumours.
+CONTENDERS = (
+    Contender("ours", _factorizer("swin-brats"), FUSED),
+    Contender("reference", _factorizer("swin-brats", "reference"), "reference"),
+    *(
+        Contender(f"ours, {name}", _factorizer(name), FUSED, ("forward",))
+        for name in ("local-brats", "global-brats", "swin-isles22")
+    ),
+    Contender("SegResNet", _monai(lambda side: SegResNet(3, 32, IN, OUT))),
+    Contender("DynUNet", _monai(lambda side: DynUNet(3, IN, OUT, **_DYNUNET))),
+    Contender("UNETR", _monai(lambda side: UNETR(IN, OUT, side))),
+    Contender("SwinUNETR", _monai(lambda side: SwinUNETR(IN, OUT, feature_size=48))),
+)
+
+
+def cases_of(size):
+    side = _SIDES[size]
+    return cases("network", [(f"{side}^3", Volume(side))], CONTENDERS, ("forward", "training step"))
+
+
+def test_networks(replay):
+    replay()

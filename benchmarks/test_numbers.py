@@ -1,0 +1,27 @@
+"""The few races that the project's own bounds are read off (numbers.py): wrong results fail, slow ones do not."""
+
+from .harness import DEVICE, FUSED, Contender, cases
+from .numbers import FAMILY, MANY_CHANNELS, ONE_MATRIX, TWO_SIZES, VOLUME
+from .operators import COPY, OURS, REFERENCE, RELU, Matrices, Windows
+
+# Sides of the volume, which is 64^3 on a CPU and 128^3 on a GPU, and of the two sizes.
+_SIDES = {"tiny": (16, 16, 8), "default": (64 if DEVICE.type == "cpu" else 128, 128, 32)}
+
+
+def _ours(name: str, **options) -> Contender:
+    return Contender(name, OURS.build, FUSED, modes=("forward",), options=options)
+
+
+def cases_of(size):
+    side, large, small = ((1, 32, n, n, n) for n in _SIDES.get(size, _SIDES["default"]))
+    volume = (OURS, RELU, COPY, REFERENCE, _ours("ours, 20 iterations", num_iters=20))
+    return [
+        *cases(FAMILY, [(VOLUME, Windows(side))], volume),
+        *cases(FAMILY, [(TWO_SIZES, Windows(large))], (OURS, _ours("ours, small", size=small)), ("forward",)),
+        *cases(FAMILY, [(MANY_CHANNELS, Windows((1, 512, 8, 8, 8)))], (OURS, REFERENCE)),
+        *cases(FAMILY, [(ONE_MATRIX, Matrices((1, 8, 64)))], (OURS, REFERENCE)),
+    ]
+
+
+def test_numbers(replay):
+    replay()

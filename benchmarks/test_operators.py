@@ -1,0 +1,80 @@
+"""The operators, beside the floor, the reference, attention, and other people's NMF."""
+
+import torch
+
+from .harness import cases
+from .operators import (
+    ATTENTION,
+    COMPILED,
+    COPY,
+    LINEAR_ATTENTION,
+    OURS,
+    REFERENCE,
+    RELU,
+    SHIFTED_ATTENTION,
+    SKLEARN,
+    TORCHNMF,
+    WINDOW_ATTENTION,
+    Matrices,
+    Windows,
+)
+
+_ATTENTIONS = (ATTENTION, WINDOW_ATTENTION, SHIFTED_ATTENTION, LINEAR_ATTENTION)
+_ALL = (OURS, RELU, COPY, REFERENCE, *_ATTENTIONS)
+
+# Voxels along an axis of the maps for each --size: the volumes that speed is plotted over, the one that
+# torch.compile joins in on, the images, the volume whose other options are varied; then N of the matrices.
+_SIZES = {
+    "tiny": ((8, 16), 8, (16,), 8, 64),
+    "default": ((16, 32, 64, 128), 64, (256, 512), 32, 4096),
+    "paper": ((16, 32, 64, 128, 192), 128, (256, 512, 1024), 64, 65536),
+}
+
+
+def _volume(side: int, **options) -> Windows:
+    return Windows((1, 32, side, side, side), **options)
+
+
+def cases_of(size):
+    sides, compiled, images, swept, columns = _SIZES[size]
+    for side in sides:
+        # Backward, the reference would need minutes and more than 16 GB at 128^3.
+        extra = (COMPILED,) if side == compiled else ()
+        volume = [(f"{side}^3", _volume(side))]
+        yield from cases("swin_nmf volume", volume, (*_ALL, *extra))
+    yield from cases(
+        "swin_nmf image",
+        [(f"{side}^2", Windows((1, 32, side, side), head_dim=8, patch_size=8)) for side in images],
+        (OURS, RELU, COPY, REFERENCE, WINDOW_ATTENTION, SHIFTED_ATTENTION, LINEAR_ATTENTION),
+    )
+    few = (OURS, RELU, REFERENCE)
+    yield from cases(
+        f"swin_nmf {swept}^3",
+        [
+            *((f"{solver}, rank {rank}", _volume(swept, rank=rank, solver=solver))
+              for solver, rank in (("mu", 1), ("mu", 2), ("mu", 4), ("mu", 8), ("hals", 2), ("hals", 4))),
+            *((f"rank {rank}, {t} iterations", _volume(swept, rank=rank, num_iters=t, solver="mu"))
+              for rank, t in ((1, 1), (1, 20), (4, 1), (4, 20))),
+            ("shifts 0 2 4 6", _volume(swept, shifts=(None, 2, 4, 6))),
+            ("bfloat16", _volume(swept, dtype=torch.bfloat16)),
+        ],
+        few,
+    )  # fmt: skip
+    yield from cases(
+        "nmf",
+        [
+            (f"64 x {columns}, rank 8, {solver}, 20 iterations", Matrices((1, 64, columns), 8, 20, solver))
+            for solver in ("mu", "hals")
+        ]
+        + [("64 of 8 x 512, rank 1", Matrices((64, 8, 512)))],
+        (OURS, RELU, COPY, REFERENCE, SKLEARN, TORCHNMF),
+    )
+    yield from cases(
+        "nmf",
+        [(f"4 of 8 x {columns * 64}, rank 1 (global)", Matrices((4, 8, columns * 64)))],
+        few,
+    )
+
+
+def test_operators(replay):
+    replay()
