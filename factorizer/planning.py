@@ -18,11 +18,11 @@ from torch import nn
 from factorizer import Factorizer, LayerNorm, SWMatricize
 from factorizer.data import Case, Geometry, Task
 
-WIDTH, STRIDES, PATCH = (32, 64, 128), (1, 2, 2), 4
+WIDTH, STRIDES, PATCH = (24, 48, 96), (1, 2, 2), 4
 DIVISOR = PATCH * math.prod(STRIDES)  # a crop is a whole number of windows in the deepest stage
 MAX_CROP_VOXELS = 64**3
 BATCH_SIZE = 2
-ROUNDS, MIN_STEPS, MAX_STEPS = 12, 300, 1000
+ROUNDS, MIN_STEPS, MAX_STEPS = 10, 300, 1000
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def plan_run(
 
     Spacing: the median of the volumes. Crop: their median shape at that spacing, each axis rounded
     to a multiple of 16, then the longest axis shortened until at most 64^3 voxels are left. Steps,
-    where not given: so many that training sees 12 times the voxels of its volumes, but at least
+    where not given: so many that training sees 10 times the voxels of its volumes, but at least
     300 and at most 1000.
     """
     spacing = np.median([geometry.spacing for geometry in geometries.values()], axis=0)
@@ -107,7 +107,7 @@ def plan_run(
         },
         batch_size=BATCH_SIZE,
         steps=steps,
-        learning_rate=2e-3,
+        learning_rate=5e-3,
         weight_decay=1e-2,
         sided="left" in names or "right" in names,
         seed=seed,
