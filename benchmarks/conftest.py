@@ -13,6 +13,8 @@ import factorizer_kernels as fk
 from .harness import DEVICE, EFFORTS, Measurement, race, ratio
 from .report import number_lines, summary_lines
 
+_VERSIONS = ("factorizer-kernels", "torch", "numpy", "triton", "monai", "scikit-learn", "torchnmf")
+
 
 def pytest_addoption(parser):
     parser.getgroup("benchmark").addoption(

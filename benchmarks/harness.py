@@ -53,6 +53,12 @@ EFFORTS = {
 }
 
 
+def affordable(effort: Effort, operations: float) -> None:
+    """Skips a contender that would need too many in one call."""
+    if operations > effort.operations:
+        pytest.skip(f"{operations:.0e} operations a call: too many for --size {effort.name}")
+
+
 class Problem(Protocol):
     """What all the contenders of a group are given."""
 
@@ -201,12 +207,12 @@ def forward(function: Function, x: Tensor) -> Callable[[], Any]:
 def forward_backward(function: Function, x: Tensor) -> Callable[[], Any]:
     """y, and the gradients of x and of the parameters."""
     x = x.detach().requires_grad_()
-    leaves = [x, *(function.parameters() if isinstance(function, nn.Module) else ())]
+    leaves = [x, *parameters(function)]
     dy = cotangent(x)
 
     def call() -> tuple[Tensor, ...]:
         y = function(x)
-        return y, *torch.autograd.grad(y, leaves, dy)
+        return y, *torch.autograd.grad(y, leaves, dy, allow_unused=True)
 
     return call
 
@@ -229,6 +235,10 @@ def training_step(function: Function, x: Tensor) -> Callable[[], Any]:
 
 
 MODES = {"forward": forward, "forward+backward": forward_backward, "training step": training_step}
+
+
+def parameters(function: Function) -> list[nn.Parameter]:
+    return list(function.parameters()) if isinstance(function, nn.Module) else []
 
 
 def cotangent(y: Tensor) -> Tensor:
@@ -363,7 +373,7 @@ def _resident_peak() -> int:
 def kept_bytes(function: Function, x: Tensor) -> int:
     """What autograd keeps for the backward, beside x itself and the parameters."""
     leaf = x.detach().requires_grad_()
-    theirs = {t.untyped_storage().data_ptr() for t in (leaf, *getattr(function, "parameters", list)())}
+    theirs = {t.untyped_storage().data_ptr() for t in (leaf, *parameters(function))}
     kept: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:

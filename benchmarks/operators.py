@@ -24,6 +24,7 @@ from .harness import (
     Effort,
     Function,
     Under,
+    affordable,
     assert_close,
     cotangent,
     forward_backward,
@@ -32,6 +33,8 @@ from .harness import (
 # Relative L2 distance from float64, of the value and of the gradient. float32: an operator's iterations
 # average some hundred roundings of 6e-8 and amplify them with the rank; half precision rounds x itself.
 TOLERANCES = {torch.float32: (5e-6, 1e-4), torch.bfloat16: (1e-2, 2e-2)}
+
+PIECE = 2**24  # elements that float64's result is computed of at a time
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,8 @@ class Windows(OperatorProblem):
         return partial(fk.swin_nmf, u0=u0, v0=v0, **self.windows, **self.iteration)
 
     def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
-        return x.split(self.head_dim, 1)
+        heads = max(1, PIECE // (self.head_dim * self.voxels))
+        return x.split(heads * self.head_dim, 1)
 
     def describe(self, function: Function) -> dict[str, Any]:
         return {"voxels": self.voxels, "x_bytes": prod(self.size) * self.dtype.itemsize}
@@ -149,7 +153,7 @@ class Matrices(OperatorProblem):
         return partial(fk.nmf, u0=u0, v0=v0, **self.iteration)
 
     def pieces(self, x: Tensor) -> tuple[Tensor, ...]:
-        return (x,)
+        return (x,)  # their heads are the batch, and the largest here is small
 
     def describe(self, function: Function) -> dict[str, Any]:
         """Different updates in different orders: a speed says little without the fit it was had for."""
@@ -168,7 +172,7 @@ def _on(backend: str) -> Callable[[OperatorProblem, Effort], Function]:
 
 
 def _compiled(problem: OperatorProblem, effort: Effort) -> Function:
-    function = torch.compile(Under("reference", problem.function()), fullgraph=True)
+    function = Under("reference", torch.compile(problem.function(), fullgraph=True))
     x = problem.input().requires_grad_()
     try:
         function(x).sum().backward()
@@ -187,11 +191,6 @@ def _copy(problem: OperatorProblem, effort: Effort) -> Function:
 # --- attention -----------------------------------------------------------------------------------
 
 
-def _affordable(effort: Effort, operations: float) -> None:
-    if operations > effort.operations:
-        pytest.skip(f"{operations:.0e} operations a call: too many for --size {effort.name}")
-
-
 def _tokens(problem: Windows, x: Tensor) -> Tensor:
     """(B, C, S1..Sp) -> (B, heads, voxels, head_dim)."""
     return x.unflatten(1, (problem.heads, problem.head_dim)).flatten(3).mT
@@ -199,7 +198,7 @@ def _tokens(problem: Windows, x: Tensor) -> Tensor:
 
 def _attention(problem: Windows, effort: Effort) -> Function:
     """Every voxel looks at every voxel."""
-    _affordable(effort, 4 * prod(problem.size) * problem.voxels)
+    affordable(effort, 4 * prod(problem.size) * problem.voxels)
 
     def function(x: Tensor) -> Tensor:
         q = _tokens(problem, x)
@@ -210,7 +209,7 @@ def _attention(problem: Windows, effort: Effort) -> Function:
 
 def _window_attention(problem: Windows, effort: Effort) -> Function:
     """In windows, unshifted; cut and put together by our own kernels, so at no disadvantage."""
-    _affordable(effort, 4 * prod(problem.size) * problem.patch_size ** len(problem.size[2:]))
+    affordable(effort, 4 * prod(problem.size) * problem.patch_size ** len(problem.size[2:]))
     windows = problem.windows | {"shifts": None}
 
     def function(x: Tensor) -> Tensor:
@@ -238,7 +237,7 @@ class _ShiftedWindowAttention(nn.Module):
 
 def _shifted_window_attention(problem: Windows, effort: Effort) -> Function:
     # It writes the logits to memory, and reads them three times: dearer than its products by far.
-    _affordable(effort, 12 * prod(problem.size) * problem.patch_size ** len(problem.size[2:]))
+    affordable(effort, 12 * prod(problem.size) * problem.patch_size ** len(problem.size[2:]))
     return _ShiftedWindowAttention(problem).to(DEVICE, problem.dtype)
 
 

@@ -11,7 +11,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import factorizer
 
-from .harness import DEVICE, FUSED, Contender, Effort, Under, assert_close, cases, forward_backward
+from .harness import (
+    DEVICE,
+    FUSED,
+    Contender,
+    Effort,
+    Under,
+    assert_close,
+    cases,
+    forward_backward,
+    parameters,
+)
 
 IN, OUT = 4, 3
 _SIDES = {"tiny": 32, "default": 64, "paper": 128}
@@ -50,7 +60,7 @@ class Volume:
             plain(self.input())
         return {
             "voxels": self.side**3,
-            "parameters": sum(p.numel() for p in network.parameters()),
+            "parameters": sum(p.numel() for p in parameters(network)),
             "flops": counter.get_total_flops(),
         }
 

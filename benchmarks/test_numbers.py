@@ -1,4 +1,4 @@
-"""The few races that the project's own bounds are read off (numbers.py): wrong results fail, slow ones do not."""
+"""The races that the project's bounds in numbers.py are read off: wrong results fail, slow ones do not."""
 
 from .harness import DEVICE, FUSED, Contender, cases
 from .numbers import FAMILY, MANY_CHANNELS, ONE_MATRIX, TWO_SIZES, VOLUME
