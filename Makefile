@@ -17,7 +17,7 @@ SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find c
 help:
 	@echo "make demo [DATA=DIR] [OUT=DIR]  train, segment and explain on a small data set"
 	@echo "make test                       the whole test suite"
-	@echo "make bench                      the benchmarks"
+	@echo "make bench [SIZE=paper]         the benchmarks, and their page in docs/benchmarks"
 	@echo "make lint | format              check, or rewrite, the sources' style"
 	@echo "make sanitize                   the C++ tests under $(SANITIZERS) sanitizers"
 	@echo "make clean                      remove what was built, and .venv"
@@ -29,7 +29,10 @@ test: .venv/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: .venv/.installed-bench
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(ARGS)
+	mkdir -p build
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json \
+	  $(if $(SIZE),--size $(SIZE)) $(ARGS)
+	$(BIN)/python -m benchmarks.report build/benchmarks.json
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

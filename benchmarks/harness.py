@@ -139,6 +139,10 @@ def cases(
     ]
 
 
+def extent(side: int, axes: int = 3) -> str:
+    return "x".join([str(side)] * axes)
+
+
 # --- the race ------------------------------------------------------------------------------------
 
 
@@ -181,6 +185,8 @@ def _enter(case: Case, contender: Contender, effort: Effort) -> Measurement | Ba
             call = graphed(call)
             info["cuda_graph"] = True
         return Measurement(call, max(1, round(SHORTEST_SAMPLE / seconds)), info)
+    except ImportError as error:
+        return pytest.skip.Exception(f"{error}: pip install '.[bench]'")
     except (Exception, pytest.skip.Exception, pytest.fail.Exception) as error:
         return error.with_traceback(None)  # its frames hold tensors
 
@@ -208,10 +214,12 @@ def forward_backward(function: Function, x: Tensor) -> Callable[[], Any]:
     """y, and the gradients of x and of the parameters."""
     x = x.detach().requires_grad_()
     leaves = [x, *parameters(function)]
-    dy = cotangent(x)
+    dy = None
 
     def call() -> tuple[Tensor, ...]:
+        nonlocal dy
         y = function(x)
+        dy = cotangent(y) if dy is None else dy
         return y, *torch.autograd.grad(y, leaves, dy, allow_unused=True)
 
     return call
@@ -223,12 +231,14 @@ def training_step(function: Function, x: Tensor) -> Callable[[], Any]:
     function.train()
     optimizer = torch.optim.AdamW(function.parameters(), lr=1e-4, weight_decay=1e-2)
     loss = DiceCELoss(sigmoid=True, squared_pred=True)
-    with torch.no_grad():
-        label = (cotangent(function(x)) > 0).to(x.dtype)
+    label = None
 
     def call() -> None:
+        nonlocal label
         optimizer.zero_grad(set_to_none=True)
-        loss(function(x), label).backward()
+        logits = function(x)
+        label = (cotangent(logits) > 0).to(x.dtype) if label is None else label
+        loss(logits, label).backward()
         optimizer.step()
 
     return call

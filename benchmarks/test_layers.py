@@ -21,6 +21,7 @@ from .harness import (
     affordable,
     assert_close,
     cases,
+    extent,
     forward_backward,
     parameters,
 )
@@ -105,7 +106,7 @@ CONTENDERS = (
 
 
 def cases_of(size):
-    return cases("block", [(f"{side}^3", Features(side)) for side in _SIDES[size]], CONTENDERS)
+    return cases("block", [(extent(side), Features(side)) for side in _SIDES[size]], CONTENDERS)
 
 
 def test_layers(replay):

@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import pytest
 import torch
 from monai.networks.nets import UNETR, DynUNet, SegResNet, SwinUNETR
 from torch import Tensor, nn
@@ -19,6 +20,7 @@ from .harness import (
     Under,
     assert_close,
     cases,
+    extent,
     forward_backward,
     parameters,
 )
@@ -74,8 +76,13 @@ def _factorizer(name: str, backend: str = FUSED) -> Callable[[Volume, Effort], n
     return build
 
 
-def _monai(build: Callable[[int], nn.Module]) -> Callable[[Volume, Effort], nn.Module]:
-    return lambda problem, effort: build(problem.side).to(DEVICE)
+def _monai(build: Callable[[int], nn.Module], smallest: int = 16) -> Callable[[Volume, Effort], nn.Module]:
+    def sized(problem: Volume, effort: Effort) -> nn.Module:
+        if problem.side < smallest:
+            pytest.skip(f"needs {extent(smallest)} voxels")
+        return build(problem.side).to(DEVICE)
+
+    return sized
 
 
 _DYNUNET = {
@@ -96,13 +103,13 @@ CONTENDERS = (
     Contender("SegResNet", _monai(lambda side: SegResNet(3, 32, IN, OUT))),
     Contender("DynUNet", _monai(lambda side: DynUNet(3, IN, OUT, **_DYNUNET))),
     Contender("UNETR", _monai(lambda side: UNETR(IN, OUT, side))),
-    Contender("SwinUNETR", _monai(lambda side: SwinUNETR(IN, OUT, feature_size=48))),
+    Contender("SwinUNETR", _monai(lambda side: SwinUNETR(IN, OUT, feature_size=48), 64)),
 )
 
 
 def cases_of(size):
     side = _SIDES[size]
-    return cases("network", [(f"{side}^3", Volume(side))], CONTENDERS, ("forward", "training step"))
+    return cases("network", [(extent(side), Volume(side))], CONTENDERS, ("forward", "training step"))
 
 
 def test_networks(replay):

@@ -4,7 +4,7 @@ from .harness import DEVICE, FUSED, Contender, cases
 from .numbers import FAMILY, MANY_CHANNELS, ONE_MATRIX, TWO_SIZES, VOLUME
 from .operators import COPY, OURS, REFERENCE, RELU, Matrices, Windows
 
-# Sides of the volume, which is 64^3 on a CPU and 128^3 on a GPU, and of the two sizes.
+# Sides of the volume, which is 64x64x64 on a CPU and 128x128x128 on a GPU, and of the two sizes.
 _SIDES = {"tiny": (16, 16, 8), "default": (64 if DEVICE.type == "cpu" else 128, 128, 32)}
 
 

@@ -2,7 +2,7 @@
 
 import torch
 
-from .harness import cases
+from .harness import cases, extent
 from .operators import (
     ATTENTION,
     COMPILED,
@@ -38,18 +38,16 @@ def _volume(side: int, **options) -> Windows:
 def cases_of(size):
     sides, compiled, images, swept, columns = _SIZES[size]
     for side in sides:
-        # Backward, the reference would need minutes and more than 16 GB at 128^3.
         extra = (COMPILED,) if side == compiled else ()
-        volume = [(f"{side}^3", _volume(side))]
-        yield from cases("swin_nmf volume", volume, (*_ALL, *extra))
+        yield from cases("swin_nmf volume", [(extent(side), _volume(side))], (*_ALL, *extra))
     yield from cases(
         "swin_nmf image",
-        [(f"{side}^2", Windows((1, 32, side, side), head_dim=8, patch_size=8)) for side in images],
+        [(extent(side, 2), Windows((1, 32, side, side), head_dim=8, patch_size=8)) for side in images],
         (OURS, RELU, COPY, REFERENCE, WINDOW_ATTENTION, SHIFTED_ATTENTION, LINEAR_ATTENTION),
     )
     few = (OURS, RELU, REFERENCE)
     yield from cases(
-        f"swin_nmf {swept}^3",
+        f"swin_nmf {extent(swept)}",
         [
             *((f"{solver}, rank {rank}", _volume(swept, rank=rank, solver=solver))
               for solver, rank in (("mu", 1), ("mu", 2), ("mu", 4), ("mu", 8), ("hals", 2), ("hals", 4))),

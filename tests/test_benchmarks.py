@@ -1,0 +1,89 @@
+"""The benchmarks' harness, at its tiny size: it runs, it reports, and it gives no time to a wrong kernel."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+# A kernel off by a thousandth, as a pytest plugin: too little to be seen, too much to be right.
+BROKEN = """
+from factorizer_kernels import _ops
+
+def pytest_configure():
+    kernel = _ops._KERNELS["{operator}", "cpu"]
+
+    def wrong(*args):
+        out = kernel(*args)
+        return (out[0] * 1.001, *out[1:]) if isinstance(out, tuple) else out * 1.001
+
+    _ops._KERNELS["{operator}", "cpu"] = wrong
+"""
+
+
+def python(*args, cwd=ROOT, **environment):
+    # One thread: two would only wait for one another on tensors of this size.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **environment}
+    command = [sys.executable, "-m", *map(str, args)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+
+
+def benchmarks(selection, out, *options, **environment):
+    """A run's stored JSON by (group, contender), and the process that made it."""
+    process = python(
+        "pytest", "benchmarks", "--benchmark-only", "--size=tiny", "-p", "no:cacheprovider",
+        "-k", selection, f"--benchmark-json={out}", *options, **environment,
+    )  # fmt: skip
+    run = json.loads(out.read_text()) if out.exists() and out.stat().st_size else {"benchmarks": []}
+    return {(record["group"], record["name"]): record for record in run["benchmarks"]}, process
+
+
+def test_runs_and_reports(tmp_path):
+    out = tmp_path / "run.json"
+    records, process = benchmarks("numbers or (nmf and 64) or (volume and not compile)", out)
+    assert process.returncode == 0, process.stdout
+    assert "forward over relu" in process.stdout
+    run = json.loads(out.read_text())
+    assert run["machine_info"]["versions"]["torch"]
+    assert run["machine_info"]["backends"]["reference"]
+    assert run["commit_info"]
+
+    record = records["swin_nmf volume, 16x16x16, forward", "ours"]
+    median = record["stats"]["median"]
+    relu = records["swin_nmf volume, 16x16x16, forward", "relu"]["stats"]["median"]
+    assert record["stats"]["rounds"] == len(record["stats"]["data"]) == 2
+    assert record["extra_info"]["backend"] == "cpu"
+    assert record["extra_info"]["x_relu"] == pytest.approx(median / relu)
+    assert records["swin_nmf volume, 16x16x16, forward", "attention, windows"]
+    nmf = records["nmf, 64 x 64, rank 8, mu, 20 iterations, forward", "ours"]
+    assert 0 < nmf["extra_info"]["residual"] < 0.5
+
+    report = python("benchmarks.report", out, tmp_path / "docs")
+    assert report.returncode == 0, report.stderr
+    page = Path(ROOT, report.stdout.strip()).read_text()
+    assert "## Numbers to be held to" in page
+    assert "### swin_nmf volume, 16x16x16, forward+backward" in page
+    assert len(list((tmp_path / "docs").glob("*-time.png"))) == 1
+
+
+@pytest.mark.parametrize(
+    ("operator", "selection", "caught"),
+    [
+        ("swin_nmf", "numbers and volume and ours and not 20", 2),
+        ("swin_nmf_backward", "numbers and volume and ours and not 20", 1),
+        ("nmf", "numbers and matrix and ours", 2),
+    ],
+)
+def test_a_wrong_kernel_gets_no_time(operator, selection, caught, tmp_path):
+    (tmp_path / "broken_kernel.py").write_text(BROKEN.format(operator=operator))
+    records, process = benchmarks(
+        selection, tmp_path / "run.json", "-p", "broken_kernel", PYTHONPATH=str(tmp_path)
+    )
+    assert process.returncode == 1, process.stdout
+    assert process.stdout.count("wrong, so not timed") >= caught
+    assert f"{caught} failed" in process.stdout
+    assert len([name for _, name in records if name == "ours"]) == 2 - caught
