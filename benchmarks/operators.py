@@ -192,8 +192,8 @@ def _copy(problem: OperatorProblem, effort: Effort) -> Function:
 
 
 def _tokens(problem: Windows, x: Tensor) -> Tensor:
-    """(B, C, S1..Sp) -> (B, heads, voxels, head_dim)."""
-    return x.unflatten(1, (problem.heads, problem.head_dim)).flatten(3).mT
+    """(B, C, S1..Sp) -> (B, heads, voxels, head_dim), laid out as attention's kernels like it."""
+    return x.unflatten(1, (problem.heads, problem.head_dim)).flatten(3).mT.contiguous()
 
 
 def _attention(problem: Windows, effort: Effort) -> Function:
@@ -213,7 +213,7 @@ def _window_attention(problem: Windows, effort: Effort) -> Function:
     windows = problem.windows | {"shifts": None}
 
     def function(x: Tensor) -> Tensor:
-        q = fk.sw_matricize(x, **windows).mT
+        q = fk.sw_matricize(x, **windows).mT.contiguous()
         y = F.scaled_dot_product_attention(q, q, q).mT
         return fk.sw_dematricize(y.contiguous(), x.shape, **windows)
 
