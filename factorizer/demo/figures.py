@@ -140,10 +140,12 @@ def _panels(case: Picture, axis: int, rows: int, columns: int) -> tuple[Figure, 
 
 
 def _show(ax: Axes, case: Picture, channel: int, axis: int, index: int) -> None:
-    low, high = np.quantile(case.image[channel], [0.01, 0.995])
+    image = case.image[channel]
+    low, high = np.quantile(image[image != 0], [0.01, 0.995])
+    plane = np.take(image, index, axis).T
     across, up = (case.spacing[a] for a in range(3) if a != axis)
     ax.imshow(
-        np.take(case.image[channel], index, axis).T,
+        np.where(plane == 0, low, plane),  # no signal is black, wherever zero lies in the scores
         cmap="gray",
         vmin=low,
         vmax=high,

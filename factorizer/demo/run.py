@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
@@ -271,7 +273,8 @@ def _draw(
     pictures = []
     for case in (by_dice[place] for place in places):
         values = zip(plan.classes, scores[case.name].tolist(), strict=True)
-        caption = "Dice " + ", ".join(f"{name} {value:.2f}" for name, value in values)
+        known = [f"{name} {value:.2f}" for name, value in values if not math.isnan(value)]
+        caption = textwrap.fill("Dice " + ", ".join(known), 40)
         path = out / "predictions" / f"{case.name}.nii.gz"
         pictures.append(picture(plan, case, path, caption))
     draw_segmentations(
@@ -279,7 +282,7 @@ def _draw(
         pictures,
         plan.modalities,
         plan.classes,
-        f"{plan.task}: best, median and worst of {len(held_out)} held-out cases{notice}",
+        f"{plan.task}: held-out cases, best, median and worst of {len(held_out)}{notice}",
     )
 
     middle = by_dice[len(by_dice) // 2]
@@ -289,7 +292,7 @@ def _draw(
     for depth, record in components.items():
         captions: dict[int, list[str]] = {}
         for name, best in record["best"].items():
-            if best["auc"] is not None:
+            if best["auc"] is not None and best["auc"] > 0.5:  # better than chance
                 captions.setdefault(best["map"], []).append(f"{name}: AUC {best['auc']:.2f}")
         volumes = maps[record["layer"]]
         # The maps that stand for a class come first, then those with most in them.

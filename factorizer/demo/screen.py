@@ -68,9 +68,9 @@ def announce(
 
 def conclude(console: Console, report: dict[str, Any], out: Path) -> None:
     """The tables of Dice and of times, and where everything is."""
-    synthetic = " of SYNTHETIC cases" if report["synthetic"] else ""
+    synthetic = " SYNTHETIC" if report["synthetic"] else ""
     count = len(report["split"]["held_out"])
-    title = f"Dice, held-out cases{synthetic}: {count}"
+    title = f"Dice, held-out{synthetic} cases: {count}"
     table = Table(title=title, title_justify="left", min_width=len(title))
     for column in ("class", "mean", "lowest", "highest"):
         table.add_column(column, justify="left" if column == "class" else "right")
@@ -88,7 +88,7 @@ def conclude(console: Console, report: dict[str, Any], out: Path) -> None:
         title_justify="left",
     )
     table.add_column("network")
-    for column in ("parameters", "forward", "training step", "step, times the first"):
+    for column in ("parameters", "forward", "training step", "ratio"):
         table.add_column(column, justify="right")
     for row in rows:
         table.add_row(

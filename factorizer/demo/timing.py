@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -39,9 +40,9 @@ def compare(plan: Plan) -> list[Speed]:
     backend, and of a SegResNet of like size, all side by side with fresh weights."""
     factorizer = Trainer(plan, build_network(**plan.network, seed=plan.seed))
     convolutions = Trainer(plan, like_segresnet(factorizer.network, plan))
-    contenders = {"Factorizer, reference backend": ("reference", factorizer)}
+    contenders = {"Factorizer, reference": ("reference", factorizer)}
     if (backend := kernel_backend()) != "reference":
-        contenders = {f"Factorizer, fused kernels ({backend})": (backend, factorizer), **contenders}
+        contenders = {f"Factorizer, fused ({backend})": (backend, factorizer), **contenders}
     contenders["SegResNet (MONAI)"] = ("reference", convolutions)  # it calls no operator of ours
 
     generator = torch.Generator().manual_seed(plan.seed)
@@ -100,7 +101,7 @@ def like_segresnet(network: nn.Module, plan: Plan) -> SegResNet:
         )
         for filters in (8, 16, 24, 32)  # its group normalisation wants multiples of 8
     ]
-    return min(candidates, key=lambda candidate: abs(parameter_count(candidate) - wanted))
+    return min(candidates, key=lambda c: abs(math.log(parameter_count(c) / wanted)))
 
 
 def parameter_count(network: nn.Module) -> int:
