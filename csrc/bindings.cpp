@@ -33,7 +33,8 @@ struct WindowsArgs {
   WindowsArgs(i64 batch, i64 heads, i64 head_dim, std::array<i64, 3> size, std::array<i64, 3> patch,
               std::vector<i64> flat_shifts)
       : shifts(std::move(flat_shifts)) {
-    if (shifts.empty() || shifts.size() % 3 != 0) throw std::invalid_argument("shifts must hold three per copy");
+    if (shifts.empty() || shifts.size() % 3 != 0)
+      throw std::invalid_argument("shifts must hold three per copy");
     windows.batch = batch;
     windows.heads = heads;
     windows.head_dim = head_dim;
@@ -49,7 +50,8 @@ struct WindowsArgs {
         throw std::invalid_argument("shifts must lie in [0, size)");
       }
     }
-    if (batch < 0 || heads < 0 || head_dim < 1) throw std::invalid_argument("batch, heads or head_dim out of range");
+    if (batch < 0 || heads < 0 || head_dim < 1)
+      throw std::invalid_argument("batch, heads or head_dim out of range");
     windows.num_shifts = static_cast<i64>(shifts.size() / 3);
     windows.shifts = shifts.data();
   }
@@ -73,8 +75,8 @@ using FactorArgs = std::pair<Address, i64>;
 fk::Factor factor(const FactorArgs& args) { return {pointer(args.first), args.second}; }
 
 fk::SwinNMF problem(int dtype_code, const WindowsArgs& windows, const VolumeArgs& x, const FactorArgs& u0,
-                    const FactorArgs& v0, i64 rank, i64 num_iters, i64 grad_steps, bool hals, bool relu, double eps,
-                    int threads) {
+                    const FactorArgs& v0, i64 rank, i64 num_iters, i64 grad_steps, bool hals, bool relu,
+                    double eps, int threads) {
   if (rank < 1 || num_iters < 0 || grad_steps < 0 || grad_steps > num_iters || threads < 1) {
     throw std::invalid_argument("rank, num_iters, grad_steps or threads out of range");
   }
@@ -92,24 +94,29 @@ fk::SwinNMF problem(int dtype_code, const WindowsArgs& windows, const VolumeArgs
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
-  m.doc() = "Native kernels of factorizer_kernels; see csrc/include/problem.h for the meaning of the arguments.";
+  m.doc() =
+      "Native kernels of factorizer_kernels; see csrc/include/problem.h for the meaning of the arguments.";
 
-  py::class_<VolumeArgs>(m, "Volume").def(
-      py::init([](Address data, std::array<i64, 5> stride) { return VolumeArgs{data, stride}; }), py::arg("data"),
-      py::arg("stride"));
+  py::class_<VolumeArgs>(m, "Volume")
+      .def(py::init([](Address data, std::array<i64, 5> stride) { return VolumeArgs{data, stride}; }),
+           py::arg("data"), py::arg("stride"));
   py::class_<WindowsArgs>(m, "Windows")
-      .def(py::init<i64, i64, i64, std::array<i64, 3>, std::array<i64, 3>, std::vector<i64>>(), py::arg("batch"),
-           py::arg("heads"), py::arg("head_dim"), py::arg("size"), py::arg("patch"), py::arg("shifts"));
+      .def(py::init<i64, i64, i64, std::array<i64, 3>, std::array<i64, 3>, std::vector<i64>>(),
+           py::arg("batch"), py::arg("heads"), py::arg("head_dim"), py::arg("size"), py::arg("patch"),
+           py::arg("shifts"));
 
   m.def("isa", [] { return fk::cpu_kernels().isa; }, "The instruction set of the CPU kernels in use.");
   m.def(
-      "set_team_launcher", [](Address launcher) { fk::set_team_launcher(reinterpret_cast<fk::TeamLauncher>(launcher)); },
-      py::arg("launcher"), "Run parallel regions with the function at this address (libgomp's GOMP_parallel); 0: none.");
+      "set_team_launcher",
+      [](Address launcher) { fk::set_team_launcher(reinterpret_cast<fk::TeamLauncher>(launcher)); },
+      py::arg("launcher"),
+      "Run parallel regions with the function at this address (libgomp's GOMP_parallel); 0: none.");
 
   m.def(
       "swin_nmf_forward",
-      [](int dtype_code, const WindowsArgs& windows, const VolumeArgs& x, const FactorArgs& u0, const FactorArgs& v0,
-         i64 rank, i64 num_iters, bool hals, bool relu, double eps, int threads, Address y, Address u, Address v) {
+      [](int dtype_code, const WindowsArgs& windows, const VolumeArgs& x, const FactorArgs& u0,
+         const FactorArgs& v0, i64 rank, i64 num_iters, bool hals, bool relu, double eps, int threads,
+         Address y, Address u, Address v) {
         fk::SwinNMF p =
             problem(dtype_code, windows, x, u0, v0, rank, num_iters, num_iters, hals, relu, eps, threads);
         p.y = pointer(y);
@@ -119,14 +126,14 @@ PYBIND11_MODULE(_native, m) {
         fk::cpu_kernels().swin_nmf_forward(p);
       },
       py::arg("dtype"), py::arg("windows"), py::arg("x"), py::arg("u0"), py::arg("v0"), py::arg("rank"),
-      py::arg("num_iters"), py::arg("hals"), py::arg("relu"), py::arg("eps"), py::arg("threads"), py::arg("y") = 0,
-      py::arg("u") = 0, py::arg("v") = 0);
+      py::arg("num_iters"), py::arg("hals"), py::arg("relu"), py::arg("eps"), py::arg("threads"),
+      py::arg("y") = 0, py::arg("u") = 0, py::arg("v") = 0);
 
   m.def(
       "swin_nmf_backward",
-      [](int dtype_code, const WindowsArgs& windows, const VolumeArgs& x, const FactorArgs& u0, const FactorArgs& v0,
-         i64 rank, i64 num_iters, i64 grad_steps, bool hals, bool relu, double eps, int threads, const VolumeArgs& dy,
-         Address du, Address dv, Address dx, Address du0, Address dv0) {
+      [](int dtype_code, const WindowsArgs& windows, const VolumeArgs& x, const FactorArgs& u0,
+         const FactorArgs& v0, i64 rank, i64 num_iters, i64 grad_steps, bool hals, bool relu, double eps,
+         int threads, const VolumeArgs& dy, Address du, Address dv, Address dx, Address du0, Address dv0) {
         fk::SwinNMF p =
             problem(dtype_code, windows, x, u0, v0, rank, num_iters, grad_steps, hals, relu, eps, threads);
         p.dy = volume(dy);
@@ -140,8 +147,8 @@ PYBIND11_MODULE(_native, m) {
       },
       py::arg("dtype"), py::arg("windows"), py::arg("x"), py::arg("u0"), py::arg("v0"), py::arg("rank"),
       py::arg("num_iters"), py::arg("grad_steps"), py::arg("hals"), py::arg("relu"), py::arg("eps"),
-      py::arg("threads"), py::arg("dy"), py::arg("du") = 0, py::arg("dv") = 0, py::arg("dx") = 0, py::arg("du0") = 0,
-      py::arg("dv0") = 0);
+      py::arg("threads"), py::arg("dy"), py::arg("du") = 0, py::arg("dv") = 0, py::arg("dx") = 0,
+      py::arg("du0") = 0, py::arg("dv0") = 0);
 
   const auto def_matricize = [&m](const char* name, void (*fk::CpuKernels::*kernel)(const fk::Matricize&)) {
     m.def(
@@ -153,7 +160,8 @@ PYBIND11_MODULE(_native, m) {
           py::gil_scoped_release release;
           (fk::cpu_kernels().*kernel)(p);
         },
-        py::arg("dtype"), py::arg("windows"), py::arg("x"), py::arg("z"), py::arg("scale"), py::arg("threads"));
+        py::arg("dtype"), py::arg("windows"), py::arg("x"), py::arg("z"), py::arg("scale"),
+        py::arg("threads"));
   };
   def_matricize("sw_matricize", &fk::CpuKernels::sw_matricize);
   def_matricize("sw_dematricize", &fk::CpuKernels::sw_dematricize);

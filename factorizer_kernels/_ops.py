@@ -60,7 +60,8 @@ def _sw_dematricize(z, size, *options):
 
 
 def _swin_nmf_backward(
-    dy, x, u0, v0, head_dim, patch_size, shifts, relu, num_iters, solver, grad_steps, eps, factor_grads, backend
+    dy, x, u0, v0, head_dim, patch_size, shifts, relu, num_iters, solver, grad_steps, eps, factor_grads,
+    backend,
 ):  # fmt: skip
     return _nmf_gradients(x, u0, v0, factor_grads)
 

@@ -84,7 +84,8 @@ inline void clear_padding(i64 rank, Rows<T> f, i64 valid, i64 length) {
 
 // out = the updated factor f, for `valid` of `length` columns; the padding becomes zero.
 template <class T>
-void update(const Options& o, const T* gram, Rows<const T> f, Rows<const T> c, Rows<T> out, i64 valid, i64 length) {
+void update(const Options& o, const T* gram, Rows<const T> f, Rows<const T> c, Rows<T> out, i64 valid,
+            i64 length) {
   const T eps = T(o.eps);
   with_rank(o.rank, [&](auto rank) {
     for (i64 n = 0; n < length; n += Simd<T>::width) {
@@ -102,8 +103,8 @@ void update(const Options& o, const T* gram, Rows<const T> f, Rows<const T> c, R
 
 // The adjoint: df in place, dc out, and dgram (rank x rank) out. dq and gram_scratch are scratch.
 template <class T>
-void update_backward(const Options& o, const T* gram, Rows<const T> f, Rows<const T> f_new, Rows<const T> c, Rows<T> df,
-                     Rows<T> dc, Rows<T> dq, T* dgram, T* gram_scratch, i64 length) {
+void update_backward(const Options& o, const T* gram, Rows<const T> f, Rows<const T> f_new, Rows<const T> c,
+                     Rows<T> df, Rows<T> dc, Rows<T> dq, T* dgram, T* gram_scratch, i64 length) {
   const T eps = T(o.eps);
   with_rank(o.rank, [&](auto rank) {
     for (i64 n = 0; n < length; n += Simd<T>::width) {
@@ -136,7 +137,11 @@ class Iterations {
  public:
   // backward: keep the differentiated iterations' factors. Memory comes from the arena.
   Iterations(const Options& o, Tiles& tiles, bool backward, Arena& arena)
-      : o_(o), tiles_(tiles), rank_(o.rank), rows_(round_up<T>(tiles.rows)), columns_(round_up<T>(tiles.columns)) {
+      : o_(o),
+        tiles_(tiles),
+        rank_(o.rank),
+        rows_(round_up<T>(tiles.rows)),
+        columns_(round_up<T>(tiles.columns)) {
     const i64 kept = backward ? o.grad_steps : (o.num_iters > 0 ? 1 : 0);
     first_ = o.num_iters - kept;
     slots_ = (kept > 1 ? kept : 1) + 1;
@@ -199,8 +204,8 @@ class Iterations {
       add_gram_gradient(dgram, u_at(t), du(), rows_);
       const i64 step = t - first_ - 1;
       const Rows<T> dq{du_sum, rows_};
-      update_backward<T>(o_, b_at(t), u_at(t - 1), u_at(t), a_at(t), du(), {da_ + step * rank_ * rows_, rows_}, dq, dgram,
-                         small_ + rank_ * rank_, rows_);
+      update_backward<T>(o_, b_at(t), u_at(t - 1), u_at(t), a_at(t), du(),
+                         {da_ + step * rank_ * rows_, rows_}, dq, dgram, small_ + rank_ * rank_, rows_);
       copy(dgram, rank_ * rank_, small_ + 2 * rank_ * rank_);
       pending_ = true;
     }
@@ -210,8 +215,8 @@ class Iterations {
       tiles_.write_dx(tile, worker, [&](Rows<T> dx) {
         // dX = sum_t dA_tᵀ V_{t-1} + U_tᵀ dC_t, in two contractions over all the iterations at once.
         combine<T>(tiles_.rows, da_, 1, rows_, kept * rank_, part({v_, columns_}, tile), dx, length);
-        combine<T>(tiles_.rows, u_at(first_ + 1).data, 1, rows_, kept * rank_, part({dc_, columns_}, tile), dx, length,
-                   true);
+        combine<T>(tiles_.rows, u_at(first_ + 1).data, 1, rows_, kept * rank_, part({dc_, columns_}, tile),
+                   dx, length, true);
       });
     });
   }
@@ -311,7 +316,11 @@ class RankOne {
   static constexpr i64 max_rows = 32;
 
   RankOne(const Options& o, Tiles& tiles, bool backward, Arena& arena)
-      : o_(o), tiles_(tiles), m_(tiles.rows), rows_(round_up<T>(tiles.rows)), columns_(round_up<T>(tiles.columns)) {
+      : o_(o),
+        tiles_(tiles),
+        m_(tiles.rows),
+        rows_(round_up<T>(tiles.rows)),
+        columns_(round_up<T>(tiles.columns)) {
     trace_memory_ = arena.template take<double>(RankOneTrace::size(m_, o.num_iters));
     moments_ = arena.template take<double>(m_ * m_ + 2 * m_ + 1);
     partial_size_ = m_ * m_ + 2 * m_ + 1;
@@ -347,7 +356,8 @@ class RankOne {
     add_partials(partial_size_, moments_);
     RankOneTrace steps = trace();
     const double tolerance = sizeof(T) == 4 ? 1e-7 : 1e-12;
-    if (!rank_one_forward(m_, double(tiles_.columns), o_.num_iters, o_.hals, o_.eps, tolerance, moments(), steps)) {
+    if (!rank_one_forward(m_, double(tiles_.columns), o_.num_iters, o_.hals, o_.eps, tolerance, moments(),
+                          steps)) {
       return false;
     }
     // v = k (Xᵀu + e)
@@ -388,8 +398,8 @@ class RankOne {
     }
     RankOneGradient gradient(gradient_memory_, m_);
     const RankOneTrace steps = trace();
-    rank_one_backward(m_, o_.num_iters, o_.num_iters - o_.grad_steps, o_.hals, o_.eps, moments(), steps, totals_,
-                      totals_ + m_, totals_[2 * m_], gradient);
+    rank_one_backward(m_, o_.num_iters, o_.num_iters - o_.grad_steps, o_.hals, o_.eps, moments(), steps,
+                      totals_, totals_ + m_, totals_[2 * m_], gradient);
 
     // dX = [s | k u | dr | da] [X; dv; 1; v0]
     const double k = steps.k[o_.num_iters];
@@ -423,7 +433,8 @@ class RankOne {
       int violations = 0;
       for (i64 m = 0; m < m_; ++m) {
         const T* row = x[m];
-        for (i64 n = 0; n < tiles_.valid(tile); ++n) violations |= sign == Sign::positive ? !(row[n] > 0) : row[n] < 0;
+        for (i64 n = 0; n < tiles_.valid(tile); ++n)
+          violations |= sign == Sign::positive ? !(row[n] > 0) : row[n] < 0;
       }
       partials_[tile * partial_size_] = T(violations);
     });

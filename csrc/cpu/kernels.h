@@ -7,12 +7,12 @@
 
 namespace factorizer {
 
-#define FK_DECLARE_KERNELS(ISA)                 \
-  namespace ISA {                               \
-  void swin_nmf_forward(const SwinNMF&);        \
-  void swin_nmf_backward(const SwinNMF&);       \
-  void sw_matricize(const Matricize&);          \
-  void sw_dematricize(const Matricize&);        \
+#define FK_DECLARE_KERNELS(ISA)           \
+  namespace ISA {                         \
+  void swin_nmf_forward(const SwinNMF&);  \
+  void swin_nmf_backward(const SwinNMF&); \
+  void sw_matricize(const Matricize&);    \
+  void sw_dematricize(const Matricize&);  \
   }
 
 FK_DECLARE_KERNELS(baseline)

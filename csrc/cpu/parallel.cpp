@@ -90,7 +90,8 @@ void expect_writes(void* data, i64 bytes) {
   const auto begin = (reinterpret_cast<std::uintptr_t>(data) + huge_page - 1) / huge_page * huge_page;
   const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / huge_page * huge_page;
   // A hint: where the system refuses, pages fault one by one as ever.
-  if (bytes >= 4 * i64(huge_page) && begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  if (bytes >= 4 * i64(huge_page) && begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #else
   (void)data, (void)bytes;
 #endif

@@ -18,8 +18,8 @@ template <class F>
 void parallel_for(i64 tasks, int threads, F&& body) {
   using Function = std::remove_reference_t<F>;
   parallel_for(
-      tasks, threads, [](void* context, i64 task, int worker) { (*static_cast<Function*>(context))(task, worker); },
-      &body);
+      tasks, threads,
+      [](void* context, i64 task, int worker) { (*static_cast<Function*>(context))(task, worker); }, &body);
 }
 
 // A team launcher with the signature of libgomp's GOMP_parallel: runs region(data) once on each of

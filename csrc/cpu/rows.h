@@ -22,8 +22,8 @@ struct Rows {
 constexpr i64 row_block = 8;
 
 template <int P, int V, class T>
-inline void combine_block(const T* w, i64 w_row, i64 w_column, i64 q, Rows<const T> in, Rows<T> out, i64 begin, i64 end,
-                          bool accumulate) {
+inline void combine_block(const T* w, i64 w_row, i64 w_column, i64 q, Rows<const T> in, Rows<T> out,
+                          i64 begin, i64 end, bool accumulate) {
   constexpr i64 width = Simd<T>::width;
   for (i64 n = begin; n < end; n += V * width) {
     Vec<T> sums[P][V];
@@ -54,7 +54,8 @@ void combine_rows(const T* w, i64 w_row, i64 w_column, i64 q, Rows<const T> in, 
   if constexpr (V > 1) combine_block<P, 1>(w, w_row, w_column, q, in, out, whole, length, accumulate);
 }
 
-// out_p (+)= sum_k w[p, k] in_k for p < rows, k < q: W X with w = (rows x q), or Wᵀ F with its strides swapped.
+// out_p (+)= sum_k w[p, k] in_k for p < rows, k < q: W X with w = (rows x q), or Wᵀ F with its strides
+// swapped.
 template <class T>
 void combine(i64 rows, const T* w, i64 w_row, i64 w_column, i64 q, Rows<const T> in, Rows<T> out, i64 length,
              bool accumulate = false) {

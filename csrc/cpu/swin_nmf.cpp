@@ -134,7 +134,8 @@ struct LongTiles {
   }
   Rows<const T> read(const Volume& volume, i64 tile, int worker, i64 index, bool relu, T scale) const {
     const Rows<T> to = buffer(worker, index);
-    read_strip<S, T>(p.windows, strip(tile), head_of<const S>(volume, p.windows, window.bh), relu, scale, to, 0);
+    read_strip<S, T>(p.windows, strip(tile), head_of<const S>(volume, p.windows, window.bh), relu, scale, to,
+                     0);
     clear_padding(rows, to, valid(tile), length(tile));
     return to;
   }
@@ -160,7 +161,8 @@ bool all_elements(const Factor& f, i64 matrices, i64 size, bool positive) {
 template <class T>
 bool rank_one_applies(const SwinNMF& p) {
   const Windows& w = p.windows;
-  if (p.options.rank != 1 || p.options.num_iters == 0 || w.head_dim > RankOne<T, WindowTiles<T>>::max_rows) return false;
+  if (p.options.rank != 1 || p.options.num_iters == 0 || w.head_dim > RankOne<T, WindowTiles<T>>::max_rows)
+    return false;
   // MU never leaves a zero of u0 or v0; HALS does not look at u0.
   if (!all_elements<T>(p.v0, w.num_matrices(), w.columns(), !p.options.hals)) return false;
   return p.options.hals || all_elements<T>(p.u0, w.num_matrices(), w.head_dim, true);
@@ -174,7 +176,8 @@ Sign needed_sign(const Options& o, bool backward) {
 
 // The factors of one matrix, to u (rank x M) and v (rank x N).
 template <class T, class Tiles>
-void factorize(const Options& o, Tiles& tiles, bool rank_one, void* memory, const T* u0, const T* v0, T* u, T* v) {
+void factorize(const Options& o, Tiles& tiles, bool rank_one, void* memory, const T* u0, const T* v0, T* u,
+               T* v) {
   Arena arena(memory);
   if (rank_one) {
     RankOne<T, Tiles> solver(o, tiles, false, arena);
@@ -192,7 +195,8 @@ void factorize(const Options& o, Tiles& tiles, bool rank_one, void* memory, cons
   }
 }
 
-// dX to the tiles; du0 and dv0 (where not null) to (rank x M) and (rank x N). du and dv are null for a loss of Y.
+// dX to the tiles; du0 and dv0 (where not null) to (rank x M) and (rank x N). du and dv are null for a loss
+// of Y.
 template <class T, class Tiles>
 void factorize_backward(const Options& o, Tiles& tiles, bool rank_one, void* memory, const T* u0, const T* v0,
                         const T* du, const T* dv, T* du0, T* dv0) {
@@ -203,7 +207,8 @@ void factorize_backward(const Options& o, Tiles& tiles, bool rank_one, void* mem
   auto write_factor_grads = [&](Rows<const T> du_rows, Rows<const T> dv_rows) {
     if (du0 == nullptr) return;
     for (i64 r = 0; r < o.rank; ++r) {
-      for (i64 m = 0; m < rows; ++m) du0[r * rows + m] = reaches_factors && du_rows.data ? du_rows[r][m] : T(0);
+      for (i64 m = 0; m < rows; ++m)
+        du0[r * rows + m] = reaches_factors && du_rows.data ? du_rows[r][m] : T(0);
       for (i64 n = 0; n < columns; ++n) dv0[r * columns + n] = reaches_factors ? dv_rows[r][n] : T(0);
     }
   };
@@ -251,7 +256,9 @@ struct StripPlan {
   static StripPlan make(const Windows& w, i64 num_bh, i64 shifts) {
     StripPlan plan;
     const i64 bytes = w.head_dim * row_stride<T>(w.columns()) * i64(sizeof(T));
-    plan.per_strip = strip_bytes / bytes < 1 ? 1 : strip_bytes / bytes < w.grid(2) ? strip_bytes / bytes : w.grid(2);
+    plan.per_strip = strip_bytes / bytes < 1           ? 1
+                     : strip_bytes / bytes < w.grid(2) ? strip_bytes / bytes
+                                                       : w.grid(2);
     plan.strips_per_row = (w.grid(2) + plan.per_strip - 1) / plan.per_strip;
     plan.count = num_bh * w.grid(0) * w.grid(1) * plan.strips_per_row * shifts;
     return plan;
@@ -319,14 +326,17 @@ struct StripMemory {
 
   void* solver(void* base, int worker) const { return static_cast<char*>(base) + worker * bytes; }
   Rows<T> buffer(void* base, int worker, i64 index) const {
-    return {reinterpret_cast<T*>(static_cast<char*>(base) + worker * bytes + solver_bytes + index * buffer_bytes), stride};
+    return {
+        reinterpret_cast<T*>(static_cast<char*>(base) + worker * bytes + solver_bytes + index * buffer_bytes),
+        stride};
   }
 };
 
 template <class T>
 void clear_window_padding(const Windows& w, i64 num_windows, Rows<T> buffer, i64 window_stride) {
   for (i64 k = 0; k < num_windows; ++k) {
-    clear_padding<T>(w.head_dim, {buffer.data + k * window_stride, buffer.stride}, w.columns(), round_up<T>(w.columns()));
+    clear_padding<T>(w.head_dim, {buffer.data + k * window_stride, buffer.stride}, w.columns(),
+                     round_up<T>(w.columns()));
   }
 }
 
@@ -346,14 +356,17 @@ void factorize_chunk(const SwinNMF& p, bool rank_one, i64 bh_begin, i64 num_bh, 
     parallel_for(plan.count, threads, [&](i64 task, int worker) {
       const Strip strip = plan.strip(w, task, bh_begin, w.num_shifts, 0);
       const Rows<T> x = memory.buffer(scratch.data(), worker, 0);
-      read_strip<S, T>(w, strip, head_of<const S>(p.x, w, strip.bh), p.options.relu, T(1), x, memory.window_stride);
+      read_strip<S, T>(w, strip, head_of<const S>(p.x, w, strip.bh), p.options.relu, T(1), x,
+                       memory.window_stride);
       clear_window_padding(w, strip.num_windows, x, memory.window_stride);
       const i64 first = matrix_index(w, strip, bh_begin, num_bh);
       for (i64 i = 0; i < strip.num_windows; ++i) {
-        WindowTiles<T> tiles{w.head_dim, w.columns(), {x.data + i * memory.window_stride, x.stride}, {}, {}, false};
+        WindowTiles<T> tiles{w.head_dim, w.columns(), {x.data + i * memory.window_stride, x.stride},
+                             {},         {},          false};
         const i64 matrix = global(strip.shift, first + i);
-        factorize<T>(p.options, tiles, rank_one, memory.solver(scratch.data(), worker), factor_of<T>(p.u0, matrix),
-                     factor_of<T>(p.v0, matrix), u + (first + i) * u_size, v + (first + i) * v_size);
+        factorize<T>(p.options, tiles, rank_one, memory.solver(scratch.data(), worker),
+                     factor_of<T>(p.u0, matrix), factor_of<T>(p.v0, matrix), u + (first + i) * u_size,
+                     v + (first + i) * v_size);
       }
     });
     return;
@@ -367,8 +380,8 @@ void factorize_chunk(const SwinNMF& p, bool rank_one, i64 bh_begin, i64 num_bh, 
       tiles.window = whole_window(w, shift, bh_begin + i / w.num_windows(), i % w.num_windows());
       const i64 local = shift * num_bh * w.num_windows() + i;
       const i64 matrix = global(shift, local);
-      factorize<T>(p.options, tiles, rank_one, memory.data(), factor_of<T>(p.u0, matrix), factor_of<T>(p.v0, matrix),
-                   u + local * u_size, v + local * v_size);
+      factorize<T>(p.options, tiles, rank_one, memory.data(), factor_of<T>(p.u0, matrix),
+                   factor_of<T>(p.v0, matrix), u + local * u_size, v + local * v_size);
     }
   }
 }
@@ -391,17 +404,19 @@ struct LinePosition {
   }
 };
 
-// Voxels [begin, begin + length) of line (i1, i2) of every channel of a head: out_c = mean over the shifts of u_c v.
+// Voxels [begin, begin + length) of line (i1, i2) of every channel of a head: out_c = mean over the shifts of
+// u_c v.
 template <class T>
-void compose_line(const SwinNMF& p, i64 bh_local, i64 num_bh, i64 i1, i64 i2, i64 begin, i64 length, const T* u,
-                  const T* v, Rows<T> out) {
+void compose_line(const SwinNMF& p, i64 bh_local, i64 num_bh, i64 i1, i64 i2, i64 begin, i64 length,
+                  const T* u, const T* v, Rows<T> out) {
   const Windows& w = p.windows;
   const i64 rank = p.options.rank, columns = w.columns(), rows = w.head_dim;
   const T scale = T(1) / T(w.num_shifts);
   for (i64 shift = 0; shift < w.num_shifts; ++shift) {
     const i64* steps = w.shifts + 3 * shift;
     const i64 q1 = (i1 + steps[0]) % w.size[0], q2 = (i2 + steps[1]) % w.size[1];
-    const i64 row_of_windows = ((shift * num_bh + bh_local) * w.grid(0) + q1 / w.patch[0]) * w.grid(1) + q2 / w.patch[1];
+    const i64 row_of_windows =
+        ((shift * num_bh + bh_local) * w.grid(0) + q1 / w.patch[0]) * w.grid(1) + q2 / w.patch[1];
     const i64 line = (q1 % w.patch[0] * w.patch[1] + q2 % w.patch[1]) * w.patch[2];
     LinePosition at(w, begin, steps[2]);
     for (i64 n = 0; n < length;) {
@@ -472,7 +487,8 @@ void forward(const SwinNMF& p) {
   const bool rank_one = rank_one_applies<T>(p);
   const int threads = threads_for(p);
   if (p.u.data != nullptr) {
-    factorize_chunk<T, S>(p, rank_one, 0, w.batch * w.heads, threads, static_cast<T*>(p.u.data), static_cast<T*>(p.v.data));
+    factorize_chunk<T, S>(p, rank_one, 0, w.batch * w.heads, threads, static_cast<T*>(p.u.data),
+                          static_cast<T*>(p.v.data));
     return;
   }
   expect_writes(p.y, map_bytes(w, sizeof(S)));
@@ -500,7 +516,8 @@ void add_in_order(const T* grads, i64 count, i64 size, double* sum, int threads)
   });
 }
 
-// Where the gradients of u0 and v0 of one chunk and shift go: their place, or, for shared factors, scratch to be summed.
+// Where the gradients of u0 and v0 of one chunk and shift go: their place, or, for shared factors, scratch to
+// be summed.
 template <class T>
 struct FactorGrads {
   const Factor& out;
@@ -551,7 +568,8 @@ void backward(const SwinNMF& p) {
   const StripPlan plan = StripPlan::make<T>(w, per_chunk, 1);
   const StripMemory<T> strip_memory(p, plan, rank_one, fit);
   LongTiles<T, S> long_tiles(p, whole_window(w, 0, 0, 0), {});
-  const Scratch solver(fit ? threads * strip_memory.bytes : solver_memory<T>(p.options, long_tiles, rank_one, true));
+  const Scratch solver(fit ? threads * strip_memory.bytes
+                           : solver_memory<T>(p.options, long_tiles, rank_one, true));
   const Scratch buffers(fit ? 0 : threads * long_tiles.buffer_size() * sizeof(T));
   long_tiles.buffers = static_cast<T*>(buffers.data());
 
@@ -572,7 +590,8 @@ void backward(const SwinNMF& p) {
           read_strip<S, T>(w, strip, head_of<const S>(p.x, w, strip.bh), p.options.relu, T(1), x, stride);
           clear_window_padding(w, strip.num_windows, x, stride);
           if (p.dy.data != nullptr) {
-            read_strip<S, T>(w, strip, head_of<const S>(p.dy, w, strip.bh), false, T(1) / T(w.num_shifts), dy, stride);
+            read_strip<S, T>(w, strip, head_of<const S>(p.dy, w, strip.bh), false, T(1) / T(w.num_shifts), dy,
+                             stride);
             clear_window_padding(w, strip.num_windows, dy, stride);
           }
           const i64 first = matrix_index(w, strip, bh_begin, num_bh) - shift * num_bh * w.num_windows();
@@ -581,8 +600,9 @@ void backward(const SwinNMF& p) {
             WindowTiles<T> tiles{rows, columns, x_window, dy_window, dy_window, p.options.relu};
             const i64 local = first + i, matrix = first_matrix + local;
             factorize_backward<T>(p.options, tiles, rank_one, strip_memory.solver(solver.data(), worker),
-                                  factor_of<T>(p.u0, matrix), factor_of<T>(p.v0, matrix), factor_grad(p.du, matrix),
-                                  factor_grad(p.dv, matrix), du0.of(local, matrix), dv0.of(local, matrix));
+                                  factor_of<T>(p.u0, matrix), factor_of<T>(p.v0, matrix),
+                                  factor_grad(p.du, matrix), factor_grad(p.dv, matrix), du0.of(local, matrix),
+                                  dv0.of(local, matrix));
           }
           const i64 head = (strip.bh - bh_begin) * rows * w.voxels();
           add_strip<T>(w, strip, dy, stride, shift > 0, contiguous_head(dx + head, w));
@@ -593,8 +613,8 @@ void backward(const SwinNMF& p) {
           long_tiles.window = whole_window(w, shift, bh_begin + bh, local % w.num_windows());
           long_tiles.dx = contiguous_head(dx + bh * rows * w.voxels(), w);
           factorize_backward<T>(p.options, long_tiles, rank_one, solver.data(), factor_of<T>(p.u0, matrix),
-                                factor_of<T>(p.v0, matrix), factor_grad(p.du, matrix), factor_grad(p.dv, matrix),
-                                du0.of(local, matrix), dv0.of(local, matrix));
+                                factor_of<T>(p.v0, matrix), factor_grad(p.du, matrix),
+                                factor_grad(p.dv, matrix), du0.of(local, matrix), dv0.of(local, matrix));
         }
       }
       if (shared) {

@@ -31,18 +31,20 @@ void matricize(const Matricize& p) {
     S* z = static_cast<S*>(p.z) + matrix_index(w, strip, 0, w.batch * w.heads) * w.head_dim * w.columns();
     const T scale = T(p.scale);
     with_line(strip.num_voxels, [&](auto line_length) {
-      each_piece(w, strip, line_length, [&](i64 c, i64 i1, i64 i2, i64 i3, i64 window, i64 column, auto length) {
-        const S* from = x.at(c, i1, i2, i3);
-        S* to = z + (window * w.head_dim + c) * w.columns() + column;
-        const i64 step = x.stride[2];
-        if (scale != T(1)) {
-          for (i64 i = 0; i < length; ++i) to[i] = Storage<S>::from(scale * to_compute(from[i * step]));
-        } else if (step == 1) {
-          for (i64 i = 0; i < length; ++i) to[i] = from[i];
-        } else {
-          for (i64 i = 0; i < length; ++i) to[i] = from[i * step];
-        }
-      });
+      each_piece(w, strip, line_length,
+                 [&](i64 c, i64 i1, i64 i2, i64 i3, i64 window, i64 column, auto length) {
+                   const S* from = x.at(c, i1, i2, i3);
+                   S* to = z + (window * w.head_dim + c) * w.columns() + column;
+                   const i64 step = x.stride[2];
+                   if (scale != T(1)) {
+                     for (i64 i = 0; i < length; ++i)
+                       to[i] = Storage<S>::from(scale * to_compute(from[i * step]));
+                   } else if (step == 1) {
+                     for (i64 i = 0; i < length; ++i) to[i] = from[i];
+                   } else {
+                     for (i64 i = 0; i < length; ++i) to[i] = from[i * step];
+                   }
+                 });
     });
   });
 }
@@ -65,7 +67,8 @@ void dematricize(const Matricize& p) {
         for (i64 shift = 0; shift < w.num_shifts; ++shift) {
           const i64* steps = w.shifts + 3 * shift;
           const i64 q1 = (i1 + steps[0]) % w.size[0], q2 = (i2 + steps[1]) % w.size[1];
-          const i64 row = ((shift * w.batch * w.heads + bh) * w.grid(0) + q1 / w.patch[0]) * w.grid(1) + q2 / w.patch[1];
+          const i64 row =
+              ((shift * w.batch * w.heads + bh) * w.grid(0) + q1 / w.patch[0]) * w.grid(1) + q2 / w.patch[1];
           const i64 line = (q1 % w.patch[0] * w.patch[1] + q2 % w.patch[1]) * w.patch[2];
           i64 q3 = (begin + steps[2]) % w.size[2];
           for (i64 n = 0; n < count;) {

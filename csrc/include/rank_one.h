@@ -32,13 +32,17 @@ struct RankOneTrace {
   FK_INLINE static i64 size(i64 rows, i64 iters) { return (iters + 1) * (2 * rows + 3); }
 
   FK_INLINE RankOneTrace(double* memory, i64 rows, i64 iters)
-      : u(memory), a(u + (iters + 1) * rows), b(a + (iters + 1) * rows), k(b + iters + 1), inverse_b(k + iters + 1) {}
+      : u(memory),
+        a(u + (iters + 1) * rows),
+        b(a + (iters + 1) * rows),
+        k(b + iters + 1),
+        inverse_b(k + iters + 1) {}
 };
 
 // Runs the iterations. For MU (hals false) returns false where eps is not negligible against `tolerance`
 // times the sums it stands beside: there the caller iterates on X itself.
-FK_INLINE bool rank_one_forward(i64 rows, double columns, i64 iters, bool hals, double eps,
-                             double tolerance, const Moments& moments, RankOneTrace& trace) {
+FK_INLINE bool rank_one_forward(i64 rows, double columns, i64 iters, bool hals, double eps, double tolerance,
+                                const Moments& moments, RankOneTrace& trace) {
   const double e = hals ? eps : 0.0;
   for (i64 m = 0; m < rows; ++m) trace.a[m] = moments.a[m];
   trace.b[0] = moments.b;
@@ -93,10 +97,11 @@ struct RankOneGradient {
       : s(memory), dr(s + rows * rows), da(dr + rows), db(0.0), work(da + rows) {}
 };
 
-// Differentiates iterations first + 1 .. iters. du: gradient of the last u on its own; h = X dv; dv_v = dvᵀ v.
+// Differentiates iterations first + 1 .. iters. du: gradient of the last u on its own; h = X dv; dv_v = dvᵀ
+// v.
 FK_INLINE void rank_one_backward(i64 rows, i64 iters, i64 first, bool hals, double eps,
-                              const Moments& moments, const RankOneTrace& trace, const double* du_direct,
-                              const double* h, double dv_v, RankOneGradient& out) {
+                                 const Moments& moments, const RankOneTrace& trace, const double* du_direct,
+                                 const double* h, double dv_v, RankOneGradient& out) {
   const double e = hals ? eps : 0.0;
   double* du = out.work;
   double* da = out.work + rows;

@@ -30,7 +30,8 @@ FK_INLINE float to_compute(float16 x) {
   const std::uint32_t magnitude = std::uint32_t(x.bits & 0x7fffu) << 13;
   // Scaling by 2^112 re-biases the exponent and normalises subnormals.
   const float finite = bit_cast<float>(magnitude) * bit_cast<float>(std::uint32_t{(127 + 112) << 23});
-  const std::uint32_t bits = (x.bits & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : bit_cast<std::uint32_t>(finite);
+  const std::uint32_t bits =
+      (x.bits & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : bit_cast<std::uint32_t>(finite);
   return bit_cast<float>(bits | sign);
 }
 
@@ -71,8 +72,8 @@ struct Storage<float16> {
     const std::uint32_t subnormal = bit_cast<std::uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
     const std::uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
     std::uint32_t half = magnitude < 0x38800000u ? subnormal : normal;
-    half = magnitude >= 0x477ff000u ? 0x7c00u : half;   // rounds to infinity
-    half = magnitude > 0x7f800000u ? 0x7e00u : half;    // NaN
+    half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // rounds to infinity
+    half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN
     return {std::uint16_t(half | sign)};
   }
 };

@@ -1,5 +1,5 @@
-// The native core without Python: against a naive loop in value, against finite differences in gradient, on odd
-// shapes, shifts and thread counts. Meant to be run under the sanitizers too.
+// The native core without Python: against a naive loop in value, against finite differences in gradient, on
+// odd shapes, shifts and thread counts. Meant to be run under the sanitizers too.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -56,7 +56,8 @@ void naive_nmf(const Case& c, const Numbers& x, i64 rows, i64 columns, Numbers u
     Numbers projection(c.rank * extent), gram(c.rank * c.rank);
     for (i64 r = 0; r < c.rank; ++r) {
       for (i64 i = 0; i < extent; ++i) {
-        for (i64 j = 0; j < other_extent; ++j) projection[r * extent + i] += x_at(i, j) * other[r * other_extent + j];
+        for (i64 j = 0; j < other_extent; ++j)
+          projection[r * extent + i] += x_at(i, j) * other[r * other_extent + j];
       }
       for (i64 s = 0; s < c.rank; ++s) {
         for (i64 j = 0; j < other_extent; ++j) {
@@ -162,7 +163,8 @@ void check(const Case& c) {
     fk::cpu_kernels().swin_nmf_forward(p);
   }
   expect(y == again, "the same bits for any number of threads", 0);
-  expect(distance(y, naive(c, x, u0, v0)) < 1e-11, "forward against the naive loop", distance(y, naive(c, x, u0, v0)));
+  expect(distance(y, naive(c, x, u0, v0)) < 1e-11, "forward against the naive loop",
+         distance(y, naive(c, x, u0, v0)));
 
   fk::SwinNMF p = problem_of(c, x, u0, v0, 2);
   p.dy = p.x;
@@ -187,7 +189,8 @@ void check(const Case& c) {
   }
   const double expected = (losses[0] - losses[1]) / (2 * h);
   const double slope = dot(dx, direction) + dot(dv0, v_direction);
-  expect(std::fabs(slope - expected) < 1e-5 * (1 + std::fabs(expected)), "backward against differences", slope - expected);
+  expect(std::fabs(slope - expected) < 1e-5 * (1 + std::fabs(expected)), "backward against differences",
+         slope - expected);
 }
 
 void check_matricize() {
