@@ -316,11 +316,7 @@ class RankOne {
   static constexpr i64 max_rows = 32;
 
   RankOne(const Options& o, Tiles& tiles, bool backward, Arena& arena)
-      : o_(o),
-        tiles_(tiles),
-        m_(tiles.rows),
-        rows_(round_up<T>(tiles.rows)),
-        columns_(round_up<T>(tiles.columns)) {
+      : o_(o), tiles_(tiles), m_(tiles.rows), columns_(round_up<T>(tiles.columns)) {
     trace_memory_ = arena.template take<double>(RankOneTrace::size(m_, o.num_iters));
     moments_ = arena.template take<double>(m_ * m_ + 2 * m_ + 1);
     partial_size_ = m_ * m_ + 2 * m_ + 1;
@@ -460,7 +456,7 @@ class RankOne {
 
   const Options o_;
   Tiles& tiles_;
-  const i64 m_, rows_, columns_;  // rows_ and columns_ padded
+  const i64 m_, columns_;  // columns padded
   i64 partial_size_;
   double *trace_memory_, *moments_, *gradient_memory_ = nullptr, *totals_ = nullptr;
   T *partials_, *small_, *v_, *dv_ = nullptr;

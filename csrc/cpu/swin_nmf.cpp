@@ -70,13 +70,13 @@ struct LongTiles {
   i64 count, lines, voxels, parts;
   T* buffers = nullptr;  // for each worker, one tile of x and one of dy or dx
 
-  LongTiles(const SwinNMF& problem, const Strip& strip, Head<T> dx_head)
+  LongTiles(const SwinNMF& problem, const Strip& strip, int threads)
       : p(problem),
         window(strip),
         rows(problem.windows.head_dim),
         columns(problem.windows.columns()),
-        dx(dx_head),
-        workers(problem.threads) {
+        dx{},
+        workers(threads) {
     // Tiles of whole lines or parts of a line, all but the last a multiple of the vector width.
     constexpr i64 width = Simd<T>::width;
     const i64 line = p.windows.patch[2], num_lines = columns / line;
@@ -371,7 +371,7 @@ void factorize_chunk(const SwinNMF& p, bool rank_one, i64 bh_begin, i64 num_bh, 
     });
     return;
   }
-  LongTiles<T, S> tiles(p, whole_window(w, 0, bh_begin, 0), {});
+  LongTiles<T, S> tiles(p, whole_window(w, 0, bh_begin, 0), threads);
   const Scratch memory(solver_memory<T>(p.options, tiles, rank_one, false));
   const Scratch buffers(threads * tiles.buffer_size() * sizeof(T));
   tiles.buffers = static_cast<T*>(buffers.data());
@@ -567,7 +567,7 @@ void backward(const SwinNMF& p) {
 
   const StripPlan plan = StripPlan::make<T>(w, per_chunk, 1);
   const StripMemory<T> strip_memory(p, plan, rank_one, fit);
-  LongTiles<T, S> long_tiles(p, whole_window(w, 0, 0, 0), {});
+  LongTiles<T, S> long_tiles(p, whole_window(w, 0, 0, 0), threads);
   const Scratch solver(fit ? threads * strip_memory.bytes
                            : solver_memory<T>(p.options, long_tiles, rank_one, true));
   const Scratch buffers(fit ? 0 : threads * long_tiles.buffer_size() * sizeof(T));

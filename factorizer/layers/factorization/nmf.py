@@ -85,10 +85,10 @@ class MatrixFactorization(nn.Module):
         """U Vᵀ (..., M, N), in x's dtype. Arguments as those of `decompose`."""
         start = self._start(x, w, start)
         options = self.kernel_options
-        with without_autocast(x):  # also for the kernels, one of which is plain PyTorch
-            if options is None:
-                return self.reconstruct(*self._iterate(x, w, start)).to(x.dtype)
+        if options is not None:
             return fk.nmf(x, *start, **options)
+        with without_autocast(x):
+            return self.reconstruct(*self._iterate(x, w, start)).to(x.dtype)
 
     def decompose(self, x: Tensor, w: Tensor | None = None, start: Factors | None = None) -> Factors:
         """The factors U (..., M, R) and V (..., N, R) of x, in x's dtype.
@@ -100,11 +100,11 @@ class MatrixFactorization(nn.Module):
         """
         start = self._start(x, w, start)
         options = self.kernel_options
-        with without_autocast(x):
-            if options is None:
-                u, v = self._iterate(x, w, start)
-                return u.to(x.dtype), v.to(x.dtype)
+        if options is not None:
             return fk.nmf_factors(x, *start, **options)
+        with without_autocast(x):
+            u, v = self._iterate(x, w, start)
+            return u.to(x.dtype), v.to(x.dtype)
 
     def reconstruct(self, u: Tensor, v: Tensor) -> Tensor:
         """U Vᵀ."""
