@@ -11,12 +11,13 @@ CPP := csrc tests/cpp
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
 .NOTPARALLEL:
-.PHONY: help demo test bench lint format sanitize clean
+.PHONY: help demo test nightly bench lint format sanitize clean
 .PRECIOUS: .venv/.installed-%
 
 help:
 	@echo "make demo [DATA=DIR] [OUT=DIR]  train, segment and explain on a small data set"
 	@echo "make test                       the whole test suite"
+	@echo "make nightly                    the tests that draw their arguments, 10,000 times each"
 	@echo "make bench [SIZE=paper]         the benchmarks, and their page in docs/benchmarks"
 	@echo "make lint | format              check, or rewrite, the sources' style"
 	@echo "make sanitize                   the C++ tests under $(SANITIZERS) sanitizers"
@@ -27,6 +28,9 @@ demo: .venv/.installed-seg
 
 test: .venv/.installed-test
 	$(BIN)/python -m pytest $(ARGS)
+
+nightly: .venv/.installed-test
+	$(BIN)/python -m pytest --hypothesis-profile=nightly -k "fuzz or any_call" $(ARGS)
 
 bench: .venv/.installed-bench
 	mkdir -p build

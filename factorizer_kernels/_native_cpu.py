@@ -1,4 +1,8 @@
-"""The compiled module and what its CPU kernels are called with: addresses, sizes, strides."""
+"""The compiled module and what its CPU kernels are called with: addresses, sizes, strides.
+
+With every address goes the number of bytes that are there. The module compares them with what it will touch
+and raises ValueError where they are too few, so that an error of ours is an exception, not a crash.
+"""
 
 import ctypes
 from math import prod
@@ -40,10 +44,15 @@ def _pad(values, filler) -> list[int]:
     return [filler] * (3 - len(values)) + list(values)
 
 
+def memory(x: Tensor) -> tuple[int, int]:
+    """The address of x's first element, and the bytes from there to the end of x's storage."""
+    return x.data_ptr(), x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
+
+
 def volume(x: Tensor) -> "native.Volume":
     """A (B, C, S1..Sp) tensor of any strides."""
     batch, channels, *spatial = x.stride()
-    return native.Volume(x.data_ptr(), [batch, channels, *_pad(spatial, 0)])
+    return native.Volume(*memory(x), [batch, channels, *_pad(spatial, 0)])
 
 
 def windows(size, head_dim: int, patch_size, shifts) -> "native.Windows":
@@ -67,7 +76,7 @@ class Factors:
         self.u0, self.v0 = (f.mT.contiguous() for f in (u0, v0))
 
     def arguments(self):
-        return [self._pair(self.u0), self._pair(self.v0)]
+        return [self._argument(self.u0), self._argument(self.v0)]
 
     def new_grads(self, wanted: bool) -> tuple[Tensor, Tensor]:
         if not wanted:
@@ -84,8 +93,8 @@ class Factors:
         grad = grad.mT
         return (grad.reshape(shape) if self.shared else grad.sum_to_size(shape)).contiguous()
 
-    def _pair(self, factor: Tensor) -> tuple[int, int]:
-        return (factor.data_ptr(), 0 if self.shared else factor.shape[-1] * factor.shape[-2])
+    def _argument(self, factor: Tensor) -> tuple[int, int, int]:
+        return (*memory(factor), 0 if self.shared else factor.shape[-1] * factor.shape[-2])
 
 
 def threads() -> int:

@@ -3,11 +3,17 @@
 import json
 from pathlib import Path
 
+import hypothesis
 import numpy as np
 import pytest
 import torch
 
 import factorizer_kernels as fk
+
+# Where a test does not say how many: --hypothesis-profile=nightly is what `make nightly` runs.
+hypothesis.settings.register_profile("default", max_examples=200, deadline=None)
+hypothesis.settings.register_profile("nightly", max_examples=10_000, deadline=None)
+hypothesis.settings.load_profile("default")
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "golden"
 

@@ -161,7 +161,8 @@ bool all_elements(const Factor& f, i64 matrices, i64 size, bool positive) {
 template <class T>
 bool rank_one_applies(const SwinNMF& p) {
   const Windows& w = p.windows;
-  if (p.options.rank != 1 || p.options.num_iters == 0 || w.head_dim > RankOne<T, WindowTiles<T>>::max_rows)
+  // Without an iteration to run, or to differentiate, there is nothing to take by them.
+  if (p.options.rank != 1 || p.options.grad_steps == 0 || w.head_dim > RankOne<T, WindowTiles<T>>::max_rows)
     return false;
   // MU never leaves a zero of u0 or v0; HALS does not look at u0.
   if (!all_elements<T>(p.v0, w.num_matrices(), w.columns(), !p.options.hals)) return false;

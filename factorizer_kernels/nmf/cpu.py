@@ -41,7 +41,7 @@ class _Call:
         du0, dv0 = self.factors.new_grads(factor_grads)
         cpu.native.swin_nmf_backward(
             *self.arguments(), num_iters, grad_steps, solver == "hals", False, eps, cpu.threads(),
-            dx=dx.data_ptr(), du0=du0.data_ptr(), dv0=dv0.data_ptr(), **loss,
+            dx=cpu.memory(dx), du0=cpu.memory(du0), dv0=cpu.memory(dv0), **loss,
         )  # fmt: skip
         return dx, *self.factors.grads(du0, dv0, factor_grads)
 
@@ -50,7 +50,7 @@ def nmf(x: Tensor, u0: Tensor, v0: Tensor, num_iters, solver, eps) -> Tensor:
     call = _Call(x, u0, v0)
     y = x.new_empty(x.shape)
     cpu.native.swin_nmf_forward(
-        *call.arguments(), num_iters, solver == "hals", False, eps, cpu.threads(), y=y.data_ptr()
+        *call.arguments(), num_iters, solver == "hals", False, eps, cpu.threads(), y=cpu.memory(y)
     )
     return y
 
@@ -76,8 +76,8 @@ def nmf_factors(x: Tensor, u0: Tensor, v0: Tensor, num_iters, solver, eps) -> tu
         False,
         eps,
         cpu.threads(),
-        u=u.data_ptr(),
-        v=v.data_ptr(),
+        u=cpu.memory(u),
+        v=cpu.memory(v),
     )
     return _transposed(u, x.dtype), _transposed(v, x.dtype)
 
@@ -97,7 +97,7 @@ def nmf_factors_backward(
     call = _Call(x, u0, v0)
     dtype = call.factors.u0.dtype
     du, dv = _transposed(du, dtype), _transposed(dv, dtype)
-    none = cpu.native.Volume(0, [0] * 5)
+    none = cpu.native.Volume(0, 0, [0] * 5)
     dx, du0, dv0 = call.backward(
         num_iters,
         solver,
@@ -105,8 +105,8 @@ def nmf_factors_backward(
         eps,
         factor_grads,
         dy=none,
-        du=du.data_ptr(),
-        dv=dv.data_ptr(),
+        du=cpu.memory(du),
+        dv=cpu.memory(dv),
     )
     return dx.view(x.shape), du0, dv0
 

@@ -13,7 +13,7 @@ def swin_nmf(x: Tensor, u0, v0, head_dim, patch_size, shifts, relu, num_iters, s
     cut = cpu.windows(x.shape, head_dim, patch_size, shifts)
     cpu.native.swin_nmf_forward(
         cpu.DTYPE_CODES[x.dtype], cut, cpu.volume(x), *factors.arguments(), factors.rank,
-        num_iters, solver == "hals", relu, eps, cpu.threads(), y=y.data_ptr(),
+        num_iters, solver == "hals", relu, eps, cpu.threads(), y=cpu.memory(y),
     )  # fmt: skip
     return y
 
@@ -40,7 +40,7 @@ def swin_nmf_backward(
     cpu.native.swin_nmf_backward(
         cpu.DTYPE_CODES[x.dtype], cut, cpu.volume(x), *factors.arguments(), factors.rank,
         num_iters, grad_steps, solver == "hals", relu, eps, cpu.threads(), dy=cpu.volume(dy),
-        dx=dx.data_ptr(), du0=du0.data_ptr(), dv0=dv0.data_ptr(),
+        dx=cpu.memory(dx), du0=cpu.memory(du0), dv0=cpu.memory(dv0),
     )  # fmt: skip
     return dx, *factors.grads(du0, dv0, factor_grads)
 

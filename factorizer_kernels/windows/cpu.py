@@ -11,7 +11,7 @@ def sw_matricize(x: Tensor, head_dim, patch_size, shifts, mean) -> Tensor:
     z = x.new_empty(matricized_shape(x.shape, head_dim, patch_size, len(shifts)))
     scale = len(patch_size) / len(shifts) if mean else 1.0
     cut = cpu.windows(x.shape, head_dim, patch_size, shifts)
-    cpu.native.sw_matricize(cpu.DTYPE_CODES[x.dtype], cut, cpu.volume(x), z.data_ptr(), scale, cpu.threads())
+    cpu.native.sw_matricize(cpu.DTYPE_CODES[x.dtype], cut, cpu.volume(x), cpu.memory(z), scale, cpu.threads())
     return z
 
 
@@ -21,7 +21,7 @@ def sw_dematricize(z: Tensor, size, head_dim, patch_size, shifts, mean) -> Tenso
     scale = len(patch_size) / len(shifts) if mean else 1.0
     cut = cpu.windows(size, head_dim, patch_size, shifts)
     cpu.native.sw_dematricize(
-        cpu.DTYPE_CODES[z.dtype], cut, cpu.volume(x), z.data_ptr(), scale, cpu.threads()
+        cpu.DTYPE_CODES[z.dtype], cut, cpu.volume(x), cpu.memory(z), scale, cpu.threads()
     )
     return x
 

@@ -133,6 +133,15 @@ def test_no_gradient_steps(backend):
 
 
 @pytest.mark.parametrize("solver", ["mu", "hals"])
+@pytest.mark.parametrize("rank", [1, 2])
+def test_operator_without_gradient_steps(solver, rank):
+    """The operator itself, which autograd does not call then: every factor is a constant."""
+    x, u0, v0 = torch.rand(2, 4, 6), torch.rand(4, rank), torch.rand(6, rank)
+    gradients = torch.ops.factorizer_kernels.nmf_backward(x, x, u0, v0, 2, solver, 0, 1e-16, True, "cpu")
+    assert all((g == 0).all() for g in gradients)
+
+
+@pytest.mark.parametrize("solver", ["mu", "hals"])
 @pytest.mark.parametrize("shape", [(0, 8, 16), (2, 0, 3, 4), (2, 8, 0), (0, 0)], ids=str)
 def test_empty(shape, solver, backend):
     x = torch.rand(shape, requires_grad=True)
