@@ -46,7 +46,7 @@ def _pad(values, filler) -> list[int]:
 
 def memory(x: Tensor) -> tuple[int, int]:
     """The address of x's first element, and the bytes from there to the end of x's storage."""
-    return x.data_ptr(), x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
+    return x.data_ptr(), int(x.untyped_storage().nbytes() - x.storage_offset() * x.element_size())
 
 
 def volume(x: Tensor) -> "native.Volume":

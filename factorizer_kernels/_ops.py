@@ -9,13 +9,15 @@ Meanings shared by all the operators: ``patch_size`` has one entry per spatial a
 row-major flattening of (num_shifts, num_axes), ``grad_steps`` is the number of differentiated iterations
 (``grad_steps == num_iters``: all of them, and the gradient reaches u0 and v0), u0 and v0 are in the
 arithmetic's dtype (:func:`compute_dtype`). Gradients of u0 and v0 have their shapes, or one empty axis
-where ``factor_grads`` is false. Outputs are contiguous.
+where ``factor_grads`` is false. Outputs are contiguous. How they behave under ``torch.func.vmap`` is
+in ``_vmap.py``.
 """
 
 from collections.abc import Callable
 
 import torch
 
+from factorizer_kernels import _vmap
 from factorizer_kernels.windows.geometry import matricized_shape
 
 
@@ -72,25 +74,36 @@ _SOLVE = "int num_iters, str solver, float eps, str backend"
 _SOLVE_BACKWARD = "int num_iters, str solver, int grad_steps, float eps, bool factor_grads, str backend"
 _GRADIENTS = "(Tensor dx, Tensor du0, Tensor dv0)"
 
-# name: (schema, fake)
-OPERATORS: dict[str, tuple[str, Callable]] = {
-    "nmf": (f"({_NMF}, {_SOLVE}) -> Tensor", _like_x),
-    "nmf_backward": (f"(Tensor dy, {_NMF}, {_SOLVE_BACKWARD}) -> {_GRADIENTS}", _nmf_backward),
-    "nmf_factors": (f"({_NMF}, {_SOLVE}) -> (Tensor u, Tensor v)", _nmf_factors),
+# name: (schema, fake, vmap)
+OPERATORS: dict[str, tuple[str, Callable, Callable]] = {
+    "nmf": (f"({_NMF}, {_SOLVE}) -> Tensor", _like_x, _vmap.nmf),
+    "nmf_backward": (
+        f"(Tensor dy, {_NMF}, {_SOLVE_BACKWARD}) -> {_GRADIENTS}",
+        _nmf_backward,
+        _vmap.nmf_backward,
+    ),
+    "nmf_factors": (f"({_NMF}, {_SOLVE}) -> (Tensor u, Tensor v)", _nmf_factors, _vmap.nmf_factors),
     "nmf_factors_backward": (
         f"(Tensor du, Tensor dv, {_NMF}, {_SOLVE_BACKWARD}) -> {_GRADIENTS}",
         _nmf_factors_backward,
+        _vmap.nmf_factors_backward,
     ),
     # mean: divide by the number of shifts, on either way; each operator is the other's adjoint.
-    "sw_matricize": (f"(Tensor x, {_WINDOWS}, bool mean, str backend) -> Tensor", _sw_matricize),
+    "sw_matricize": (
+        f"(Tensor x, {_WINDOWS}, bool mean, str backend) -> Tensor",
+        _sw_matricize,
+        _vmap.sw_matricize,
+    ),
     "sw_dematricize": (
         f"(Tensor z, SymInt[] size, {_WINDOWS}, bool mean, str backend) -> Tensor",
         _sw_dematricize,
+        _vmap.sw_dematricize,
     ),
-    "swin_nmf": (f"({_NMF}, {_WINDOWS}, bool relu, {_SOLVE}) -> Tensor", _like_x),
+    "swin_nmf": (f"({_NMF}, {_WINDOWS}, bool relu, {_SOLVE}) -> Tensor", _like_x, _vmap.swin_nmf),
     "swin_nmf_backward": (
         f"(Tensor dy, {_NMF}, {_WINDOWS}, bool relu, {_SOLVE_BACKWARD}) -> {_GRADIENTS}",
         _swin_nmf_backward,
+        _vmap.swin_nmf_backward,
     ),
 }
 
@@ -116,15 +129,17 @@ def has_kernel(operator: str, backend: str) -> bool:
     return (operator, backend) in _KERNELS
 
 
-def _define(operator: str, schema: str, fake: Callable) -> None:
+def _define(operator: str, schema: str, fake: Callable, vmap: Callable) -> None:
     def run(*args):
         *arguments, backend = args
         return _KERNELS[operator, backend](*arguments)
 
     _LIBRARY.define(operator + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(operator, run, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"factorizer_kernels::{operator}", fake, lib=_LIBRARY)
+    name = f"factorizer_kernels::{operator}"
+    torch.library.register_fake(name, fake, lib=_LIBRARY)
+    torch.library.register_vmap(name, vmap, lib=_LIBRARY)
 
 
-for _operator, (_schema, _fake) in OPERATORS.items():
-    _define(_operator, _schema, _fake)
+for _operator, _definition in OPERATORS.items():
+    _define(_operator, *_definition)

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from factorizer_kernels import _ops  # noqa: F401  (defines the operators that are bound here)
+from factorizer_kernels._autograd import once
 
 _nmf = torch.ops.factorizer_kernels.nmf.default
 _nmf_backward = torch.ops.factorizer_kernels.nmf_backward.default
@@ -18,25 +19,10 @@ def _save(ctx, inputs, *outputs: Tensor) -> None:
         ctx.mark_non_differentiable(*outputs)
 
 
-def _fold_vmap(in_dims, x: Tensor, u0: Tensor, v0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The mapped dimension becomes the first of x's leading dimensions."""
-    x_dim, u_dim, v_dim = in_dims[:3]
-    x = x.unsqueeze(0) if x_dim is None else x.movedim(x_dim, 0)
-
-    def align(factor: Tensor, dim: int | None) -> Tensor:
-        if dim is None:
-            return factor
-        factor = factor.movedim(dim, 0)
-        return factor.reshape(-1, *(1,) * (x.dim() - factor.dim()), *factor.shape[1:])
-
-    u0, v0 = align(u0, u_dim), align(v0, v_dim)
-    size = max(len(t) for t, dim in ((x, x_dim), (u0, u_dim), (v0, v_dim)) if dim is not None)
-    return x.expand(size, *x.shape[1:]), u0, v0
-
-
 def _backward(ctx, operator, *grads: Tensor):
     factor_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    dx, du0, dv0 = operator(
+    dx, du0, dv0 = once(
+        operator,
         *grads,
         *ctx.saved_tensors,
         ctx.num_iters,
@@ -53,6 +39,8 @@ def _backward(ctx, operator, *grads: Tensor):
 class NMF(torch.autograd.Function):
     """(x, u0, v0, num_iters, solver, grad_steps, eps, backend) -> y; keeps x, u0 and v0."""
 
+    generate_vmap_rule = True  # from the operators' own
+
     @staticmethod
     def forward(x, u0, v0, num_iters, solver, grad_steps, eps, backend):
         return _nmf(x, u0, v0, num_iters, solver, eps, backend)
@@ -62,17 +50,14 @@ class NMF(torch.autograd.Function):
         _save(ctx, inputs, output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         return _backward(ctx, _nmf_backward, dy)
-
-    @staticmethod
-    def vmap(info, in_dims, x, u0, v0, *options):
-        return NMF.apply(*_fold_vmap(in_dims, x, u0, v0), *options), 0
 
 
 class NMFFactors(torch.autograd.Function):
     """(x, u0, v0, num_iters, solver, grad_steps, eps, backend) -> (u, v); keeps x, u0 and v0."""
+
+    generate_vmap_rule = True  # from the operators' own
 
     @staticmethod
     def forward(x, u0, v0, num_iters, solver, grad_steps, eps, backend):
@@ -83,10 +68,5 @@ class NMFFactors(torch.autograd.Function):
         _save(ctx, inputs, *output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, du, dv):
         return _backward(ctx, _nmf_factors_backward, du, dv)
-
-    @staticmethod
-    def vmap(info, in_dims, x, u0, v0, *options):
-        return NMFFactors.apply(*_fold_vmap(in_dims, x, u0, v0), *options), (0, 0)

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from factorizer_kernels import _checks
+from factorizer_kernels._autograd import apply
 from factorizer_kernels.backends import choose
 from factorizer_kernels.nmf import cpu, reference  # noqa: F401  (cpu registers its kernels)
 from factorizer_kernels.nmf.autograd import NMF, NMFFactors
@@ -57,8 +58,8 @@ def nmf_factors(
 
 
 _FUNCTIONS = {
-    "nmf": (reference.nmf, NMF.apply),
-    "nmf_factors": (reference.nmf_factors, NMFFactors.apply),
+    "nmf": (reference.nmf, NMF),
+    "nmf_factors": (reference.nmf_factors, NMFFactors),
 }
 
 
@@ -71,4 +72,4 @@ def _run(operator, x, u0, v0, num_iters, solver, num_grad_steps, eps):
     backend = choose(operator, x)
     if backend == "reference":
         return plain(x, u0, v0, *options)
-    return fused(x, u0, v0, *options, backend)
+    return apply(fused, x, u0, v0, *options, backend)

@@ -3,6 +3,7 @@
 import torch
 
 from factorizer_kernels import _ops  # noqa: F401  (defines the operators that are bound here)
+from factorizer_kernels._autograd import once
 
 _swin_nmf = torch.ops.factorizer_kernels.swin_nmf.default
 _swin_nmf_backward = torch.ops.factorizer_kernels.swin_nmf_backward.default
@@ -10,6 +11,8 @@ _swin_nmf_backward = torch.ops.factorizer_kernels.swin_nmf_backward.default
 
 class SwinNMF(torch.autograd.Function):
     """(x, u0, v0, windows, relu, num_iters, solver, grad_steps, eps, backend) -> y; keeps x, u0 and v0."""
+
+    generate_vmap_rule = True  # from the operators' own
 
     @staticmethod
     def forward(x, u0, v0, windows, relu, num_iters, solver, grad_steps, eps, backend):
@@ -25,9 +28,10 @@ class SwinNMF(torch.autograd.Function):
             ctx.mark_non_differentiable(output)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, dy):
         factor_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        dx, du0, dv0 = _swin_nmf_backward(dy, *ctx.saved_tensors, *ctx.options, factor_grads, ctx.backend)
+        dx, du0, dv0 = once(
+            _swin_nmf_backward, dy, *ctx.saved_tensors, *ctx.options, factor_grads, ctx.backend
+        )
         du0, dv0 = (du0, dv0) if factor_grads else (None, None)
         return dx, du0, dv0, None, None, None, None, None, None, None

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from factorizer_kernels import _checks
+from factorizer_kernels._autograd import apply
 from factorizer_kernels.backends import choose
 from factorizer_kernels.swin_nmf import cpu, reference  # noqa: F401  (cpu registers its kernels)
 from factorizer_kernels.swin_nmf.autograd import SwinNMF
@@ -65,4 +66,4 @@ def swin_nmf(
     backend = choose("swin_nmf", x)
     if backend == "reference":
         return reference.swin_nmf(x, u0, v0, windows, *options)
-    return SwinNMF.apply(x, u0, v0, windows, *options, backend)
+    return apply(SwinNMF, x, u0, v0, windows, *options, backend)

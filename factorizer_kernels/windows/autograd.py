@@ -3,6 +3,7 @@
 import torch
 
 from factorizer_kernels import _ops  # noqa: F401  (defines the operators that are bound here)
+from factorizer_kernels._autograd import apply
 from factorizer_kernels.windows.geometry import Windows
 
 _sw_matricize = torch.ops.factorizer_kernels.sw_matricize.default
@@ -11,6 +12,8 @@ _sw_dematricize = torch.ops.factorizer_kernels.sw_dematricize.default
 
 class SWMatricize(torch.autograd.Function):
     """(x, windows, mean, backend) -> z; keeps nothing. Differentiable to any order."""
+
+    generate_vmap_rule = True  # from the operators' own
 
     @staticmethod
     def forward(x, windows: Windows, mean: bool, backend: str):
@@ -23,11 +26,13 @@ class SWMatricize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dz):
-        return SWDematricize.apply(dz, ctx.size, *ctx.options), None, None, None
+        return apply(SWDematricize, dz, ctx.size, *ctx.options), None, None, None
 
 
 class SWDematricize(torch.autograd.Function):
     """(z, size, windows, mean, backend) -> x; keeps nothing. Differentiable to any order."""
+
+    generate_vmap_rule = True  # from the operators' own
 
     @staticmethod
     def forward(z, size: tuple[int, ...], windows: Windows, mean: bool, backend: str):
@@ -39,4 +44,4 @@ class SWDematricize(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, dx):
-        return SWMatricize.apply(dx, *ctx.options), None, None, None, None
+        return apply(SWMatricize, dx, *ctx.options), None, None, None, None

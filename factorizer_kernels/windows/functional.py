@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from factorizer_kernels import _checks
+from factorizer_kernels._autograd import apply
 from factorizer_kernels.backends import choose
 from factorizer_kernels.windows import cpu, reference  # noqa: F401  (cpu registers its kernels)
 from factorizer_kernels.windows.autograd import SWDematricize, SWMatricize
@@ -48,7 +49,7 @@ def sw_matricize(
     backend = choose("sw_matricize", x)
     if backend == "reference":
         return reference.sw_matricize(x, windows)
-    return SWMatricize.apply(x, windows, False, backend)
+    return apply(SWMatricize, x, windows, False, backend)
 
 
 def sw_dematricize(
@@ -91,4 +92,4 @@ def sw_dematricize(
     backend = choose("sw_dematricize", z)
     if backend == "reference":
         return reference.sw_dematricize(z, size, windows)
-    return SWDematricize.apply(z, size, windows, True, backend)
+    return apply(SWDematricize, z, size, windows, True, backend)

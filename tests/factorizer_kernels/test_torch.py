@@ -1,9 +1,11 @@
 """The operators in PyTorch's settings: opcheck, compile, export, func, vmap, checkpointing, threads."""
 
 import threading
+from functools import partial
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 import factorizer_kernels as fk
 
@@ -106,27 +108,105 @@ def test_export_and_reload(tmp_path):
     torch.testing.assert_close(reloaded(other), layer(other))
 
 
+def _each(function, size, in_dims, arguments):
+    """``function`` on one slice after the other, its outputs stacked: what vmap must give."""
+    outputs = [
+        function(*(t if d is None else t.select(d, i) for t, d in zip(arguments, in_dims, strict=True)))
+        for i in range(size)
+    ]
+    return (
+        torch.stack(outputs)
+        if isinstance(outputs[0], torch.Tensor)
+        else tuple(map(torch.stack, zip(*outputs, strict=True)))
+    )
+
+
+def _square_sum(function):
+    def loss(*arguments):
+        outputs = function(*arguments)
+        return sum(t.square().sum() for t in (outputs if isinstance(outputs, tuple) else (outputs,)))
+
+    return loss
+
+
+def _vmap_cases():
+    """name, function of (x, u0, v0), arguments, where the mapped dimension of 3 is in each."""
+
+    def rand(*shape):
+        return torch.rand(shape, dtype=torch.float64)
+
+    nmf, factors = partial(fk.nmf, solver="mu"), partial(fk.nmf_factors, solver="mu")
+    swin = partial(fk.swin_nmf, solver="mu", **CUT)
+    matrices, maps, v0, v_map = rand(3, 2, 6, 20), rand(3, 2, 8, 8, 8) - 0.3, rand(20, 2), rand(16, 2)
+    yield "nmf", nmf, (matrices, rand(6, 2), v0), (0, None, None)
+    yield "nmf of x's second", nmf, (matrices.movedim(0, 1), rand(6, 2), v0), (1, None, None)
+    yield "nmf of u0", nmf, (matrices[0], rand(3, 6, 2), v0), (None, 0, None)
+    yield "nmf of all", nmf, (matrices, rand(2, 3, 6, 2), rand(20, 3, 2)), (0, 1, 1)
+    yield "nmf_factors", factors, (matrices, rand(6, 2), v0), (0, None, None)
+    yield "nmf_factors of v0", factors, (matrices, rand(2, 6, 2), rand(3, 20, 2)), (0, None, 0)
+    yield "swin_nmf", swin, (maps, rand(4, 2), v_map), (0, None, None)
+    yield "swin_nmf of x's last", swin, (maps.movedim(0, -1), rand(4, 2), v_map), (4, None, None)
+    yield "swin_nmf of u0", swin, (maps[0], rand(3, 4, 2), v_map), (None, 0, None)
+    yield "swin_nmf, u0 per window", swin, (maps, rand(8, 4, 4, 2), v_map), (0, None, None)
+    yield (
+        "swin_nmf, factors per copy and head",
+        swin,
+        (maps, rand(8, 1, 4, 2), rand(3, 8, 1, 16, 2)),
+        (0, None, 0),
+    )
+
+
+VMAP_CASES = {name: case for name, *case in _vmap_cases()}
+
+
+@pytest.mark.parametrize("case", VMAP_CASES)
+@pytest.mark.filterwarnings("error")  # such as the one about a slow loop over the mapped dimension
+def test_vmap(case, backend):
+    """vmap of the operators, of their gradients, and gradients through vmap, against a loop."""
+    function, arguments, in_dims = VMAP_CASES[case]
+    mapped = torch.func.vmap(function, in_dims)
+    torch.testing.assert_close(mapped(*arguments), _each(function, 3, in_dims, arguments))
+    for argnums in ((0, 1, 2), (0,)):
+        gradient = torch.func.grad(_square_sum(function), argnums)
+        expected = _each(gradient, 3, in_dims, arguments)
+        torch.testing.assert_close(torch.func.vmap(gradient, in_dims)(*arguments), expected)
+        through = torch.func.grad(_square_sum(mapped), argnums)(*arguments)
+        for ours, slices, dim in zip(through, expected, in_dims, strict=False):
+            torch.testing.assert_close(ours, slices.sum(0) if dim is None else slices.movedim(0, dim))
+
+
+@pytest.mark.filterwarnings("error")
+def test_vmap_of_windows(backend):
+    x = torch.randn(3, 2, 8, 8, 8, dtype=torch.float64)
+    cut, join = partial(fk.sw_matricize, **CUT), partial(fk.sw_dematricize, size=x.shape[1:], **CUT)
+    z = torch.func.vmap(cut)(x)
+    assert torch.equal(z, torch.stack([cut(t) for t in x]))
+    assert torch.equal(torch.func.vmap(cut, in_dims=2)(x.movedim(0, 2)), z)
+    z = z * torch.rand_like(z)  # the copies differ
+    torch.testing.assert_close(torch.func.vmap(join)(z), torch.stack([join(t) for t in z]))
+    for function, argument in ((cut, x), (join, z)):
+        gradient = torch.func.grad(lambda t, f=function: f(t).pow(3).sum())
+        torch.testing.assert_close(
+            torch.func.vmap(gradient)(argument), torch.stack([gradient(t) for t in argument])
+        )
+
+
+def test_vmap_twice_and_without_gradient_steps(backend):
+    x, u0, v0 = _nmf_arguments()
+    constant = partial(fk.nmf, num_grad_steps=0)
+    mapped = torch.func.vmap(torch.func.vmap(constant, (0, None, None)), (0, None, None))
+    torch.testing.assert_close(mapped(x, u0, v0), constant(x, u0, v0))
+    slope = torch.func.vmap(torch.func.grad(lambda x: constant(x, u0, v0).sum()))(x)
+    assert (slope == 0).all()
+
+
 @pytest.mark.parametrize("rank", [1, 2])
-def test_func_grad_and_vmap(backend, rank):
+def test_func_grad(backend, rank):
     x, u0, v0 = _nmf_arguments(rank)
-
-    def loss(x, u0, v0):
-        return fk.nmf(x, u0, v0, solver="mu").square().sum()
-
+    loss = _square_sum(partial(fk.nmf, solver="mu"))
     gradients = torch.func.grad(loss, argnums=(0, 1, 2))(x, u0, v0)
     leaves = [t.clone().requires_grad_() for t in (x, u0, v0)]
     torch.testing.assert_close(gradients, torch.autograd.grad(loss(*leaves), leaves))
-    for in_dims in ((0, None, None), (1, None, None)):
-        mapped = torch.func.vmap(fk.nmf, in_dims=in_dims)(x, u0, v0)
-        expected = fk.nmf(x.movedim(in_dims[0], 0), u0, v0)
-        torch.testing.assert_close(mapped, expected)
-    many_u0 = torch.rand(5, 6, rank)
-    mapped = torch.func.vmap(fk.nmf, in_dims=(None, 0, None))(x, many_u0, v0)
-    torch.testing.assert_close(mapped, torch.stack([fk.nmf(x, u, v0) for u in many_u0]))
-    per_sample = torch.func.vmap(torch.func.grad(loss), in_dims=(0, None, None))(x, u0, v0)
-    torch.testing.assert_close(per_sample, gradients[0])
-    u, v = torch.func.vmap(fk.nmf_factors, in_dims=(0, None, None))(x, u0, v0)
-    torch.testing.assert_close((u, v), fk.nmf_factors(x, u0, v0))
 
 
 def test_func_grad_of_windows(backend):
@@ -168,16 +248,52 @@ def test_inplace_change_of_a_saved_tensor_is_caught(backend):
         y.sum().backward()
 
 
-def test_double_backward_names_the_way():
-    x, u0, v0 = _nmf_arguments()
-    x.requires_grad_()
+DIFFERENTIABLE = {
+    "nmf": partial(fk.nmf, solver="mu"),
+    "nmf_factors": lambda x, u0, v0: fk.nmf_factors(x, u0, v0, solver="mu")[1],
+    "swin_nmf": partial(fk.swin_nmf, head_dim=6, patch_size=20, solver="mu"),
+}
+
+
+@pytest.mark.parametrize("name", DIFFERENTIABLE)
+def test_double_backward_names_the_way(name):
+    x, u0, v0 = (t.double() for t in _nmf_arguments())
+    x = x[0].requires_grad_()
+
+    def penalty():
+        (dx,) = torch.autograd.grad(DIFFERENTIABLE[name](x, u0, v0).square().sum(), x, create_graph=True)
+        return dx.square().sum()
+
     with fk.use_backend("cpu"):
-        (dx,) = torch.autograd.grad(fk.nmf(x, u0, v0).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        dx.sum().backward()
+        once = penalty()  # itself it has a value
+        with pytest.raises(NotImplementedError, match=r'cannot be differentiated twice.*use_backend\("ref'):
+            once.backward()
+        with pytest.raises(NotImplementedError, match=r'use_backend\("reference"\)'):
+            torch.func.hessian(lambda x: DIFFERENTIABLE[name](x, u0, v0).sum())(x.detach())
     with fk.use_backend("reference"):
-        (dx,) = torch.autograd.grad(fk.nmf(x, u0, v0).square().sum(), x, create_graph=True)
-        dx.sum().backward()
+        torch.testing.assert_close(penalty(), once)
+        penalty().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE, "sw_matricize", "sw_dematricize"])
+def test_forward_mode_names_the_way(name):
+    x, u0, v0 = _nmf_arguments()
+    cut = {"head_dim": 6, "patch_size": 20}
+    functions = {
+        **{key: partial(function, u0=u0, v0=v0) for key, function in DIFFERENTIABLE.items()},
+        "sw_matricize": partial(fk.sw_matricize, **cut),
+        "sw_dematricize": lambda x: fk.sw_dematricize(x[:, None], (3, 6, 20), **cut),
+    }
+    function, x = functions[name], x[0]
+    with fk.use_backend("cpu"):
+        with pytest.raises(NotImplementedError, match=r'forward mode.*use_backend\("reference"\)'):
+            torch.func.jvp(function, (x,), (x,))
+        with forward_ad.dual_level(), pytest.raises(NotImplementedError, match="forward mode"):
+            function(forward_ad.make_dual(x, x))
+    with fk.use_backend("reference"):
+        _, slope = torch.func.jvp(function, (x,), (x,))
+    assert slope.isfinite().all()
 
 
 def test_many_threads_at_once():
