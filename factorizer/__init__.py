@@ -1,20 +1,28 @@
-"""The Factorizer family of segmentation networks, and the layers they are made of."""
+"""The Factorizer family of segmentation networks, and the layers they are made of.
 
-from .layers import (
-    MLP,
-    NMF,
-    FactMixer,
-    FactorizerBlock,
-    FactorizerStage,
-    LayerNorm,
-    Linear,
-    Matricize,
-    MatrixFactorization,
-    PositionalEmbedding,
-    SWMatricize,
-    set_num_iters,
-)
-from .models import PRESETS, Factorizer, UNet, preset
+The names below are imported at their first use: `import factorizer` alone loads no torch, so that
+the command line answers at once.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .layers import (
+        MLP,
+        NMF,
+        FactMixer,
+        FactorizerBlock,
+        FactorizerStage,
+        LayerNorm,
+        Linear,
+        Matricize,
+        MatrixFactorization,
+        PositionalEmbedding,
+        SWMatricize,
+        set_num_iters,
+    )
+    from .models import PRESETS, Factorizer, UNet, preset
 
 __all__ = [
     "MLP",
@@ -34,3 +42,15 @@ __all__ = [
     "preset",
     "set_num_iters",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = ".models" if name in ("PRESETS", "Factorizer", "UNet", "preset") else ".layers"
+    value = globals()[name] = getattr(import_module(home, __name__), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
