@@ -21,6 +21,7 @@ if TYPE_CHECKING:
         PositionalEmbedding,
         SWMatricize,
         set_num_iters,
+        set_rank,
     )
     from .models import PRESETS, Factorizer, UNet, preset
 
@@ -41,6 +42,7 @@ __all__ = [
     "UNet",
     "preset",
     "set_num_iters",
+    "set_rank",
 ]
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,6 +18,39 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_
 @app.callback()
 def _commands() -> None:
     """Segmentation networks on fused matrix-factorisation kernels."""
+
+
+# --- options that several commands have -----------------------------------------------------------
+
+Checkpoints = Annotated[
+    list[Path],
+    typer.Option(
+        "--checkpoint", help="A trained network; several of them are averaged (give the option again)."
+    ),
+]
+Inputs = Annotated[
+    list[str],
+    typer.Option(
+        "--input",
+        help="NIfTI file, files of one case's modalities separated by commas, folder, or JSON data list. "
+        "May be given again.",
+    ),
+]
+Section = Annotated[
+    str | None,
+    typer.Option(help="List to take from a data list. Default: testing, test, validation or training."),
+]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
+Iterations = Annotated[
+    int | None,
+    typer.Option("--num-iters", help="Iterations of every factorisation; fewer are faster.", min=0),
+]
+Whole = Annotated[
+    bool, typer.Option("--whole", help="Whole volumes at once, no sliding window: no seams, more memory.")
+]
+
+
+# --- commands -------------------------------------------------------------------------------------
 
 
 @app.command()
@@ -32,15 +67,124 @@ def demo(
     ] = None,
 ) -> None:
     """Train a small Swin Factorizer, segment held-out volumes, compare speeds, and report."""
-    try:
-        from factorizer.data import DataError
+    with _errors():
         from factorizer.demo import run_demo
 
         run_demo(out, data, steps=steps)
-    except DataError as error:
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(help="Folder in the Decathlon's layout.")],
+    out: Annotated[Path, typer.Option(help="Folder for the run; one with a checkpoint is continued.")],
+    steps: Annotated[
+        int | None, typer.Option(help="Training steps. Default: derived from the data's size.")
+    ] = None,
+    fold: Annotated[
+        int | None, typer.Option(help="Fold of five to hold out. Default: a fifth of the cases, at most 40.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the split, the weights and the crops.")] = 0,
+    validate_every: Annotated[
+        int, typer.Option(help="Steps between validations on the held-out cases; 0: none.", min=0)
+    ] = 0,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after so many validations without a better one.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Processes that prepare batches. Default: 4 with a GPU, else none.")
+    ] = None,
+    device: Device = None,
+) -> None:
+    """Train a network; spacing, crop, channels and classes come from the data.
+
+    For several GPUs: torchrun --nproc-per-node=N -m factorizer train ...
+    """
+    with _errors():
+        from factorizer.commands.train import train as run
+        from factorizer.screen import console_of_process
+
+        run(
+            console_of_process(),
+            data,
+            out,
+            steps=steps,
+            seed=seed,
+            fold=fold,
+            validate_every=validate_every,
+            patience=patience,
+            device=device,
+            workers=workers,
+        )
+
+
+@app.command()
+def predict(
+    checkpoint: Checkpoints,
+    input: Inputs,
+    output: Annotated[Path, typer.Option(help="Folder for NAME.nii.gz, on the grid of each input.")],
+    section: Section = None,
+    num_iters: Iterations = None,
+    whole: Whole = False,
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="Average over the mirror images that training drew from.")
+    ] = False,
+    device: Device = None,
+) -> None:
+    """Segment volumes. Cases that are done already are skipped; exit code 1 if one failed."""
+    with _errors():
+        from factorizer.commands.predict import predict as run
+        from factorizer.screen import console_of_process
+
+        outcomes = run(
+            console_of_process(),
+            checkpoint,
+            input,
+            output,
+            section=section,
+            iterations=num_iters,
+            whole=whole,
+            mirror=mirror,
+            device=device,
+        )
+        if any(outcome.state == "failed" for outcome in outcomes):
+            raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    predictions: Annotated[Path, typer.Option(help="Folder with the NAME.nii.gz to be measured.")],
+    labels: Annotated[
+        Path, typer.Option(help="Folder with NAME.nii.gz, Decathlon folder, or data list with labels.")
+    ],
+    output: Annotated[Path, typer.Option(help="CSV file for the scores of each case.")],
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Names the classes, and the regions that are measured.")
+    ] = None,
+) -> None:
+    """Dice and HD95 of each class and case; exit code 1 if a case failed."""
+    with _errors():
+        from rich.console import Console
+
+        from factorizer.commands.evaluate import evaluate as run
+
+        if run(Console(), predictions, labels, output, checkpoint):
+            raise typer.Exit(1)
+
+
+# --- ends -----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _errors() -> Iterator[None]:
+    """What a user can mend ends with exit code 2 and a line, an interruption with 130."""
+    from factorizer.data import DataError
+
+    try:
+        yield
+    except (DataError, OSError) as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
-        _fail(f"Interrupted. To continue from the last checkpoint: {_command()}", 130)
+        _fail(f"Interrupted. To continue: {_command()}", 130)
 
 
 def _fail(message: str, code: int) -> None:

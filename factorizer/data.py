@@ -1,17 +1,17 @@
-"""Decathlon folders: read, check, split, and turn into normalised volumes and training crops.
+"""Cases: find them in folders, lists and Decathlon folders, check their files, split them.
 
 A Decathlon folder (the layout of the Medical Segmentation Decathlon) holds `dataset.json` and the
-NIfTI files that it names. What can be wrong with one is found here, before anything is trained:
+NIfTI files that it names. What can be wrong with files is found here, before anything is computed:
 every error is a `DataError` that names the file or field, what it got and what it needs.
 """
 
 from __future__ import annotations
 
 import json
-import math
 import os
+import re
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,33 +19,12 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import torch
-from monai.data import CacheDataset, load_decathlon_datalist
-from monai.transforms import (
-    ClassesToIndicesd,
-    Compose,
-    CropForegroundd,
-    EnsureChannelFirstd,
-    EnsureTyped,
-    LoadImaged,
-    MapLabelValued,
-    NormalizeIntensityd,
-    Orientationd,
-    RandAdjustContrastd,
-    RandAffined,
-    RandCropByLabelClassesd,
-    RandFlipd,
-    RandGaussianNoised,
-    RandScaleIntensityd,
-    RandShiftIntensityd,
-    Spacingd,
-    SpatialPadd,
-)
 from nibabel.filebasedimages import ImageFileError
 
 MIN_CASES = 3  # two to train on and one held out
 HELD_OUT, MAX_HELD_OUT = 0.2, 40  # share and number of the cases that training never sees
-CACHE_BYTES = 6 * 2**30  # volumes beyond this are read again at every use
+SECTIONS = ("testing", "test", "validation", "training")  # of a data list, the first that has cases
+GRID_TOLERANCE = 1e-2  # mm between the places that two files give to a voxel
 
 
 class DataError(ValueError):
@@ -54,11 +33,19 @@ class DataError(ValueError):
 
 @dataclass(frozen=True)
 class Case:
-    """One labelled volume: its name and the absolute paths of its two files."""
+    """One volume: its name, the files of its image, and of its label where it has one.
+
+    One image file holds X, Y, Z or X, Y, Z, channel; several files hold one channel each.
+    """
 
     name: str
-    image: Path
-    label: Path
+    images: tuple[Path, ...]
+    label: Path | None = None
+
+    @property
+    def image(self) -> Path:
+        """The file whose grid is the case's."""
+        return self.images[0]
 
 
 @dataclass(frozen=True)
@@ -77,10 +64,14 @@ class Task:
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of a volume's nonzero part: shape in voxels, spacing in mm; axes right, anterior, superior."""
+    """Of a volume's nonzero part: shape in voxels, spacing in mm; axes right, anterior, superior.
+
+    `window`: the 0.5 and 99.5 percentiles of the labelled voxels' intensities, over all channels.
+    """
 
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
+    window: tuple[float, float] | None = None
 
 
 @contextmanager
@@ -99,6 +90,20 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def prepare_folder(name: str, folder: Path) -> Path:
+    """Makes `folder` and finds out whether it can be written to; `name` is the argument's."""
+    if folder.exists() and not folder.is_dir():
+        raise DataError(f"{name}: {folder} is a file; it must be a folder, or not exist yet")
+    probe = folder / f".part-probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise DataError(f"{name}: {folder} cannot be written to ({error})") from error
+    return folder
+
+
 def read_decathlon(root: str | Path) -> Task:
     """The task that `root`/dataset.json describes. Reads no volume, but looks for every file.
 
@@ -114,10 +119,7 @@ def read_decathlon(root: str | Path) -> Task:
             f"{root}: dataset.json is missing; the Decathlon's layout is dataset.json, imagesTr/ "
             "and labelsTr/"
         )
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path}: not readable as JSON ({error})") from error
+    content = _read_json(path)
     if not isinstance(content, dict):
         raise DataError(f"{path}: must hold a JSON object, holds a {type(content).__name__}")
     wanted = {
@@ -140,24 +142,11 @@ def read_decathlon(root: str | Path) -> Task:
             f"{path}: 'labels' has the values {list(labels)}; it needs 0, the background, and at "
             "least one more, none above 255"
         )
-    for index, entry in enumerate(content["training"]):
-        files = [entry.get("image"), entry.get("label")] if isinstance(entry, dict) else [None]
-        if not all(isinstance(file, str) for file in files):
-            raise DataError(
-                f"{path}: training[{index}] is {entry!r}; it must name one file as 'image' and one as 'label'"
-            )
-    cases = tuple(
-        Case(_stem(entry["image"]), Path(entry["image"]), Path(entry["label"]))
-        for entry in load_decathlon_datalist(path, base_dir=root.resolve())
-    )
-    missing = [str(f) for case in cases for f in (case.image, case.label) if not f.is_file()]
+    cases = _listed_cases(path, content["training"], "training", labelled=True)
+    missing = [str(f) for c in cases for f in (*c.images, c.label) if f is not None and not f.is_file()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise DataError(f"{path} names files that are missing: {', '.join(missing[:3])}{more}")
-    names = [case.name for case in cases]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{path}: two training cases are called {twice!r}; names must differ")
     if len(cases) < MIN_CASES:
         raise DataError(f"{path}: too few cases: {len(cases)}; at least {MIN_CASES} are needed")
     return Task(
@@ -168,187 +157,232 @@ def read_decathlon(root: str | Path) -> Task:
     )
 
 
-def check_case(task: Task, case: Case) -> Geometry:
-    """Read both files of a case, check that they fit the task and each other.
+def find_cases(inputs: Sequence[str | Path], section: str | None = None) -> tuple[Case, ...]:
+    """The cases that `inputs` name; whether their files are there is for `check_image` to say.
 
-    Raises DataError where a file cannot be read, the image is not three-dimensional, lacks
-    channels or holds NaN, infinity or nothing but zeros, the label lies on another grid than its
-    image, or a label value stands for no class.
+    Each input is one of
+
+    - a NIfTI file, X, Y, Z or X, Y, Z, channel: a case;
+    - several NIfTI files separated by commas, one for each modality: a case;
+    - a folder: every NIfTI file in it is a case, but files that differ in an ending _0000, _0001, …
+      alone are the modalities of one;
+    - a data list, a JSON file such as a dataset.json: a list of {"image": file or files, "label":
+      file}, "label" being optional, or an object with such lists. `section` names the list to
+      take; by default the first of testing, test, validation and training that is not empty.
+
+    Raises DataError where an input is none of these, or where two cases have the same name.
     """
-    image_file, image = _read_nifti(case.image)
-    label_file, label = _read_nifti(case.label)
-    if image.ndim not in (3, 4):
-        raise DataError(f"{case.image}: has shape {image.shape}; it must be X, Y, Z or X, Y, Z, channel")
-    channels = image.shape[3] if image.ndim == 4 else 1
-    if channels != len(task.modalities):
+    cases: list[Case] = []
+    for given in inputs:
+        path = Path(given)
+        if path.is_dir():
+            cases.extend(_cases_in_folder(path))
+        elif path.suffix == ".json":
+            cases.extend(_cases_in_list(path, section))
+        else:
+            files = tuple(Path(part) for part in str(given).split(","))
+            cases.append(Case(_stem(files[0]) if len(files) == 1 else _channel_stem(files[0]), files))
+    _check_names(", ".join(map(str, inputs)), cases)
+    if not cases:
+        raise DataError("input: no cases; give NIfTI files, folders of them, or data lists")
+    return tuple(cases)
+
+
+def check_case(task: Task, case: Case) -> Geometry:
+    """Read the files of a labelled case, check that they fit the task and each other.
+
+    Raises DataError as `check_image` does, and where the label cannot be read, lies on another grid
+    than its image, or has a value that stands for no class.
+    """
+    if case.label is None:
+        raise DataError(f"{case.name}: has no label")
+    affine, image = check_image(case, task.modalities)
+    label = check_label(case, list(task.labels))
+    nonzero = (image != 0).any(axis=3)
+    # The axes in the order that preprocessing will bring them into.
+    order = np.argsort(nib.io_orientation(affine)[:, 0])
+    shape = [int(np.ptp(np.nonzero(nonzero)[axis])) + 1 for axis in order]
+    spacing = nib.affines.voxel_sizes(affine)[order].tolist()
+    window = None
+    if (label != 0).any():
+        low, high = np.quantile(image[label != 0], (0.005, 0.995)).tolist()
+        window = (low, high)
+    return Geometry((shape[0], shape[1], shape[2]), (spacing[0], spacing[1], spacing[2]), window)
+
+
+def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """Read the image of a case: its affine (4, 4), and its voxels (X, Y, Z, channel).
+
+    Raises DataError where a file cannot be read, is not of the right dimensions, lacks channels or
+    holds NaN, infinity or nothing but zeros, or where the files lie on different grids.
+    """
+    files = [read_nifti(path) for path in case.images]
+    affine, first = files[0][0].affine, files[0][1]
+    if len(files) == 1 and first.ndim == 4:
+        image = first
+    else:
+        for path, (file, voxels) in zip(case.images, files, strict=True):
+            if voxels.ndim != 3:
+                allowed = "X, Y, Z or X, Y, Z, channel" if len(files) == 1 else "X, Y, Z"
+                raise DataError(f"{path}: has shape {voxels.shape}; it must be {allowed}")
+            if voxels.shape != first.shape:
+                raise DataError(
+                    f"{path}: shape {voxels.shape} does not match {first.shape}, that of {case.image}"
+                )
+            if not _same_grid(file.affine, affine, first.shape):
+                raise DataError(f"{path}: lies on another grid than {case.image} (their affines differ)")
+        image = np.stack([voxels for _, voxels in files], axis=3)
+    if image.shape[3] != len(modalities):
         raise DataError(
-            f"{case.image}: {channels} channels; dataset.json lists {len(task.modalities)} "
-            f"modalities ({', '.join(task.modalities)})"
+            f"{case.image}: {image.shape[3]} channels; there must be one for each of the "
+            f"{len(modalities)} modalities ({', '.join(modalities)})"
         )
+    if np.linalg.matrix_rank(affine) < 4:
+        raise DataError(f"{case.image}: its affine is singular")
+    for channel, name in enumerate(modalities):
+        if not np.isfinite(image[..., channel]).all():
+            path = case.images[channel if len(files) > 1 else 0]
+            raise DataError(f"{path}: holds NaN or infinite values ({name})")
+    if not image.any():
+        raise DataError(f"{case.image}: holds nothing but zeros")
+    return affine, image
+
+
+def check_label(case: Case, values: Sequence[int]) -> np.ndarray:
+    """Read the label of a case: its values (X, Y, Z).
+
+    Raises DataError where the file cannot be read, lies on another grid than the image, or has
+    other values than `values`.
+    """
+    assert case.label is not None
+    file, label = read_nifti(case.label)
+    image: Any = nib.load(case.image)
     if label.shape != image.shape[:3]:
         raise DataError(
             f"{case.label}: shape {label.shape} does not match its image's {image.shape[:3]} ({case.image})"
         )
-    if np.linalg.matrix_rank(image_file.affine) < 4:
-        raise DataError(f"{case.image}: its affine is singular")
-    if not np.allclose(image_file.affine, label_file.affine, atol=1e-2):
+    if not _same_grid(file.affine, image.affine, label.shape):
         raise DataError(f"{case.label}: its affine differs from its image's ({case.image})")
-    if not np.isfinite(image).all():
-        raise DataError(f"{case.image}: holds NaN or infinite values")
-    unknown = sorted(set(np.unique(label).tolist()) - set(task.labels))
+    unknown = sorted(set(np.unique(label).tolist()) - set(values))
     if unknown:
         raise DataError(
-            f"{case.label}: label value {unknown[0]:g} has no class; dataset.json lists {list(task.labels)}"
+            f"{case.label}: label value {unknown[0]:g} has no class; there are classes for {list(values)}"
         )
-    nonzero = image != 0 if image.ndim == 3 else (image != 0).any(axis=3)
-    if not nonzero.any():
-        raise DataError(f"{case.image}: holds nothing but zeros")
-    # The axes in the order that `preprocessing` will bring them into.
-    order = np.argsort(nib.io_orientation(image_file.affine)[:, 0])
-    shape = [int(np.ptp(np.nonzero(nonzero)[axis])) + 1 for axis in order]
-    spacing = nib.affines.voxel_sizes(image_file.affine)[order].tolist()
-    return Geometry((shape[0], shape[1], shape[2]), (spacing[0], spacing[1], spacing[2]))
+    return label
 
 
-def split_cases(cases: Sequence[Case], seed: int) -> tuple[list[Case], list[Case]]:
-    """(training, held out), both sorted: a fifth, at most 40, is held out, drawn with `seed`."""
-    count = min(max(1, round(HELD_OUT * len(cases))), MAX_HELD_OUT)
+def split_cases(
+    cases: Sequence[Case], seed: int, fold: int | None = None, folds: int = 5
+) -> tuple[list[Case], list[Case]]:
+    """(training, held out), both sorted; drawn with `seed`.
+
+    Held out is a fifth of the cases, at most 40, or with `fold` the fold of that number out of `folds`.
+    """
     by_name = sorted(cases, key=lambda case: case.name)
-    drawn = set(np.random.default_rng(seed).permutation(len(cases))[:count].tolist())
+    order = np.random.default_rng(seed).permutation(len(cases))
+    if fold is None:
+        drawn = set(order[: min(max(1, round(HELD_OUT * len(cases))), MAX_HELD_OUT)].tolist())
+    else:
+        if not 0 <= fold < folds <= len(cases):
+            raise DataError(f"fold: got {fold} of {folds} folds of {len(cases)} cases; the first is 0")
+        drawn = set(order[fold::folds].tolist())
     training = [case for index, case in enumerate(by_name) if index not in drawn]
     held_out = [case for index, case in enumerate(by_name) if index in drawn]
     return training, held_out
 
 
-def preprocessing(keys: Sequence[str], spacing: Sequence[float], values: Sequence[int]) -> Compose:
-    """Files to network input: one orientation, one spacing, no empty margins, z-scores.
-
-    Axes run right, anterior, superior, `spacing` mm a voxel, over the smallest box with the
-    image's nonzero voxels. `keys` name the files of an item: "image", whose channels are each
-    normalised by the mean and standard deviation of their nonzero voxels, and label volumes under
-    any other name, whose values become class indices 0, 1, ... in the order of `values`. Each
-    becomes (C, X, Y, Z).
-    """
-    labels = [key for key in keys if key != "image"]
-    transforms: list[Callable[..., Any]] = [
-        LoadImaged(keys, reader="NibabelReader"),
-        EnsureChannelFirstd(keys),
-        Orientationd(keys, axcodes="RAS", labels=None),
-        Spacingd(keys, pixdim=spacing, mode=["nearest" if key in labels else "bilinear" for key in keys]),
-        CropForegroundd(keys, source_key="image", select_fn=_nonzero, allow_smaller=True),
-        NormalizeIntensityd("image", nonzero=True, channel_wise=True),
-    ]
-    if labels and list(values) != list(range(len(values))):
-        transforms.append(MapLabelValued(labels, list(values), list(range(len(values)))))
-    return Compose(transforms)
-
-
-def augmentation(crop: Sequence[int], num_classes: int, sided: bool) -> Compose:
-    """Volume to training crop: a random place, a small affine map, and changes of intensity.
-
-    Left and right are exchanged in half of the crops, unless the classes are `sided`. Front and
-    back, top and bottom never are: anatomy has no such symmetry.
-    """
-    keys, modes = ("image", "label"), ("bilinear", "nearest")
-    angle, scale = math.radians(15), 0.15
-    transforms: list[Callable[..., Any]] = [
-        RandCropByLabelClassesd(
-            keys,
-            label_key="label",
-            spatial_size=crop,
-            num_classes=num_classes,
-            indices_key="label_cls_indices",
-            warn=False,
-        ),
-        RandAffined(
-            keys,
-            prob=0.3,
-            rotate_range=(angle,) * 3,
-            scale_range=(scale,) * 3,
-            mode=modes,
-            padding_mode="border",
-        ),
-        RandGaussianNoised("image", prob=0.15, std=0.1),
-        RandScaleIntensityd("image", factors=0.1, prob=0.3),
-        RandShiftIntensityd("image", offsets=0.1, prob=0.3),
-        RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
-    ]
-    if not sided:
-        transforms.append(RandFlipd(keys, prob=0.5, spatial_axis=0))
-    return Compose([*transforms, EnsureTyped(keys, track_meta=False)])
-
-
-def training_volumes(
-    cases: Sequence[Case],
-    geometries: Sequence[Geometry],
-    channels: int,
-    spacing: Sequence[float],
-    values: Sequence[int],
-    crop: Sequence[int],
-) -> Sequence[dict[str, Any]]:
-    """The preprocessed volumes of `cases`, padded to the crop, as many in memory as 6 GiB hold.
-
-    An item has image (C, X, Y, Z) float32, label (1, X, Y, Z) uint8, and the places of each class,
-    from which `augmentation` draws the middle of a crop.
-    """
-    largest = max(math.prod(geometry.shape) for geometry in geometries)
-    keys = ("image", "label")
-    steps = Compose(
-        [
-            *preprocessing(keys, spacing, values).transforms,
-            SpatialPadd(keys, spatial_size=crop),
-            ClassesToIndicesd("label", num_classes=len(values), max_samples_per_class=10_000),
-            EnsureTyped("image", dtype=torch.float32, track_meta=False),
-            EnsureTyped("label", dtype=torch.uint8, track_meta=False),
-        ]
-    )
-    return CacheDataset(  # type: ignore[return-value]
-        [{"image": str(case.image), "label": str(case.label)} for case in cases],
-        transform=steps,
-        cache_num=max(1, CACHE_BYTES // (largest * (4 * channels + 1))),
-        progress=False,
-        copy_cache=False,
-    )
-
-
-class Crops:
-    """Training batches as a pure function of (seed, step), so that a resumed run goes on exactly.
-
-    Batch `step` holds images (B, C, *crop) and class indices (B, 1, *crop), both float32. The
-    volumes come in a new random order in every round.
-    """
-
-    def __init__(
-        self, volumes: Sequence[dict[str, Any]], augment: Compose, batch_size: int, seed: int
-    ) -> None:
-        self.volumes, self.augment = volumes, augment
-        self.batch_size, self.seed = batch_size, seed
-
-    def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        state = np.random.SeedSequence([self.seed, step]).generate_state(1)[0]
-        self.augment.set_random_state(seed=int(state))
-        crops = []
-        for position in range(step * self.batch_size, (step + 1) * self.batch_size):
-            round_, place = divmod(position, len(self.volumes))
-            order = np.random.default_rng([self.seed, round_]).permutation(len(self.volumes))
-            crops.extend(self.augment(self.volumes[int(order[place])]))
-        return (
-            torch.stack([crop["image"] for crop in crops]),
-            torch.stack([crop["label"] for crop in crops]),
-        )
-
-
-def _nonzero(image: torch.Tensor) -> torch.Tensor:
-    return image != 0
-
-
-def _stem(file: str) -> str:
-    return Path(file).name.removesuffix(".gz").removesuffix(".nii")
-
-
-def _read_nifti(path: Path) -> tuple[Any, np.ndarray]:
+def read_nifti(path: Path) -> tuple[Any, np.ndarray]:
+    """A NIfTI file, and its voxels. Raises DataError where it cannot be read."""
     try:
         file = nib.load(path)
         return file, np.asarray(file.dataobj)  # type: ignore[attr-defined]
+    except FileNotFoundError as error:
+        raise DataError(f"{path}: there is no such file") from error
     except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"{path}: not readable as NIfTI ({error})") from error
+
+
+def write_nifti(voxels: np.ndarray, like: Path, path: Path) -> None:
+    """Write voxels (X, Y, Z) or (X, Y, Z, n) with the affine, and the meaning of its codes, of `like`."""
+    source: Any = nib.load(like)
+    volume = nib.Nifti1Image(voxels, source.affine)
+    if isinstance(source.header, nib.Nifti1Header):
+        volume.header.set_xyzt_units(*source.header.get_xyzt_units())
+        volume.set_qform(source.affine, int(source.header["qform_code"]))
+        volume.set_sform(source.affine, int(source.header["sform_code"]))
+    with atomic(path) as temporary:
+        nib.save(volume, temporary)
+
+
+def _same_grid(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> bool:
+    """Whether two affines put the corners of a volume at the same places."""
+    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape[:3]], [1], indexing="ij")).reshape(4, -1)
+    return bool(np.abs((affine - other) @ corners).max() < GRID_TOLERANCE)
+
+
+def _cases_in_folder(folder: Path) -> list[Case]:
+    files = sorted(path for path in folder.iterdir() if path.name.endswith((".nii", ".nii.gz")))
+    grouped: dict[str, list[Path]] = {}
+    for path in files:
+        if not path.name.startswith("."):
+            grouped.setdefault(_channel_stem(path), []).append(path)
+    return [Case(name, tuple(paths)) for name, paths in grouped.items()]
+
+
+def _cases_in_list(path: Path, section: str | None) -> tuple[Case, ...]:
+    content = _read_json(path)
+    if isinstance(content, dict):
+        sections = [s for s in (SECTIONS if section is None else (section,)) if content.get(s)]
+        if not sections:
+            wanted = f"a list {section!r}" if section else f"one of the lists {', '.join(SECTIONS)}"
+            raise DataError(f"{path}: needs {wanted}, not empty; has {', '.join(content)}")
+        section, content = sections[0], content[sections[0]]
+    return _listed_cases(path, content, section or "entry", labelled=False)
+
+
+def _listed_cases(path: Path, entries: Any, section: str, *, labelled: bool) -> tuple[Case, ...]:
+    """The cases of a data list; file names are relative to the folder of `path`."""
+    wanted = '{"image": file or list of files, "label": file}'
+    if not isinstance(entries, list):
+        raise DataError(f"{path}: {section} is a {type(entries).__name__}; it must be a list of {wanted}")
+    base, cases = path.resolve().parent, []
+    for index, entry in enumerate(entries):
+        if isinstance(entry, str) and not labelled:
+            entry = {"image": entry}
+        images = entry.get("image") if isinstance(entry, dict) else None
+        images = [images] if isinstance(images, str) else images
+        label = entry.get("label") if isinstance(entry, dict) else None
+        wrong = not isinstance(images, list) or not all(isinstance(file, str) for file in images)
+        if wrong or not images or not isinstance(label, str if labelled else (str, type(None))):
+            raise DataError(
+                f"{path}: {section}[{index}] is {entry!r}; it must name one file as 'image' (or a list of "
+                "them, one for each modality)" + (" and one as 'label'" if labelled else "")
+            )
+        stem = _stem(Path(images[0])) if len(images) == 1 else _channel_stem(Path(images[0]))
+        files = tuple(base / file for file in images)
+        cases.append(Case(stem, files, None if label is None else base / label))
+    _check_names(str(path), cases)
+    return tuple(cases)
+
+
+def _check_names(source: str, cases: Sequence[Case]) -> None:
+    names = [case.name for case in cases]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise DataError(f"{source}: two cases are called {twice!r}; names must differ")
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error})") from error
+
+
+def _stem(file: Path) -> str:
+    return file.name.removesuffix(".gz").removesuffix(".nii")
+
+
+def _channel_stem(file: Path) -> str:
+    """The name without the modality's number, _0000 and so on."""
+    return re.sub(r"_\d{4}$", "", _stem(file))

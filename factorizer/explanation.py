@@ -8,16 +8,21 @@ of that kind are what the Factorizer paper (Medical Image Analysis 84, 2023) sho
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import nibabel as nib
+import numpy as np
 import torch
+from monai.transforms import Compose
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from factorizer import FactMixer
-from factorizer.data import Case, preprocessing
-from factorizer.inference import sliding_window
+from factorizer.data import Case, DataError
+from factorizer.inference import Predictor
 from factorizer.planning import Plan
+from factorizer.transforms import files_of, preprocessing, to_own_grid
 
 
 def mixers(network: nn.Module) -> dict[str, FactMixer]:
@@ -83,53 +88,120 @@ class ComponentMaps(nn.Module):
 
 
 def shallow_and_deep(network: nn.Module, plan: Plan) -> dict[str, str]:
-    """The names of the first mixer and of the bottleneck's."""
+    """The names of the first mixer and of the bottleneck's last."""
     names = list(mixers(network))
     return {"shallow": names[0], "deep": names[sum(plan.network["encoder_depth"]) - 1]}
 
 
-def case_components(
-    network: nn.Module, plan: Plan, layers: Sequence[str], case: Case
-) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The maps (n, X, Y, Z) of each layer over a whole volume, and the preprocessed case."""
-    before = preprocessing(("image", "label"), plan.spacing, list(plan.labels))
-    item = before({"image": str(case.image), "label": str(case.label)})
+def find_layers(network: nn.Module, plan: Plan, names: Sequence[str]) -> dict[str, str]:
+    """Layers by what they are called here: "shallow", "deep", or a name from `mixers`; "all" for every one.
+
+    Raises DataError where the network has no such layer.
+    """
+    known = shallow_and_deep(network, plan) | {name: name for name in mixers(network)}
+    if list(names) == ["all"]:
+        names = list(mixers(network))
+    for name in names:
+        if name not in known:
+            raise DataError(f"layers: the network has no {name!r}; it has {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
+@dataclass(frozen=True)
+class Components:
+    """The component maps of some layers over one case.
+
+    `maps`: (n, X, Y, Z) of each layer on the network's grid, axes right, anterior, superior.
+    """
+
+    maps: dict[str, Tensor]
+    item: dict[str, Any]
+    before: Compose
+
+    def on_grid(self, layer: str) -> Tensor:
+        """The maps (n, X, Y, Z) of a layer on the image's own grid."""
+        return to_own_grid(self.maps[layer], self.item, self.before)
+
+
+def case_components(predictor: Predictor, layers: Sequence[str], case: Case) -> Components:
+    """The maps of layers, names from `mixers`, of the predictor's first network over a whole volume."""
+    network, plan = predictor.models[0]
+    before = preprocessing(plan, ("image",))
+    item = before(files_of(case))
     components = ComponentMaps(network, layers)
-    maps = sliding_window(plan)(item["image"].as_tensor()[None], components)[0]
+    maps = predictor.run(components, plan, item["image"].as_tensor())
     parts = maps.split([components.counts[name] for name in layers])
-    return dict(zip(layers, parts, strict=True)), item
+    return Components(dict(zip(layers, parts, strict=True)), item, before)
 
 
-def component_agreement(
-    network: nn.Module, plan: Plan, layers: Sequence[str], cases: Sequence[Case]
-) -> dict[str, Tensor]:
-    """`agreement` of every map with every foreground class: for each layer (classes, maps).
+class Agreement(NamedTuple):
+    """Of a map with a mask: the area under its ROC curve (the probability that a voxel inside scores
+    higher than one outside, ties counting one half: 0.5 is chance, 1 a perfect separation), and the
+    best Dice that a threshold on the map reaches, with that threshold (map >= threshold)."""
 
-    Taken over the voxels that have a signal, and averaged over the cases that have the class.
-    """
-    found: dict[str, list[Tensor]] = {name: [] for name in layers}
-    for case in cases:
-        maps, item = case_components(network, plan, layers, case)
-        label = item["label"].as_tensor()[0]
-        inside = item["image"].as_tensor().abs().sum(0) > 0
-        masks = [label[inside] == k for k in range(1, len(plan.labels))]
-        for name in layers:
-            areas = [[agreement(volume[inside], mask) for volume in maps[name]] for mask in masks]
-            found[name].append(torch.tensor(areas))
-    return {name: torch.stack(areas).nanmean(0) for name, areas in found.items()}
+    auc: float
+    dice: float
+    threshold: float
 
 
-def agreement(scores: Tensor, mask: Tensor) -> float:
-    """How well `scores` tell the voxels of `mask` from the others: area under the ROC curve.
-
-    The probability that a voxel inside scores higher than one outside, ties counting one half:
-    0.5 is chance, 1 a perfect separation. NaN where `mask` is empty or full.
-    """
+def agreement(scores: Tensor, mask: Tensor) -> Agreement:
+    """How well `scores` tell the voxels of `mask` from the others; NaN where it is empty or full."""
     mask = mask.flatten().bool()
     inside, outside = int(mask.sum()), int((~mask).sum())
     if not inside or not outside:
-        return float("nan")
-    _, place, counts = scores.flatten().unique(return_inverse=True, return_counts=True)
+        return Agreement(float("nan"), float("nan"), float("nan"))
+    levels, place, counts = scores.flatten().unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     ranks = last - (counts - 1) / 2  # equal scores share the mean of their ranks
-    return float((ranks[place[mask]].sum() - inside * (inside + 1) / 2) / (inside * outside))
+    auc = (ranks[place[mask]].sum() - inside * (inside + 1) / 2) / (inside * outside)
+    # At the k-th level: how many voxels score as much or more, and how many of these are inside.
+    hits = torch.bincount(place[mask], minlength=len(levels)).flip(0).cumsum(0).flip(0)
+    above = counts.flip(0).cumsum(0).flip(0)
+    dice = 2 * hits / (above + inside)
+    best = int(dice.argmax())
+    return Agreement(float(auc), float(dice[best]), float(levels[best]))
+
+
+def agreements(
+    maps: Tensor, labels: np.ndarray, signal: np.ndarray, plan: Plan
+) -> dict[str, list[Agreement]]:
+    """For each target of the plan the agreement of every map (n, X, Y, Z) with it.
+
+    Taken over the voxels of `signal` (X, Y, Z): where air counts, every map looks good. `labels`
+    (X, Y, Z) are label values.
+    """
+    inside = torch.from_numpy(signal)
+    kept = maps[:, inside]
+    return {
+        name: [agreement(row, torch.from_numpy(np.isin(labels[signal], values))) for row in kept]
+        for name, values in plan.targets.items()
+    }
+
+
+def signal_of(case: Case) -> np.ndarray:
+    """Where the image of a case is not zero: (X, Y, Z)."""
+    nonzero = None
+    for path in case.images:
+        voxels = np.asarray(nib.load(path).dataobj) != 0  # type: ignore[attr-defined]
+        voxels = voxels.any(axis=3) if voxels.ndim == 4 else voxels
+        nonzero = voxels if nonzero is None else nonzero | voxels
+    assert nonzero is not None
+    return nonzero
+
+
+def component_agreement(
+    predictor: Predictor, layers: Sequence[str], cases: Sequence[Case]
+) -> dict[str, Tensor]:
+    """AUC of every map with every target, on the cases' own grids: for each layer (targets, maps).
+
+    Averaged over the cases that have the target.
+    """
+    plan = predictor.models[0][1]
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for case in cases:
+        components = case_components(predictor, layers, case)
+        labels = np.asarray(nib.load(case.label).dataobj)  # type: ignore[attr-defined,arg-type]
+        for name in layers:
+            by_target = agreements(components.on_grid(name), labels, signal_of(case), plan)
+            found[name].append(torch.tensor([[a.auc for a in row] for row in by_target.values()]))
+    return {name: torch.stack(areas).nanmean(0) for name, areas in found.items()}

@@ -1,23 +1,24 @@
-"""Segment volumes of any size with a trained network, on the grid that they came in."""
+"""Segment volumes of any size with trained networks, on the grids that they came in."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
-from monai.inferers import SlidingWindowInferer
-from monai.metrics import DiceMetric
-from monai.networks.utils import one_hot
-from monai.transforms import Invertd
+from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 
-from factorizer.data import atomic, preprocessing
+from factorizer.data import Case, DataError, check_image, write_nifti
 from factorizer.planning import Plan, build_network
 from factorizer.training import read_checkpoint
+from factorizer.transforms import files_of, preprocessing, to_own_grid
 
 
 def load_network(path: str | Path) -> tuple[nn.Module, Plan]:
@@ -26,47 +27,143 @@ def load_network(path: str | Path) -> tuple[nn.Module, Plan]:
     Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
     """
     plan, state = read_checkpoint(path)
-    network = build_network(**plan.network, seed=plan.seed)
-    network.load_state_dict(state["network"])
+    network = build_network(plan.network, plan.seed)
+    try:
+        network.load_state_dict(state["network"])
+    except RuntimeError as error:
+        raise DataError(f"{path}: its weights do not fit its plan's network ({error})") from error
     return network.eval(), plan
 
 
-def sliding_window(plan: Plan) -> SlidingWindowInferer:
-    """Windows of the plan's crop, overlapping by half, under Gaussian weights."""
-    return SlidingWindowInferer(roi_size=plan.crop, sw_batch_size=2, overlap=0.5, mode="gaussian")
+class Predictor:
+    """One or several trained networks, whose logits are averaged.
 
+    Args:
+        models: networks with their plans. All must be of the same modalities, labels and regions.
+        device: where the networks run.
+        whole: run over whole volumes at once, instead of windows of the plan's crop, overlapping by
+            half, under Gaussian weights.
+        mirror: average also over the mirror images along the axes that the plan flips.
 
-@torch.no_grad()
-def segment(network: nn.Module, plan: Plan, image: Path) -> np.ndarray:
-    """Label values (X, Y, Z) uint8 for a NIfTI image, on the image's own grid.
-
-    The logits, not the decisions, are taken back to that grid where it is another than the
-    network's.
+    Raises DataError where two networks do not segment the same.
     """
-    values = list(plan.labels)
-    before = preprocessing(("image",), plan.spacing, values)
-    item = before({"image": str(image)})
-    window = sliding_window(plan)
-    item["logits"] = window(item["image"][None], network)[0]
-    after = Invertd("logits", transform=before, orig_keys="image", nearest_interp=False)
-    classes = after(item)["logits"].argmax(dim=0)
-    return np.asarray(values, dtype=np.uint8)[classes.numpy()]
+
+    def __init__(
+        self,
+        models: Sequence[tuple[nn.Module, Plan]],
+        *,
+        device: torch.device | str = "cpu",
+        whole: bool = False,
+        mirror: bool = False,
+    ) -> None:
+        self.plan = models[0][1]
+        for number, (_, plan) in enumerate(models[1:], 2):
+            for field in ("modalities", "labels", "regions"):
+                was, now = getattr(self.plan, field), getattr(plan, field)
+                if was != now:
+                    raise DataError(f"checkpoint {number}: {field} = {now!r}; the first one has {was!r}")
+        self.models = [(network.to(device).eval(), plan) for network, plan in models]
+        self.device, self.whole, self.mirror = torch.device(device), whole, mirror
+
+    def segment(self, case: Case) -> np.ndarray:
+        """Label values (X, Y, Z) uint8 on the image's own grid.
+
+        The logits, not the decisions, are taken back to that grid where it is another than the
+        network's.
+        """
+        return self.plan.decide(self.logits(case)).numpy()
+
+    def logits(self, case: Case) -> Tensor:
+        """Mean logits (outputs, X, Y, Z) on the image's own grid."""
+        total: Tensor | None = None
+        for network, plan in self.models:
+            before = preprocessing(plan, ("image",))
+            item = before(files_of(case))
+            logits = to_own_grid(self.run(network, plan, item["image"].as_tensor()), item, before)
+            total = logits if total is None else total + logits
+        assert total is not None
+        return total / len(self.models)
+
+    @torch.no_grad()
+    def run(self, network: nn.Module, plan: Plan, image: Tensor) -> Tensor:
+        """The network moved over a preprocessed image (C, X, Y, Z): (outputs, X, Y, Z), on the CPU."""
+        cuda = self.device.type == "cuda"
+
+        def logits(x: Tensor) -> Tensor:
+            with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
+                y = network(x)
+            return (y if isinstance(y, Tensor) else y[0]).float()
+
+        x = image[None]
+        if self.whole:
+            infer: Inferer = SimpleInferer()
+            x = x.to(self.device)
+        else:
+            infer = SlidingWindowInferer(
+                roi_size=plan.crop,
+                sw_batch_size=2,
+                overlap=0.5,
+                mode="gaussian",
+                sw_device=self.device,
+                device="cpu",
+            )
+        axes = [axis + 2 for axis in plan.flips] if self.mirror else []
+        flips = [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
+        total = sum(infer(x.flip(f) if f else x, logits).flip(f) for f in flips)
+        return (total / len(flips))[0].cpu()
 
 
-def write_segmentation(labels: np.ndarray, image: Path, path: Path) -> None:
-    """Write label values as NIfTI with the affine, and the meaning of its codes, of `image`."""
-    source: Any = nib.load(image)
-    volume = nib.Nifti1Image(labels, source.affine)
-    volume.header.set_xyzt_units(*source.header.get_xyzt_units())
-    volume.set_qform(source.affine, int(source.header["qform_code"]))
-    volume.set_sform(source.affine, int(source.header["sform_code"]))
-    with atomic(path) as temporary:
-        nib.save(volume, temporary)
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a case: "done", "skipped" (it was there) or "failed", and why."""
+
+    name: str
+    state: str
+    reason: str = ""
+    seconds: float = 0.0
 
 
-def dice(prediction: np.ndarray, truth: np.ndarray, values: Sequence[int]) -> Tensor:
-    """Dice of each foreground class of two label volumes; NaN for a class that the truth lacks."""
-    metric = DiceMetric(include_background=False, reduction="none")
-    classes = (torch.from_numpy(np.searchsorted(values, v)) for v in (prediction, truth))
-    metric(*(one_hot(volume[None, None], len(values)) for volume in classes))
-    return torch.as_tensor(metric.get_buffer()[0])
+def segment_cases(predictor: Predictor, cases: Sequence[Case], folder: Path) -> Iterator[Outcome]:
+    """Segments cases into folder/NAME.nii.gz, one by one, and tells what became of each.
+
+    A case whose file is there is left alone. One that cannot be read, or fails otherwise, leaves no
+    file, and the others go on.
+    """
+    for case in cases:
+        path, start = folder / f"{case.name}.nii.gz", time.perf_counter()
+        if path.exists():
+            yield Outcome(case.name, "skipped")
+            continue
+        reason = failure(lambda case=case, path=path: _segment_case(predictor, case, path))  # type: ignore[misc]
+        state = "failed" if reason else "done"
+        yield Outcome(case.name, state, reason, time.perf_counter() - start)
+
+
+def failure(call: Callable[[], None]) -> str:
+    """Runs a piece of work on one case: why it failed, or nothing.
+
+    Whatever a case does (an unreadable file, a full disk, too little memory) must not end the
+    others, so every error is caught here.
+    """
+    try:
+        call()
+    except DataError as error:
+        return str(error)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def _segment_case(predictor: Predictor, case: Case, path: Path) -> None:
+    check_image(case, predictor.plan.modalities)
+    write_nifti(predictor.segment(case), case.image, path)
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes that this process has held at most: on the GPU, or in main memory for the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource  # not on Windows
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

@@ -2,47 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-import math
 import platform
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.data.utils import dense_patch_slices
 from rich.console import Console
-from torch import Tensor, nn
+from torch import Tensor
 
+from factorizer.commands.train import check_cases, fit
 from factorizer.data import (
     Case,
-    Crops,
     DataError,
     Geometry,
-    Task,
     atomic,
-    augmentation,
-    check_case,
+    prepare_folder,
     read_decathlon,
     split_cases,
-    training_volumes,
+    write_nifti,
 )
 from factorizer.demo import screen
-from factorizer.demo.figures import draw_components, draw_segmentations, picture
 from factorizer.demo.synthetic import NOTICE, write_synthetic
 from factorizer.demo.timing import compare, kernel_backend, parameter_count
+from factorizer.evaluation import Score, evaluate_case, summarise
 from factorizer.explanation import case_components, component_agreement, shallow_and_deep
-from factorizer.inference import dice, segment, write_segmentation
+from factorizer.figures import draw_components, draw_segmentations, picture
+from factorizer.inference import Predictor
 from factorizer.planning import Plan, build_network, plan_run
-from factorizer.training import Trainer, read_checkpoint
+from factorizer.screen import progress
+from factorizer.training import Trainer
 
 SEED = 0
 EXPLAINED = 4  # cases of each part, at most, that components are compared with the truth on
@@ -71,17 +69,18 @@ def run_demo(
     if steps is not None and steps < 1:
         raise DataError(f"steps: got {steps}; it must be at least 1")
     task = None if data is None else read_decathlon(data)
-    _prepare_out(out)
+    for folder in (out, out / "predictions"):
+        prepare_folder("out", folder)
     if task is None:
         with console.status("Drawing synthetic volumes"):
             task = read_decathlon(write_synthetic(out / "data", seed=SEED))
-    geometries = _check(console, task)
+    geometries = check_cases(console, task)
     training, held_out = split_cases(task.cases, SEED)
     plan = plan_run(task, geometries, training, held_out, steps=steps, seed=SEED)
-    trainer = Trainer(plan, build_network(**plan.network, seed=plan.seed))
+    trainer = Trainer(plan, build_network(plan.network, plan.seed))
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():
-        _resume(trainer, checkpoint)
+        trainer.resume(checkpoint)
     seconds_before = trainer.seconds
 
     screen.announce(
@@ -96,25 +95,24 @@ def run_demo(
         out=out,
     )
     if trainer.step < plan.steps:
-        _train(console, trainer, training, [geometries[c.name] for c in training], checkpoint)
-    network = trainer.network.eval()
-    scores = _segment(console, network, plan, held_out, out / "predictions")
+        fit(console, trainer, training, geometries, checkpoint)
+    predictor = Predictor([(trainer.network, plan)])
+    scores = _segment(console, predictor, held_out, out / "predictions")
     with console.status("Comparing components with the truth"):
-        components = _explain(network, plan, training, held_out)
+        components = _explain(predictor, training, held_out)
     with console.status("Timing the networks side by side"):
         speeds = compare(plan)
     with console.status("Drawing"):
         notice = f"\n{NOTICE}" if data is None else ""
-        _draw(out, network, plan, held_out, scores, components, notice)
+        _draw(out, predictor, held_out, scores, components, notice)
 
     report = {
         "task": task.name,
         "data": NOTICE if data is None else str(data),
         "synthetic": data is None,
-        "dice": _dice_summary(scores, plan.classes),
+        "dice": _mean({row.target: row.dice for row in summarise(itertools.chain(*scores.values()))}),
         "dice_per_case": {
-            name: {"mean": _number(values.nanmean()), **_named(values, plan.classes)}
-            for name, values in scores.items()
+            name: _mean({score.target: score.dice for score in members}) for name, members in scores.items()
         },
         "seconds": round(seconds_before + time.perf_counter() - start, 2),
         "seconds_training": round(trainer.seconds, 2),
@@ -137,38 +135,6 @@ def run_demo(
     return report
 
 
-def _prepare_out(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise DataError(f"out: {out} is a file; it must be a folder, or not exist yet")
-    try:
-        (out / "predictions").mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
-    except OSError as error:
-        raise DataError(f"out: {out} cannot be written to ({error})") from error
-
-
-def _check(console: Console, task: Task) -> dict[str, Geometry]:
-    geometries = {}
-    with screen.progress(console) as progress:
-        for case in progress.track(task.cases, description="Checking volumes"):
-            geometries[case.name] = check_case(task, case)
-    return geometries
-
-
-def _resume(trainer: Trainer, path: Path) -> None:
-    """Take up the checkpoint at `path`, provided that it is one of the same plan."""
-    plan, state = read_checkpoint(path)
-    for field in fields(Plan):
-        was, now = getattr(plan, field.name), getattr(trainer.plan, field.name)
-        if was != now:
-            raise DataError(
-                f"out: {path} belongs to a run with {field.name} = {was!r}, this one has {now!r}; "
-                "give another folder, or delete that file to start anew"
-            )
-    trainer.load(state)
-
-
 def _expected_seconds(plan: Plan, steps_done: int, held_out: Sequence[Geometry]) -> float:
     """Of training and segmenting, from three steps and forwards of a throw-away network."""
 
@@ -180,7 +146,7 @@ def _expected_seconds(plan: Plan, steps_done: int, held_out: Sequence[Geometry])
             times.append(time.perf_counter() - start)
         return median(times)
 
-    trial = Trainer(plan, build_network(**plan.network, seed=plan.seed))
+    trial = Trainer(plan, build_network(plan.network, plan.seed))
     image = torch.randn(plan.batch_size, len(plan.modalities), *plan.crop)
     label = torch.zeros(plan.batch_size, 1, *plan.crop)
     step = seconds(lambda: trial.update(image, label))
@@ -194,57 +160,30 @@ def _expected_seconds(plan: Plan, steps_done: int, held_out: Sequence[Geometry])
     return step * (plan.steps - steps_done) + forward * windows
 
 
-def _train(
-    console: Console,
-    trainer: Trainer,
-    cases: Sequence[Case],
-    geometries: Sequence[Geometry],
-    path: Path,
-) -> None:
-    plan = trainer.plan
-    with console.status(f"Loading {len(cases)} volumes"):
-        volumes = training_volumes(
-            cases, geometries, len(plan.modalities), plan.spacing, list(plan.labels), plan.crop
-        )
-    augment = augmentation(plan.crop, len(plan.labels), plan.sided)
-    crops = Crops(volumes, augment, plan.batch_size, plan.seed)
-    with screen.progress(console) as progress:
-        bar = progress.add_task("Training", total=plan.steps, completed=trainer.step)
-
-        def advance(step: int) -> None:
-            recent = trainer.losses[-20:]
-            loss = sum(recent) / len(recent)
-            progress.update(bar, completed=step, description=f"Training, loss {loss:.3f}")
-
-        trainer.run(crops, path, advance)
-
-
 def _segment(
-    console: Console, network: nn.Module, plan: Plan, cases: Sequence[Case], folder: Path
-) -> dict[str, Tensor]:
-    """Segment the cases into `folder`; returns the Dice of each class, on the cases' own grids."""
-    scores = {}
-    with screen.progress(console) as progress:
-        for case in progress.track(cases, description="Segmenting"):
-            labels = segment(network, plan, case.image)
-            write_segmentation(labels, case.image, folder / f"{case.name}.nii.gz")
-            truth = np.asarray(nib.load(case.label).dataobj)  # type: ignore[attr-defined]
-            scores[case.name] = dice(labels, truth, list(plan.labels))
+    console: Console, predictor: Predictor, cases: Sequence[Case], folder: Path
+) -> dict[str, list[Score]]:
+    """Segment the cases into `folder`; returns their scores, on the cases' own grids."""
+    plan, scores = predictor.plan, {}
+    with progress(console) as bar:
+        for case in bar.track(cases, description="Segmenting"):
+            path = folder / f"{case.name}.nii.gz"
+            write_nifti(predictor.segment(case), case.image, path)
+            scores[case.name] = evaluate_case(path, case, list(plan.labels), plan.targets)
     return scores
 
 
-def _explain(
-    network: nn.Module, plan: Plan, training: Sequence[Case], held_out: Sequence[Case]
-) -> dict[str, Any]:
+def _explain(predictor: Predictor, training: Sequence[Case], held_out: Sequence[Case]) -> dict[str, Any]:
     """How well single components tell the classes apart, in a shallow and a deep layer.
 
     The map that stands for a class is chosen on training cases and measured on held-out ones, so
     that the choice is no part of the measurement.
     """
+    (network, plan), *_ = predictor.models
     layers = shallow_and_deep(network, plan)
     names = list(layers.values())
-    chosen_on = component_agreement(network, plan, names, training[:EXPLAINED])
-    measured_on = component_agreement(network, plan, names, held_out[:EXPLAINED])
+    chosen_on = component_agreement(predictor, names, training[:EXPLAINED])
+    measured_on = component_agreement(predictor, names, held_out[:EXPLAINED])
     report = {}
     for depth, layer in layers.items():
         best = chosen_on[layer].nan_to_num(nan=-1).argmax(1).tolist()
@@ -261,20 +200,19 @@ def _explain(
 
 def _draw(
     out: Path,
-    network: nn.Module,
-    plan: Plan,
+    predictor: Predictor,
     held_out: Sequence[Case],
-    scores: dict[str, Tensor],
+    scores: dict[str, list[Score]],
     components: dict[str, Any],
     notice: str,
 ) -> None:
-    by_dice = sorted(held_out, key=lambda case: -float(scores[case.name].nanmean()))
+    plan = predictor.plan
+    by_dice = sorted(held_out, key=lambda case: -sum(score.dice for score in scores[case.name]))
     places = sorted({0, len(by_dice) // 2, len(by_dice) - 1})
     pictures = []
     for case in (by_dice[place] for place in places):
-        values = zip(plan.classes, scores[case.name].tolist(), strict=True)
-        known = [f"{name} {value:.2f}" for name, value in values if not math.isnan(value)]
-        caption = textwrap.fill("Dice " + ", ".join(known), 40)
+        values = [f"{score.target} {score.dice:.2f}" for score in scores[case.name]]
+        caption = textwrap.fill("Dice " + ", ".join(values), 40)
         path = out / "predictions" / f"{case.name}.nii.gz"
         pictures.append(picture(plan, case, path, caption))
     draw_segmentations(
@@ -287,7 +225,7 @@ def _draw(
 
     middle = by_dice[len(by_dice) // 2]
     names = [record["layer"] for record in components.values()]
-    maps, _ = case_components(network, plan, names, middle)
+    maps = case_components(predictor, names, middle).maps
     rows = []
     for depth, record in components.items():
         captions: dict[int, list[str]] = {}
@@ -309,14 +247,10 @@ def _draw(
     )
 
 
-def _dice_summary(scores: dict[str, Tensor], classes: Sequence[str]) -> dict[str, float | None]:
-    """Means over the cases that have the class, and the mean of these over the classes."""
-    per_class = torch.stack(list(scores.values())).nanmean(0)
-    return {"mean": _number(per_class.nanmean()), **_named(per_class, classes)}
-
-
-def _named(values: Tensor, names: Sequence[str]) -> dict[str, float | None]:
-    return {name: _number(value) for name, value in zip(names, values, strict=True)}
+def _mean(values: dict[str, float]) -> dict[str, float]:
+    """The values after their mean, rounded."""
+    mean = sum(values.values()) / len(values)
+    return {name: round(value, 4) for name, value in {"mean": mean, **values}.items()}
 
 
 def _number(value: Tensor) -> float | None:

@@ -7,30 +7,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from factorizer.planning import Plan
-
-
-def progress(console: Console) -> Progress:
-    """A bar with the count, the time taken and the time left."""
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-    )
+from factorizer.screen import duration
 
 
 def announce(
@@ -61,7 +41,7 @@ def announce(
     table.add_row("kernels", f"{backend} backend, threads: {torch.get_num_threads()}")
     if steps_done:
         table.add_row("resumes", f"{steps_done} steps are done, {plan.steps - steps_done} to go")
-    table.add_row("time expected", f"about {_duration(seconds)} to train and segment")
+    table.add_row("time expected", f"about {duration(seconds)} to train and segment")
     table.add_row("results in", str(out))
     console.print(table)
 
@@ -99,13 +79,9 @@ def conclude(console: Console, report: dict[str, Any], out: Path) -> None:
             f"{row['training_step_ms'] / rows[0]['training_step_ms']:.2f}",
         )
     console.print(table)
-    console.print(f"{_duration(report['seconds'])} in all. Results in {out}:")
+    console.print(f"{duration(report['seconds'])} in all. Results in {out}:")
     console.print("  report.json, segmentation.png, components.png, predictions/, checkpoint.pt")
 
 
 def _score(value: float | None) -> str:
     return "none" if value is None else f"{value:.3f}"
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"

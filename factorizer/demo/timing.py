@@ -38,7 +38,7 @@ def kernel_backend() -> str:
 def compare(plan: Plan) -> list[Speed]:
     """Times of the plan's network: with its fused kernels where there are some, on the reference
     backend, and of a SegResNet of like size, all side by side with fresh weights."""
-    factorizer = Trainer(plan, build_network(**plan.network, seed=plan.seed))
+    factorizer = Trainer(plan, build_network(plan.network, plan.seed))
     convolutions = Trainer(plan, like_segresnet(factorizer.network, plan))
     contenders = {"Factorizer, reference": ("reference", factorizer)}
     if (backend := kernel_backend()) != "reference":

@@ -2,7 +2,7 @@
 
 from .block import FactorizerBlock, FactorizerStage
 from .conv import ConvStage
-from .factorization import NMF, MatrixFactorization, set_num_iters
+from .factorization import NMF, MatrixFactorization, set_num_iters, set_rank
 from .linear import Linear
 from .matricize import Matricize, SWMatricize
 from .mixer import FactMixer
@@ -24,4 +24,5 @@ __all__ = [
     "PositionalEmbedding",
     "SWMatricize",
     "set_num_iters",
+    "set_rank",
 ]

@@ -1,4 +1,4 @@
-"""Decathlon folders: what is read from them, what is wrong with them, and the crops they give."""
+"""Decathlon folders: what is read from them, and what is wrong with them; other ways to name cases."""
 
 import json
 import math
@@ -7,25 +7,19 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 from factorizer.data import (
     Case,
-    Crops,
     DataError,
-    Geometry,
     Task,
     atomic,
-    augmentation,
     check_case,
-    preprocessing,
+    check_image,
+    find_cases,
     read_decathlon,
     split_cases,
-    training_volumes,
 )
 from factorizer.demo import write_synthetic
-
-CROP = (16, 16, 16)
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +58,11 @@ def test_reads_what_the_folder_says(folder):
     for case in task.cases:
         nonzero = np.asarray(nib.load(case.image).dataobj).any(axis=3)
         box = tuple(np.ptp(places) + 1 for places in np.nonzero(nonzero))
-        assert check_case(task, case) == Geometry(box, (1.0, 1.0, 1.0))
+        geometry = check_case(task, case)
+        assert geometry.shape == box
+        assert geometry.spacing == (1, 1, 1)
+        voxels, label = (np.asarray(nib.load(f).dataobj) for f in (case.image, case.label))
+        assert geometry.window == pytest.approx(np.quantile(voxels[label > 0], (0.005, 0.995)))
 
 
 def test_labels_are_sorted_by_value(folder):
@@ -121,7 +119,7 @@ def test_too_few_cases(folder):
 def test_two_cases_of_one_name(folder):
     training = json.loads((folder / "dataset.json").read_text())["training"]
     edit(folder, training=[*training, training[0]])
-    with pytest.raises(DataError, match="two training cases are called 'synthetic_001'"):
+    with pytest.raises(DataError, match="two cases are called 'synthetic_001'"):
         read_decathlon(folder)
 
 
@@ -139,8 +137,8 @@ def test_unreadable_nifti(folder, kind, content):
     ("kind", "change", "words"),
     [
         ("labelsTr", lambda x: x[:-1], r"labelsTr/.*shape .* does not match"),
-        ("imagesTr", lambda x: x[..., :1], "1 channels; dataset.json lists 2"),
-        ("imagesTr", lambda x: x[..., 0], "1 channels; dataset.json lists 2"),
+        ("imagesTr", lambda x: x[..., :1], "1 channels; there must be one for each of the 2 modalities"),
+        ("imagesTr", lambda x: x[..., 0], "1 channels; there must be one for each of the 2 modalities"),
         ("imagesTr", lambda x: x[..., None], "has shape"),
         ("imagesTr", lambda x: np.where(x == x.max(), np.nan, x), "NaN or infinite"),
         ("imagesTr", lambda x: x * 0, "nothing but zeros"),
@@ -167,7 +165,7 @@ def write_case(folder, image, label, affine):
     paths = folder / "image.nii.gz", folder / "label.nii.gz"
     for path, volume in zip(paths, (image, label), strict=True):
         nib.save(nib.Nifti1Image(volume, affine), path)
-    return Case("case", *paths)
+    return Case("case", paths[:1], paths[1])
 
 
 def test_geometry_is_told_in_canonical_axes(tmp_path):
@@ -180,29 +178,9 @@ def test_geometry_is_told_in_canonical_axes(tmp_path):
     assert geometry.spacing == pytest.approx((3, 4, 2))
 
 
-def test_preprocessing(tmp_path):
-    rng = np.random.default_rng(0)
-    affine = np.array([[0, -3, 0, 5], [0, 0, -4, 6], [2, 0, 0, 7], [0, 0, 0, 1]], dtype=float)
-    image = rng.gamma(2.0, 100, (4, 5, 6, 2)).astype(np.float32)
-    image[0] = 0  # air, which is cut off
-    image[2, 3, 4] = 0  # a hole, which the z-scores leave out
-    label = rng.choice([0, 2, 5], (4, 5, 6)).astype(np.uint8)
-    case = write_case(tmp_path, image, label, affine)
-    before = preprocessing(("image", "label"), (3, 4, 2), (0, 2, 5))
-    item = before({"image": str(case.image), "label": str(case.label)})
-    # Right is minus the second array axis, anterior minus the third, superior the first.
-    expected = image[1:, ::-1, ::-1].transpose(3, 1, 2, 0)
-    voxels = expected != 0
-    for channel, inside, got in zip(expected, voxels, item["image"].numpy(), strict=True):
-        scores = (channel - channel[inside].mean()) / channel[inside].std()
-        np.testing.assert_allclose(got, np.where(inside, scores, 0), atol=1e-5)
-    classes = np.searchsorted([0, 2, 5], label[1:, ::-1, ::-1].transpose(1, 2, 0))
-    np.testing.assert_array_equal(item["label"].numpy()[0], classes)
-
-
 def test_split_is_seeded_disjoint_and_blind_to_order(original):
     cases = read_decathlon(original).cases
-    cases = [Case(f"{i:02d}", case.image, case.label) for i in range(10) for case in cases[:1]]
+    cases = [Case(f"{i:02d}", case.images, case.label) for i in range(10) for case in cases[:1]]
     training, held_out = split_cases(cases, seed=0)
     assert len(training) == 8
     assert sorted(training + held_out, key=lambda case: case.name) == cases
@@ -210,62 +188,14 @@ def test_split_is_seeded_disjoint_and_blind_to_order(original):
     assert split_cases(cases, seed=1) != (training, held_out)
 
 
-@pytest.fixture(scope="module")
-def volumes(original):
-    task = read_decathlon(original)
-    geometries = [check_case(task, case) for case in task.cases]
-    return training_volumes(task.cases, geometries, 2, (1, 1, 1), list(task.labels), CROP)
-
-
-def test_batches_are_a_function_of_seed_and_step(volumes):
-    augment = augmentation(CROP, num_classes=3, sided=False)
-    crops = Crops(volumes, augment, batch_size=2, seed=0)
-    expected = [crops[step] for step in range(3)]
-    for image, label in expected:
-        assert image.shape == (2, 2, *CROP)
-        assert label.shape == (2, 1, *CROP)
-        assert type(image) is torch.Tensor
-        assert image.dtype == torch.float32
-        assert set(label.unique().tolist()) <= {0, 1, 2}
-    again = Crops(volumes, augmentation(CROP, num_classes=3, sided=False), batch_size=2, seed=0)
-    for step in (2, 0, 1):  # in any order, as after a resumption
-        for got, wanted in zip(again[step], expected[step], strict=True):
-            assert torch.equal(got, wanted)
-    assert not torch.equal(Crops(volumes, augment, batch_size=2, seed=1)[0][0], expected[0][0])
-
-
-def test_every_round_uses_every_volume():
-    seen = []
-    volumes = [{"index": i} for i in range(5)]
-
-    class Augment:
-        def set_random_state(self, seed):
-            pass
-
-        def __call__(self, volume):
-            seen.append(volume["index"])
-            return [{"image": torch.zeros(1), "label": torch.zeros(1)}]
-
-    crops = Crops(volumes, Augment(), batch_size=2, seed=0)
-    for step in range(5):
-        crops[step]
-    assert sorted(seen[:5]) == sorted(seen[5:]) == list(range(5))
-    assert seen[:5] != seen[5:]
-
-
-@pytest.mark.parametrize("sided", [False, True])
-def test_sides_are_exchanged_unless_classes_are_sided(sided):
-    # A ramp from left to right of one class: it runs backwards where the crop was flipped.
-    image = torch.arange(16.0).view(1, 16, 1, 1).expand(1, *CROP).contiguous()
-    label = torch.zeros(1, *CROP, dtype=torch.uint8)
-    places = [torch.arange(16**3), torch.empty(0, dtype=torch.long)]
-    volume = {"image": image, "label": label, "label_cls_indices": places}
-    augment = augmentation(CROP, num_classes=2, sided=sided)
-    crops = Crops([volume], augment, batch_size=1, seed=0)
-    images = [crops[step][0] for step in range(40)]
-    flipped = sum((x[:, :, -1] - x[:, :, 0]).mean().item() < 0 for x in images)
-    # Of 40 fair coins fewer than 8 or more than 32 fall the same way once in 10 000 tries.
-    assert flipped == 0 if sided else 8 <= flipped <= 32
+def test_folds_hold_every_case_out_once(original):
+    case = read_decathlon(original).cases[0]
+    cases = [Case(f"{i:02d}", case.images, case.label) for i in range(12)]
+    splits = [split_cases(cases, seed=0, fold=fold) for fold in range(5)]
+    assert sorted(c.name for _, held_out in splits for c in held_out) == [c.name for c in cases]
+    assert all(set(t) | set(h) == set(cases) for t, h in splits)
+    with pytest.raises(DataError, match="fold: got 5 of 5 folds"):
+        split_cases(cases, seed=0, fold=5)
 
 
 def test_atomic_leaves_the_old_file_on_failure(tmp_path):
@@ -285,6 +215,78 @@ def test_atomic_leaves_the_old_file_on_failure(tmp_path):
         assert path.read_text() == "old"
     assert path.read_text() == "new"
     assert list(tmp_path.iterdir()) == [path]
+
+
+def save(path, shape=(4, 5, 6), affine=None, fill=1.0):
+    voxels = np.full(shape, fill, dtype=np.float32)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def test_ways_to_name_cases(tmp_path):
+    for name in ("a_0000", "a_0001", "b_0000", "b_0001", "c"):
+        save(tmp_path / f"{name}.nii.gz")
+    (tmp_path / ".part-d.nii.gz").touch()  # what a killed run may leave
+    a, b, c = find_cases([tmp_path])
+    assert [case.name for case in (a, b, c)] == ["a", "b", "c"]
+    assert [path.name for path in a.images] == ["a_0000.nii.gz", "a_0001.nii.gz"]
+    assert len(c.images) == 1
+    pair = ",".join(map(str, b.images))
+    assert find_cases([pair]) == (b,)
+    assert [case.name for case in find_cases([b.images[0], c.image])] == ["b_0000", "c"]
+    entries = [{"image": ["a_0000.nii.gz", "a_0001.nii.gz"]}, {"image": "c.nii.gz", "label": "l.nii.gz"}]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    listed = find_cases([tmp_path / "list.json"])
+    assert [case.name for case in listed] == ["a", "c"]
+    assert listed[0].images == tuple(path.resolve() for path in a.images)
+    assert listed[1].label == (tmp_path / "l.nii.gz").resolve()
+
+
+def test_sections_of_a_data_list(tmp_path):
+    path = tmp_path / "dataset.json"
+    path.write_text(json.dumps({"test": [], "training": [{"image": "a.nii", "label": "b.nii"}]}))
+    assert [case.name for case in find_cases([path])] == ["a"]
+    path.write_text(json.dumps({"test": ["c.nii"], "training": [{"image": "a.nii"}]}))
+    assert [case.name for case in find_cases([path])] == ["c"]
+    assert [case.name for case in find_cases([path], "training")] == ["a"]
+    with pytest.raises(DataError, match="needs a list 'validation'"):
+        find_cases([path], "validation")
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "not readable as JSON"),
+        ("[1]", r"entry\[0\] is 1"),
+        ('[{"image": []}]', r"entry\[0\]"),
+        ('[{"image": "a.nii", "label": 3}]', r"entry\[0\]"),
+        ('["a.nii", "x/a.nii"]', "two cases are called 'a'"),
+        ("[]", "no cases"),
+    ],
+)
+def test_data_list_errors(tmp_path, content, words):
+    (tmp_path / "list.json").write_text(content)
+    with pytest.raises(DataError, match=words):
+        find_cases([tmp_path / "list.json"])
+
+
+def test_modalities_in_several_files(tmp_path):
+    affine = np.diag([1.0, 2, 3, 1])
+    a, b = save(tmp_path / "a.nii", affine=affine), save(tmp_path / "b.nii", affine=affine, fill=2)
+    found, image = check_image(Case("case", (a, b)), ("A", "B"))
+    assert np.array_equal(found, affine)
+    assert image.shape == (4, 5, 6, 2)
+    assert image[..., 1].min() == 2
+    other = save(tmp_path / "other.nii", affine=np.diag([1.0, 2, 3.1, 1]))
+    with pytest.raises(DataError, match=r"other.nii: lies on another grid than .*a.nii"):
+        check_image(Case("case", (a, other)), ("A", "B"))
+    larger = save(tmp_path / "larger.nii", shape=(4, 5, 7), affine=affine)
+    with pytest.raises(DataError, match=r"larger.nii: shape \(4, 5, 7\) does not match \(4, 5, 6\)"):
+        check_image(Case("case", (a, larger)), ("A", "B"))
+    with pytest.raises(DataError, match="2 channels; there must be one for each of the 3 modalities"):
+        check_image(Case("case", (a, b)), ("A", "B", "C"))
+    with pytest.raises(DataError, match=r"absent.nii: there is no such file"):
+        check_image(Case("case", (a, tmp_path / "absent.nii")), ("A", "B"))
 
 
 def test_synthetic_volumes_are_seeded_and_whole(original, tmp_path):

@@ -20,8 +20,8 @@ from typer.testing import CliRunner
 from factorizer.cli import app
 from factorizer.data import DataError, split_cases
 from factorizer.demo import run_demo, write_synthetic
-from factorizer.demo.figures import slice_scores
 from factorizer.demo.timing import side_by_side
+from factorizer.figures import slice_scores
 from factorizer.inference import load_network
 from factorizer.training import read_checkpoint
 
@@ -123,7 +123,7 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
     out, _ = finished
     monkeypatch.setattr("factorizer.demo.run.compare", lambda plan: [])
     monkeypatch.setattr("factorizer.demo.screen.conclude", lambda *args: None)
-    monkeypatch.setattr("factorizer.demo.run._train", None)
+    monkeypatch.setattr("factorizer.demo.run.fit", None)
     before = json.loads((out / "report.json").read_text())
     after = run_demo(out, out / "data", steps=4, console=quiet())
     assert after["dice"] == before["dice"]
@@ -131,7 +131,7 @@ def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
 
 def test_other_settings_do_not_continue_a_run(finished):
     out, _ = finished
-    with pytest.raises(DataError, match=r"steps = 4, this one has 5; give another folder"):
+    with pytest.raises(DataError, match=r"steps = 4, this one has 5; give another output folder"):
         run_demo(out, out / "data", steps=5, console=quiet())
 
 
@@ -158,7 +158,7 @@ def test_a_killed_run_continues_where_it_was_saved(data, tmp_path):
         steps.append(len(read_checkpoint(checkpoint)[1]["losses"]))
         if stop == signal.SIGINT:
             assert process.returncode == 130, errors
-            assert re.search(rf"continue .*factorizer demo --data {data}", errors)
+            assert re.search(rf"continue: factorizer demo --data {data}", errors)
             assert {p.name for p in (tmp_path / "out").iterdir()} == {
                 "checkpoint.pt",
                 "predictions",

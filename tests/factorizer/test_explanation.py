@@ -93,9 +93,22 @@ def test_agreement_is_the_probability_of_the_right_order():
     mask = torch.from_numpy(rng.random(60) < 0.3)
     inside, outside = scores[mask][:, None], scores[~mask][None]
     expected = ((inside > outside).double() + 0.5 * (inside == outside).double()).mean()
-    assert agreement(scores, mask) == pytest.approx(expected.item(), abs=1e-12)
-    assert agreement(mask.float(), mask) == 1
-    assert agreement(-mask.float(), mask) == 0
-    assert agreement(torch.ones(60), mask) == 0.5
-    assert math.isnan(agreement(scores, torch.zeros(60)))
-    assert math.isnan(agreement(scores, torch.ones(60)))
+    assert agreement(scores, mask).auc == pytest.approx(expected.item(), abs=1e-12)
+    assert agreement(mask.float(), mask).auc == 1
+    assert agreement(-mask.float(), mask).auc == 0
+    assert agreement(torch.ones(60), mask).auc == 0.5
+    assert math.isnan(agreement(scores, torch.zeros(60)).auc)
+    assert math.isnan(agreement(scores, torch.ones(60)).auc)
+
+
+def test_best_dice_is_that_of_the_best_threshold():
+    rng = np.random.default_rng(1)
+    scores = torch.from_numpy(rng.integers(0, 6, 60))
+    mask = torch.from_numpy(rng.random(60) < 0.3)
+    found = agreement(scores, mask)
+    by_threshold = {
+        t: float(2 * ((scores >= t) & mask).sum() / ((scores >= t).sum() + mask.sum())) for t in range(6)
+    }
+    assert found.dice == pytest.approx(max(by_threshold.values()))
+    assert by_threshold[int(found.threshold)] == pytest.approx(found.dice)
+    assert agreement(mask.float(), mask)[1:] == (1, 1)

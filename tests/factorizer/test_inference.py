@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from factorizer.data import Case, Geometry, Task
-from factorizer.inference import dice, load_network, segment, write_segmentation
+from factorizer.data import Case, Geometry, Task, write_nifti
+from factorizer.inference import Predictor, load_network
 from factorizer.planning import build_network, plan_run
 from factorizer.training import Trainer
 
@@ -22,7 +22,7 @@ AFFINES = {
 
 @pytest.fixture
 def plan():
-    members = tuple(Case(str(i), None, None) for i in range(3))
+    members = tuple(Case(str(i), ()) for i in range(3))
     task = Task("task", ("A",), {0: "background", 4: "a", 7: "b"}, members)
     geometries = {case.name: Geometry((16, 16, 16), (1.0, 1.0, 1.0)) for case in members}
     return plan_run(task, geometries, members[:2], members[2:], steps=1)
@@ -47,7 +47,7 @@ def test_segmentation_lies_on_the_images_grid(plan, tmp_path, name):
     image = np.random.default_rng(0).gamma(2, 100, (30, 12, 21)).astype(np.float32)
     image[:3], image[:, :, -2:] = 0, 0
     nib.save(nib.Nifti1Image(image, AFFINES[name]), tmp_path / "image.nii.gz")
-    labels = segment(Thresholds(), plan, tmp_path / "image.nii.gz")
+    labels = Predictor([(Thresholds(), plan)]).segment(Case("case", (tmp_path / "image.nii.gz",)))
     assert labels.dtype == np.uint8
     # Rounding decides where a score is within it of a threshold: in none of these voxels.
     np.testing.assert_array_equal(labels, thresholds(image))
@@ -59,7 +59,7 @@ def test_segmentation_on_a_coarser_grid(plan, tmp_path):
     radius = np.sqrt((place**2).sum(0))
     image = np.where(radius < 0.6, 300, 100).astype(np.float32)
     nib.save(nib.Nifti1Image(image, np.diag([-2.0, 2, 2, 1])), tmp_path / "image.nii.gz")
-    labels = segment(Thresholds(), plan, tmp_path / "image.nii.gz")
+    labels = Predictor([(Thresholds(), plan)]).segment(Case("case", (tmp_path / "image.nii.gz",)))
     assert labels.shape == image.shape
     assert (labels[radius < 0.5] > 0).all()
     assert (labels[radius > 0.75] == 0).all()
@@ -73,7 +73,7 @@ def test_written_segmentation_has_the_images_header(tmp_path):
     image.header.set_xyzt_units("mm", "sec")
     nib.save(image, tmp_path / "image.nii.gz")
     labels = np.random.default_rng(0).integers(0, 3, (5, 6, 7), dtype=np.uint8)
-    write_segmentation(labels, tmp_path / "image.nii.gz", tmp_path / "labels.nii.gz")
+    write_nifti(labels, tmp_path / "image.nii.gz", tmp_path / "labels.nii.gz")
     image, written = nib.load(tmp_path / "image.nii.gz"), nib.load(tmp_path / "labels.nii.gz")
     np.testing.assert_array_equal(written.affine, image.affine)
     np.testing.assert_array_equal(np.asarray(written.dataobj), labels)
@@ -83,17 +83,8 @@ def test_written_segmentation_has_the_images_header(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_dice():
-    truth = np.array([0, 4, 4, 4, 7, 7])
-    prediction = np.array([4, 4, 4, 0, 0, 0])
-    # Class 4: 2 shared of 3 and 3; class 7: none of 2.
-    assert dice(prediction, truth, (0, 4, 7)).tolist() == pytest.approx([2 / 3, 0])
-    absent = dice(prediction, np.where(truth == 7, 0, truth), (0, 4, 7))
-    assert absent[1].isnan()
-
-
 def test_a_checkpoint_gives_identical_logits(plan, tmp_path):
-    trainer = Trainer(plan, build_network(**plan.network, seed=plan.seed))
+    trainer = Trainer(plan, build_network(plan.network, plan.seed))
 
     class Batches:
         def __getitem__(self, step):
@@ -110,7 +101,7 @@ def test_a_checkpoint_gives_identical_logits(plan, tmp_path):
 
 def test_load_network_needs_no_seed_in_common(plan, tmp_path):
     # Buffers such as the initial factors come from the file, not from the seed.
-    trainer = Trainer(replace(plan, seed=5), build_network(**plan.network, seed=3))
+    trainer = Trainer(replace(plan, seed=5), build_network(plan.network, 3))
     trainer.losses = [0.0]
     trainer.save(tmp_path / "checkpoint.pt")
     network, _ = load_network(tmp_path / "checkpoint.pt")

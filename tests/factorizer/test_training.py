@@ -1,17 +1,21 @@
 """Plans, the training loop, and the checkpoint it continues from."""
 
+import json
 from dataclasses import asdict, replace
 
 import pytest
 import torch
+from factorizer_support import plan_for as tiny_plan
+from factorizer_support import trainer_for as tiny_trainer
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from factorizer.data import Case, DataError, Geometry, Task
-from factorizer.planning import build_network, plan_run
-from factorizer.training import Trainer, read_checkpoint
+from factorizer.planning import Plan, build_network, plan_run
+from factorizer.training import SegmentationLoss, Trainer, read_checkpoint
 
 
 def plan_for(shape=(16, 16, 16), spacing=(1.0, 1.0, 1.0), cases=10, labels=None, **options):
-    members = tuple(Case(f"case_{i}", None, None) for i in range(cases))
+    members = tuple(Case(f"case_{i}", ()) for i in range(cases))
     task = Task("task", ("A", "B"), labels or {0: "background", 3: "lesion"}, members)
     geometries = {case.name: Geometry(shape, spacing) for case in members}
     return plan_run(task, geometries, members[:-2], members[-2:], **options)
@@ -31,7 +35,7 @@ class Batches:
 
 
 def trainer_for(plan):
-    return Trainer(plan, build_network(**plan.network, seed=plan.seed))
+    return Trainer(plan, build_network(plan.network, plan.seed))
 
 
 @pytest.mark.parametrize(
@@ -50,7 +54,7 @@ def test_crop(shape, crop):
 
 def test_crop_is_planned_at_the_median_spacing():
     assert plan_for((48, 48, 24), (1.0, 1.0, 3.0)).spacing == (1.0, 1.0, 3.0)
-    members = tuple(Case(str(i), None, None) for i in range(3))
+    members = tuple(Case(str(i), ()) for i in range(3))
     task = Task("task", ("A",), {0: "background", 1: "a"}, members)
     spacings = [(1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (2.0, 1.0, 1.0)]
     geometries = {str(i): Geometry((32, 32, 32), spacing) for i, spacing in enumerate(spacings)}
@@ -65,7 +69,7 @@ def test_crop_is_planned_at_the_median_spacing():
 )
 def test_sided(names, sided):
     labels = {0: "background", **dict(enumerate(names, 1))}
-    assert plan_for(labels=labels).sided == sided
+    assert plan_for(labels=labels).flips == (() if sided else (0,))
 
 
 def test_steps_follow_the_data_within_bounds():
@@ -78,8 +82,8 @@ def test_steps_follow_the_data_within_bounds():
 def test_network_is_a_function_of_the_seed():
     plan = plan_for()
     state = torch.get_rng_state()
-    first, second = (build_network(**plan.network, seed=0).state_dict() for _ in range(2))
-    other = build_network(**plan.network, seed=1).state_dict()
+    first, second = (build_network(plan.network, 0).state_dict() for _ in range(2))
+    other = build_network(plan.network, 1).state_dict()
     assert torch.equal(torch.get_rng_state(), state)
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
@@ -107,9 +111,8 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         trainer_for(plan).run(Batches(plan), path, stop)
     resumed, batches = trainer_for(plan), Batches(plan)
-    saved_plan, state = read_checkpoint(path)
-    assert saved_plan == plan
-    resumed.load(state)
+    assert read_checkpoint(path)[0] == plan
+    resumed.resume(path)
     assert resumed.step == 4
     resumed.run(batches, path, lambda step: None)
     assert batches.asked == [4, 5]
@@ -150,3 +153,93 @@ def test_read_checkpoint_errors(tmp_path):
     for name in ("text.pt", "other.pt", "newer.pt"):
         with pytest.raises(DataError, match=rf"{name}: not a checkpoint"):
             read_checkpoint(tmp_path / name)
+
+
+def test_regions_are_learnt_under_their_own_sigmoids():
+    labels, regions = {0: "b", 1: "edema", 2: "core"}, {"TC": (2,), "WT": (1, 2)}
+    plan = tiny_plan(labels=labels, regions=regions)
+    classes = torch.tensor([0.0, 1, 2]).view(1, 1, 3)
+    masks = plan.masks(classes)
+    assert masks.tolist() == [[[0, 0, 1], [0, 1, 1]]]
+    loss, right = SegmentationLoss(plan), 40 * (masks - 0.5)
+    assert loss(right, classes) < 1e-3
+    # Two regions at once are no contradiction, as they would be under a softmax.
+    assert loss(-right, classes) > 10
+    assert plan.decide(right[0]).tolist() == [0, 1, 2]
+    # An inner region wins over an outer one that has not been found.
+    assert plan.decide(torch.tensor([[5.0], [-5.0]])).tolist() == [2]
+
+
+def test_deep_supervision_weights():
+    plan = tiny_plan()
+    classes = torch.randint(3, (2, 1, 8, 8, 8)).float()
+    fine, coarse = torch.randn(2, 3, 8, 8, 8), torch.randn(2, 3, 4, 4, 4)
+    loss = SegmentationLoss(plan)
+    small = torch.nn.functional.interpolate(classes, size=(4, 4, 4), mode="nearest-exact")
+    expected = (2 * loss(fine, classes) + loss(coarse, small)) / 3
+    assert torch.isclose(loss([fine, coarse], classes), expected)
+
+
+@pytest.mark.parametrize(
+    ("regions", "words"),
+    [
+        ({"a": (1,), "b": (1,)}, "'a' unites"),
+        ({"a": (1, 2)}, "'a' unites"),
+        ({"a": (7,)}, "'a' unites"),
+        ({"a": (0,)}, "'a' unites"),
+    ],
+)
+def test_region_errors(regions, words):
+    with pytest.raises(DataError, match=words):
+        tiny_plan(regions=regions)
+
+
+def test_a_plan_survives_json():
+    plan = tiny_plan(regions={"core": (2,), "whole": (1, 2)}, window=(-100.0, 300.0), flips=(0, 2))
+    assert Plan(**json.loads(json.dumps(asdict(plan)))) == plan
+
+
+def test_channels_of_a_plan_must_fit():
+    with pytest.raises(DataError, match=r"network\['in_channels'\] must be 2, got 3"):
+        tiny_plan(network={"in_channels": 3})
+
+
+def test_an_unknown_part_is_named():
+    with pytest.raises(DataError, match="norm is 'GroupNrom', no class"):
+        build_network(tiny_plan(network={"norm": "GroupNrom"}).network, 0)
+
+
+def test_training_stops_on_a_plateau_and_keeps_the_best(tmp_path):
+    plan = tiny_plan(steps=20)
+    scores = iter([0.1, 0.3, 0.2, 0.3, 0.9])
+    options = {"validate": lambda network: next(scores), "validate_every": 2, "patience": 2}
+    trainer = tiny_trainer(plan, **options)
+    trainer.run(Batches(plan), tmp_path / "checkpoint.pt", lambda step: None)
+    assert trainer.step == 8
+    assert trainer.finished
+    assert len(read_checkpoint(tmp_path / "checkpoint.pt")[1]["losses"]) == 8
+    resumed = tiny_trainer(plan, **options)
+    resumed.resume(tmp_path / "checkpoint.pt")
+    assert resumed.finished
+    # The fourth validation is as good as the second: the newer of the two is kept.
+    assert len(read_checkpoint(tmp_path / "best.pt")[1]["losses"]) == 8
+
+
+def test_tensorboard_has_each_step_once_after_a_resumption(tmp_path, monkeypatch):
+    monkeypatch.setattr("factorizer.training.SAVE_EVERY", 2)
+    plan = tiny_plan(steps=4)
+
+    def stop(step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    path = tmp_path / "checkpoint.pt"
+    with pytest.raises(KeyboardInterrupt):
+        tiny_trainer(plan, log=tmp_path / "log").run(Batches(plan), path, stop)
+    resumed = tiny_trainer(plan, log=tmp_path / "log")
+    resumed.resume(path)
+    resumed.run(Batches(plan), path, lambda step: None)
+    events = EventAccumulator(str(tmp_path / "log"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert [event.value for event in events.Scalars("loss")] == pytest.approx(resumed.losses)

@@ -12,7 +12,7 @@ import factorizer_kernels as fk
 
 from ..checks import check_count, check_counts
 from ..pointwise import without_autocast
-from .inits import FixedInit, make_init
+from .inits import DRAWS, FixedInit, make_init
 from .solvers import Solver, SolverSpec, make_solvers
 
 Factors = tuple[Tensor, Tensor]
@@ -188,3 +188,22 @@ def set_num_iters(module: nn.Module, num_iters: int) -> None:
     for part in module.modules():
         if isinstance(part, MatrixFactorization):
             part.num_iters = num_iters
+
+
+def set_rank(module: nn.Module, rank: int, seed: int = 0) -> None:
+    """Sets the rank of every factorisation in `module` that starts from fixed factors.
+
+    A lower rank keeps the first columns of u0 and v0; a higher one gets further columns, drawn as the
+    others were, with `seed`. The weights know nothing of the rank, so a trained network goes on
+    working; it is at its best at the rank that it was trained with.
+    """
+    check_count("rank", rank)
+    generator = torch.Generator().manual_seed(seed)
+    for part in module.modules():
+        if isinstance(part, MatrixFactorization) and isinstance(part.init, FixedInit):
+            for name, draw in zip(("u0", "v0"), part.init.names, strict=True):
+                start = getattr(part.init, name)
+                more = DRAWS[draw](start.shape[0], max(rank - part.rank, 0), generator=generator)
+                columns = torch.cat([start, more.to(start)], dim=1)[:, :rank]
+                setattr(part.init, name, columns.contiguous())
+            part.rank = rank

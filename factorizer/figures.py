@@ -1,4 +1,4 @@
-"""The demo's two figures: segmentations beside the truth, and components over the image."""
+"""Figures: segmentations beside the truth, and components over the image."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from factorizer.data import Case, atomic, preprocessing
+from factorizer.data import Case, atomic
 from factorizer.planning import Plan
+from factorizer.transforms import files_of, preprocessing
 
 # Told apart also by people who do not see all colours (Okabe and Ito's palette).
 COLOURS = ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#0072B2")
@@ -26,24 +27,25 @@ PANEL = 2.5  # inches
 class Picture:
     """A case as the network sees it, its axes ordered right, anterior, superior.
 
-    image (C, X, Y, Z); truth and prediction (X, Y, Z), class indices; spacing in mm.
+    image (C, X, Y, Z); truth and prediction (X, Y, Z), class indices; spacing in mm. A case without
+    a label has no truth.
     """
 
     name: str
     image: np.ndarray
-    truth: np.ndarray
+    truth: np.ndarray | None
     prediction: np.ndarray
     spacing: Sequence[float]
     caption: str
 
 
-def picture(plan: Plan, case: Case, prediction: Path, caption: str) -> Picture:
+def picture(plan: Plan, case: Case, prediction: Path, caption: str = "") -> Picture:
     """Read a case and the segmentation that was written of it."""
-    before = preprocessing(("image", "label", "prediction"), plan.spacing, list(plan.labels))
-    files = {"image": str(case.image), "label": str(case.label), "prediction": str(prediction)}
-    item = before(files)
-    image, truth, predicted = (item[key].numpy() for key in files)
-    return Picture(case.name, image, truth[0], predicted[0], plan.spacing, caption)
+    files = {**files_of(case), "prediction": str(prediction)}
+    item = preprocessing(plan, tuple(files))(files)
+    truth = item["label"].numpy()[0] if case.label is not None else None
+    predicted = item["prediction"].numpy()[0]
+    return Picture(case.name, item["image"].numpy(), truth, predicted, plan.spacing, caption)
 
 
 def draw_segmentations(
@@ -59,7 +61,7 @@ def draw_segmentations(
     """
     shown = list(modalities)[:2]
     columns = [*shown, "ground truth", "prediction"]
-    views = [slice_scores(case.truth, len(classes)) for case in cases]
+    views = [slice_scores(case.truth, len(classes)) for case in cases]  # type: ignore[arg-type]
     axis = max(range(3), key=lambda a: sum(scores[a].max() for scores in views))
     figure, grid = _panels(cases[0], axis, len(cases), len(columns))
     for row, case, scores in zip(grid, cases, views, strict=True):
@@ -68,7 +70,7 @@ def draw_segmentations(
             _show(ax, case, channel, axis, index)
         for ax, labels in zip(row[len(shown) :], (case.truth, case.prediction), strict=True):
             _show(ax, case, 0, axis, index)
-            _overlay(ax, np.take(labels, index, axis), len(classes), fill=0.45)
+            _overlay(ax, np.take(labels, index, axis), len(classes), fill=0.45)  # type: ignore[arg-type]
         row[0].set_ylabel(f"{case.name}\n{VIEWS[axis]}, {index}", color=TEXT, fontsize=8)
         row[-1].set_xlabel(case.caption, color=TEXT, fontsize=8)
     for ax, name in zip(grid[0], columns, strict=True):
@@ -83,20 +85,24 @@ def draw_components(
     classes: Sequence[str],
     title: str,
 ) -> None:
-    """A row for each of two layers (its name, its maps (n, X, Y, Z), their captions), on one slice.
+    """A row for each layer (its name, its maps (n, X, Y, Z), their captions), on one slice.
 
-    The first column has the truth and the prediction as outlines; the maps have the truth's.
+    The first column has the truth as outlines, in the second row the prediction; the maps have the
+    truth's, or without a truth the prediction's.
     """
     columns = 1 + max(len(maps) for _, maps, _ in layers)
-    axis = max(range(3), key=lambda a: slice_scores(case.truth, len(classes))[a].max())
-    index = int(slice_scores(case.truth, len(classes))[axis].argmax())
+    outlined = case.prediction if case.truth is None else case.truth
+    axis = max(range(3), key=lambda a: slice_scores(outlined, len(classes))[a].max())
+    index = int(slice_scores(outlined, len(classes))[axis].argmax())
     figure, grid = _panels(case, axis, len(layers), columns)
-    truth = np.take(case.truth, index, axis)
-    outlines = (("ground truth", truth), ("prediction", np.take(case.prediction, index, axis)))
-    for row, (name, maps, captions), (outline, labels) in zip(grid, layers, outlines, strict=True):
+    known = [("ground truth", case.truth), ("prediction", case.prediction)]
+    outlines = [(name, labels) for name, labels in known if labels is not None]
+    outline = np.take(outlined, index, axis)
+    for number, (row, (name, maps, captions)) in enumerate(zip(grid, layers, strict=True)):
+        label_name, labels = outlines[min(number, len(outlines) - 1)]
         _show(row[0], case, 0, axis, index)
-        _overlay(row[0], labels, len(classes), fill=0)
-        row[0].set_title(outline, color=TEXT, fontsize=9)
+        _overlay(row[0], np.take(labels, index, axis), len(classes), fill=0)
+        row[0].set_title(label_name, color=TEXT, fontsize=9)
         row[0].set_ylabel(name, color=TEXT, fontsize=10)
         for ax in row[1 + len(maps) :]:
             ax.set_visible(False)
@@ -111,7 +117,7 @@ def draw_components(
                 origin="lower",
                 aspect=ax.get_aspect(),
             )
-            _overlay(ax, truth, len(classes), fill=0)
+            _overlay(ax, outline, len(classes), fill=0)
             ax.set_title(caption, color=TEXT, fontsize=9)
     _finish(figure, path, title, classes)
 
@@ -131,7 +137,7 @@ def slice_scores(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
 
 def _panels(case: Picture, axis: int, rows: int, columns: int) -> tuple[Figure, np.ndarray]:
     """A grid of axes in the shape of a slice of the case, the longer side of each PANEL inches."""
-    width, height = (case.truth.shape[a] * case.spacing[a] for a in range(3) if a != axis)
+    width, height = (case.prediction.shape[a] * case.spacing[a] for a in range(3) if a != axis)
     scale = PANEL / max(width, height)
     size = (columns * (scale * width + 0.25) + 0.5, rows * (scale * height + 0.6) + 1.1)
     figure = Figure(figsize=size, facecolor=BACKGROUND)

@@ -1,0 +1,1 @@
+"""What the commands do: one module each, on a console, with errors that the command line tells."""
