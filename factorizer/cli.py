@@ -171,6 +171,89 @@ def evaluate(
             raise typer.Exit(1)
 
 
+@app.command()
+def explain(
+    checkpoint: Annotated[Path, typer.Option(help="A trained network.")],
+    input: Inputs,
+    output: Annotated[Path, typer.Option(help="Folder for components, figures and components.csv.")],
+    layer: Annotated[
+        list[str] | None,
+        typer.Option(help="shallow, deep, all, or a mixer's name. Default: shallow and deep."),
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option(help="Folder with NAME.nii.gz. Without labels: the prediction.")
+    ] = None,
+    section: Section = None,
+    num_iters: Iterations = None,
+    whole: Whole = False,
+    device: Device = None,
+) -> None:
+    """Write NMF components as NIfTI and figures, ranked by their agreement with each class."""
+    with _errors():
+        from rich.console import Console
+
+        from factorizer.commands.explain import explain as run
+
+        if run(
+            Console(),
+            checkpoint,
+            input,
+            output,
+            layers=layer or ("shallow", "deep"),
+            labels=labels,
+            section=section,
+            iterations=num_iters,
+            whole=whole,
+            device=device,
+        ):
+            raise typer.Exit(1)
+
+
+@app.command()
+def speed(
+    checkpoint: Annotated[Path, typer.Option(help="A trained network.")],
+    input: Inputs,
+    output: Annotated[Path, typer.Option(help="Folder for speed.csv and speed.png.")],
+    num_iters: Annotated[
+        str, typer.Option(help="Numbers of iterations, separated by commas.")
+    ] = "0,1,2,3,5,10",
+    ranks: Annotated[str, typer.Option(help="Ranks, separated by commas.")] = "1,2,4",
+    cases: Annotated[int, typer.Option(help="Cases at most, held-out ones first.", min=1)] = 10,
+    section: Section = None,
+    whole: Whole = False,
+    device: Device = None,
+) -> None:
+    """Dice and time of a trained network against its iterations and its rank: a table and a plot."""
+    with _errors():
+        from rich.console import Console
+
+        from factorizer.commands.speed import speed as run
+
+        run(
+            Console(),
+            checkpoint,
+            input,
+            output,
+            num_iters=_numbers("num-iters", num_iters),
+            ranks=_numbers("ranks", ranks),
+            section=section,
+            limit=cases,
+            whole=whole,
+            device=device,
+        )
+
+
+@app.command()
+def doctor() -> None:
+    """Versions, devices and backends; is every usable backend right, and how fast is it?"""
+    from rich.console import Console
+
+    from factorizer.commands.doctor import doctor as run
+
+    if not run(Console()):
+        raise typer.Exit(1)
+
+
 # --- ends -----------------------------------------------------------------------------------------
 
 
@@ -185,6 +268,15 @@ def _errors() -> Iterator[None]:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail(f"Interrupted. To continue: {_command()}", 130)
+
+
+def _numbers(option: str, text: str) -> list[int]:
+    from factorizer.data import DataError
+
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise DataError(f"{option}: got {text!r}; give whole numbers separated by commas") from error
 
 
 def _fail(message: str, code: int) -> None:

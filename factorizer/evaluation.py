@@ -75,6 +75,8 @@ def evaluate_case(prediction: Path, case: Case, values: Sequence[int], targets: 
     Raises DataError where a file cannot be read, the two lie on different grids, or a value stands
     for no class.
     """
+    if case.label is None:
+        raise DataError(f"{case.name}: there is no label for it")
     truth = check_label(Case(case.name, (prediction,), case.label), values)
     labels = check_label(Case(case.name, (prediction,), prediction), values)
     spacing = nib.affines.voxel_sizes(nib.load(prediction).affine).tolist()  # type: ignore[attr-defined]
@@ -116,17 +118,10 @@ def write_scores(path: Path, scores: Iterable[Score]) -> None:
             table.writerow((score.case, score.target, f"{score.dice:.6f}", f"{score.hd95:.6g}"))
 
 
-def pair_labels(labels: Path, names: Sequence[str]) -> dict[str, Path]:
-    """The file labels/NAME.nii.gz or labels/NAME.nii of each name that has one."""
-    if not labels.is_dir():
-        raise DataError(f"labels: {labels} is not a folder")
-    found = {}
-    for name in names:
-        for path in (labels / f"{name}.nii.gz", labels / f"{name}.nii"):
-            if path.is_file():
-                found[name] = path
-                break
-    return found
+def label_in(folder: Path, name: str) -> Path:
+    """folder/NAME.nii where it is there, else folder/NAME.nii.gz, which reading finds missing or not."""
+    plain = folder / f"{name}.nii"
+    return plain if plain.is_file() else folder / f"{name}.nii.gz"
 
 
 class MeanDice:

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from factorizer.data import Case, DataError, find_cases, prepare_folder, read_decathlon, read_nifti
-from factorizer.evaluation import Score, Summary, Targets, evaluate_case, pair_labels, summarise, write_scores
+from factorizer.evaluation import Score, Summary, Targets, evaluate_case, label_in, summarise, write_scores
 from factorizer.inference import failure
 from factorizer.screen import progress, table
 from factorizer.training import read_checkpoint
@@ -61,13 +61,11 @@ def _pair(predictions: Path, labels: Path) -> list[Case]:
     listing = labels / "dataset.json" if labels.is_dir() else labels
     if listing.suffix == ".json" and listing.is_file():
         listed = find_cases([listing], None)
-        known = {case.name: case.label for case in listed if case.label is not None}
-    else:
-        known = dict(pair_labels(labels, list(made)))
-    without = [name for name in made if name not in known]
-    if without:
-        raise DataError(f"labels: {labels} has none for {without[0]!r} ({len(without)} of {len(made)} cases)")
-    return [Case(name, (path,), known[name]) for name, path in made.items()]
+        known = {case.name: case.label for case in listed}
+        return [Case(name, (path,), known.get(name)) for name, path in made.items()]
+    if not labels.is_dir():
+        raise DataError(f"labels: {labels} is no folder and no data list")
+    return [Case(name, (path,), label_in(labels, name)) for name, path in made.items()]
 
 
 def _targets(cases: list[Case], labels: Path, checkpoint: Path | None) -> tuple[Targets, list[int]]:
@@ -82,9 +80,8 @@ def _targets(cases: list[Case], labels: Path, checkpoint: Path | None) -> tuple[
     found: set[int] = set()
     for case in cases:
         for path in (case.image, case.label):
-            assert path is not None
             try:
-                found |= set(np.unique(read_nifti(path)[1]).tolist())
+                found |= set() if path is None else set(np.unique(read_nifti(path)[1]).tolist())
             except DataError:
                 continue  # told when its case is compared
     values = sorted({int(value) for value in found} | {0})

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 import torch
 from factorizer_support import checkpoint_for, plan_for
+from matplotlib.image import imread
 from typer.testing import CliRunner
 
 from factorizer.cli import app
 from factorizer.demo import write_synthetic
+from factorizer.explanation import agreement
 from factorizer.inference import load_network
 from factorizer.training import read_checkpoint
 
@@ -179,8 +181,12 @@ def test_evaluate_names_what_is_wrong(tumour, tmp_path):
     printed, rows = evaluate(tmp_path, volume + 9, volume, "--checkpoint", tumour, code=1)
     assert "label value 9 has no class" in printed
     (tmp_path / "t" / "case.nii.gz").unlink()
-    arguments = ["--predictions", tmp_path / "p", "--labels", tmp_path / "t", "--output", tmp_path / "s.csv"]
-    assert "has none for 'case'" in run("evaluate", *arguments, code=2)
+    arguments = ["--predictions", tmp_path / "p", "--output", tmp_path / "s.csv", "--labels"]
+    assert "t/case.nii.gz: there is no such file" in run("evaluate", *arguments, tmp_path / "t", code=1)
+    (tmp_path / "list.json").write_text('[{"image": "other.nii"}]')
+    printed = run("evaluate", *arguments, tmp_path / "list.json", code=1)
+    assert "case: failed: case: there is no label" in printed
+    assert "no folder and no data list" in run("evaluate", *arguments, tmp_path / "absent", code=2)
 
 
 def test_train_predict_evaluate(data, tmp_path):
@@ -224,3 +230,66 @@ def test_train_predict_evaluate(data, tmp_path):
 def test_train_errors(data, tmp_path, options, words):
     assert words in run("train", data, "--out", tmp_path / "run", *options, code=2)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_explain_writes_components_and_ranks_them(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "odd", affine=ODD)
+    label = np.zeros((15, 20, 17), np.uint8)
+    label[4:9, 5:12, 6:11] = 2
+    (tmp_path / "labels").mkdir()
+    nib.save(nib.Nifti1Image(label, ODD), tmp_path / "labels" / "odd.nii.gz")
+    options = ["explain", "--checkpoint", tumour, "--input", tmp_path / "in"]
+    out = tmp_path / "out"
+    printed = run(*options, "--labels", tmp_path / "labels", "--output", out)
+    assert "best Dice" in printed
+    assert {path.name for path in out.iterdir()} == {
+        *("components.csv", "odd.png", "odd_prediction.nii.gz"),
+        *("odd_shallow.nii.gz", "odd_deep.nii.gz"),
+    }
+    deep = nib.load(out / "odd_deep.nii.gz")
+    np.testing.assert_allclose(deep.affine, ODD)
+    heads, rank = 2, 6  # 16 channels in heads of 8; 8 x 64 matrices, 10 times compressed
+    assert deep.shape == (15, 20, 17, heads * rank)
+    with (out / "components.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert {row["compared_with"] for row in rows} == {"label"}
+    of_deep = [row for row in rows if (row["layer"], row["target"]) == ("deep", "TC")]
+    assert float(of_deep[0]["auc"]) >= float(of_deep[1]["auc"])
+    best = np.asarray(deep.dataobj)[..., int(of_deep[0]["component"])]
+    found = agreement(torch.from_numpy(best), torch.from_numpy(label == 2))
+    assert found.auc == pytest.approx(float(of_deep[0]["auc"]), abs=1e-4)
+    assert found.dice == pytest.approx(float(of_deep[0]["best_dice"]), abs=1e-4)
+    assert {row["auc"] for row in rows if row["target"] == "ET"} == {"nan"}  # an empty region
+    pixels = imread(out / "odd.png")
+    assert pixels[..., :3].std() > 0.05
+    run(*options, "--layer", "deep", "--output", tmp_path / "without")
+    assert "prediction" in (tmp_path / "without" / "components.csv").read_text()
+    assert "no 'nowhere'" in run(*options, "--layer", "nowhere", "--output", out, code=2)
+
+
+def test_speed(data, tmp_path):
+    plan = plan_for(held_out=("synthetic_002",), network={"rank": 1, "num_iters": 3})
+    checkpoint = checkpoint_for(plan, tmp_path / "checkpoint.pt")
+    options = ["speed", "--checkpoint", checkpoint, "--output", tmp_path, "--input"]
+    printed = run(*options, data / "dataset.json", "--num-iters", "0,5", "--ranks", "1,2")
+    assert "1 cases" in printed
+    with (tmp_path / "speed.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["num_iters"], row["rank"]) for row in rows] == [
+        ("0", "1"),
+        ("5", "1"),
+        ("3", "1"),
+        ("3", "2"),
+    ]
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    assert imread(tmp_path / "speed.png").std() > 0.05
+    assert "ranks: got 'x'" in run(*options, data / "dataset.json", "--ranks", "x", code=2)
+    four_modalities(tmp_path / "in", "case")
+    assert "no case has a label" in run(*options, tmp_path / "in", code=2)
+
+
+def test_doctor(monkeypatch):
+    printed = run("doctor")
+    assert "All usable backends are right." in printed
+    monkeypatch.setattr("factorizer.commands.doctor.TOLERANCE", 0.0)
+    assert "WRONG" in run("doctor", code=1)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from factorizer import NMF, MatrixFactorization, set_num_iters
+from factorizer import NMF, MatrixFactorization, set_num_iters, set_rank
 from factorizer.layers.factorization.solvers import (
     HALS,
     SOLVERS,
@@ -498,3 +498,22 @@ def test_inits_from_the_matrices(init, backend):
 def test_wrong_arguments_are_named(build_it, error, message):
     with pytest.raises(error, match=message):
         build_it()
+
+
+def test_set_rank_keeps_the_columns_that_are_there():
+    layer = NMF((8, 27), rank=2)
+    u0, v0 = layer.init.u0, layer.init.v0
+    set_rank(layer, 4)
+    assert layer.rank == 4
+    assert torch.equal(layer.init.u0[:, :2], u0)
+    assert layer.init.v0.shape == (27, 4)
+    assert not torch.equal(layer.init.v0[:, 2], layer.init.v0[:, 3])
+    again = NMF((8, 27), rank=2)
+    again.init.u0, again.init.v0 = u0, v0
+    set_rank(again, 4)
+    assert torch.equal(again.init.v0, layer.init.v0)
+    set_rank(layer, 1)
+    assert torch.equal(layer.init.u0, u0[:, :1])
+    assert layer(torch.rand(3, 8, 27)).shape == (3, 8, 27)
+    with pytest.raises(ValueError, match="rank must be at least 1"):
+        set_rank(layer, 0)

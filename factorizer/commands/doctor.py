@@ -1,0 +1,130 @@
+"""factorizer doctor: what is installed here, what runs, whether it is right, and how fast it is."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Callable
+from importlib.metadata import PackageNotFoundError, version
+from statistics import median
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import factorizer_kernels as fk
+from factorizer.screen import table
+
+PACKAGES = ("factorizer-kernels", "torch", "numpy", "triton", "monai", "nibabel", "scipy", "tensorboard")
+WINDOWS = {"head_dim": 8, "patch_size": 8, "shifts": [None, 4]}
+ROUNDS = 5
+# Float32 sums over a window's 512 voxels, and the gradient of five iterations that amplifies their
+# errors: far above what a right kernel shows (about 1e-6), far below what a wrong one does.
+TOLERANCE = 1e-4
+
+
+def doctor(console: Console) -> bool:
+    """Prints versions, devices and backends, and checks each usable backend against the reference in
+    float64, value and gradient, and its time against a ReLU. Returns whether all of them are right."""
+    about = table("Installed", "what", "version")
+    about.columns[1].justify = "left"
+    about.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    for package in PACKAGES:
+        about.add_row(package, _version(package))
+    about.add_row("processors", f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}")
+    about.add_row("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "not set"))
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            memory = properties.total_memory / 2**30
+            about.add_row(f"cuda:{index}", f"{properties.name}, {memory:.0f} GiB, CUDA {torch.version.cuda}")
+    else:
+        about.add_row("cuda", "torch sees no CUDA device")
+    console.print(about)
+
+    rows = table("Backends", "name", "usable", "why", "value", "gradient", "forward", "times a ReLU")
+    rows.columns[1].justify = rows.columns[2].justify = "left"
+    right = True
+    for backend in fk.backends():
+        cells = ["", "", "", ""]
+        device = _device_of(backend.name)
+        if backend.available and device is not None:
+            value, gradient = _errors(backend.name, device)
+            milliseconds, relu = _times(backend.name, device)
+            good = max(value, gradient) < TOLERANCE
+            right = right and good
+            errors = [f"{error:.0e}{'' if good else ' WRONG'}" for error in (value, gradient)]
+            cells = [*errors, f"{milliseconds:.1f} ms", f"{milliseconds / relu:.1f}"]
+        rows.add_row(backend.name, "yes" if backend.available else "no", backend.reason, *cells)
+    console.print(rows)
+    console.print(
+        "value, gradient: relative error of swin_nmf in float32 against the reference in float64.\n"
+        "forward: of x (1, 32, 64, 64, 64), the median of some calls."
+    )
+    console.print("[green]All usable backends are right.[/]" if right else "[red]A backend is wrong.[/]")
+    return right
+
+
+def _device_of(backend: str) -> str | None:
+    """Where a backend can be tried here; None for Triton's interpreter, which is too slow for it."""
+    if backend in ("cpu", "reference"):
+        return "cpu"
+    return "cuda" if torch.cuda.is_available() else None
+
+
+def _case(device: str, size: int) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 32, size, size, size, generator=generator)
+    u0, v0 = (torch.rand(n, 1, generator=generator) for n in (8, 512))
+    return [t.to(device) for t in (x, u0, v0)]
+
+
+def _errors(backend: str, device: str) -> tuple[float, float]:
+    """Relative errors of value and gradient of a small case."""
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
+        x, u0, v0 = (t.to(dtype) for t in _case(device, 16))
+        x.requires_grad_()
+        with fk.use_backend(name):
+            y = fk.swin_nmf(x, u0, v0, **WINDOWS)  # type: ignore[arg-type]
+            (gradient,) = torch.autograd.grad(y.square().sum(), x)
+        results.append((y.detach().double(), gradient.double()))
+    (value, exact_value), (gradient, exact_gradient) = zip(*results, strict=True)
+    return (
+        float((value - exact_value).norm() / exact_value.norm()),
+        float((gradient - exact_gradient).norm() / exact_gradient.norm()),
+    )
+
+
+def _times(backend: str, device: str) -> tuple[float, float]:
+    """Median milliseconds of swin_nmf and of relu, each round one call of each."""
+    x, u0, v0 = _case(device, 64)
+
+    def swin_nmf() -> None:
+        with fk.use_backend(backend):
+            fk.swin_nmf(x, u0, v0, **WINDOWS)  # type: ignore[arg-type]
+
+    calls: list[Callable[[], object]] = [swin_nmf, lambda: torch.relu(x)]
+    times: list[list[float]] = [[], []]
+    for round_ in range(ROUNDS + 1):
+        for call, seconds in zip(calls, times, strict=True):
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            if round_:  # the first warms caches, and compiles
+                seconds.append(time.perf_counter() - start)
+    return 1e3 * median(times[0]), 1e3 * median(times[1])
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"

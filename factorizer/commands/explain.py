@@ -1,0 +1,163 @@
+"""factorizer explain: what the components of chosen layers show, and how well they agree with labels."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from factorizer.commands.predict import load_predictor
+from factorizer.data import (
+    Case,
+    DataError,
+    atomic,
+    check_image,
+    check_label,
+    find_cases,
+    prepare_folder,
+    write_nifti,
+)
+from factorizer.evaluation import label_in
+from factorizer.explanation import Agreement, agreements, case_components, find_layers
+from factorizer.figures import draw_components, picture
+from factorizer.inference import Predictor, failure
+from factorizer.screen import progress, table
+
+MAPS_SHOWN = 4
+
+
+@dataclass(frozen=True)
+class Row:
+    """The agreement of one component with one target in one case."""
+
+    case: str
+    layer: str
+    component: int
+    target: str
+    reference: str  # "label" or "prediction"
+    agreement: Agreement
+
+
+def explain(
+    console: Console,
+    checkpoint: Path,
+    inputs: Sequence[str | Path],
+    out: Path,
+    *,
+    layers: Sequence[str] = ("shallow", "deep"),
+    labels: Path | None = None,
+    section: str | None = None,
+    iterations: int | None = None,
+    whole: bool = False,
+    device: str | None = None,
+) -> int:
+    """Writes for each case out/NAME_LAYER.nii.gz (X, Y, Z, component) on the image's grid,
+    out/NAME_prediction.nii.gz and the figure out/NAME.png, and for all of them out/components.csv.
+
+    A component is compared with the label of its case, in a data list or as labels/NAME.nii.gz, or
+    without one with the prediction. Returns how many cases failed.
+
+    Raises DataError for a checkpoint, inputs, layers or an `out` that cannot be used.
+    """
+    predictor = load_predictor([checkpoint], device=device, iterations=iterations, whole=whole)
+    network, plan = predictor.models[0]
+    chosen = find_layers(network, plan, layers)
+    cases = find_cases(inputs, section)
+    if labels is not None:
+        if not labels.is_dir():
+            raise DataError(f"labels: {labels} is not a folder")
+        cases = tuple(Case(case.name, case.images, label_in(labels, case.name)) for case in cases)
+    prepare_folder("output", out)
+    rows: list[Row] = []
+    failed = 0
+    with progress(console) as bar:
+        for case in bar.track(cases, description="Explaining"):
+
+            def work(case: Case = case) -> None:
+                rows.extend(_explain_case(predictor, chosen, case, out))
+
+            if reason := failure(work):
+                failed += 1
+                console.print(f"[red]{case.name}: failed:[/] {reason}", soft_wrap=True)
+    _write(out / "components.csv", rows)
+    console.print(_best_of_each(rows, len(cases) - failed))
+    console.print(f"results in {out}", soft_wrap=True)
+    return failed
+
+
+def _explain_case(predictor: Predictor, layers: dict[str, str], case: Case, out: Path) -> list[Row]:
+    plan = predictor.plan
+    _, image = check_image(case, plan.modalities)
+    if case.label is not None:
+        labels, reference = check_label(case, list(plan.labels)), "label"
+    prediction = predictor.segment(case)
+    if case.label is None:
+        labels, reference = prediction, "prediction"
+    signal = (image != 0).any(axis=3)
+    components = case_components(predictor, list(layers.values()), case)
+    rows, shown = [], []
+    for name, layer in layers.items():
+        maps = components.on_grid(layer)
+        write_nifti(np.moveaxis(maps.numpy(), 0, -1), case.image, out / f"{case.name}_{name}.nii.gz")
+        found = agreements(maps, labels, signal, plan)
+        for target, of_maps in found.items():
+            rows += [Row(case.name, name, m, target, reference, a) for m, a in enumerate(of_maps)]
+        captions = _captions(found)
+        by_content = maps.flatten(1).mean(1).argsort(descending=True).tolist()
+        picked = [*captions, *(m for m in by_content if m not in captions)][:MAPS_SHOWN]
+        texts = ["\n".join([f"component {m}", *captions.get(m, [])]) for m in picked]
+        shown.append((f"{name} layer", components.maps[layer][picked].numpy(), texts))
+    path = out / f"{case.name}_prediction.nii.gz"
+    write_nifti(prediction, case.image, path)
+    title = f"{plan.task}: NMF components, {case.name}; bright: much of it; compared with the {reference}"
+    draw_components(out / f"{case.name}.png", picture(plan, case, path), shown, plan.classes, title)
+    return rows
+
+
+def _captions(found: dict[str, list[Agreement]]) -> dict[int, list[str]]:
+    """For the map that agrees best with each target, what to write over it."""
+    captions: dict[int, list[str]] = {}
+    for target, of_maps in found.items():
+        best = max(range(len(of_maps)), key=lambda m: np.nan_to_num(of_maps[m].auc, nan=-1))
+        if of_maps[best].auc > 0.5:  # better than chance
+            text = f"{target}: AUC {of_maps[best].auc:.2f}, Dice {of_maps[best].dice:.2f}"
+            captions.setdefault(best, []).append(text)
+    return captions
+
+
+def _write(path: Path, rows: list[Row]) -> None:
+    """Ranked within each case, layer and target, best first."""
+    order = {key: place for place, key in enumerate(dict.fromkeys((r.case, r.layer, r.target) for r in rows))}
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file)
+        lines.writerow(
+            ("case", "layer", "target", "component", "auc", "best_dice", "threshold", "compared_with")
+        )
+        for r in sorted(
+            rows, key=lambda r: (order[r.case, r.layer, r.target], -np.nan_to_num(r.agreement.auc, nan=-1))
+        ):
+            auc, dice, threshold = r.agreement
+            numbers = (f"{auc:.4f}", f"{dice:.4f}", f"{threshold:.6g}")
+            lines.writerow((r.case, r.layer, r.target, r.component, *numbers, r.reference))
+
+
+def _best_of_each(rows: list[Row], cases: int) -> Table:
+    """For each layer and target the component with the highest AUC, averaged over the cases."""
+    values: dict[tuple[str, str], dict[int, list[Agreement]]] = {}
+    for row in rows:
+        of_pair = values.setdefault((row.layer, row.target), {})
+        of_pair.setdefault(row.component, []).append(row.agreement)
+    shown = table(f"The component that agrees best, mean of {cases} cases", "layer", "target", "component")
+    for column in ("AUC", "best Dice"):
+        shown.add_column(column, justify="right")
+    shown.columns[1].justify = "left"
+    for (layer, target), of_pair in values.items():
+        means = {m: np.nanmean([a[:2] for a in a_list], axis=0) for m, a_list in of_pair.items()}
+        best = max(means, key=lambda m: np.nan_to_num(means[m][0], nan=-1))
+        shown.add_row(layer, target, str(best), f"{means[best][0]:.3f}", f"{means[best][1]:.3f}")
+    return shown

@@ -1,0 +1,188 @@
+"""factorizer speed: what a trained network loses, and gains in time, with fewer iterations or other ranks."""
+
+from __future__ import annotations
+
+import copy
+import csv
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from rich.console import Console
+from torch import nn
+
+from factorizer import MatrixFactorization, set_num_iters, set_rank
+from factorizer.commands.predict import load_predictor
+from factorizer.data import (
+    Case,
+    DataError,
+    atomic,
+    check_image,
+    check_label,
+    find_cases,
+    prepare_folder,
+)
+from factorizer.evaluation import dice
+from factorizer.inference import Predictor
+from factorizer.planning import Plan
+from factorizer.screen import progress, table
+from factorizer.transforms import files_of, preprocessing, to_own_grid
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to run the network: `varies` names the number that is not the trained one's."""
+
+    varies: str
+    num_iters: int
+    rank: int
+    network: nn.Module
+
+    @property
+    def value(self) -> int:
+        return self.num_iters if self.varies == "num_iters" else self.rank
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one setting: mean Dice over cases and targets, and the median seconds of a case."""
+
+    setting: Setting
+    dice: float
+    per_target: dict[str, float]
+    seconds: float
+
+
+def speed(
+    console: Console,
+    checkpoint: Path,
+    inputs: Sequence[str | Path],
+    out: Path,
+    *,
+    num_iters: Sequence[int] = (0, 1, 2, 3, 5, 10),
+    ranks: Sequence[int] = (1, 2, 4),
+    section: str | None = None,
+    limit: int = 10,
+    whole: bool = False,
+    device: str | None = None,
+) -> list[Result]:
+    """Dice and time of a trained network for several numbers of iterations and several ranks.
+
+    Runs on cases with labels: of those that `inputs` name the ones that training held out, where
+    there are any, and the first `limit` of them. Every case is run in all settings in turn, so what
+    else the machine does slows all alike; the time is that of the network alone, without reading.
+
+    Writes out/speed.csv and out/speed.png. Raises DataError for what cannot be used.
+    """
+    predictor = load_predictor([checkpoint], device=device, whole=whole)
+    network, plan = predictor.models[0]
+    cases = [case for case in find_cases(inputs, section) if case.label is not None]
+    cases = ([case for case in cases if case.name in plan.held_out] or cases)[:limit]
+    if not cases:
+        raise DataError("input: no case has a label to compare with; give a data list with labels")
+    prepare_folder("output", out)
+    settings = _settings(network, plan, num_iters, ranks)
+    scores: list[list[list[float]]] = [[] for _ in settings]  # setting, case, target
+    seconds: list[list[float]] = [[] for _ in settings]
+    with progress(console) as bar:
+        for case in bar.track(cases, description=f"{len(settings)} settings"):
+            _run_case(predictor, settings, case, scores, seconds)
+    results = []
+    for setting, of_cases, times in zip(settings, scores, seconds, strict=True):
+        means = np.mean(of_cases, axis=0).tolist()
+        per_target = dict(zip(plan.targets, means, strict=True))
+        results.append(Result(setting, float(np.mean(means)), per_target, median(times)))
+    _write(out / "speed.csv", results)
+    trained = {"num_iters": plan.network.get("num_iters", 5), "rank": _rank(network)}
+    _draw(out / "speed.png", results, trained, f"{plan.task}: {len(cases)} cases")
+    shown = table(f"{plan.task}: {len(cases)} cases", "varies", "value", "mean Dice", "seconds a case")
+    for result in results:
+        setting = result.setting
+        shown.add_row(setting.varies, str(setting.value), f"{result.dice:.4f}", f"{result.seconds:.3f}")
+    console.print(shown)
+    console.print(f"trained with {trained}; results in {out}", soft_wrap=True)
+    return results
+
+
+def _settings(
+    network: nn.Module, plan: Plan, num_iters: Sequence[int], ranks: Sequence[int]
+) -> list[Setting]:
+    settings = []
+    trained = plan.network.get("num_iters", 5)
+    for iterations in num_iters:
+        changed = copy.deepcopy(network)
+        set_num_iters(changed, iterations)
+        settings.append(Setting("num_iters", iterations, _rank(network), changed))
+    for rank in ranks:
+        changed = copy.deepcopy(network)
+        set_rank(changed, rank)
+        settings.append(Setting("rank", trained, rank, changed))
+    return settings
+
+
+def _rank(network: nn.Module) -> int:
+    """The rank of the network's first factorisation."""
+    return next(part.rank for part in network.modules() if isinstance(part, MatrixFactorization))
+
+
+def _run_case(
+    predictor: Predictor,
+    settings: Sequence[Setting],
+    case: Case,
+    scores: list[list[list[float]]],
+    seconds: list[list[float]],
+) -> None:
+    plan = predictor.plan
+    check_image(case, plan.modalities)
+    truth = check_label(case, list(plan.labels))
+    before = preprocessing(plan, ("image",))
+    item = before(files_of(case))
+    image = item["image"].as_tensor()
+    if not seconds[0]:
+        predictor.run(settings[0].network, plan, image)  # the first run warms caches, and is not timed
+    for setting, of_cases, times in zip(settings, scores, seconds, strict=True):
+        start = time.perf_counter()
+        logits = predictor.run(setting.network, plan, image)
+        times.append(time.perf_counter() - start)
+        labels = plan.decide(to_own_grid(logits, item, before)).numpy()
+        of_cases.append([dice(np.isin(labels, v), np.isin(truth, v)) for v in plan.targets.values()])
+
+
+def _write(path: Path, results: Sequence[Result]) -> None:
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        lines = csv.writer(file)
+        targets = list(results[0].per_target)
+        lines.writerow(
+            ("varies", "num_iters", "rank", "mean_dice", *(f"dice {t}" for t in targets), "seconds")
+        )
+        for r in results:
+            values = (f"{r.dice:.6f}", *(f"{r.per_target[t]:.6f}" for t in targets), f"{r.seconds:.6f}")
+            lines.writerow((r.setting.varies, r.setting.num_iters, r.setting.rank, *values))
+
+
+def _draw(path: Path, results: Sequence[Result], trained: dict[str, int], title: str) -> None:
+    """Dice (left axis) and seconds (right axis) against iterations and against rank."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    groups = [[r for r in results if r.setting.varies == varies] for varies in trained]
+    groups = [group for group in groups if group]
+    axes = figure.subplots(1, len(groups), squeeze=False)[0]
+    for ax, group in zip(axes, groups, strict=True):
+        varies = group[0].setting.varies
+        places = [r.setting.value for r in group]
+        for target in group[0].per_target:
+            ax.plot(places, [r.per_target[target] for r in group], "o-", label=target)
+        ax.axvline(trained[varies], color="grey", linewidth=1, linestyle=":")
+        ax.set(xlabel=f"{varies} (dotted: in training)", ylabel="mean Dice", ylim=(0, 1))
+        ax.xaxis.set_major_locator(MaxNLocator(integer=True))
+        times = ax.twinx()
+        times.plot(places, [r.seconds for r in group], "s--", color="black", label="seconds", alpha=0.6)
+        times.set(ylabel="seconds a case (dashed)", ylim=(0, 1.2 * max(r.seconds for r in group)))
+    axes[0].legend(loc="lower right", frameon=False)
+    figure.suptitle(title)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=140)
