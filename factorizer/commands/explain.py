@@ -146,6 +146,13 @@ def _write(path: Path, rows: list[Row]) -> None:
             lines.writerow((r.case, r.layer, r.target, r.component, *numbers, r.reference))
 
 
+def _mean(values: list[Agreement]) -> tuple[float, float]:
+    """AUC and best Dice over the cases that have the target; NaN where none has."""
+    if not values:
+        return float("nan"), float("nan")
+    return sum(a.auc for a in values) / len(values), sum(a.dice for a in values) / len(values)
+
+
 def _best_of_each(rows: list[Row], cases: int) -> Table:
     """For each layer and target the component with the highest AUC, averaged over the cases."""
     values: dict[tuple[str, str], dict[int, list[Agreement]]] = {}
@@ -157,7 +164,7 @@ def _best_of_each(rows: list[Row], cases: int) -> Table:
         shown.add_column(column, justify="right")
     shown.columns[1].justify = "left"
     for (layer, target), of_pair in values.items():
-        means = {m: np.nanmean([a[:2] for a in a_list], axis=0) for m, a_list in of_pair.items()}
+        means = {m: _mean([a for a in of_map if not np.isnan(a.auc)]) for m, of_map in of_pair.items()}
         best = max(means, key=lambda m: np.nan_to_num(means[m][0], nan=-1))
         shown.add_row(layer, target, str(best), f"{means[best][0]:.3f}", f"{means[best][1]:.3f}")
     return shown
