@@ -23,7 +23,12 @@ def sw_dematricize(z: Tensor, size: tuple[int, ...], windows: Windows) -> Tensor
 
 def _roll(x: Tensor, shift: tuple[int, ...]) -> Tensor:
     axes = [axis for axis, step in enumerate(shift) if step != 0]
-    return x.roll([shift[a] for a in axes], [a + 2 for a in axes]) if axes else x
+    if not axes:
+        return x
+    # Over (B·C, S1..Sp): of (B, C, S1..Sp) in channels-last order torch's compiler takes the result to be
+    # contiguous, while roll keeps the order, and a view in the backward graph fails.
+    rows = x.flatten(0, 1).roll([shift[a] for a in axes], [a + 1 for a in axes])
+    return rows.view(x.shape)
 
 
 def _cut(x: Tensor, windows: Windows) -> Tensor:

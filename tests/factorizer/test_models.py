@@ -424,6 +424,23 @@ def test_networks_are_compiled_exported_and_transformed(rel):
         assert rel(gradient, gradients[name]) < 1e-4
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_backward_graph_of_the_reference(rel):
+    """A view in it once failed where a gradient came in channels-last order, in a map of one window."""
+    network = small(
+        spatial_size=(8, 8), encoder_depth=(1, 1), encoder_width=(8, 16), strides=(1, 2), decoder_depth=(1,),
+        num_iters=1,
+    )  # fmt: skip
+    x = torch.randn(2, 2, 8, 8)
+    gradients = []
+    with fk.use_backend("reference"):
+        for run in (network, torch.compile(network, fullgraph=True, backend="aot_eager")):
+            network.zero_grad()
+            run(x).square().sum().backward()
+            gradients.append([p.grad.clone() for p in network.parameters()])
+    assert all(rel(ours, expected) < 1e-4 for ours, expected in zip(*gradients, strict=True))
+
+
 # --- U-net ---------------------------------------------------------------------------------------
 
 
