@@ -14,6 +14,7 @@ in ``_vmap.py``.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -24,6 +25,13 @@ from factorizer_kernels.windows.geometry import matricized_shape
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the arithmetic on tensors of ``dtype``: float64 for float64, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def without_autocast(x: torch.Tensor) -> AbstractContextManager:
+    """Inside, plain PyTorch computes in the dtypes it is given: in a lower one eps would round to zero."""
+    device = x.device.type
+    available = torch.amp.is_autocast_available(device)
+    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 # Fakes: shapes and dtypes of the outputs, without computing them.

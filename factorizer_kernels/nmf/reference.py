@@ -4,19 +4,17 @@ X is (..., M, N), U (..., M, R), V (..., N, R). One iteration updates U from A =
 from C = XᵀU and D = UᵀU with the new U.
 """
 
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from torch import Tensor
 
-from factorizer_kernels._ops import compute_dtype
+from factorizer_kernels._ops import compute_dtype, without_autocast
 
 
 def nmf(
     x: Tensor, u0: Tensor, v0: Tensor, num_iters: int, solver: str, grad_steps: int, eps: float
 ) -> Tensor:
     """Y = U Vᵀ after ``num_iters`` iterations; arithmetic in float32, or float64 for float64."""
-    with _without_autocast(x):
+    with without_autocast(x):
         u, v = _factors(x, u0, v0, num_iters, solver, grad_steps, eps)
         y = (u @ v.mT).to(x.dtype)
     return y.expand(x.shape)  # without iterations shared factors are shared yet
@@ -26,7 +24,7 @@ def nmf_factors(
     x: Tensor, u0: Tensor, v0: Tensor, num_iters: int, solver: str, grad_steps: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """U and V after ``num_iters`` iterations, each with x's leading dimensions and dtype."""
-    with _without_autocast(x):
+    with without_autocast(x):
         u, v = _factors(x, u0, v0, num_iters, solver, grad_steps, eps)
     u = u.expand(*x.shape[:-2], *u.shape[-2:])
     v = v.expand(*x.shape[:-2], *v.shape[-2:])
@@ -51,13 +49,6 @@ def hals_update(factor: Tensor, projection: Tensor, gram: Tensor, eps: float) ->
 
 
 UPDATES = {"mu": mu_update, "hals": hals_update}
-
-
-def _without_autocast(x: Tensor) -> AbstractContextManager:
-    """Products in the arithmetic's dtype: in a lower one eps would round to zero."""
-    device = x.device.type
-    available = torch.amp.is_autocast_available(device)
-    return torch.autocast(device, enabled=False) if available else nullcontext()
 
 
 def _factors(x, u, v, num_iters, solver, grad_steps, eps) -> tuple[Tensor, Tensor]:

@@ -3,22 +3,25 @@
 import torch
 from torch import Tensor
 
+from factorizer_kernels._ops import without_autocast
 from factorizer_kernels.windows.geometry import Windows, product
 
 
 def sw_matricize(x: Tensor, windows: Windows) -> Tensor:
     """x (B, C, S1..Sp) -> (S·B·H, G1···Gp, head_dim, P1···Pp)."""
-    return torch.cat([_cut(_roll(x, windows.shift(s)), windows) for s in range(windows.num_shifts)])
+    with without_autocast(x):
+        return torch.cat([_cut(_roll(x, windows.shift(s)), windows) for s in range(windows.num_shifts)])
 
 
 def sw_dematricize(z: Tensor, size: tuple[int, ...], windows: Windows) -> Tensor:
     """The inverse: every copy is put together, rolled back, and the copies are averaged."""
     copies = z.tensor_split(windows.num_shifts)
-    volumes = [
-        _roll(_join(copy, size, windows), tuple(-step for step in windows.shift(s)))
-        for s, copy in enumerate(copies)
-    ]
-    return torch.stack(volumes).mean(0)
+    with without_autocast(z):
+        volumes = [
+            _roll(_join(copy, size, windows), tuple(-step for step in windows.shift(s)))
+            for s, copy in enumerate(copies)
+        ]
+        return torch.stack(volumes).mean(0)
 
 
 def _roll(x: Tensor, shift: tuple[int, ...]) -> Tensor:
