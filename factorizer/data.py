@@ -164,7 +164,8 @@ def find_cases(inputs: Sequence[str | Path], section: str | None = None) -> tupl
 
     - a NIfTI file, X, Y, Z or X, Y, Z, channel: a case;
     - several NIfTI files separated by commas, one for each modality: a case;
-    - a folder: every NIfTI file in it is a case, but files that differ in an ending _0000, _0001, …
+    - a folder with a dataset.json: that data list;
+    - another folder: every NIfTI file in it is a case, but files that differ in an ending _0000, _0001, …
       alone are the modalities of one;
     - a data list, a JSON file such as a dataset.json: a list of {"image": file or files, "label":
       file}, "label" being optional, or an object with such lists. `section` names the list to
@@ -175,6 +176,8 @@ def find_cases(inputs: Sequence[str | Path], section: str | None = None) -> tupl
     cases: list[Case] = []
     for given in inputs:
         path = Path(given)
+        if (path / "dataset.json").is_file():
+            path = path / "dataset.json"
         if path.is_dir():
             cases.extend(_cases_in_folder(path))
         elif path.suffix == ".json":

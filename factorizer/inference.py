@@ -26,13 +26,34 @@ def load_network(path: str | Path) -> tuple[nn.Module, Plan]:
 
     Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
     """
-    plan, state = read_checkpoint(path)
-    network = build_network(plan.network, plan.seed)
+    plan, _ = read_checkpoint(path)
+    return load_weights(build_network(plan.network, plan.seed), path), plan
+
+
+def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+    """The network with the weights of a checkpoint, in evaluation mode.
+
+    Raises FileNotFoundError where there is none, DataError where it is not one of ours, or one of
+    another network.
+    """
+    _, state = read_checkpoint(path)
     try:
         network.load_state_dict(state["network"])
     except RuntimeError as error:
-        raise DataError(f"{path}: its weights do not fit its plan's network ({error})") from error
-    return network.eval(), plan
+        raise DataError(f"{path}: its weights do not fit the network ({error})") from error
+    return network.eval()
+
+
+class FinestHead(nn.Module):
+    """A network with its finest logits alone, where deep supervision gives it several."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.network(x)
+        return y if isinstance(y, Tensor) else y[0]
 
 
 class Predictor:
@@ -87,12 +108,11 @@ class Predictor:
     @torch.no_grad()
     def run(self, network: nn.Module, plan: Plan, image: Tensor) -> Tensor:
         """The network moved over a preprocessed image (C, X, Y, Z): (outputs, X, Y, Z), on the CPU."""
-        cuda = self.device.type == "cuda"
+        cuda, finest = self.device.type == "cuda", FinestHead(network)
 
         def logits(x: Tensor) -> Tensor:
             with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-                y = network(x)
-            return (y if isinstance(y, Tensor) else y[0]).float()
+                return finest(x).float()
 
         x = image[None]
         if self.whole:

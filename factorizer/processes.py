@@ -18,15 +18,15 @@ def place() -> tuple[int, int]:
 
 
 @contextmanager
-def process_group(device: torch.device) -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Joins the processes that torchrun started, to train together; does nothing without torchrun.
 
-    They talk through NCCL for CUDA devices, through Gloo otherwise.
+    Tensors travel through NCCL on CUDA devices, through Gloo on the CPU.
     """
     if place()[1] == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    dist.init_process_group()
     try:
         yield
     finally:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from monai.data import CacheDataset, MetaTensor
+from monai.data import CacheDataset, MetaTensor, PersistentDataset
 from monai.transforms import (
     ClassesToIndicesd,
     Compose,
@@ -117,15 +118,20 @@ def augmentation(plan: Plan) -> Compose:
 
 
 def training_volumes(
-    plan: Plan, cases: Sequence[Case], geometries: Mapping[str, Geometry]
+    plan: Plan,
+    cases: Sequence[Case],
+    geometries: Mapping[str, Geometry] | None = None,
+    cache: str | Path | None = None,
 ) -> Sequence[dict[str, Any]]:
-    """The preprocessed volumes of `cases`, padded to the crop, as many in memory as 6 GiB hold.
+    """The preprocessed volumes of `cases`, padded to the crop.
 
     An item has image (C, X, Y, Z) float32, label (1, X, Y, Z) uint8, and the places of each class,
-    from which `augmentation` draws the middle of a crop. `geometries`: by the names of the cases.
+    from which `augmentation` draws the middle of a crop.
+
+    With `cache`, a folder, volumes are prepared at their first use and kept there. Without it as
+    many are held in memory as 6 GiB take, by the `geometries` of the cases' names, and the others
+    read again at every use.
     """
-    extents = [np.array(geometries[c.name].shape) * geometries[c.name].spacing for c in cases]
-    largest = max(math.prod(np.maximum(extent / plan.spacing, plan.crop).tolist()) for extent in extents)
     keys = ("image", "label")
     steps = Compose(
         [
@@ -136,12 +142,16 @@ def training_volumes(
             EnsureTyped("label", dtype=torch.uint8, track_meta=False),
         ]
     )
+    items = [files_of(case) for case in cases]
+    if cache is not None:
+        return PersistentDataset(items, transform=steps, cache_dir=cache)  # type: ignore[return-value]
+    if geometries is None:
+        raise ValueError("geometries must be given where cache is None")
+    extents = [np.array(geometries[c.name].shape) * geometries[c.name].spacing for c in cases]
+    largest = max(math.prod(np.maximum(extent / plan.spacing, plan.crop).tolist()) for extent in extents)
+    number = max(1, int(CACHE_BYTES / (largest * (4 * len(plan.modalities) + 1))))
     return CacheDataset(  # type: ignore[return-value]
-        [files_of(case) for case in cases],
-        transform=steps,
-        cache_num=max(1, int(CACHE_BYTES / (largest * (4 * len(plan.modalities) + 1)))),
-        progress=False,
-        copy_cache=False,
+        items, transform=steps, cache_num=number, progress=False, copy_cache=False
     )
 
 

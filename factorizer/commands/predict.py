@@ -112,7 +112,7 @@ def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
                 f"output: {path.parent} holds results made with other settings ({', '.join(changed)}); "
                 "give another folder"
             )
-    else:
+    elif place()[0] == 0:
         with atomic(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 

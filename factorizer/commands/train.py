@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -11,7 +10,6 @@ import torch
 from rich.console import Console
 
 from factorizer.data import (
-    Case,
     DataError,
     Geometry,
     Task,
@@ -59,7 +57,7 @@ def train(
     training, held_out = split_cases(task.cases, seed, fold)
     plan = plan_run(task, geometries, training, held_out, steps=steps, seed=seed)
     checkpoint = out / "checkpoint.pt"
-    with process_group(where):
+    with process_group():
         trainer = Trainer(
             plan,
             build_network(plan.network, plan.seed),
@@ -77,7 +75,12 @@ def train(
                 temporary.write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
         _announce(console, trainer, out)
         if not trainer.finished:
-            fit(console, trainer, training, geometries, checkpoint)
+            with console.status(f"Loading {len(training)} volumes"):
+                volumes = training_volumes(plan, training, geometries)
+            crops = Crops(
+                volumes, augmentation(plan), plan.batch_size, plan.seed, trainer.part, trainer.parts
+            )
+            fit(console, trainer, crops, checkpoint)
     losses = trainer.losses[-20:]
     console.print(
         f"{trainer.step} steps in {duration(trainer.seconds)}; loss {sum(losses) / len(losses):.3f}; "
@@ -98,20 +101,13 @@ def check_cases(console: Console, task: Task) -> dict[str, Geometry]:
     return geometries
 
 
-def fit(
-    console: Console,
-    trainer: Trainer,
-    cases: Sequence[Case],
-    geometries: Mapping[str, Geometry],
-    path: Path,
-) -> None:
-    """Trains to the end on the crops of `cases`, with a bar."""
-    plan = trainer.plan
-    with console.status(f"Loading {len(cases)} volumes"):
-        volumes = training_volumes(plan, cases, geometries)
-    crops = Crops(volumes, augmentation(plan), plan.batch_size, plan.seed, trainer.part, trainer.parts)
+def fit(console: Console, trainer: Trainer, crops: Crops, path: Path) -> None:
+    """Trains to the end with a bar, from the checkpoint at `path` if there is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if trainer.step == 0 and path.exists():
+        trainer.resume(path)
     with progress(console) as bar:
-        task = bar.add_task("Training", total=plan.steps, completed=trainer.step)
+        task = bar.add_task("Training", total=trainer.plan.steps, completed=trainer.step)
 
         def advance(step: int) -> None:
             recent = trainer.losses[-20:]

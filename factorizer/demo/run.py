@@ -41,6 +41,7 @@ from factorizer.inference import Predictor
 from factorizer.planning import Plan, build_network, plan_run
 from factorizer.screen import progress
 from factorizer.training import Trainer
+from factorizer.transforms import Crops, augmentation, training_volumes
 
 SEED = 0
 EXPLAINED = 4  # cases of each part, at most, that components are compared with the truth on
@@ -95,7 +96,9 @@ def run_demo(
         out=out,
     )
     if trainer.step < plan.steps:
-        fit(console, trainer, training, geometries, checkpoint)
+        with console.status(f"Loading {len(training)} volumes"):
+            volumes = training_volumes(plan, training, geometries)
+        fit(console, trainer, Crops(volumes, augmentation(plan), plan.batch_size, plan.seed), checkpoint)
     predictor = Predictor([(trainer.network, plan)])
     scores = _segment(console, predictor, held_out, out / "predictions")
     with console.status("Comparing components with the truth"):

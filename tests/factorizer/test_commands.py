@@ -125,7 +125,7 @@ def test_checkpoints_that_cannot_be_used(tumour, tmp_path):
     state = torch.load(tumour, weights_only=True)
     state["network"] = torch.load(other, weights_only=True)["network"]
     torch.save(state, tmp_path / "mixed.pt")
-    assert "do not fit its plan's network" in run("predict", *options, tmp_path / "mixed.pt", code=2)
+    assert "its weights do not fit the network" in run("predict", *options, tmp_path / "mixed.pt", code=2)
     assert not (tmp_path / "out").exists()
 
 

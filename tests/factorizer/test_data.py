@@ -249,6 +249,7 @@ def test_sections_of_a_data_list(tmp_path):
     path.write_text(json.dumps({"test": ["c.nii"], "training": [{"image": "a.nii"}]}))
     assert [case.name for case in find_cases([path])] == ["c"]
     assert [case.name for case in find_cases([path], "training")] == ["a"]
+    assert find_cases([tmp_path], "training") == find_cases([path], "training")
     with pytest.raises(DataError, match="needs a list 'validation'"):
         find_cases([path], "validation")
 
