@@ -11,7 +11,7 @@ CPP := csrc tests/cpp
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
 .NOTPARALLEL:
-.PHONY: help demo test nightly bench lint format sanitize clean
+.PHONY: help demo test nightly bench docs lint format sanitize clean
 .PRECIOUS: .venv/.installed-%
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test                       the whole test suite"
 	@echo "make nightly                    the tests that draw their arguments, 10,000 times each"
 	@echo "make bench [SIZE=paper]         the benchmarks, and their page in docs/benchmarks"
+	@echo "make docs                       the documentation's site, in build/site"
 	@echo "make lint | format              check, or rewrite, the sources' style"
 	@echo "make sanitize                   the C++ tests under $(SANITIZERS) sanitizers"
 	@echo "make clean                      remove what was built, and .venv"
@@ -37,6 +38,9 @@ bench: .venv/.installed-bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json \
 	  $(if $(SIZE),--size $(SIZE)) $(ARGS)
 	$(BIN)/python -m benchmarks.report build/benchmarks.json
+
+docs: .venv/.installed-docs
+	$(BIN)/mkdocs build --strict --quiet
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .

@@ -24,8 +24,8 @@ class Factorizer(UNet):
     Args:
         in_channels, out_channels: channels of the input and of the logits.
         spatial_size: S1..Sp, one to three axes.
-        encoder_depth, encoder_width, strides, decoder_depth, stem, downsample, upsample, head,
-            num_deep_supr: see `UNet`.
+        encoder_depth, encoder_width, strides, decoder_depth: see `UNet`.
+        stem, downsample, upsample, head, num_deep_supr: see `UNet`.
         pos_embed: part of the bottleneck, called with (channels, spatial_size).
         kwargs: arguments of `FactorizerStage`, and through it of `FactorizerBlock` (norm,
             mlp_ratio, dropout), `FactMixer` (reshape, act, factorize) and `NMF` (rank, num_iters,
