@@ -50,6 +50,12 @@ Whole = Annotated[
 ]
 
 
+Configs = Annotated[
+    list[str] | None,
+    typer.Option("--config", help="File of the bundle's configs/ over train.json, such as four_shifts."),
+]
+
+
 # --- commands -------------------------------------------------------------------------------------
 
 
@@ -77,6 +83,11 @@ def demo(
 def train(
     data: Annotated[Path, typer.Argument(help="Folder in the Decathlon's layout.")],
     out: Annotated[Path, typer.Option(help="Folder for the run; one with a checkpoint is continued.")],
+    bundle: Annotated[
+        Path | None,
+        typer.Option(help="MONAI bundle whose recipe to follow, such as bundles/brats_factorizer."),
+    ] = None,
+    config: Configs = None,
     steps: Annotated[
         int | None, typer.Option(help="Training steps. Default: derived from the data's size.")
     ] = None,
@@ -85,8 +96,11 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the weights and the crops.")] = 0,
     validate_every: Annotated[
-        int, typer.Option(help="Steps between validations on the held-out cases; 0: none.", min=0)
-    ] = 0,
+        int | None,
+        typer.Option(
+            help="Steps between validations on the held-out cases. Default: none, or the bundle's.", min=1
+        ),
+    ] = None,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many validations without a better one.")
     ] = None,
@@ -103,6 +117,26 @@ def train(
         from factorizer.commands.train import train as run
         from factorizer.screen import console_of_process
 
+        if bundle is not None:
+            from factorizer.commands.bundle import train_bundle
+
+            train_bundle(
+                console_of_process(),
+                bundle,
+                config or (),
+                data,
+                out,
+                steps=steps,
+                fold=fold,
+                seed=seed,
+                patience=patience,
+                workers=workers,
+                val_interval=validate_every,
+                device=device,
+            )
+            return
+        if config:
+            _fail("config: is a file of a bundle, so it needs --bundle", 2)
         run(
             console_of_process(),
             data,
@@ -244,6 +278,23 @@ def speed(
 
 
 @app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="Weights: a state dict, or a checkpoint that holds one.")],
+    output: Annotated[Path, typer.Option(help="File for the checkpoint.")],
+    plan: Annotated[Path | None, typer.Option(help="plan.json of a training run.")] = None,
+    bundle: Annotated[Path | None, typer.Option(help="MONAI bundle of the network.")] = None,
+    config: Configs = None,
+) -> None:
+    """Make a checkpoint of weights of the published code, or of the paper's time."""
+    with _errors():
+        from rich.console import Console
+
+        from factorizer.commands.convert import convert as run
+
+        run(Console(), source, output, plan=plan, bundle=bundle, configs=config or ())
+
+
+@app.command()
 def doctor() -> None:
     """Versions, devices and backends; is every usable backend right, and how fast is it?"""
     from rich.console import Console
@@ -264,7 +315,7 @@ def _errors() -> Iterator[None]:
 
     try:
         yield
-    except (DataError, OSError) as error:
+    except (DataError, OSError, FloatingPointError) as error:
         _fail(str(error), 2)
     except KeyboardInterrupt:
         _fail(f"Interrupted. To continue: {_command()}", 130)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import factorizer
 from factorizer.data import Case, DataError, Geometry, Task
+from factorizer.layers.factorization import SOLVERS
 
 WIDTH, STRIDES, PATCH = (24, 48, 96), (1, 2, 2), 4
 DIVISOR = PATCH * math.prod(STRIDES)  # a crop is a whole number of windows in the deepest stage
@@ -196,12 +197,15 @@ def build_network(arguments: Mapping[str, Any], seed: int) -> nn.Module:
     """A Factorizer: (B, in, *spatial_size) to logits (B, out, ...), or a list of them, finest first.
 
     `arguments` are those of `factorizer.Factorizer` as plain data: classes are named, as they are
-    called in `factorizer` or `torch.nn`. Weights and initial factors are drawn with `seed`; the
-    caller's random state is left alone.
+    called in `factorizer` or `torch.nn`; a solver's keywords may follow its name, in a pair. Weights
+    and initial factors are drawn with `seed`; the caller's random state is left alone.
 
     Raises DataError where a name stands for no class; TypeError and ValueError as `Factorizer` does.
     """
     parts = {name: _part(name, arguments[name]) for name in PARTS if arguments.get(name) is not None}
+    solver = arguments.get("solver")
+    if isinstance(solver, Sequence) and len(solver) == 2 and isinstance(solver[1], Mapping):
+        parts["solver"] = SOLVERS[solver[0]], solver[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return factorizer.Factorizer(**{**arguments, **parts})

@@ -183,7 +183,10 @@ class Trainer:
         log.close()
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint, whole or not at all: plain data and tensors only."""
+        """Write the checkpoint, whole or not at all: plain data and tensors only.
+
+        Raises OSError where it cannot be written; the checkpoint that was there stays.
+        """
         if self.part:
             return
         state = {
@@ -196,7 +199,10 @@ class Trainer:
             "seconds": self.seconds,
         }
         with atomic(path) as temporary:
-            torch.save(state, temporary)
+            try:
+                torch.save(state, temporary)
+            except RuntimeError as error:  # what torch makes of a full disk
+                raise OSError(f"{path}: cannot be written ({error})") from error
 
     def resume(self, path: Path) -> None:
         """Continue from the checkpoint at `path`. Raises DataError where it is of another plan."""

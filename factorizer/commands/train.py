@@ -35,7 +35,7 @@ def train(
     steps: int | None = None,
     seed: int = 0,
     fold: int | None = None,
-    validate_every: int = 0,
+    validate_every: int | None = None,
     patience: int | None = None,
     device: str | None = None,
     workers: int | None = None,
@@ -64,7 +64,7 @@ def train(
             device=where,
             log=out / "log",
             validate=MeanDice(plan, held_out, where) if validate_every else None,
-            validate_every=validate_every,
+            validate_every=validate_every or plan.steps,
             patience=patience,
             workers=(4 if where.type == "cuda" else 0) if workers is None else workers,
         )

@@ -5,13 +5,17 @@ required fields and types, so that the test needs no network.
 """
 
 import json
+import shutil
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
 import pytest
 from monai.bundle import ConfigParser, run, verify_metadata, verify_net_in_out
+from typer.testing import CliRunner
 
+from factorizer.cli import app
+from factorizer.demo import write_synthetic
 from factorizer.training import read_checkpoint
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
@@ -136,6 +140,29 @@ def test_train_evaluate_and_infer(name, data, tmp_path):
     (again,) = plan.held_out
     before = (tmp_path / "predictions" / f"{again}.nii.gz").read_bytes()
     assert (tmp_path / "all" / f"{again}.nii.gz").read_bytes() == before
+
+
+def test_the_command_line_follows_a_bundle(tmp_path):
+    """With a network that is made tiny by a further file of the bundle."""
+    bundle = shutil.copytree(BUNDLES / "hippocampus_factorizer", tmp_path / "bundle")
+    (bundle / "configs" / "tiny.json").write_text(json.dumps(TINY))
+    data = write_synthetic(tmp_path / "data", cases=3, shape=(18, 18, 18))
+    options = ["train", data, "--out", tmp_path / "run", "--bundle", bundle, "--config", "tiny"]
+    options += ["--steps", 2, "--validate-every", 1, "--device", "cpu", "--seed", 3]
+    result = CliRunner().invoke(app, list(map(str, options)))
+    assert result.exit_code == 2, result.output
+    assert "the bundle needs ('MRI',)" in result.stderr
+    content = json.loads((data / "dataset.json").read_text()) | {"modality": {"0": "MRI"}}
+    for case in content["training"]:
+        image = nib.load(data / case["image"])
+        nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[..., 0], image.affine), data / case["image"])
+    (data / "dataset.json").write_text(json.dumps(content))
+    for _ in range(2):  # the second time it is finished
+        result = CliRunner().invoke(app, list(map(str, options)))
+        assert result.exit_code == 0, (result.output, result.exception)
+    plan, state = read_checkpoint(tmp_path / "run" / "checkpoint.pt")
+    assert (len(state["losses"]), plan.seed, plan.crop) == (2, 3, (16, 16, 16))
+    assert [step for step, _ in state["scores"]] == [1, 2]
 
 
 def test_four_shifts_are_the_later_recipe():

@@ -222,6 +222,8 @@ def test_train_predict_evaluate(data, tmp_path):
     [
         (["--steps", 0], "steps: got 0"),
         (["--patience", 2], "needs validate-every"),
+        (["--config", "four_shifts"], "needs --bundle"),
+        (["--bundle", "nowhere"], "nowhere/configs/train.json is missing"),
         (["--fold", 7], "fold: got 7"),
         (["--device", "cuda:9"], "device: 'cuda:9'"),
         (["--device", "abacus"], "device: 'abacus' is no device"),

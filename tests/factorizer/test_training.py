@@ -143,6 +143,22 @@ def test_checkpoint_holds_plain_data_only(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint.pt"]
 
 
+def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
+    trainer, path = tiny_trainer(tiny_plan(steps=2)), tmp_path / "checkpoint.pt"
+    trainer.save(path)
+    before = path.read_bytes()
+
+    def full(state, path):
+        path.write_bytes(b"half")
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+    monkeypatch.setattr("factorizer.training.torch.save", full)
+    with pytest.raises(OSError, match=r"checkpoint.pt: cannot be written"):
+        trainer.save(path)
+    assert path.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_read_checkpoint_errors(tmp_path):
     with pytest.raises(FileNotFoundError):
         read_checkpoint(tmp_path / "absent.pt")

@@ -1,0 +1,94 @@
+"""What the commands take from a MONAI bundle of `bundles/`: its recipe, or its plan alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from monai.bundle import ConfigParser
+from rich.console import Console
+
+from factorizer.commands.train import fit
+from factorizer.data import DataError, Task, prepare_folder
+from factorizer.planning import Plan
+from factorizer.processes import pick_device, process_group
+
+
+def read_bundle(folder: Path, configs: Sequence[str] = (), **changes: Any) -> ConfigParser:
+    """The training configuration of a bundle, with further files of its configs/ over it.
+
+    Its expressions are Python, evaluated when it is used: take bundles from where you trust.
+
+    Args:
+        folder: the bundle's.
+        configs: names such as "four_shifts".
+        changes: values by their names in the configuration; None leaves one as it is.
+
+    Raises DataError where a file is missing or not readable.
+    """
+    files = [folder / "configs" / f"{name}.json" for name in ("train", *configs)]
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"bundle: {file} is missing")
+    parser = ConfigParser()
+    try:
+        parser.read_config([str(file) for file in files])
+    except ValueError as error:
+        raise DataError(f"bundle: {folder} is not readable ({error})") from error
+    for name, value in changes.items():
+        if value is not None:
+            parser[name] = value
+    return parser
+
+
+def bundle_plan(folder: Path, configs: Sequence[str] = ()) -> Plan:
+    """The plan of a bundle, without the names of cases."""
+    parser = read_bundle(folder, configs)
+    for names in ("training", "held_out"):
+        parser[f"plan#{names}"] = []
+    return parser.get_parsed_content("plan")
+
+
+def train_bundle(
+    console: Console,
+    folder: Path,
+    configs: Sequence[str],
+    data: Path,
+    out: Path,
+    *,
+    device: str | None = None,
+    **changes: Any,
+) -> Path:
+    """Trains by a bundle's recipe on the Decathlon folder `data` into `out`; returns the checkpoint.
+
+    `changes` are values of its configuration, such as steps. A run that is in `out` is continued.
+    Raises DataError as `read_decathlon` and `read_bundle` do.
+    """
+    prepare_folder("out", out)
+    paths = {"bundle_root": str(folder), "dataset_dir": str(data), "output_dir": str(out)}
+    parser = read_bundle(folder, configs, **paths, **changes, device=pick_device(device))
+    checkpoint = out / "checkpoint.pt"
+    with process_group():
+        try:
+            _check_task(parser.get_parsed_content("task"), parser.get_parsed_content("plan"))
+            trainer = parser.get_parsed_content("train#trainer")
+            crops = parser.get_parsed_content("train#crops")
+        except RuntimeError as error:  # MONAI's, about the part of the configuration that failed
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, DataError):
+                cause = cause.__cause__
+            raise (cause or error) from None
+        fit(console, trainer, crops, checkpoint)
+    console.print(f"{trainer.step} steps; network in {checkpoint}", soft_wrap=True)
+    return checkpoint
+
+
+def _check_task(task: Task, plan: Plan) -> None:
+    """Whether the data are what the bundle is for, as far as dataset.json tells."""
+    if len(task.modalities) != len(plan.modalities):
+        raise DataError(
+            f"data: modalities {task.modalities}; the bundle needs {plan.modalities}, in this order"
+        )
+    if list(task.labels) != list(plan.labels):
+        raise DataError(f"data: labels {task.labels}; the bundle needs {plan.labels}")
