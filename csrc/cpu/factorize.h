@@ -47,22 +47,6 @@ inline void copy(const T* from, i64 count, T* to) {
   for (i64 i = 0; i < count; ++i) to[i] = from[i];
 }
 
-// Calls f with the rank as a compile-time constant where it is small, so that its loops unroll.
-template <class F>
-inline void with_rank(i64 rank, F&& f) {
-  switch (rank) {
-    case 1: return f(Constant<1>{});
-    case 2: return f(Constant<2>{});
-    case 3: return f(Constant<3>{});
-    case 4: return f(Constant<4>{});
-    case 5: return f(Constant<5>{});
-    case 6: return f(Constant<6>{});
-    case 7: return f(Constant<7>{});
-    case 8: return f(Constant<8>{});
-    default: return f(rank);
-  }
-}
-
 // One vector of columns of a row list, as factor_update.h wants it.
 template <class T>
 struct LaneRows {
@@ -87,7 +71,7 @@ template <class T>
 void update(const Options& o, const T* gram, Rows<const T> f, Rows<const T> c, Rows<T> out, i64 valid,
             i64 length) {
   const T eps = T(o.eps);
-  with_rank(o.rank, [&](auto rank) {
+  with_small(o.rank, [&](auto rank) {
     for (i64 n = 0; n < length; n += Simd<T>::width) {
       const LaneRows<const T> fs(f, n), cs(c, n);
       LaneRows<T> outs(out, n);
@@ -106,7 +90,7 @@ template <class T>
 void update_backward(const Options& o, const T* gram, Rows<const T> f, Rows<const T> f_new, Rows<const T> c,
                      Rows<T> df, Rows<T> dc, Rows<T> dq, T* dgram, T* gram_scratch, i64 length) {
   const T eps = T(o.eps);
-  with_rank(o.rank, [&](auto rank) {
+  with_small(o.rank, [&](auto rank) {
     for (i64 n = 0; n < length; n += Simd<T>::width) {
       const LaneRows<const T> fs(f, n), news(f_new, n), cs(c, n);
       LaneRows<T> dfs(df, n), dcs(dc, n), dqs(dq, n);

@@ -27,42 +27,16 @@ inline i64 matrix_index(const Windows& w, const Strip& s, i64 bh_begin, i64 num_
 
 inline i64 wrap(i64 index, i64 size) { return index < 0 ? index + size : index; }
 
-// Calls f with the length of a line, as a compile-time constant where it is common, so that the loop over
-// it becomes a few vectors.
+// Calls f(channel, i1, i2, column) for every line: where it lies in the volume, and its columns in the strip.
 template <class F>
-inline void with_line(i64 length, F&& f) {
-  switch (length) {
-    case 4: return f(Constant<4>{});
-    case 8: return f(Constant<8>{});
-    case 16: return f(Constant<16>{});
-    default: return f(length);
-  }
-}
-
-// Calls piece(channel, i1, i2, i3, window, column, length) for every run that is contiguous both in the
-// volume (from voxel (i1, i2, i3)) and in the strip (columns of a window of it). Length: see with_line.
-template <class Length, class Piece>
-inline void each_piece(const Windows& w, const Strip& s, Length line_length, Piece&& piece) {
+inline void each_line(const Windows& w, const Strip& s, F&& f) {
   const i64* shift = w.shifts + 3 * s.shift;
-  const i64 first = wrap(s.window * w.patch[2] + s.voxel - shift[2], w.size[2]);
   for (i64 channel = 0; channel < w.head_dim; ++channel) {
     i64 p1 = s.line / w.patch[1], p2 = s.line % w.patch[1];
     for (i64 line = 0; line < s.num_lines; ++line) {
       const i64 i1 = wrap(s.grid[0] * w.patch[0] + p1 - shift[0], w.size[0]);
       const i64 i2 = wrap(s.grid[1] * w.patch[1] + p2 - shift[1], w.size[1]);
-      const i64 column = line * line_length;
-      i64 i3 = first;
-      for (i64 window = 0; window < s.num_windows; ++window) {
-        const i64 before_end = w.size[2] - i3;
-        if (line_length <= before_end) {
-          piece(channel, i1, i2, i3, window, column, line_length);
-        } else {
-          piece(channel, i1, i2, i3, window, column, before_end);
-          piece(channel, i1, i2, i64{0}, window, column + before_end, line_length - before_end);
-        }
-        i3 += w.patch[2];
-        if (i3 >= w.size[2]) i3 -= w.size[2];
-      }
+      f(channel, i1, i2, line * s.num_voxels);
       if (++p2 == w.patch[1]) {
         p2 = 0;
         ++p1;
@@ -70,6 +44,38 @@ inline void each_piece(const Windows& w, const Strip& s, Length line_length, Pie
     }
   }
 }
+
+// The pieces of a strip's lines along the last axis: a window's voxels, whole, but for one window that the
+// volume's end may cut in two.
+class Pieces {
+ public:
+  Pieces(const Windows& w, const Strip& s)
+      : size_(w.size[2]), patch_(w.patch[2]), length_(s.num_voxels), windows_(s.num_windows) {
+    first_ = wrap(s.window * patch_ + s.voxel - w.shifts[3 * s.shift + 2], size_);
+    const i64 before_end = (size_ - first_ + patch_ - 1) / patch_;  // windows that begin there
+    begin_of_rest_ = before_end < windows_ ? before_end : windows_;
+    const i64 last = first_ + (begin_of_rest_ - 1) * patch_;
+    cut_ = last + length_ > size_ ? size_ - last : 0;
+  }
+
+  // Calls f(i3, window, voxel, length): `length` voxels of a window, from its `voxel` on, which lie at i3 in
+  // the volume. The length of whole pieces is passed as `whole`, that it may be a constant.
+  template <class Length, class F>
+  void each(Length whole, F&& f) const {
+    const i64 uncut = cut_ > 0 ? begin_of_rest_ - 1 : begin_of_rest_;
+    for (i64 k = 0; k < uncut; ++k) f(first_ + k * patch_, k, i64{0}, whole);
+    if (cut_ > 0) {
+      with_length(cut_, [&](auto length) { f(first_ + uncut * patch_, uncut, i64{0}, length); });
+      with_length(length_ - cut_, [&](auto length) { f(i64{0}, uncut, cut_, length); });
+    }
+    for (i64 k = begin_of_rest_; k < windows_; ++k) f(first_ + k * patch_ - size_, k, i64{0}, whole);
+  }
+
+ private:
+  i64 size_, patch_, length_, windows_, first_;
+  i64 begin_of_rest_;  // the first window that begins again at the volume's other end
+  i64 cut_;            // voxels before the end of the window that is cut; 0: none is
+};
 
 // Where channel 0 and voxel 0 of one (batch, head) lie in a volume, and its strides.
 template <class S>
@@ -96,25 +102,34 @@ inline Head<S> contiguous_head(S* data, const Windows& w) {
   return {data, w.voxels(), {w.size[1] * w.size[2], w.size[2], 1}};
 }
 
+// Calls f(from, to, length) for every piece of a strip: where it lies along the last axis of `volume`, and in
+// buffer[window][channel].
+template <class S, class T, class F>
+inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> buffer, i64 window_stride,
+                      F&& f) {
+  const Pieces pieces(w, s);
+  with_length(s.num_voxels, [&](auto whole) {
+    each_line(w, s, [&](i64 channel, i64 i1, i64 i2, i64 column) {
+      S* line = volume.at(channel, i1, i2, 0);
+      T* columns = buffer[channel] + column;
+      pieces.each(whole, [&](i64 i3, i64 window, i64 voxel, auto length) {
+        f(line + i3 * volume.stride[2], columns + window * window_stride + voxel, length);
+      });
+    });
+  });
+}
+
 // buffer[window][channel] = scale * act(volume), for each window of the strip `window_stride` apart.
 template <class S, class T>
 void read_strip(const Windows& w, const Strip& s, Head<const S> volume, bool relu, T scale, Rows<T> buffer,
                 i64 window_stride) {
-  auto read = [&](auto load, auto step, auto line_length) {
-    each_piece(w, s, line_length, [&](i64 c, i64 i1, i64 i2, i64 i3, i64 window, i64 column, auto length) {
-      const S* from = volume.at(c, i1, i2, i3);
-      // The next plane's line, mostly: those are too far apart for the hardware to foresee.
-      __builtin_prefetch(from + volume.stride[0]);
-      T* to = buffer[c] + window * window_stride + column;
-      for (i64 i = 0; i < length; ++i) to[i] = load(from[i * step]);
-    });
-  };
-  auto read_with = [&](auto load) {
-    if (volume.stride[2] == 1) {
-      with_line(s.num_voxels, [&](auto length) { read(load, Constant<1>{}, length); });
-    } else {
-      read(load, volume.stride[2], s.num_voxels);
-    }
+  auto read_with = [&](auto op) {
+    auto read = [&](auto step) {
+      each_pair(w, s, volume, buffer, window_stride, [&](const S* from, T* to, auto length) {
+        transform(length, from, step, to, op);
+      });
+    };
+    volume.stride[2] == 1 ? read(Constant<1>{}) : read(volume.stride[2]);
   };
   if (relu) {
     read_with([](S x) { return T(to_compute(x)) < T(0) ? T(0) : T(to_compute(x)); });  // NaN passes
@@ -129,15 +144,10 @@ void read_strip(const Windows& w, const Strip& s, Head<const S> volume, bool rel
 template <class T>
 void add_strip(const Windows& w, const Strip& s, Rows<const T> buffer, i64 window_stride, bool accumulate,
                Head<T> sums) {
-  with_line(s.num_voxels, [&](auto line_length) {
-    each_piece(w, s, line_length, [&](i64 c, i64 i1, i64 i2, i64 i3, i64 window, i64 column, auto length) {
-      const T* from = buffer[c] + window * window_stride + column;
-      T* to = sums.at(c, i1, i2, i3);
-      if (accumulate) {
-        for (i64 i = 0; i < length; ++i) to[i] += from[i];
-      } else {
-        for (i64 i = 0; i < length; ++i) to[i] = from[i];
-      }
+  each_pair(w, s, sums, buffer, window_stride, [&](T* to, const T* from, auto length) {
+    each_block<T>(length, [&](auto block, i64 i) {
+      const auto x = block.load(from + i);
+      block.store(to + i, accumulate ? block.load(to + i) + x : x);
     });
   });
 }

@@ -18,6 +18,8 @@ constexpr i64 strip_bytes = 160 << 10;   // several windows side by side, within
 constexpr i64 chunk_bytes = 8 << 20;     // of x, between the two steps
 constexpr i64 tile_columns = 4096;       // of a long matrix
 constexpr i64 line_block = 16384;        // elements of y that one task writes
+constexpr i64 spread_bytes = 16 << 10;   // of u along a line, within the first-level cache
+constexpr i64 most_terms = 8;            // of y that are added up in registers
 constexpr i64 serial_elements = 32768;   // below that, threads cost more than they bring
 
 template <class T>
@@ -118,10 +120,6 @@ struct LongTiles {
     add_strip<T>(p.windows, strip(tile), out, 0, window.shift > 0, dx);
   }
 
- private:
-  Rows<T> buffer(int worker, i64 index) const {
-    return {buffers + (2 * worker + index) * rows * max_length(), max_length()};
-  }
   Strip strip(i64 tile) const {
     Strip s = window;
     const i64 num_lines = columns / p.windows.patch[2];
@@ -131,6 +129,11 @@ struct LongTiles {
     s.voxel = tile % parts * voxels;
     s.num_voxels = p.windows.patch[2] - s.voxel < voxels ? p.windows.patch[2] - s.voxel : voxels;
     return s;
+  }
+
+ private:
+  Rows<T> buffer(int worker, i64 index) const {
+    return {buffers + (2 * worker + index) * rows * max_length(), max_length()};
   }
   Rows<const T> read(const Volume& volume, i64 tile, int worker, i64 index, bool relu, T scale) const {
     const Rows<T> to = buffer(worker, index);
@@ -310,10 +313,10 @@ int threads_for(const SwinNMF& p) {
   return w.batch * w.heads * w.head_dim * w.voxels() * w.num_shifts < serial_elements ? 1 : p.threads;
 }
 
-// One worker's memory for strips of whole windows.
+// One worker's memory for strips of whole windows: a solver's, x, and v (forward) or dy and dx (backward).
 template <class T>
 struct StripMemory {
-  i64 stride, window_stride, solver_bytes, buffer_bytes, bytes;
+  i64 stride, window_stride, solver_bytes, x_bytes, bytes;
 
   StripMemory(const SwinNMF& p, const StripPlan& plan, bool rank_one, bool backward) {
     const Windows& w = p.windows;
@@ -321,16 +324,19 @@ struct StripMemory {
     window_stride = w.head_dim * stride;
     WindowTiles<T> tiles{w.head_dim, w.columns(), {}, {}, {}, false};
     solver_bytes = solver_memory<T>(p.options, tiles, rank_one, backward);
-    buffer_bytes = (plan.per_strip * window_stride * i64(sizeof(T)) + 63) / 64 * 64;
-    bytes = solver_bytes + 2 * buffer_bytes;
+    const i64 v_stride = p.options.rank * w.columns();
+    x_bytes = lines_of(plan.per_strip * window_stride);
+    bytes = solver_bytes + x_bytes + (backward ? x_bytes : lines_of(plan.per_strip * v_stride));
   }
 
   void* solver(void* base, int worker) const { return static_cast<char*>(base) + worker * bytes; }
-  Rows<T> buffer(void* base, int worker, i64 index) const {
-    return {
-        reinterpret_cast<T*>(static_cast<char*>(base) + worker * bytes + solver_bytes + index * buffer_bytes),
-        stride};
+  T* x(void* base, int worker) const {
+    return reinterpret_cast<T*>(static_cast<char*>(base) + worker * bytes + solver_bytes);
   }
+  T* other(void* base, int worker) const { return x(base, worker) + x_bytes / i64(sizeof(T)); }
+
+ private:
+  static i64 lines_of(i64 count) { return (count * i64(sizeof(T)) + 63) / 64 * 64; }
 };
 
 template <class T>
@@ -341,11 +347,30 @@ void clear_window_padding(const Windows& w, i64 num_windows, Rows<T> buffer, i64
   }
 }
 
-// The factors of every window of a chunk of heads; u and v start at the chunk's first matrix.
+// Where the factors of a chunk of heads go: u of every matrix to `u`, in the matrices' order from the chunk's
+// first on; v likewise, or, for composing y, voxel by voxel to maps (head, shift, rank, voxels).
+template <class T>
+struct FactorsOut {
+  T* u;
+  T* v;
+  bool maps;
+
+  Head<T> map(const Windows& w, i64 rank, i64 shift, i64 bh) const {
+    return contiguous_head(v + (bh * w.num_shifts + shift) * rank * w.voxels(), w);
+  }
+};
+
 template <class T, class S>
-void factorize_chunk(const SwinNMF& p, bool rank_one, i64 bh_begin, i64 num_bh, int threads, T* u, T* v) {
+void factorize_chunk(const SwinNMF& p, bool rank_one, i64 bh_begin, i64 num_bh, int threads,
+                     const FactorsOut<T>& out) {
   const Windows& w = p.windows;
-  const i64 u_size = p.options.rank * w.head_dim, v_size = p.options.rank * w.columns();
+  const i64 rank = p.options.rank, u_size = rank * w.head_dim, v_size = rank * w.columns();
+  Windows v_windows = w;
+  v_windows.head_dim = rank;
+  auto write_map = [&](const Strip& strip, const T* v, i64 row) {
+    add_strip<T>(v_windows, strip, {v, row}, v_size, false,
+                 out.map(w, rank, strip.shift, strip.bh - bh_begin));
+  };
   // u0 and v0 are indexed over the whole batch, u and v over the chunk.
   auto global = [&](i64 shift, i64 local) {
     return local + shift * (w.batch * w.heads - num_bh) * w.num_windows() + bh_begin * w.num_windows();
@@ -356,123 +381,155 @@ void factorize_chunk(const SwinNMF& p, bool rank_one, i64 bh_begin, i64 num_bh, 
     const Scratch scratch(threads * memory.bytes);
     parallel_for(plan.count, threads, [&](i64 task, int worker) {
       const Strip strip = plan.strip(w, task, bh_begin, w.num_shifts, 0);
-      const Rows<T> x = memory.buffer(scratch.data(), worker, 0);
+      const Rows<T> x{memory.x(scratch.data(), worker), memory.stride};
       read_strip<S, T>(w, strip, head_of<const S>(p.x, w, strip.bh), p.options.relu, T(1), x,
                        memory.window_stride);
       clear_window_padding(w, strip.num_windows, x, memory.window_stride);
       const i64 first = matrix_index(w, strip, bh_begin, num_bh);
+      T* v = out.maps ? memory.other(scratch.data(), worker) : out.v + first * v_size;
       for (i64 i = 0; i < strip.num_windows; ++i) {
         WindowTiles<T> tiles{w.head_dim, w.columns(), {x.data + i * memory.window_stride, x.stride},
                              {},         {},          false};
         const i64 matrix = global(strip.shift, first + i);
         factorize<T>(p.options, tiles, rank_one, memory.solver(scratch.data(), worker),
-                     factor_of<T>(p.u0, matrix), factor_of<T>(p.v0, matrix), u + (first + i) * u_size,
-                     v + (first + i) * v_size);
+                     factor_of<T>(p.u0, matrix), factor_of<T>(p.v0, matrix), out.u + (first + i) * u_size,
+                     v + i * v_size);
       }
+      if (out.maps) write_map(strip, v, w.columns());
     });
     return;
   }
   LongTiles<T, S> tiles(p, whole_window(w, 0, bh_begin, 0), threads);
   const Scratch memory(solver_memory<T>(p.options, tiles, rank_one, false));
   const Scratch buffers(threads * tiles.buffer_size() * sizeof(T));
+  const Scratch v_memory(out.maps ? v_size * sizeof(T) : 0);
   tiles.buffers = static_cast<T*>(buffers.data());
   for (i64 shift = 0; shift < w.num_shifts; ++shift) {
     for (i64 i = 0; i < num_bh * w.num_windows(); ++i) {
       tiles.window = whole_window(w, shift, bh_begin + i / w.num_windows(), i % w.num_windows());
       const i64 local = shift * num_bh * w.num_windows() + i;
       const i64 matrix = global(shift, local);
+      T* v = out.maps ? static_cast<T*>(v_memory.data()) : out.v + local * v_size;
       factorize<T>(p.options, tiles, rank_one, memory.data(), factor_of<T>(p.u0, matrix),
-                   factor_of<T>(p.v0, matrix), u + local * u_size, v + local * v_size);
+                   factor_of<T>(p.v0, matrix), out.u + local * u_size, v);
+      if (!out.maps) continue;
+      tiles.each([&](i64 tile, int) { write_map(tiles.strip(tile), v + tiles.begin(tile), w.columns()); });
     }
   }
 }
 
-// Where a voxel of a line lies along the last axis of one copy: its window and its place in that window.
-struct LinePosition {
-  i64 window, voxel;
-
-  LinePosition(const Windows& w, i64 i3, i64 shift) {
-    const i64 q3 = (i3 + shift) % w.size[2];
-    window = q3 / w.patch[2];
-    voxel = q3 % w.patch[2];
-  }
-  i64 left(const Windows& w) const { return w.patch[2] - voxel; }
-  void advance(const Windows& w, i64 run) {
-    voxel += run;
-    if (voxel < w.patch[2]) return;
-    voxel = 0;
+// Calls f(matrix, n, run) for the voxels [begin, begin + length) of line (i1, i2), run by run that lies in one
+// window of a copy: `run` voxels from begin + n on. Matrices are counted within the chunk.
+template <class F>
+void each_run(const Windows& w, i64 shift, i64 bh, i64 num_bh, i64 i1, i64 i2, i64 begin, i64 length, F&& f) {
+  const i64* steps = w.shifts + 3 * shift;
+  const i64 q1 = (i1 + steps[0]) % w.size[0], q2 = (i2 + steps[1]) % w.size[1];
+  const i64 first =
+      (((shift * num_bh + bh) * w.grid(0) + q1 / w.patch[0]) * w.grid(1) + q2 / w.patch[1]) * w.grid(2);
+  const i64 place = (begin + steps[2]) % w.size[2];
+  i64 window = place / w.patch[2], left = w.patch[2] - place % w.patch[2];
+  for (i64 n = 0; n < length;) {
+    const i64 run = left < length - n ? left : length - n;
+    f(first + window, n, run);
+    n += run;
+    left = w.patch[2];
     if (++window == w.grid(2)) window = 0;
   }
-};
+}
 
-// Voxels [begin, begin + length) of line (i1, i2) of every channel of a head: out_c = mean over the shifts of
-// u_c v.
-template <class T>
-void compose_line(const SwinNMF& p, i64 bh_local, i64 num_bh, i64 i1, i64 i2, i64 begin, i64 length,
-                  const T* u, const T* v, Rows<T> out) {
-  const Windows& w = p.windows;
-  const i64 rank = p.options.rank, columns = w.columns(), rows = w.head_dim;
-  const T scale = T(1) / T(w.num_shifts);
+// Whether a piece of a line lies in one window of every copy.
+bool within_windows(const Windows& w, i64 begin, i64 length) {
   for (i64 shift = 0; shift < w.num_shifts; ++shift) {
-    const i64* steps = w.shifts + 3 * shift;
-    const i64 q1 = (i1 + steps[0]) % w.size[0], q2 = (i2 + steps[1]) % w.size[1];
-    const i64 row_of_windows =
-        ((shift * num_bh + bh_local) * w.grid(0) + q1 / w.patch[0]) * w.grid(1) + q2 / w.patch[1];
-    const i64 line = (q1 % w.patch[0] * w.patch[1] + q2 % w.patch[1]) * w.patch[2];
-    LinePosition at(w, begin, steps[2]);
-    for (i64 n = 0; n < length;) {
-      const i64 matrix = row_of_windows * w.grid(2) + at.window;
-      const i64 run = at.left(w) < length - n ? at.left(w) : length - n;
-      for (i64 r = 0; r < rank; ++r) {
-        const T* vs = v + (matrix * rank + r) * columns + line + at.voxel;
-        const T* us = u + (matrix * rank + r) * rows;
-        const bool first = shift == 0 && r == 0;
-        with_line(run, [&](auto elements) {
-          for (i64 c = 0; c < rows; ++c) {
-            const T factor = us[c] * scale;
-            T* to = out[c] + n;
-            if (first) {
-              for (i64 i = 0; i < elements; ++i) to[i] = factor * vs[i];
-            } else {
-              for (i64 i = 0; i < elements; ++i) to[i] += factor * vs[i];
-            }
+    if ((begin + w.shifts[3 * shift + 2]) % w.size[2] % w.patch[2] + length > w.patch[2]) return false;
+  }
+  return true;
+}
+
+// out[c] (+)= sum_k u(k, c) v[k] along a line, for k < terms <= most_terms.
+template <class Terms, class T, class U>
+void compose_line(Terms terms, i64 rows, i64 length, const U& u, Rows<const T> v, Rows<T> out,
+                  bool accumulate) {
+  each_block<T>(length, [&](auto voxels, i64 i) {
+    decltype(voxels.load(out.data)) vs[most_terms];
+    for (i64 k = 0; k < terms; ++k) vs[k] = voxels.load(v[k] + i);
+    for (i64 c = 0; c < rows; ++c) {
+      auto sum = u(voxels, 0, c, i) * vs[0];
+      for (i64 k = 1; k < terms; ++k) sum += u(voxels, k, c, i) * vs[k];
+      voxels.store(out[c] + i, accumulate ? voxels.load(out[c] + i) + sum : sum);
+    }
+  });
+}
+
+// y of a chunk of heads from its factors: at every voxel the mean over the shifts of u v, a sum of shifts x rank
+// terms. u is spread along a piece of a line, so that composing it knows no windows, and kept while the rows of
+// windows stay the same; inside of long windows it is one number.
+template <class T, class S>
+void compose_chunk(const SwinNMF& p, i64 bh_begin, i64 num_bh, int threads, const FactorsOut<T>& factors) {
+  const Windows& w = p.windows;
+  const i64 rows = w.head_dim, rank = p.options.rank, terms = w.num_shifts * rank;
+  const T scale = T(1) / T(w.num_shifts);
+  constexpr i64 shortest = 64;
+  i64 segment = spread_bytes / (terms * rows * i64(sizeof(T))) / shortest * shortest;
+  segment = segment < shortest ? shortest : segment;
+  segment = segment < w.size[2] ? segment : w.size[2];
+  const i64 segments = (w.size[2] + segment - 1) / segment;
+  i64 lines = line_block / rows / segment;
+  lines = lines < 1 ? 1 : lines < w.size[1] ? lines : w.size[1];
+  const i64 blocks = (w.size[1] + lines - 1) / lines;
+  const i64 stride = round_up<T>(segment);
+  const i64 spread_size = terms * rows * stride, buffer_size = spread_size + rows * stride;
+  const Scratch scratch(threads * buffer_size * sizeof(T));
+  parallel_for(num_bh * segments * w.size[0] * blocks, threads, [&](i64 task, int worker) {
+    const i64 block = task % blocks * lines;
+    task /= blocks;
+    const i64 i1 = task % w.size[0];
+    task /= w.size[0];
+    const i64 begin = task % segments * segment, bh = task / segments;
+    const i64 length = w.size[2] - begin < segment ? w.size[2] - begin : segment;
+    T* const spread = static_cast<T*>(scratch.data()) + worker * buffer_size;  // (term, row, voxel)
+    const Rows<T> line{spread + spread_size, stride};
+    bool in_one_window = false;
+    for (i64 i2 = block; i2 < block + lines && i2 < w.size[1]; ++i2) {
+      in_one_window = i2 > block ? in_one_window : within_windows(w, begin, length);
+      for (i64 shift = 0; shift < w.num_shifts; ++shift) {
+        const bool same_windows = i2 > block && (i2 + w.shifts[3 * shift + 1]) % w.patch[1] != 0;
+        if (same_windows) continue;
+        each_run(w, shift, bh, num_bh, i1, i2, begin, length, [&](i64 matrix, i64 n, i64 run) {
+          for (i64 k = 0; k < rank * rows; ++k) {
+            const T u = scale * factors.u[matrix * rank * rows + k];
+            T* to = spread + (shift * rank * rows + k) * stride + n;
+            with_length(in_one_window ? 1 : run, [&](auto count) {
+              each_block<T>(count, [&](auto voxels, i64 i) { voxels.store(to + i, voxels.fill(u)); });
+            });
           }
         });
       }
-      n += run;
-      at.advance(w, run);
-    }
-  }
-}
-
-template <class T, class S>
-void compose_chunk(const SwinNMF& p, i64 bh_begin, i64 num_bh, int threads, const T* u, const T* v) {
-  const Windows& w = p.windows;
-  constexpr bool direct = sizeof(T) == sizeof(S);  // storage and arithmetic are one type: no buffer between
-  const i64 rows = w.head_dim;
-  const i64 segment_limit = line_block / rows < 64 ? 64 : line_block / rows;
-  const i64 segment = w.size[2] < segment_limit ? w.size[2] : segment_limit;
-  const i64 segments = (w.size[2] + segment - 1) / segment;
-  const i64 lines = segment_limit / segment < w.size[1] ? segment_limit / segment : w.size[1];
-  const i64 blocks = (w.size[1] + lines - 1) / lines;
-  const Scratch scratch(direct ? 0 : threads * rows * segment * sizeof(T));
-  parallel_for(num_bh * w.size[0] * blocks * segments, threads, [&](i64 task, int worker) {
-    const i64 begin = task % segments * segment;
-    const i64 length = w.size[2] - begin < segment ? w.size[2] - begin : segment;
-    task /= segments;
-    const i64 block = task % blocks * lines;
-    task /= blocks;
-    const i64 i1 = task % w.size[0], bh = task / w.size[0];
-    S* y = static_cast<S*>(p.y) + (bh_begin + bh) * rows * w.voxels() + i1 * w.size[1] * w.size[2] + begin;
-    for (i64 i2 = block; i2 < block + lines && i2 < w.size[1]; ++i2) {
-      S* to = y + i2 * w.size[2];
-      if constexpr (direct) {
-        compose_line<T>(p, bh, num_bh, i1, i2, begin, length, u, v, {to, w.voxels()});
+      const i64 place = (i1 * w.size[1] + i2) * w.size[2] + begin;
+      auto compose = [&](Rows<T> out) {
+        for (i64 first = 0; first < terms; first += most_terms) {
+          const i64 count = terms - first < most_terms ? terms - first : most_terms;
+          const Rows<const T> v{factors.v + (bh * terms + first) * w.voxels() + place, w.voxels()};
+          const T* us = spread + first * rows * stride;
+          with_small(count, [&](auto count) {
+            if (in_one_window) {
+              auto u = [&](auto voxels, i64 k, i64 c, i64) { return voxels.fill(us[(k * rows + c) * stride]); };
+              compose_line(count, rows, length, u, v, out, first > 0);
+            } else {
+              auto u = [&](auto voxels, i64 k, i64 c, i64 i) {
+                return voxels.load(us + (k * rows + c) * stride + i);
+              };
+              compose_line(count, rows, length, u, v, out, first > 0);
+            }
+          });
+        }
+      };
+      S* const y = static_cast<S*>(p.y) + (bh_begin + bh) * rows * w.voxels() + place;
+      if constexpr (std::is_same_v<S, T>) {
+        compose({y, w.voxels()});
       } else {
-        const Rows<T> line{static_cast<T*>(scratch.data()) + worker * rows * segment, segment};
-        compose_line<T>(p, bh, num_bh, i1, i2, begin, length, u, v, line);
+        compose(line);
         for (i64 c = 0; c < rows; ++c) {
-          for (i64 i = 0; i < length; ++i) to[c * w.voxels() + i] = Storage<S>::from(line[c][i]);
+          transform(length, line[c], Constant<1>{}, y + c * w.voxels(), Storage<S>::from);
         }
       }
     }
@@ -488,8 +545,8 @@ void forward(const SwinNMF& p) {
   const bool rank_one = rank_one_applies<T>(p);
   const int threads = threads_for(p);
   if (p.u.data != nullptr) {
-    factorize_chunk<T, S>(p, rank_one, 0, w.batch * w.heads, threads, static_cast<T*>(p.u.data),
-                          static_cast<T*>(p.v.data));
+    factorize_chunk<T, S>(p, rank_one, 0, w.batch * w.heads, threads,
+                          {static_cast<T*>(p.u.data), static_cast<T*>(p.v.data), false});
     return;
   }
   expect_writes(p.y, map_bytes(w, sizeof(S)));
@@ -497,11 +554,11 @@ void forward(const SwinNMF& p) {
   const i64 matrices = w.num_shifts * per_chunk * w.num_windows();
   const Scratch factors(matrices * p.options.rank * (w.head_dim + w.columns()) * sizeof(T));
   T* u = static_cast<T*>(factors.data());
-  T* v = u + matrices * p.options.rank * w.head_dim;
+  const FactorsOut<T> out{u, u + matrices * p.options.rank * w.head_dim, true};
   for (i64 bh = 0; bh < w.batch * w.heads; bh += per_chunk) {
     const i64 num_bh = w.batch * w.heads - bh < per_chunk ? w.batch * w.heads - bh : per_chunk;
-    factorize_chunk<T, S>(p, rank_one, bh, num_bh, threads, u, v);
-    compose_chunk<T, S>(p, bh, num_bh, threads, u, v);
+    factorize_chunk<T, S>(p, rank_one, bh, num_bh, threads, out);
+    compose_chunk<T, S>(p, bh, num_bh, threads, out);
   }
 }
 
@@ -585,8 +642,8 @@ void backward(const SwinNMF& p) {
         const StripPlan strips = StripPlan::make<T>(w, num_bh, 1);
         parallel_for(strips.count, threads, [&](i64 task, int worker) {
           Strip strip = strips.strip(w, task, bh_begin, 1, shift);
-          const Rows<T> x = strip_memory.buffer(solver.data(), worker, 0);
-          const Rows<T> dy = strip_memory.buffer(solver.data(), worker, 1);
+          const Rows<T> x{strip_memory.x(solver.data(), worker), strip_memory.stride};
+          const Rows<T> dy{strip_memory.other(solver.data(), worker), strip_memory.stride};
           const i64 stride = strip_memory.window_stride;
           read_strip<S, T>(w, strip, head_of<const S>(p.x, w, strip.bh), p.options.relu, T(1), x, stride);
           clear_window_padding(w, strip.num_windows, x, stride);

@@ -29,23 +29,18 @@ void matricize(const Matricize& p) {
     const Strip strip = row_of_windows(w, task % rows_per_shift, task / rows_per_shift);
     const Head<const S> x = head_of<const S>(p.x, w, strip.bh);
     S* z = static_cast<S*>(p.z) + matrix_index(w, strip, 0, w.batch * w.heads) * w.head_dim * w.columns();
-    const T scale = T(p.scale);
-    with_line(strip.num_voxels, [&](auto line_length) {
-      each_piece(w, strip, line_length,
-                 [&](i64 c, i64 i1, i64 i2, i64 i3, i64 window, i64 column, auto length) {
-                   const S* from = x.at(c, i1, i2, i3);
-                   S* to = z + (window * w.head_dim + c) * w.columns() + column;
-                   const i64 step = x.stride[2];
-                   if (scale != T(1)) {
-                     for (i64 i = 0; i < length; ++i)
-                       to[i] = Storage<S>::from(scale * to_compute(from[i * step]));
-                   } else if (step == 1) {
-                     for (i64 i = 0; i < length; ++i) to[i] = from[i];
-                   } else {
-                     for (i64 i = 0; i < length; ++i) to[i] = from[i * step];
-                   }
-                 });
-    });
+    const Rows<S> matrices{z, w.columns()};
+    auto copy_with = [&](auto op) {
+      each_pair(w, strip, x, matrices, w.head_dim * w.columns(), [&](const S* from, S* to, auto length) {
+        x.stride[2] == 1 ? transform(length, from, Constant<1>{}, to, op)
+                         : transform(length, from, x.stride[2], to, op);
+      });
+    };
+    if (p.scale == 1.0) {
+      copy_with([](S value) { return value; });
+    } else {
+      copy_with([scale = T(p.scale)](S value) { return Storage<S>::from(scale * to_compute(value)); });
+    }
   });
 }
 
