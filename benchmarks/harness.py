@@ -28,6 +28,7 @@ import factorizer_kernels as fk
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 FUSED = "fused"  # stands for the first backend with kernels for that device
 SHORTEST_SAMPLE = 2e-3  # seconds: briefer calls are repeated within one sample
+SLOW = 1.0  # seconds: the first of such calls is taken as it is
 GRAPH_BELOW = 2e-4  # seconds: on a GPU, briefer calls are replayed from a CUDA graph
 
 Function = Callable[[Tensor], Tensor]
@@ -151,7 +152,9 @@ def race(case: Case, effort: Effort) -> dict[str, Measurement | BaseException]:
     gc.collect()
     for round_ in range(effort.most_rounds):
         for measurement in running:
-            if round_ < effort.fewest_rounds or measurement.spent < effort.seconds:
+            # Two samples at least, and the fewest rounds unless those would take three shares.
+            shares = measurement.spent / effort.seconds if effort.seconds else 0.0
+            if round_ < 2 or shares < (3 if round_ < effort.fewest_rounds else 1):
                 measurement.sample()
     for measurement in running:
         measurement.call = _nothing  # and with it the contender's memory
@@ -169,8 +172,8 @@ def _enter(case: Case, contender: Contender, effort: Effort) -> Measurement | Ba
         if case.mode != "forward":  # which takes about three times as many
             effort = replace(effort, operations=effort.operations / 3)
         function = contender.build(problem, effort)
-        call = MODES[case.mode](function, x)
-        if (seconds := timed(call, 1)) > effort.longest:
+        seconds, peak = first(MODES[case.mode](function, x))
+        if seconds > effort.longest:
             pytest.skip(f"one call takes {seconds:.0f} s: too long for --size {effort.name}")
         info: dict[str, Any] = {"mode": case.mode, "device": DEVICE.type}
         if contender.backend is not None:
@@ -180,8 +183,9 @@ def _enter(case: Case, contender: Contender, effort: Effort) -> Measurement | Ba
         if case.mode == "forward+backward":
             info["kept_bytes"] = kept_bytes(function, x)
         call = MODES[case.mode](function, x)  # the check may have changed a module's mode
-        info["peak_bytes"] = peak_bytes(call)
-        seconds = timed(call, 1) if seconds < 0.1 else seconds
+        if seconds < SLOW:  # what the first call alone prepares counts for little in a slow one
+            seconds, peak = first(call)
+        info["peak_bytes"] = peak
         if DEVICE.type == "cuda" and seconds < GRAPH_BELOW:
             call = graphed(call)
             info["cuda_graph"] = True
@@ -333,6 +337,13 @@ def timed(call: Callable[[], Any], loops: int) -> float:
     for _ in range(loops):
         call()
     return (time.perf_counter() - start) / loops
+
+
+def first(call: Callable[[], Any]) -> tuple[float, int | None]:
+    """Seconds and peak memory of one call."""
+    seconds: list[float] = []
+    peak = peak_bytes(lambda: seconds.append(timed(call, 1)))
+    return seconds[0], peak
 
 
 def graphed(call: Callable[[], Any]) -> Callable[[], Any]:

@@ -19,7 +19,7 @@ struct Rows {
 };
 
 // Blocks of output rows held in registers: with 16 vector registers, 8 sums leave room for the operands.
-constexpr i64 row_block = 8;
+constexpr i64 row_block = 4;
 
 template <int P, int V, class T>
 inline void combine_block(const T* w, i64 w_row, i64 w_column, i64 q, Rows<const T> in, Rows<T> out,
