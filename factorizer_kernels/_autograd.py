@@ -4,6 +4,8 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 _WAY_OUT = 'inside factorizer_kernels.use_backend("reference") they are plain PyTorch, and can be'
 
@@ -37,10 +39,18 @@ def once(operator, *arguments) -> Any:
 
 
 def apply(function: type[torch.autograd.Function], *arguments) -> Any:
-    """``function.apply``, with a word about forward mode where it is tried."""
+    """``function.apply`` where something is differentiated, with a word about forward mode where it is tried."""
+    if not torch.compiler.is_compiling() and not _differentiated(arguments):
+        return function.forward(*arguments)  # apply's own bookkeeping takes as long as a small kernel
     # Dynamo refuses a Function that has a jvp of its own.
     eager = function if torch.compiler.is_compiling() else _with_jvp(function)
     return eager.apply(*arguments)
+
+
+def _differentiated(arguments) -> bool:
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return True
+    return torch.is_grad_enabled() and any(a.requires_grad for a in arguments if isinstance(a, Tensor))
 
 
 @cache

@@ -18,7 +18,7 @@ struct Rows {
   operator Rows<const T>() const { return {data, stride}; }
 };
 
-// Blocks of output rows held in registers: with 16 vector registers, 8 sums leave room for the operands.
+// Output rows whose sums are held in registers, of two vectors each: every broadcast serves both.
 constexpr i64 row_block = 4;
 
 template <int P, int V, class T>
@@ -48,10 +48,10 @@ template <int P, class T>
 void combine_rows(const T* w, i64 w_row, i64 w_column, i64 q, Rows<const T> in, Rows<T> out, i64 length,
                   bool accumulate) {
   // More columns at a time while the sums fit in registers: each coefficient is broadcast once for them.
-  constexpr int V = P <= 2 ? 4 : P <= 4 ? 2 : 1;
+  constexpr int V = P <= 2 ? 4 : 2;
   const i64 whole = length / (V * Simd<T>::width) * (V * Simd<T>::width);
   combine_block<P, V>(w, w_row, w_column, q, in, out, 0, whole, accumulate);
-  if constexpr (V > 1) combine_block<P, 1>(w, w_row, w_column, q, in, out, whole, length, accumulate);
+  combine_block<P, 1>(w, w_row, w_column, q, in, out, whole, length, accumulate);
 }
 
 // out_p (+)= sum_k w[p, k] in_k for p < rows, k < q: W X with w = (rows x q), or Wᵀ F with its strides
@@ -65,11 +65,7 @@ void combine(i64 rows, const T* w, i64 w_row, i64 w_column, i64 q, Rows<const T>
       case 1: combine_rows<1>(w, w_row, w_column, q, in, out, length, accumulate); break;
       case 2: combine_rows<2>(w, w_row, w_column, q, in, out, length, accumulate); break;
       case 3: combine_rows<3>(w, w_row, w_column, q, in, out, length, accumulate); break;
-      case 4: combine_rows<4>(w, w_row, w_column, q, in, out, length, accumulate); break;
-      case 5: combine_rows<5>(w, w_row, w_column, q, in, out, length, accumulate); break;
-      case 6: combine_rows<6>(w, w_row, w_column, q, in, out, length, accumulate); break;
-      case 7: combine_rows<7>(w, w_row, w_column, q, in, out, length, accumulate); break;
-      default: combine_rows<8>(w, w_row, w_column, q, in, out, length, accumulate); break;
+      default: combine_rows<4>(w, w_row, w_column, q, in, out, length, accumulate); break;
     }
     rows -= block;
     w += block * w_row;

@@ -102,23 +102,31 @@ inline Head<S> contiguous_head(S* data, const Windows& w) {
   return {data, w.voxels(), {w.size[1] * w.size[2], w.size[2], 1}};
 }
 
+// A hint, of an address that need not exist.
+inline void prefetch(const void* near, i64 offset, i64 bytes) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(near) + std::uintptr_t(offset);
+  for (i64 byte = 0; byte < bytes; byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + std::uintptr_t(byte)));
+  }
+}
+
 // Calls f(from, to, length) for every piece of a strip: where it lies along the last axis of `volume`, and in
 // buffer[window][channel].
 template <class S, class T, class F>
 inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> buffer, i64 window_stride,
                       F&& f) {
   const Pieces pieces(w, s);
-  // The line that comes one plane later, too far away for the hardware to foresee.
+  // The line one plane ahead is prefetched: too far away for the hardware to foresee.
   const i64 planes = s.num_lines / w.patch[1];
   const i64 last_plane = (planes - 1) * w.patch[1] * s.num_voxels;
   const i64 to_plane = volume.stride[0], to_channel = volume.channel - (planes - 1) * to_plane;
-  const i64 bytes = volume.stride[2] == 1 ? s.num_windows * w.patch[2] * i64(sizeof(S)) : 0;
+  const i64 span = (s.num_windows - 1) * w.patch[2] + s.num_voxels;
+  const i64 bytes = volume.stride[2] == 1 ? span * i64(sizeof(S)) : 0;
   with_length(s.num_voxels, [&](auto whole) {
     each_line(w, s, [&](i64 channel, i64 i1, i64 i2, i64 column) {
       S* line = volume.at(channel, i1, i2, 0);
       T* columns = buffer[channel] + column;
-      const char* ahead = reinterpret_cast<const char*>(line + (column >= last_plane ? to_channel : to_plane));
-      for (i64 byte = 0; byte < bytes; byte += 64) __builtin_prefetch(ahead + byte);
+      prefetch(line, (column >= last_plane ? to_channel : to_plane) * i64(sizeof(S)), bytes);
       pieces.each(whole, [&](i64 i3, i64 window, i64 voxel, auto length) {
         f(line + i3 * volume.stride[2], columns + window * window_stride + voxel, length);
       });
@@ -132,9 +140,8 @@ void read_strip(const Windows& w, const Strip& s, Head<const S> volume, bool rel
                 i64 window_stride) {
   auto read_with = [&](auto op) {
     auto read = [&](auto step) {
-      each_pair(w, s, volume, buffer, window_stride, [&](const S* from, T* to, auto length) {
-        transform(length, from, step, to, op);
-      });
+      each_pair(w, s, volume, buffer, window_stride,
+                [&](const S* from, T* to, auto length) { transform(length, from, step, to, op); });
     };
     volume.stride[2] == 1 ? read(Constant<1>{}) : read(volume.stride[2]);
   };

@@ -418,8 +418,8 @@ void factorize_chunk(const SwinNMF& p, bool rank_one, i64 bh_begin, i64 num_bh, 
   }
 }
 
-// Calls f(matrix, n, run) for the voxels [begin, begin + length) of line (i1, i2), run by run that lies in one
-// window of a copy: `run` voxels from begin + n on. Matrices are counted within the chunk.
+// Calls f(matrix, n, run) for the voxels [begin, begin + length) of line (i1, i2), run by run that lies in
+// one window of a copy: `run` voxels from begin + n on. Matrices are counted within the chunk.
 template <class F>
 void each_run(const Windows& w, i64 shift, i64 bh, i64 num_bh, i64 i1, i64 i2, i64 begin, i64 length, F&& f) {
   const i64* steps = w.shifts + 3 * shift;
@@ -460,9 +460,9 @@ void compose_line(Terms terms, i64 rows, i64 length, const U& u, Rows<const T> v
   });
 }
 
-// y of a chunk of heads from its factors: at every voxel the mean over the shifts of u v, a sum of shifts x rank
-// terms. u is spread along a piece of a line, so that composing it knows no windows, and kept while the rows of
-// windows stay the same; inside of long windows it is one number.
+// y of a chunk of heads from its factors: at every voxel the mean over the shifts of u v, a sum of shifts x
+// rank terms. u is spread along a piece of a line, so that composing it knows no windows, and kept while the
+// rows of windows stay the same; inside of long windows it is one number.
 template <class T, class S>
 void compose_chunk(const SwinNMF& p, i64 bh_begin, i64 num_bh, int threads, const FactorsOut<T>& factors) {
   const Windows& w = p.windows;
@@ -512,7 +512,9 @@ void compose_chunk(const SwinNMF& p, i64 bh_begin, i64 num_bh, int threads, cons
           const T* us = spread + first * rows * stride;
           with_small(count, [&](auto count) {
             if (in_one_window) {
-              auto u = [&](auto voxels, i64 k, i64 c, i64) { return voxels.fill(us[(k * rows + c) * stride]); };
+              auto u = [&](auto voxels, i64 k, i64 c, i64) {
+                return voxels.fill(us[(k * rows + c) * stride]);
+              };
               compose_line(count, rows, length, u, v, out, first > 0);
             } else {
               auto u = [&](auto voxels, i64 k, i64 c, i64 i) {
