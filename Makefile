@@ -5,7 +5,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SANITIZERS := address undefined thread
-CPP := csrc tests/cpp
+CPP := csrc tests/cpp tests/cuda_emulation
 
 # What an installation is made of. Python sources are used where they lie.
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
@@ -46,12 +46,12 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	find $(wildcard $(CPP)) -type f | xargs $(BIN)/clang-format --dry-run --Werror
+	find $(wildcard $(CPP)) -type f -not -name '*.py' | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	find $(wildcard $(CPP)) -type f | xargs $(BIN)/clang-format -i
+	find $(wildcard $(CPP)) -type f -not -name '*.py' | xargs $(BIN)/clang-format -i
 
 sanitize: $(SANITIZERS:%=sanitize-%)
 sanitize-%: .venv/.installed-build

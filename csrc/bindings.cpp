@@ -15,6 +15,9 @@
 
 #include "cpu/dispatch.h"
 #include "cpu/parallel.h"
+#ifdef FK_WITH_CUDA
+#include "cuda/kernels.h"
+#endif
 
 namespace py = pybind11;
 namespace fk = factorizer;
@@ -193,6 +196,105 @@ struct Call {
   }
 };
 
+#ifdef FK_WITH_CUDA
+
+// --- CUDA ------------------------------------------------------------------------------------
+
+namespace cuda = fk::cuda;
+
+Call cuda_call(int dtype_code, const WindowsArgs& windows, const VolumeArgs& x, const FactorArgs& u0,
+               const FactorArgs& v0, i64 rank, i64 num_iters, i64 grad_steps, bool hals, bool relu,
+               double eps) {
+  return Call(dtype_code, windows, x, u0, v0, rank, num_iters, grad_steps, hals, relu, eps, 1);
+}
+
+cuda::Target target(int device, Address stream) { return {device, reinterpret_cast<void*>(stream)}; }
+
+float* scratch(const cuda::Plan& plan, const Memory& work) {
+  return static_cast<float*>(work.holding("work", plan.work, sizeof(float)));
+}
+
+void def_cuda(py::module_& m) {
+  m.def(
+      "cuda_plan_forward",
+      [](int dtype_code, const WindowsArgs& windows, const VolumeArgs& x, const FactorArgs& u0,
+         const FactorArgs& v0, i64 rank, i64 num_iters, i64 grad_steps, bool hals, bool relu, double eps,
+         bool factors) {
+        const Call call =
+            cuda_call(dtype_code, windows, x, u0, v0, rank, num_iters, grad_steps, hals, relu, eps);
+        return cuda::plan_forward(call.p, factors).work;
+      },
+      "The float32 elements of scratch memory that cuda_swin_nmf_forward takes; factors: it writes u and v.");
+  m.def(
+      "cuda_plan_backward",
+      [](int dtype_code, const WindowsArgs& windows, const VolumeArgs& x, const FactorArgs& u0,
+         const FactorArgs& v0, i64 rank, i64 num_iters, i64 grad_steps, bool hals, bool relu, double eps,
+         i64 processors) {
+        const Call call =
+            cuda_call(dtype_code, windows, x, u0, v0, rank, num_iters, grad_steps, hals, relu, eps);
+        const cuda::Plan plan = cuda::plan_backward(call.p, processors);
+        return std::make_pair(plan.work, plan.sums_dx);
+      },
+      "The same of cuda_swin_nmf_backward on so many multiprocessors, and whether its dx must be float32.");
+  m.def(
+      "cuda_swin_nmf_forward",
+      [](int dtype_code, const WindowsArgs& windows, const VolumeArgs& x, const FactorArgs& u0,
+         const FactorArgs& v0, i64 rank, i64 num_iters, i64 grad_steps, bool hals, bool relu, double eps,
+         int device, Address stream, const MemoryArgs& work, const MemoryArgs& y, const MemoryArgs& u,
+         const MemoryArgs& v) {
+        Call call = cuda_call(dtype_code, windows, x, u0, v0, rank, num_iters, grad_steps, hals, relu, eps);
+        fk::SwinNMF& p = call.p;
+        std::tie(p.u, p.v) =
+            call.factors.pair("u", memory(u), call.factors.u, "v", memory(v), call.factors.v);
+        if (p.u.data == nullptr) p.y = call.map("y", memory(y));
+        const cuda::Plan plan = cuda::plan_forward(p, p.u.data != nullptr);
+        float* const floats = scratch(plan, memory(work));
+        py::gil_scoped_release release;
+        cuda::swin_nmf_forward(p, floats, target(device, stream));
+      },
+      py::arg("dtype"), py::arg("windows"), py::arg("x"), py::arg("u0"), py::arg("v0"), py::arg("rank"),
+      py::arg("num_iters"), py::arg("grad_steps"), py::arg("hals"), py::arg("relu"), py::arg("eps"),
+      py::arg("device"), py::arg("stream"), py::arg("work"), py::arg("y") = MemoryArgs(),
+      py::arg("u") = MemoryArgs(), py::arg("v") = MemoryArgs(),
+      "Writes y, or, where u and v are given, these.");
+  m.def(
+      "cuda_swin_nmf_backward",
+      [](int dtype_code, const WindowsArgs& windows, const VolumeArgs& x, const FactorArgs& u0,
+         const FactorArgs& v0, i64 rank, i64 num_iters, i64 grad_steps, bool hals, bool relu, double eps,
+         int device, Address stream, const MemoryArgs& work, i64 processors, const VolumeArgs& dy,
+         const MemoryArgs& du, const MemoryArgs& dv, const MemoryArgs& dx, int dx_dtype_code,
+         const MemoryArgs& du0, const MemoryArgs& dv0) {
+        Call call = cuda_call(dtype_code, windows, x, u0, v0, rank, num_iters, grad_steps, hals, relu, eps);
+        fk::SwinNMF& p = call.p;
+        std::tie(p.du, p.dv) =
+            call.factors.pair("du", memory(du), call.factors.u, "dv", memory(dv), call.factors.v);
+        if (p.du.data == nullptr) p.dy = volume("dy", dy, p.windows, element(p.dtype));
+        const fk::DType dx_dtype = dtype(dx_dtype_code);
+        p.dx = memory(dx).holding("dx", map_elements(p.windows), element(dx_dtype));
+        // One share for each matrix.
+        std::tie(p.du0, p.dv0) =
+            call.factors.pair("du0", memory(du0), call.factors.u, "dv0", memory(dv0), call.factors.v);
+        const cuda::Plan plan = cuda::plan_backward(p, processors);
+        if (plan.sums_dx && dx_dtype != fk::DType::float32) throw std::invalid_argument("dx must be float32");
+        float* const floats = scratch(plan, memory(work));
+        py::gil_scoped_release release;
+        cuda::swin_nmf_backward(p, plan, floats, dx_dtype, target(device, stream));
+      },
+      py::arg("dtype"), py::arg("windows"), py::arg("x"), py::arg("u0"), py::arg("v0"), py::arg("rank"),
+      py::arg("num_iters"), py::arg("grad_steps"), py::arg("hals"), py::arg("relu"), py::arg("eps"),
+      py::arg("device"), py::arg("stream"), py::arg("work"), py::arg("processors"), py::arg("dy"),
+      py::arg("du") = MemoryArgs(), py::arg("dv") = MemoryArgs(), py::arg("dx") = MemoryArgs(),
+      py::arg("dx_dtype") = 0, py::arg("du0") = MemoryArgs(), py::arg("dv0") = MemoryArgs(),
+      "Writes dx, from dy or from du and dv, and each matrix' share of du0 and dv0 where these are given.");
+  m.def(
+      "cuda_architectures", [] { return std::string(FK_CUDA_ARCHITECTURES); },
+      "The compute capabilities that there is machine code for, as in '80,90', and '+' for newer ones.");
+  m.def("cuda_versions", &cuda::versions,
+        "(driver, runtime) as in 13000; the driver's is 0 where there is none.");
+}
+
+#endif
+
 }  // namespace
 
 PYBIND11_MODULE(_native, m) {
@@ -275,4 +377,7 @@ PYBIND11_MODULE(_native, m) {
   };
   def_matricize("sw_matricize", &fk::CpuKernels::sw_matricize);
   def_matricize("sw_dematricize", &fk::CpuKernels::sw_dematricize);
+#ifdef FK_WITH_CUDA
+  def_cuda(m);
+#endif
 }

@@ -15,6 +15,7 @@ in ``_vmap.py``.
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
 
 import torch
 
@@ -119,22 +120,42 @@ _LIBRARY = torch.library.Library("factorizer_kernels", "DEF")
 _KERNELS: dict[tuple[str, str], Callable] = {}
 
 
-def kernel(operator: str, backend: str) -> Callable[[Callable], Callable]:
+class Matrices(NamedTuple):
+    """The matrices that an operator factorises, as far as kernels are chosen by them."""
+
+    rows: int
+    columns: int
+    rank: int
+    copies: int
+
+
+Limit = Callable[[torch.Tensor, Matrices], str | None]
+_LIMITS: dict[tuple[str, str], Limit] = {}
+
+
+def kernel(operator: str, backend: str, limit: Limit | None = None) -> Callable[[Callable], Callable]:
     """Register the decorated function as ``backend``'s implementation of ``operator``.
 
     It takes the operator's arguments without the last one (the backend's name), in the schema's order.
+    ``limit`` says of x and its matrices what the kernel does not serve, or None where it serves them; without
+    it the kernel serves all.
     """
 
     def register(function: Callable) -> Callable:
         _KERNELS[operator, backend] = function
+        if limit is not None:
+            _LIMITS[operator, backend] = limit
         return function
 
     return register
 
 
-def has_kernel(operator: str, backend: str) -> bool:
-    """Whether ``backend`` implements ``operator``."""
-    return (operator, backend) in _KERNELS
+def not_served(operator: str, backend: str, x: torch.Tensor, matrices: Matrices | None) -> str | None:
+    """Why ``backend`` does not run ``operator`` on x, or None where it does."""
+    if (operator, backend) not in _KERNELS:
+        return f"it has no {operator}"
+    limit = _LIMITS.get((operator, backend))
+    return None if limit is None or matrices is None else limit(x, matrices)
 
 
 def _define(operator: str, schema: str, fake: Callable, vmap: Callable) -> None:

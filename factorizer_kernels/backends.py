@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from factorizer_kernels import _native_cpu, _ops
+from factorizer_kernels import _native_cpu, _native_cuda, _ops
 
 
 class Backend(NamedTuple):
@@ -68,26 +68,31 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.name = previous
 
 
-def choose(operator: str, x: Tensor) -> str:
-    """The backend that runs ``operator`` on x.
+def choose(operator: str, x: Tensor, matrices: _ops.Matrices | None = None) -> str:
+    """The backend that runs ``operator`` on x, cut into ``matrices`` to be factorised.
 
-    That of :func:`use_backend`, else the first that serves x's device. On an empty x there is nothing
-    to launch: plain PyTorch gives the empty result.
+    That of :func:`use_backend`, else the first that serves x. On an empty x there is nothing to launch:
+    plain PyTorch gives the empty result.
     """
     name = getattr(_choice, "name", None)
-    interpreted = name == "triton" and _TRITON_INTERPRETED and x.device.type == "cpu"
-    if name not in (None, "reference") and not (interpreted or _serves(name, operator, x)):
+    if name not in (None, "reference") and (obstacle := _obstacle(name, operator, x, matrices)):
+        others = [b for b in _DEVICES if _obstacle(b, operator, x, matrices) is None]
         raise ValueError(
-            f"backend {name!r} has no {operator} for x on {x.device}: "
-            "leave the choice open, or take 'reference'"
+            f"backend {name!r} does not run {operator} here: {obstacle}; "
+            f"leave the choice open, or take one of {(*others, 'reference')}"
         )
     if x.numel() == 0:
         return "reference"
-    return name or next((b for b in _DEVICES if _serves(b, operator, x)), "reference")
+    return name or next((b for b in _DEVICES if _obstacle(b, operator, x, matrices) is None), "reference")
 
 
-def _serves(backend: str, operator: str, x: Tensor) -> bool:
-    return x.device.type == _DEVICES[backend] and _ops.has_kernel(operator, backend)
+def _obstacle(backend: str, operator: str, x: Tensor, matrices: _ops.Matrices | None) -> str | None:
+    """Why the backend does not run the operator on x; None where it does."""
+    chosen = getattr(_choice, "name", None) == backend
+    interpreted = backend == "triton" and chosen and _TRITON_INTERPRETED and x.device.type == "cpu"
+    if x.device.type != _DEVICES[backend] and not interpreted:
+        return f"x is on {x.device}"
+    return _ops.not_served(operator, backend, x, matrices)
 
 
 def _cpu() -> Backend:
@@ -109,4 +114,11 @@ def _triton() -> Backend:
 
 
 def _cuda() -> Backend:
-    return Backend("cuda", False, "no CUDA kernels in this version")
+    if (reason := _native_cuda.missing) is not None:
+        return Backend("cuda", False, reason)
+    if not torch.cuda.is_available():
+        return Backend("cuda", False, "no CUDA device")
+    if (reason := _native_cuda.without_code(torch.cuda.current_device())) is not None:
+        return Backend("cuda", False, reason)
+    architectures = _native_cuda.native.cuda_architectures()
+    return Backend("cuda", True, f"C++ kernels for the compute capabilities {architectures}")

@@ -21,8 +21,10 @@ FK_INLINE Lane relu(Lane x) {
 
 template <class T, class Rows, class Projections, class Out>
 FK_INLINE void mu_update(i64 rank, T eps, const T* gram, const Rows& f, const Projections& c, Out& out) {
+  FK_UNROLL
   for (i64 r = 0; r < rank; ++r) {
     auto q = f.get(0) * gram[r];
+    FK_UNROLL
     for (i64 j = 1; j < rank; ++j) q += f.get(j) * gram[j * rank + r];
     out.set(r, f.get(r) * c.get(r) / (q + eps));
   }
@@ -30,9 +32,12 @@ FK_INLINE void mu_update(i64 rank, T eps, const T* gram, const Rows& f, const Pr
 
 template <class T, class Rows, class Projections, class Out>
 FK_INLINE void hals_update(i64 rank, T eps, const T* gram, const Rows& f, const Projections& c, Out& out) {
+  FK_UNROLL
   for (i64 r = 0; r < rank; ++r) {
     auto numerator = c.get(r) + eps;
+    FK_UNROLL
     for (i64 j = 0; j < r; ++j) numerator -= out.get(j) * gram[j * rank + r];
+    FK_UNROLL
     for (i64 j = r + 1; j < rank; ++j) numerator -= f.get(j) * gram[j * rank + r];
     out.set(r, relu(numerator / (gram[r * rank + r] + eps)));
   }
@@ -44,16 +49,20 @@ FK_INLINE void hals_update(i64 rank, T eps, const T* gram, const Rows& f, const 
 template <class T, class Rows, class Projections, class InOut, class Out>
 FK_INLINE void mu_update_backward(i64 rank, T eps, const T* gram, const Rows& f, const Rows& f_new,
                                   const Projections& c, InOut& df, Out& dc, Out& dq) {
+  FK_UNROLL
   for (i64 r = 0; r < rank; ++r) {
     auto q = f.get(0) * gram[r];
+    FK_UNROLL
     for (i64 j = 1; j < rank; ++j) q += f.get(j) * gram[j * rank + r];
     const auto dp = df.get(r) / (q + eps);
     dq.set(r, -dp * f_new.get(r));
     dc.set(r, dp * f.get(r));
     df.set(r, dp * c.get(r));
   }
+  FK_UNROLL
   for (i64 j = 0; j < rank; ++j) {
     auto sum = df.get(j);
+    FK_UNROLL
     for (i64 r = 0; r < rank; ++r) sum += dq.get(r) * gram[j * rank + r];
     df.set(j, sum);
   }
@@ -61,11 +70,13 @@ FK_INLINE void mu_update_backward(i64 rank, T eps, const T* gram, const Rows& f,
 
 template <class T, class Rows, class InOut, class Out>
 FK_INLINE void hals_update_backward(i64 rank, T eps, const T* gram, const Rows& f_new, InOut& df, Out& dc) {
+  FK_UNROLL
   for (i64 r = rank - 1; r >= 0; --r) {
     auto dn = df.get(r) / (gram[r * rank + r] + eps);
     dn = f_new.get(r) > decltype(dn){} ? dn : decltype(dn){};
     dc.set(r, dn);
     df.set(r, decltype(dn){});
+    FK_UNROLL
     for (i64 j = 0; j < rank; ++j) {
       if (j != r) df.set(j, df.get(j) - dn * gram[j * rank + r]);
     }

@@ -7,8 +7,10 @@
 // header's function would be of one of them.
 #ifdef __CUDACC__
 #define FK_INLINE __host__ __device__ __forceinline__
+#define FK_UNROLL _Pragma("unroll")  // so that arrays become registers
 #else
 #define FK_INLINE inline __attribute__((always_inline))
+#define FK_UNROLL
 #endif
 
 namespace factorizer {

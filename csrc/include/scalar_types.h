@@ -26,6 +26,11 @@ FK_INLINE double to_compute(double x) { return x; }
 FK_INLINE float to_compute(bfloat16 x) { return bit_cast<float>(std::uint32_t{x.bits} << 16); }
 
 FK_INLINE float to_compute(float16 x) {
+#ifdef __CUDA_ARCH__  // one instruction, as twice below
+  float value;
+  asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(x.bits));
+  return value;
+#else
   const std::uint32_t sign = std::uint32_t(x.bits & 0x8000u) << 16;
   const std::uint32_t magnitude = std::uint32_t(x.bits & 0x7fffu) << 13;
   // Scaling by 2^112 re-biases the exponent and normalises subnormals.
@@ -33,6 +38,7 @@ FK_INLINE float to_compute(float16 x) {
   const std::uint32_t bits =
       (x.bits & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : bit_cast<std::uint32_t>(finite);
   return bit_cast<float>(bits | sign);
+#endif
 }
 
 template <class S>
@@ -54,10 +60,16 @@ template <>
 struct Storage<bfloat16> {
   using Compute = float;
   FK_INLINE static bfloat16 from(float x) {
+#ifdef __CUDA_ARCH__
+    bfloat16 rounded;
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(x));
+    return rounded;
+#else
     const std::uint32_t bits = bit_cast<std::uint32_t>(x);
     const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
     const bool nan = (bits & 0x7fffffffu) > 0x7f800000u;
     return {std::uint16_t(nan ? 0x7fc0u : rounded)};
+#endif
   }
 };
 
@@ -65,6 +77,11 @@ template <>
 struct Storage<float16> {
   using Compute = float;
   FK_INLINE static float16 from(float x) {
+#ifdef __CUDA_ARCH__
+    float16 rounded;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(rounded.bits) : "f"(x));
+    return rounded;
+#else
     const std::uint32_t bits = bit_cast<std::uint32_t>(x);
     const std::uint32_t sign = (bits >> 16) & 0x8000u;
     const std::uint32_t magnitude = bits & 0x7fffffffu;
@@ -75,6 +92,7 @@ struct Storage<float16> {
     half = magnitude >= 0x477ff000u ? 0x7c00u : half;  // rounds to infinity
     half = magnitude > 0x7f800000u ? 0x7e00u : half;   // NaN
     return {std::uint16_t(half | sign)};
+#endif
   }
 };
 

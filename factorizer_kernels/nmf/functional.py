@@ -4,8 +4,9 @@ from torch import Tensor
 
 from factorizer_kernels import _checks
 from factorizer_kernels._autograd import apply
+from factorizer_kernels._ops import Matrices
 from factorizer_kernels.backends import choose
-from factorizer_kernels.nmf import cpu, reference  # noqa: F401  (cpu registers its kernels)
+from factorizer_kernels.nmf import cpu, cuda, reference  # noqa: F401  (cpu and cuda register kernels)
 from factorizer_kernels.nmf.autograd import NMF, NMFFactors
 
 
@@ -69,7 +70,7 @@ def _run(operator, x, u0, v0, num_iters, solver, num_grad_steps, eps):
     u0, v0 = _checks.factors(x, u0, v0, rows, columns, batch)
     options = _checks.solver_options(x, num_iters, solver, num_grad_steps, eps)
     plain, fused = _FUNCTIONS[operator]
-    backend = choose(operator, x)
+    backend = choose(operator, x, Matrices(rows, columns, u0.shape[-1], 1))
     if backend == "reference":
         return plain(x, u0, v0, *options)
     return apply(fused, x, u0, v0, *options, backend)

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from factorizer_kernels import _checks
 from factorizer_kernels._autograd import apply
+from factorizer_kernels._ops import Matrices
 from factorizer_kernels.backends import choose
-from factorizer_kernels.swin_nmf import cpu, reference  # noqa: F401  (cpu registers its kernels)
+from factorizer_kernels.swin_nmf import cpu, cuda, reference  # noqa: F401  (cpu and cuda register kernels)
 from factorizer_kernels.swin_nmf.autograd import SwinNMF
 from factorizer_kernels.windows.geometry import Shift, matricized_shape, product, resolve
 
@@ -63,7 +64,8 @@ def swin_nmf(
     batch = matricized_shape(x.shape, *windows[:2], len(windows.shifts))[:2]
     u0, v0 = _checks.factors(x, u0, v0, windows.head_dim, product(windows.patch_size), batch)
     options = (act == "relu", *_checks.solver_options(x, num_iters, solver, num_grad_steps, eps))
-    backend = choose("swin_nmf", x)
+    matrices = Matrices(windows.head_dim, product(windows.patch_size), u0.shape[-1], windows.num_shifts)
+    backend = choose("swin_nmf", x, matrices)
     if backend == "reference":
         return reference.swin_nmf(x, u0, v0, windows, *options)
     return apply(SwinNMF, x, u0, v0, windows, *options, backend)

@@ -161,7 +161,7 @@ def test_explicit_choice_never_falls_back():
     x = torch.rand(2, 8, 16, device="meta")
     with (
         fk.use_backend("cpu"),
-        pytest.raises(ValueError, match="backend 'cpu' has no nmf for x on meta"),
+        pytest.raises(ValueError, match="backend 'cpu' does not run nmf here: x is on meta"),
     ):
         fk.nmf(x, U0.to("meta"), V0.to("meta"))
     with (

@@ -1,0 +1,63 @@
+"""What a launch is told: the device, the stream, how many blocks; and what becomes of its errors."""
+
+import pytest
+import torch
+
+import factorizer_kernels as fk
+
+OPTIONS = {"head_dim": 8, "patch_size": 4, "shifts": [None, 2]}
+
+
+def inputs(rank=1):
+    return torch.rand(1, 8, 8, 8), torch.rand(8, rank), torch.rand(16, rank)
+
+
+@pytest.mark.parametrize("solver", ["hals", "mu"])
+def test_go_to_the_tensors_device_and_stream(solver, device):
+    """And the thread's own device is current again after them."""
+    x, u0, v0 = inputs()
+    x.requires_grad_()
+    for device.index, device.stream in ((0, 0), (1, 0x1234), (0, 0x5678), (1, 0)):
+        with fk.use_backend("cuda"):
+            y = fk.swin_nmf(x, u0, v0, solver=solver, **OPTIONS)
+            forward = device.launches()
+            torch.autograd.grad(y.sum(), x)
+            backward = device.launches()
+        assert len(forward) == len(backward) == 2
+        assert {launch[:2] for launch in forward + backward} == {(device.index, device.stream)}
+        assert device.library.emulation_device() == 0
+
+
+def test_each_window_is_one_block(device):
+    """Of 8 x 512 one warp."""
+    x, u0, v0 = torch.rand(1, 8, 8, 8, 16), torch.rand(8, 1), torch.rand(512, 1)
+    with fk.use_backend("cuda"):
+        fk.swin_nmf(x, u0, v0, head_dim=8, patch_size=8, shifts=[None, 4])
+        assert device.launches() == [(0, 0, 4, 32), (0, 0, 2, 128)]
+        fk.swin_nmf(x, u0, v0, head_dim=8, patch_size=8)
+        assert device.launches() == [(0, 0, 2, 32)]
+
+
+@pytest.mark.parametrize("solver", ["hals", "mu"])
+def test_errors_name_the_operator_and_leave_nothing_behind(solver, device):
+    x, u0, v0 = inputs()
+    x.requires_grad_()
+    with fk.use_backend("cuda"):
+        device.library.emulation_fail_next_launch(719)
+        with pytest.raises(RuntimeError, match="'cuda', swin_nmf: an error asked for"):
+            fk.swin_nmf(x, u0, v0, solver=solver, **OPTIONS)
+        y = fk.swin_nmf(x, u0, v0, solver=solver, **OPTIONS)
+        device.library.emulation_fail_next_launch(719)
+        with pytest.raises(RuntimeError, match="'cuda', swin_nmf_backward: an error asked for"):
+            torch.autograd.grad(y.sum(), x)
+        device.index = 7
+        with pytest.raises(RuntimeError, match="'cuda', swin_nmf: invalid device"):
+            fk.swin_nmf(x, u0, v0, solver=solver, **OPTIONS)
+    assert device.library.emulation_pending_error() == 0
+    assert device.library.emulation_device() == 0
+
+
+def test_empty_maps_launch_nothing(device):
+    with fk.use_backend("cuda"):
+        assert fk.swin_nmf(torch.rand(0, 8, 8, 8), *inputs()[1:], **OPTIONS).shape == (0, 8, 8, 8)
+    assert device.launches() == []

@@ -1,0 +1,74 @@
+"""Compiles CUDA kernels and prints, as JSON, what they take of a multiprocessor.
+
+``python resources.py ARCHITECTURES FILES``, as in ``80,90 rank_one gather``. ``python resources.py --record``
+compiles all of them for all the architectures, some minutes, and writes resources.json.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+CSRC = Path(__file__).parents[3] / "csrc"
+RECORD = Path(__file__).with_name("resources.json")
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+FILES = sorted(
+    path.stem for path in (CSRC / "cuda").glob("*.cu") if path.stem != "swin_nmf"
+)  # which has none
+NVCC = shutil.which("nvcc")
+
+Table = dict[str, tuple[int, int, int]]
+
+
+def version() -> str:
+    """Of nvcc, as in 13.0."""
+    words = subprocess.run([NVCC, "--version"], capture_output=True, text=True, check=True).stdout
+    return re.search(r"release (\d+\.\d+)", words)[1]
+
+
+def resources(file: str, architectures) -> Table:
+    """(registers, bytes of shared memory, bytes of spills) of "file kernel<K> sm_N"."""
+    # The flags are those of CMakeLists.txt.
+    codes = ",".join(f"sm_{a}" for a in architectures)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [
+            *(NVCC, "-std=c++17", "-O3", "--prec-div=false", "-Xptxas", "-v"),
+            *(f"-gencode=arch=compute_{min(architectures)},code=[{codes}]", "-I", CSRC / "include"),
+            *("-c", CSRC / "cuda" / f"{file}.cu", "-o", Path(folder) / "object.o"),
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    table: Table = {}
+    kernel, spills = "", 0
+    for line in done.stderr.splitlines():
+        if found := re.search(
+            r"Compiling entry function '.*?\d([a-z_]+_kernel)ILi(\d+)E.*' for '(sm_\d+)'", line
+        ):
+            kernel = f"{file} {found[1]}<{found[2]}> {found[3]}"
+        elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
+            spills = int(found[1]) + int(found[2])
+        elif found := re.search(r"Used (\d+) registers", line):
+            shared = re.search(r"(\d+) bytes smem", line)
+            table[kernel] = (int(found[1]), int(shared[1]) if shared else 0, spills)
+    assert table, done.stderr
+    return table
+
+
+def all_resources(files, architectures) -> Table:
+    with ThreadPoolExecutor(2) as threads:
+        tables = threads.map(lambda file: resources(file, architectures), files)
+    return {kernel: used for table in tables for kernel, used in table.items()}
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--record":
+        table = sorted(all_resources(FILES, ARCHITECTURES).items())
+        lines = ",\n".join(f"    {json.dumps(kernel)}: {json.dumps(used)}" for kernel, used in table)
+        RECORD.write_text(f'{{\n  "nvcc": "{version()}",\n  "kernels": {{\n{lines}\n  }}\n}}\n')
+    else:
+        table = all_resources(sys.argv[2:], [int(a) for a in sys.argv[1].split(",")])
+        print(json.dumps({"nvcc": version(), "kernels": table}))
