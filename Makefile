@@ -11,13 +11,15 @@ CPP := csrc tests/cpp tests/cuda_emulation
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
 .NOTPARALLEL:
-.PHONY: help demo test nightly bench docs lint format sanitize clean
+.PHONY: help demo test nightly mutants coverage bench docs lint format sanitize clean
 .PRECIOUS: .venv/.installed-%
 
 help:
 	@echo "make demo [DATA=DIR] [OUT=DIR]  train, segment and explain on a small data set"
 	@echo "make test                       the whole test suite"
 	@echo "make nightly                    the tests that draw their arguments, 10,000 times each"
+	@echo "make mutants                    plants faults in the kernels and shows that the tests see them"
+	@echo "make coverage                   lines and branches of factorizer_kernels that the tests run"
 	@echo "make bench [SIZE=paper]         the benchmarks, and their page in docs/benchmarks"
 	@echo "make docs                       the documentation's site, in build/site"
 	@echo "make lint | format              check, or rewrite, the sources' style"
@@ -32,6 +34,12 @@ test: .venv/.installed-test
 
 nightly: .venv/.installed-test
 	$(BIN)/python -m pytest --hypothesis-profile=nightly -k "fuzz or any_call" $(ARGS)
+
+mutants: .venv/.installed-test
+	$(BIN)/python -m pytest tests/mutants -m slow -s $(ARGS)
+
+coverage: .venv/.installed-test
+	$(BIN)/python -m pytest tests/factorizer_kernels --cov --cov-report=term-missing --cov-fail-under=95 $(ARGS)
 
 bench: .venv/.installed-bench
 	mkdir -p build

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 # Elements of a block. On a CPU 1 MiB of float32 for each thread, about a level-2 cache (half as
 # much and four times as much are no faster); elsewhere only the intermediates' memory counts.
@@ -246,9 +245,11 @@ class _Pointwise(torch.autograd.Function):
         ctx.save_for_backward(*tensors)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dy):
-        inputs, weights = ctx.saved_tensors[: ctx.n], ctx.saved_tensors[ctx.n :]
+        saved = ctx.saved_tensors  # once: activation checkpointing allows no second look
+        if torch.is_grad_enabled():  # this will be differentiated again
+            return None, None, *torch.func.vjp(ctx.chain.forward, *saved)[1](dy)
+        inputs, weights = saved[: ctx.n], saved[ctx.n :]
         dinputs = [torch.empty_like(x) for x in inputs]
         dweights = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
         with without_autocast(dy):

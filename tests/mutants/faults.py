@@ -1,0 +1,130 @@
+"""Faults to plant in a copy of the sources, one at a time: a wrong sign, a wrong index, a missing term."""
+
+from typing import NamedTuple
+
+# What has to see them: quick tests of values and gradients, the first that fails ends the run.
+KERNELS = (
+    "tests/factorizer_kernels/test_windows.py",
+    "tests/factorizer_kernels/test_swin_nmf.py",
+    "tests/factorizer_kernels/test_nmf.py",
+)
+SETTINGS = ("tests/factorizer_kernels/test_torch.py", "tests/factorizer_kernels/test_arguments.py")
+BINDING = ("tests/factorizer_kernels/test_binding.py", "tests/factorizer_kernels/test_processes.py")
+TRITON = ("tests/factorizer_kernels/triton/interpreted",)
+
+
+class Fault(NamedTuple):
+    """``right`` stands once in ``file`` and is replaced by ``wrong``; ``tests`` are to fail."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...] = KERNELS
+
+
+_CSRC = "csrc/include/"
+_TRITON = "factorizer_kernels/_triton/"
+
+FAULTS = (
+    # The solvers' arithmetic, shared by the native backends.
+    Fault(
+        "HALS: a component is added instead of taken away", _CSRC + "factor_update.h",
+        "numerator -= f.get(j) * gram[j * rank + r];", "numerator += f.get(j) * gram[j * rank + r];",
+    ),
+    Fault(
+        "HALS backward: the projection's mask is missing", _CSRC + "factor_update.h",
+        "dn = f_new.get(r) > decltype(dn){} ? dn : decltype(dn){};", "",
+    ),
+    Fault(
+        "MU: the Gram matrix is indexed by its row twice", _CSRC + "factor_update.h",
+        "for (i64 j = 1; j < rank; ++j) q += f.get(j) * gram[j * rank + r];\n    out.set",
+        "for (i64 j = 1; j < rank; ++j) q += f.get(j) * gram[j * rank + j];\n    out.set",
+    ),
+    Fault(
+        "MU backward: the denominator's gradient has the wrong sign", _CSRC + "factor_update.h",
+        "dq.set(r, -dp * f_new.get(r));", "dq.set(r, dp * f_new.get(r));",
+    ),
+    Fault(
+        "rank 1: the gradient through u's norm is missing", _CSRC + "rank_one.h",
+        "+ k * h[m] - 2.0 * k * dv_v * u[m];", "+ k * h[m];",
+    ),
+    Fault(
+        "rank 1: eps is left out of the next a", _CSRC + "rank_one.h",
+        "out.dr[i] += e * k * (da[i] + 2.0 * db * (k * u[i]));", "out.dr[i] += e * k * da[i];",
+    ),
+    Fault(
+        "iterations: the Gram matrix' gradient is not made symmetric", "csrc/cpu/factorize.h",
+        "combine<T>(rank_, dgram, 1, rank_, rank_, f, df, length, true);", "",
+    ),
+    Fault(
+        "iterations: which columns of U were new when r was updated", "csrc/cpu/factorize.h",
+        "entry = -(j <= r ?", "entry = -(j < r ?",
+    ),
+    Fault(
+        "long matrices: where a tile of a long line begins", "csrc/cpu/swin_nmf.cpp",
+        "p.windows.patch[2] + tile % parts * voxels; }", "p.windows.patch[2] + tile * voxels; }",
+    ),
+    Fault(
+        "dematricize: a shift in the wrong direction", "csrc/cpu/windows.cpp",
+        "q1 = (i1 + steps[0]) % w.size[0]", "q1 = (i1 + w.size[0] - steps[0]) % w.size[0]",
+    ),
+    # The binding.
+    Fault(
+        "binding: the last element is not counted", "csrc/bindings.cpp",
+        "map_elements(w) == 0 ? 0 : sum(last, 1)", "map_elements(w) == 0 ? 0 : last", BINDING,
+    ),
+    Fault(
+        "binding: the interpreter's lock is kept", "csrc/bindings.cpp",
+        "py::gil_scoped_release release;\n        fk::cpu_kernels().swin_nmf_forward(p);",
+        "fk::cpu_kernels().swin_nmf_forward(p);", BINDING,
+    ),
+    # The autograd Functions, the operators under vmap, the reference.
+    Fault(
+        "autograd: u0's and v0's gradients are wanted only together", "factorizer_kernels/nmf/autograd.py",
+        "needs_input_grad[1] or ctx.needs_input_grad[2]", "needs_input_grad[1] and ctx.needs_input_grad[2]",
+    ),
+    Fault(
+        "autograd: the adjoint lacks the mean over the shifts", "factorizer_kernels/windows/autograd.py",
+        "return apply(SWMatricize, dx, *ctx.options)",
+        "return apply(SWMatricize, dx, ctx.options[0], False, ctx.options[2])",
+    ),
+    Fault(
+        "vmap: copies and mapped dimension change places", "factorizer_kernels/_vmap.py",
+        "z.unflatten(1, (copies, -1)).transpose(0, 1).flatten(0, 2)", "z.flatten(0, 1)", SETTINGS,
+    ),
+    Fault(
+        "reference: eps above MU's fraction line too", "factorizer_kernels/nmf/reference.py",
+        "return factor * projection / (factor @ gram + eps)",
+        "return (factor * projection + eps) / (factor @ gram + eps)",
+        (*KERNELS, "tests/factorizer_kernels/test_special_values.py"),
+    ),
+    # The Triton kernels, interpreted.
+    Fault(
+        "Triton: a shift in the wrong direction", _TRITON + "address.py",
+        "start = cell * PATCH - shift\n    return tl.where(start < 0, start + size, start)",
+        "start = cell * PATCH + shift\n    return tl.where(start >= size, start - size, start)", TRITON,
+    ),
+    Fault(
+        "Triton HALS: the gradient of the other columns is missing", _TRITON + "updates.py",
+        "grad = replaced(grad, j, grad[j] - step * gram[j * RANK + r])", "grad = grad", TRITON,
+    ),
+    Fault(
+        "Triton rank 1: half of G's gradient", _TRITON + "rank1.py",
+        "both_g += grad_a[:, None] * w[None, :] + w[:, None] * grad_a[None, :]",
+        "both_g += grad_a[:, None] * w[None, :]", TRITON,
+    ),
+    Fault(
+        "Triton: dy's mean over the copies is missing", _TRITON + "resident.py",
+        "dy_block *= 3.0 / len(SHIFTS)  # the mean over the copies", "dy_block *= 1.0", TRITON,
+    ),
+    Fault(
+        "Triton, long matrices: the last column of V is not written", _TRITON + "streaming.py",
+        "store_columns(new_v, at * (RANK * N) + n, N, v_columns, n < N, RANK)",
+        "store_columns(new_v, at * (RANK * N) + n, N, v_columns, n < N - 1, RANK)", TRITON,
+    ),
+    Fault(
+        "Triton sweep: the upper triangle without its diagonal", _TRITON + "sweep.py",
+        "torch.triu(new.mT @ step)", "torch.triu(new.mT @ step, 1)", TRITON,
+    ),
+)  # fmt: skip
