@@ -39,7 +39,7 @@ def once(operator, *arguments) -> Any:
 
 
 def apply(function: type[torch.autograd.Function], *arguments) -> Any:
-    """``function.apply`` where something is differentiated, with a word about forward mode where it is tried."""
+    """``function.apply`` where something is differentiated; forward mode gets a word about the way out."""
     if not torch.compiler.is_compiling() and not _differentiated(arguments):
         return function.forward(*arguments)  # apply's own bookkeeping takes as long as a small kernel
     # Dynamo refuses a Function that has a jvp of its own.
