@@ -23,7 +23,7 @@ from factorizer.data import DataError, atomic
 from factorizer.planning import Plan
 from factorizer.transforms import Crops
 
-SAVE_EVERY = 20  # steps that a killed run loses at most
+SAVE_EVERY, SAVE_SECONDS = 20, 30.0  # steps, or seconds and one step, that a killed run loses at most
 WARM_UP = 0.05  # share of the steps
 CLIP_NORM = 1.0
 
@@ -157,7 +157,7 @@ class Trainer:
             num_workers=self.workers,
         )
         log = _Log(self.log if self.part == 0 else None, self.step)
-        start = time.perf_counter()
+        start = saved = time.perf_counter()
         for image, label in batches:
             if self.finished:
                 break
@@ -174,8 +174,10 @@ class Trainer:
             validated = self.validate is not None and (self.step % self.validate_every == 0 or last)
             if validated:
                 log.add(self.step, {"validation": self._validate()})
-            if validated or self.step % SAVE_EVERY == 0 or last:
+            due = self.step % SAVE_EVERY == 0 or time.perf_counter() - saved >= SAVE_SECONDS
+            if validated or due or last:
                 self.save(path)
+                saved = time.perf_counter()
             if validated and self.scores[-1][1] == max(score for _, score in self.scores):
                 self.save(path.with_name("best.pt"))
             advance(self.step)

@@ -143,6 +143,19 @@ def test_checkpoint_holds_plain_data_only(tmp_path):
     assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint.pt"]
 
 
+def test_slow_steps_are_saved_by_the_clock(tmp_path, monkeypatch):
+    monkeypatch.setattr("factorizer.training.SAVE_SECONDS", 0.0)
+    plan, path = tiny_plan(steps=4), tmp_path / "checkpoint.pt"
+
+    def stop(step):
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        tiny_trainer(plan).run(Batches(plan), path, stop)
+    assert len(read_checkpoint(path)[1]["losses"]) == 3
+
+
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     trainer, path = tiny_trainer(tiny_plan(steps=2)), tmp_path / "checkpoint.pt"
     trainer.save(path)
