@@ -97,9 +97,7 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "threads": torch.get_num_threads(),
         "size": config.getoption("size"),
         "backends": {b.name: b.reason for b in fk.backends() if b.available},
-        "versions": {
-            name: _version(name) for name in _VERSIONS
-        },
+        "versions": {name: _version(name) for name in _VERSIONS},
     }
 
 

@@ -291,3 +291,9 @@ def test_doctor(monkeypatch):
     assert "All usable backends are right." in printed
     monkeypatch.setattr("factorizer.commands.doctor.TOLERANCE", 0.0)
     assert "WRONG" in run("doctor", code=1)
+
+    def broken(backend, device):
+        raise RuntimeError("no such instruction")
+
+    monkeypatch.setattr("factorizer.commands.doctor._errors", broken)
+    assert "FAILS" in run("doctor", code=1)
