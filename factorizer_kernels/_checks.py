@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from factorizer_kernels._ops import compute_dtype
-from factorizer_kernels.windows.geometry import is_integer
+from factorizer_kernels.windows.geometry import MAX_INT, is_integer
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SOLVERS = ("mu", "hals")
@@ -18,8 +18,9 @@ def tensor(name: str, value: object, layout: str, min_dim: int, max_dim: int | N
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if value.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {value.dtype}")
-    if value.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {value.layout}")
+    if value.layout != torch.strided or value.is_nested:
+        kind = "a nested tensor" if value.is_nested else f"layout {value.layout}"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
     if value.dim() < min_dim or (max_dim is not None and value.dim() > max_dim):
         raise ValueError(f"{name} must be {layout}, got shape {tuple(value.shape)}")
     # A subclass of functions only (MetaTensor) would run them again on its way through the operator.
@@ -86,6 +87,8 @@ def _count(name: str, value) -> int:
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if value < 0:
         raise ValueError(f"{name} must not be negative, got {value}")
+    if value > MAX_INT:
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
     return value
 
 

@@ -6,6 +6,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+MAX_INT = 2**63 - 1  # what an operator's argument holds
+
 Shift = int | Sequence[int] | None
 
 
@@ -99,6 +101,8 @@ def resolve(
     flat: list[int] = []
     for shift in _shift_list(shifts):
         per_axis = (0,) * axes if shift is None else _per_axis("shifts", shift, axes)
+        if any(abs(step) > MAX_INT for step in per_axis if isinstance(step, int)):
+            raise ValueError(f"shifts must fit in 64 bits, got {shift}")
         flat += per_axis
     return Windows(head_dim, patch, tuple(flat))
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import factorizer_kernels as fk
+from factorizer_kernels import _ops
 
 X = torch.rand(2, 8, 16)
 U0, V0 = torch.rand(8, 2), torch.rand(16, 2)
@@ -18,6 +19,16 @@ NMF_ERRORS = [
     ({"x": X.to(torch.complex64)}, TypeError, "x must be float32"),
     ({"x": X[0, 0]}, ValueError, r"x must be \(..., M, N\), got shape \(16,\)"),
     ({"x": X.to_sparse()}, TypeError, "x must be a dense"),
+    ({"x": X.to_mkldnn()}, TypeError, "x must be a dense"),
+    (
+        {"x": torch.nested.nested_tensor([X])},
+        TypeError,
+        r"x must be a dense \(strided\) tensor, got a nested",
+    ),
+    ({"x": torch.zeros(X.shape).to(torch.float8_e4m3fn)}, TypeError, "x must be float32"),
+    ({"v0": V0.to_sparse()}, TypeError, "v0 must be a dense"),
+    ({"x": X.to("meta")}, ValueError, r"u0 must be on the device of x \(meta\), got cpu"),
+    ({"v0": V0.to("meta")}, ValueError, r"v0 must be on the device of x \(cpu\), got meta"),
     ({"u0": None}, TypeError, "u0 must be a torch.Tensor"),
     ({"u0": U0.int()}, TypeError, "u0 must be float32"),
     ({"u0": U0[:, 0]}, ValueError, "u0 must be"),
@@ -29,6 +40,7 @@ NMF_ERRORS = [
     ({"v0": torch.rand(1, 2, 16, 2)}, ValueError, "v0's leading dimensions must broadcast"),
     ({"u0": U0.to("meta")}, ValueError, r"u0 must be on the device of x \(cpu\), got meta"),
     ({"num_iters": -1}, ValueError, "num_iters must not be negative, got -1"),
+    ({"num_iters": 2**63}, ValueError, "num_iters must fit in 64 bits"),
     ({"num_iters": 2.0}, TypeError, "num_iters must be an integer, got 2.0"),
     ({"num_iters": True}, TypeError, "num_iters must be an integer"),
     ({"num_grad_steps": -2}, ValueError, "num_grad_steps must not be negative"),
@@ -66,8 +78,17 @@ CUT_ERRORS = [
     ({"shifts": 2}, TypeError, "shifts must be None or a sequence"),
     ({"shifts": []}, ValueError, "shifts must name at least one copy"),
     ({"shifts": [(1, 2, 3)]}, ValueError, r"shifts must have one entry per spatial axis \(2\)"),
+    ({"shifts": [2**63]}, ValueError, "shifts must fit in 64 bits"),
     ({"shifts": [1.5]}, TypeError, "shifts must be an integer or one integer per"),
 ]
+
+
+@pytest.fixture(autouse=True)
+def no_kernel_starts(monkeypatch, request):
+    """In this module, but for the tests of the choice of a backend."""
+    if "change" in request.fixturenames or "error" in request.fixturenames:
+        for key in _ops._KERNELS:
+            monkeypatch.setitem(_ops._KERNELS, key, lambda *arguments: pytest.fail("a kernel was started"))
 
 
 @pytest.mark.parametrize(("change", "error", "message"), NMF_ERRORS)
@@ -129,6 +150,12 @@ def test_dematricize(z, size, error, message, backend):
         ({"u0": torch.rand(5, 1)}, ValueError, "u0 must have 4 rows"),
         ({"v0": torch.rand(5, 1)}, ValueError, "v0 must have 4 rows"),
         ({"solver": "x"}, ValueError, "solver must be one of"),
+        ({"u0": U_MAP.to("meta")}, ValueError, "u0 must be on the device of x"),
+        ({"v0": V_MAP.to("meta")}, ValueError, "v0 must be on the device of x"),
+        ({"v0": torch.rand(3, 4, 1)}, ValueError, "v0's leading dimensions must broadcast"),
+        ({"num_iters": None}, TypeError, "num_iters must be an integer"),
+        ({"num_grad_steps": 1.0}, TypeError, "num_grad_steps must be an integer"),
+        ({"eps": -1e-8}, ValueError, "eps must be finite and at least"),
     ],
 )
 def test_swin_nmf(change, error, message, backend):

@@ -324,6 +324,14 @@ def test_choice_belongs_to_its_thread():
     assert seen == ["NMFBackward"]
 
 
+def test_negative_view(backend):
+    """A view whose numbers are the negatives of those in memory."""
+    x, u0, v0 = _nmf_arguments()
+    negative = torch.complex(torch.zeros_like(x), -x).conj().imag
+    assert negative.is_neg()
+    torch.testing.assert_close(fk.nmf(negative, u0, v0), fk.nmf(x, u0, v0))
+
+
 def test_subclass():
     monai = pytest.importorskip("monai")
     x, u0, v0 = _nmf_arguments()
