@@ -72,12 +72,13 @@ SPECIAL = (
 )  # fmt: skip
 
 
-def check_special(backend, name, solver, rank):
+def check_special(backend, name, solver, rank, device="cpu"):
     """Finite and the same wherever the reference, in the same dtype, is finite."""
     x = special_maps()[name]
     generator = torch.Generator().manual_seed(rank)
     u0, v0 = torch.rand(4, rank, generator=generator), torch.rand(16, rank, generator=generator)
     dy = torch.randn(MAP, generator=generator)
+    x, u0, v0, dy = (t.to(device) for t in (x, u0, v0, dy))
     options = {**CUT, "solver": solver, "num_iters": 3}
     expected = grads_of("reference", lambda *t, **o: fk.swin_nmf(*t, **o), (x, u0, v0), (dy,), options)
     result = grads_of(backend, lambda *t, **o: fk.swin_nmf(*t, **o), (x, u0, v0), (dy,), options)

@@ -66,12 +66,12 @@ FAULTS = {
     "a wrong sign in the backward": (
         "factorize.cuh", "return -(f_new", "return (f_new", "test_maps[hals-2-None-2-D odd]", "assert",
     ),
+}  # fmt: skip
+MORE_FAULTS = {
     "a barrier that some threads pass by": (
         "sums.cuh", "    __syncthreads();", "    if (first_warp()) __syncthreads();",
         "test_window_sizes[10-[None, 3]]", "wait for others that never come",
     ),
-}  # fmt: skip
-MORE_FAULTS = {
     "a copy's window off by one": (
         "windows.cuh", "at[axis] + shift[copy][axis]", "at[axis] + shift[copy][axis] + 1",
         "test_maps[hals-1-relu-2-D odd]", "assert",

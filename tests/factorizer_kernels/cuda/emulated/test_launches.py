@@ -61,3 +61,9 @@ def test_empty_maps_launch_nothing(device):
     with fk.use_backend("cuda"):
         assert fk.swin_nmf(torch.rand(0, 8, 8, 8), *inputs()[1:], **OPTIONS).shape == (0, 8, 8, 8)
     assert device.launches() == []
+
+
+def test_the_emulation_refuses_what_a_device_would_hang_on(device):
+    """Barriers and shuffles that some threads of the block or mask never reach; the last kernel is sound."""
+    launch_failure = 719
+    assert [device.library.emulation_misuse(which) for which in range(6)] == [launch_failure] * 5 + [0]
