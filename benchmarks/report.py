@@ -192,14 +192,16 @@ def machine(run: dict[str, Any]) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower().replace("(r)", "").replace("(tm)", "")).strip("-")
 
 
-def page(run: dict[str, Any], images: Iterable[tuple[str, str]]) -> str:
+def page(run: dict[str, Any], images: Iterable[tuple[str, str]], command: str = "") -> str:
+    """Markdown; ``command`` is what made the run, where it was not ``COMMAND``."""
     info, commit, records = run["machine_info"], run["commit_info"], run["benchmarks"]
+    command = command or f"`{COMMAND}` (`--size {info['size']}`)"
     versions = ", ".join(f"{name} {v}" for name, v in info["versions"].items() if v)
     backends = "; ".join(f"{name} ({reason})" for name, reason in info["backends"].items())
     state = ", with uncommitted changes" if commit.get("dirty") else ""
     lines = [
         f"# Benchmarks: {info['device']}, {info['threads']} threads\n",
-        f"Made by `{COMMAND}` (`--size {info['size']}`) on {run['datetime'][:10]} at commit "
+        f"Made by {command} on {run['datetime'][:10]} at commit "
         f"{str(commit.get('id'))[:12]}{state}; {versions}, Python {info['python_version']}. "
         f"Backends: {backends}. How it is measured: benchmarks/README.md.\n",
         "Medians; the IQR is relative to its median. `peak` is what one call takes beside what is there "

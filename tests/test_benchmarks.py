@@ -87,3 +87,31 @@ def test_a_wrong_kernel_gets_no_time(operator, selection, caught, tmp_path):
     assert process.stdout.count("wrong, so not timed") >= caught
     assert f"{caught} failed" in process.stdout
     assert len([name for _, name in records if name == "ours"]) == 2 - caught
+
+
+def test_gpu_says_that_there_is_none():
+    process = python("benchmarks.gpu")
+    assert process.returncode == 1
+    assert process.stderr.startswith("benchmarks.gpu needs a CUDA device, and torch sees none")
+
+
+def test_gpu_page(tmp_path):
+    """Its parts that need no GPU: a race becomes records, and these a page."""
+    script = """
+import sys
+from pathlib import Path
+from benchmarks import gpu
+from benchmarks.harness import EFFORTS, cases
+
+contenders = (gpu.on("reference"), gpu.on("cuda"), gpu.RELU, gpu.COPY)
+groups = cases("swin_nmf", [("8x8x8, rank 1", gpu.Windows((1, 8, 8, 8, 8)))], contenders)
+gpu.main(groups, EFFORTS["tiny"], Path(sys.argv[1]))
+assert len({case.group for case in gpu.all_cases()}) == len(list(gpu.all_cases()))
+"""
+    (tmp_path / "run_page.py").write_text(script)
+    process = python("run_page", tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
+    assert process.returncode == 0, process.stderr
+    page = next(tmp_path.glob("*.md")).read_text()
+    assert "Made by `python -m benchmarks.gpu`" in page
+    assert "### swin_nmf, 8x8x8, rank 1, forward+backward" in page
+    assert "- swin_nmf, 8x8x8, rank 1, forward, cuda: backend 'cuda' cannot be used here" in page

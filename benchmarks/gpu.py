@@ -1,0 +1,187 @@
+"""Everything there is to know of a card, by one command: ``python -m benchmarks.gpu [FOLDER]``.
+
+At most 8 minutes. Writes <card>.md, and the run as <card>.json, into the folder, docs/benchmarks unless told
+otherwise: a copy's bandwidth, relu, the reference eager and compiled, attention in windows, and both GPU
+backends, forward and backward, at ranks 1 to 8; whole networks beside SwinUNETR and SegResNet; the bounds of
+numbers.py. How it is measured is README.md's.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+import torch
+
+import factorizer_kernels as fk
+
+from . import test_networks, test_numbers
+from .harness import DEVICE, EFFORTS, Case, Contender, Effort, Measurement, Under, cases, extent, race, ratio
+from .operators import COMPILED, COPY, REFERENCE, RELU, WINDOW_ATTENTION, Windows
+from .report import FOLDER, _replace, number_lines, page, summary_lines, table
+
+COMMAND = "python -m benchmarks.gpu"
+MOST_SECONDS = 420  # after that no other group begins
+EFFORT = replace(EFFORTS["default"], name="gpu", seconds=0.5, fewest_rounds=5, most_rounds=51)
+VERSIONS = ("factorizer-kernels", "torch", "triton", "monai", "numpy")
+
+
+def on(backend: str) -> Contender:
+    """The operator on one backend, by its name."""
+    return Contender(backend, lambda problem, effort: Under(backend, problem.function()), backend)
+
+
+def all_cases() -> Iterable[Case]:
+    """The most telling first."""
+    yield from test_numbers.cases_of("default")
+    backends = (on("cuda"), on("triton"), RELU, COPY)
+    for side in (64, 128):
+        size = (1, 32, side, side, side)
+        others = (REFERENCE, COMPILED, WINDOW_ATTENTION) if side == 64 else (WINDOW_ATTENTION,)
+        yield from cases("swin_nmf", [(f"{extent(side)}, rank 1", Windows(size))], (*backends, *others))
+    networks = [c for c in test_networks.CONTENDERS if c.name in ("ours", "SegResNet", "SwinUNETR")]
+    for side in (64, 128):
+        volume = [(extent(side), test_networks.Volume(side))]
+        yield from cases("network", volume, networks, ("forward", "training step"))
+    half = Windows((1, 32, 128, 128, 128), dtype=torch.bfloat16)
+    yield from cases("swin_nmf", [("128x128x128, rank 1, bfloat16", half)], backends)
+    for rank in (2, 4, 8):
+        for side in (64, 128):
+            problem = Windows((1, 32, side, side, side), rank=rank)
+            yield from cases("swin_nmf", [(f"{extent(side)}, rank {rank}", problem)], backends)
+
+
+def volumes_moved(problem: Windows, mode: str, backend: str) -> float | None:
+    """What a call must move, in volumes of x; docs/cuda.md and docs/triton.md count it. None: not counted."""
+    copies, matrix = len(problem.shifts), problem.head_dim * problem.columns
+    factors = copies * problem.rank * (problem.head_dim + problem.columns) / matrix
+    factors *= 4 / problem.dtype.itemsize  # they are float32
+    forward = 2 + (2 * factors if copies > 1 else 0)
+    if mode == "forward":
+        return forward
+    if backend == "cuda" and problem.rank == 1 and problem.solver == "hals":
+        coefficients = copies * (88 + problem.columns) / matrix * 4 / problem.dtype.itemsize
+        return forward + (4 + 2 * coefficients if copies > 1 else 3)
+    return forward + 3 * copies + (copies - 1) if problem.dtype == torch.float32 else None
+
+
+def measured(case: Case, effort: Effort) -> tuple[list[dict[str, Any]], list[str]]:
+    """The group's records, as pytest-benchmark stores them, and a line for each contender that has none."""
+    results = race(case, effort)
+    records, missing = [], []
+    for name, result in results.items():
+        if isinstance(result, BaseException):
+            why = (str(result).strip() or repr(result)).splitlines()[0]
+            missing.append(f"{case.group}, {name}: {why}")
+            continue
+        info = {"family": case.family, "label": case.label, **result.info}
+        for yardstick in ("relu", "ours"):
+            if isinstance(other := results.get(yardstick), Measurement):
+                info[f"x_{yardstick}"] = ratio(result, other)
+        if isinstance(case.problem, Windows) and name in ("cuda", "triton"):
+            info["volumes_moved"] = volumes_moved(case.problem, case.mode, name)
+        first, _, third = quantiles(result.seconds, n=4)
+        stats = {"median": median(result.seconds), "iqr": third - first, "rounds": len(result.seconds)}
+        records.append({"name": name, "group": case.group, "stats": stats, "extra_info": info})
+    return records, missing
+
+
+def bandwidth_lines(records: list[dict[str, Any]]) -> list[str]:
+    """Bytes that must move over time, against a copy of the same x on the same card."""
+    copies = {r["extra_info"]["label"]: r for r in records if r["name"] == "copy"}
+    rows = []
+    for record in records:
+        info = record["extra_info"]
+        volumes, copy = info.get("volumes_moved"), copies.get(info["label"])
+        if volumes is None or copy is None:
+            continue
+        speed = volumes * info["x_bytes"] / record["stats"]["median"]
+        of_copy = speed / (2 * info["x_bytes"] / copy["stats"]["median"])
+        rows.append(
+            (record["group"], record["name"], f"{volumes:.2f}", f"{speed / 1e9:.0f}", f"{of_copy:.2f}")
+        )
+    head = ("group", "backend", "volumes moved", "GB/s", "of the copy's")
+    return table(head, rows) if rows else []
+
+
+def machine_info() -> dict[str, Any]:
+    versions = {}
+    for name in VERSIONS:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return {
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+        "size": EFFORT.name,
+        "backends": {b.name: b.reason for b in fk.backends() if b.available},
+        "versions": versions,
+        "python_version": platform.python_version(),
+    }
+
+
+def commit_info() -> dict[str, Any]:
+    def git(*words: str) -> str:
+        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
+        return done.stdout.strip()
+
+    return {"id": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain"))}
+
+
+def write(run: dict[str, Any], missing: list[str], folder: Path) -> Path:
+    """The page and the run; returns the page's path."""
+    records = run["benchmarks"]
+    lines = [page(run, (), f"`{COMMAND}`")]
+    if rows := bandwidth_lines(records):
+        lines += ["## Bandwidth\n", *rows, ""]
+    if missing:
+        lines += ["## Not measured\n", *(f"- {line}" for line in missing), ""]
+    name = re.sub(r"[^a-z0-9]+", "-", run["machine_info"]["device"].lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    _replace(folder / f"{name}.json", lambda path: path.write_text(json.dumps(run, indent=1)))
+    _replace(folder / f"{name}.md", lambda path: path.write_text("\n".join(lines)))
+    return folder / f"{name}.md"
+
+
+def main(groups: Iterable[Case], effort: Effort, folder: Path) -> Path:
+    """Race the groups, print as they come, write the page."""
+    start = time.monotonic()
+    run: dict[str, Any] = {
+        "datetime": datetime.now(timezone.utc).isoformat(), "machine_info": machine_info(),
+        "commit_info": commit_info(), "benchmarks": [],
+    }  # fmt: skip
+    missing = []
+    for case in groups:
+        if time.monotonic() - start > MOST_SECONDS:
+            missing.append(f"{case.group}: no time was left")
+            continue
+        records, without = measured(case, effort)
+        run["benchmarks"] += records
+        missing += without
+        for line in (*summary_lines(records), *without):
+            print(line, flush=True)
+    if run["benchmarks"]:
+        for line in (*number_lines(run["benchmarks"]), *bandwidth_lines(run["benchmarks"])):
+            print(line)
+    path = write(run, missing, folder)
+    print(path)
+    return path
+
+
+if __name__ == "__main__":
+    if DEVICE.type != "cuda":
+        built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}"
+        sys.exit(f"benchmarks.gpu needs a CUDA device, and torch sees none ({built})")
+    main(all_cases(), EFFORT, Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
