@@ -33,7 +33,8 @@ def doctor(console: Console) -> bool:
     for package in PACKAGES:
         about.add_row(package, _version(package))
     about.add_row("processors", f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}")
-    about.add_row("OMP_WAIT_POLICY", os.environ.get("OMP_WAIT_POLICY", "not set"))
+    for variable in ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
+        about.add_row(variable, os.environ.get(variable, "not set"))
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)
