@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Elements of a block. On a CPU 1 MiB of float32 for each thread, about a level-2 cache (half as
-# much and four times as much are no faster); elsewhere only the intermediates' memory counts.
-_CPU_BLOCK_PER_THREAD = 2**18
+# Elements of a block. On a CPU half a MiB of float32 for each thread, a level-2 cache or less: half as
+# much and twice as much are slower; elsewhere only the intermediates' memory counts.
+_CPU_BLOCK_PER_THREAD = 2**17
 _DEVICE_BLOCK = 2**26
 
 Weights = tuple[Tensor, Tensor]  # weight and bias
@@ -85,7 +85,8 @@ def _chain(forward: Callable[..., Any], backward: Callable[..., Any], **options:
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return weight @ x.to(weight.dtype) + bias
+    x = x.to(weight.dtype)
+    return torch.addmm(bias, weight, x) if x.ndim == 2 else weight @ x + bias
 
 
 def _linear_backward(dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -127,8 +128,10 @@ def _linear_norm_mlp(
     bias2: Tensor,
     eps: float,
 ) -> Tensor:
-    z = _linear(y, weight, bias) + x
-    return _linear(F.gelu(_norm_linear(z, weight1, bias1, eps)), weight2, bias2) + z
+    z = _plus(_linear(y, weight, bias), x)
+    hidden = _norm_linear(z, weight1, bias1, eps)
+    hidden = F.gelu(hidden) if torch.is_grad_enabled() else torch.ops.aten.gelu_(hidden)
+    return _plus(_linear(hidden, weight2, bias2), z)
 
 
 def _linear_norm_mlp_backward(
@@ -143,12 +146,12 @@ def _linear_norm_mlp_backward(
     bias2: Tensor,
     eps: float,
 ) -> tuple[Tensor, ...]:
-    normed, scale = _standardise(_linear(y, weight, bias) + x, eps)
+    normed, scale = _standardise(_plus(_linear(y, weight, bias), x), eps)
     hidden = _linear(normed, weight1, bias1)
     dhidden, *grads2 = _linear_backward(dout, F.gelu(hidden), weight2, bias2)
     dhidden = torch.ops.aten.gelu_backward(dhidden, hidden)
     dnormed, *grads1 = _linear_backward(dhidden, normed, weight1, bias1)
-    dz = _standardise_backward(dnormed, normed, scale) + dout
+    dz = _plus(_standardise_backward(dnormed, normed, scale), dout)
     dy, *grads = _linear_backward(dz, y, weight, bias)
     return dy, dz, *grads, *grads1, *grads2
 
@@ -158,12 +161,18 @@ def _standardise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     centred = x - _mean(x)
     scale = (_mean(centred.square()) + eps).rsqrt()
-    return centred * scale, scale
+    return centred * scale if torch.is_grad_enabled() else centred.mul_(scale), scale
 
 
 def _standardise_backward(dy: Tensor, y: Tensor, scale: Tensor) -> Tensor:
     dy = dy.to(y.dtype)
     return (dy - _mean(dy)).sub_(y * _mean(dy * y)).mul_(scale)
+
+
+def _plus(x: Tensor, y: Tensor) -> Tensor:
+    """x + y, in the memory of x, a chain's own, where nobody differentiates and the dtype stays."""
+    in_place = not torch.is_grad_enabled() and x.dtype == torch.promote_types(x.dtype, y.dtype)
+    return x.add_(y) if in_place else x + y
 
 
 def _mean(x: Tensor) -> Tensor:
