@@ -303,6 +303,7 @@ class RankOne {
       : o_(o), tiles_(tiles), m_(tiles.rows), columns_(round_up<T>(tiles.columns)) {
     trace_memory_ = arena.template take<double>(RankOneTrace::size(m_, o.num_iters));
     moments_ = arena.template take<double>(m_ * m_ + 2 * m_ + 1);
+    work_ = arena.template take<double>(2 * m_);
     partial_size_ = m_ * m_ + 2 * m_ + 1;
     partials_ = arena.template take<T>(tiles.count * partial_size_);
     small_ = arena.template take<T>(m_ * (m_ + 4));
@@ -336,10 +337,12 @@ class RankOne {
     add_partials(partial_size_, moments_);
     RankOneTrace steps = trace();
     const double tolerance = sizeof(T) == 4 ? 1e-7 : 1e-12;
-    if (!rank_one_forward(m_, double(tiles_.columns), o_.num_iters, o_.hals, o_.eps, tolerance, moments(),
-                          steps)) {
-      return false;
-    }
+    bool done = false;
+    with_small(m_, [&](auto rows) {
+      done = rank_one_forward(rows, double(tiles_.columns), o_.num_iters, o_.hals, o_.eps, tolerance,
+                              moments(), steps, work_);
+    });
+    if (!done) return false;
     // v = k (Xᵀu + e)
     const double k = steps.k[o_.num_iters];
     T* w = small_;
@@ -442,7 +445,7 @@ class RankOne {
   Tiles& tiles_;
   const i64 m_, columns_;  // columns padded
   i64 partial_size_;
-  double *trace_memory_, *moments_, *gradient_memory_ = nullptr, *totals_ = nullptr;
+  double *trace_memory_, *moments_, *work_, *gradient_memory_ = nullptr, *totals_ = nullptr;
   T *partials_, *small_, *v_, *dv_ = nullptr;
 };
 

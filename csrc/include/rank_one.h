@@ -39,11 +39,43 @@ struct RankOneTrace {
         inverse_b(k + iters + 1) {}
 };
 
+// term(0) + .. + term(count - 1), in four sums: in one, each addition would wait for the one before.
+template <class Count, class Term>
+FK_INLINE double sum_of(Count count, Term&& term) {
+  double sums[4] = {0.0, 0.0, 0.0, 0.0};
+  i64 i = 0;
+  for (; i + 4 <= count; i += 4) {
+    for (int lane = 0; lane < 4; ++lane) sums[lane] += term(i + lane);
+  }
+  for (; i < count; ++i) sums[0] += term(i);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// out = G w + add
+template <class Count>
+FK_INLINE void multiply_add(Count rows, const double* __restrict g, const double* __restrict w,
+                            const double* __restrict add, double* __restrict out) {
+  const i64 count = rows;
+#pragma GCC unroll 1
+  for (i64 m = 0; m < count; ++m) {
+    double even = add[m], odd = 0.0;
+    for (i64 j = 0; j + 1 < count; j += 2) {
+      even += g[j * count + m] * w[j];
+      odd += g[(j + 1) * count + m] * w[j + 1];
+    }
+    if (count % 2 != 0) even += g[(count - 1) * count + m] * w[count - 1];
+    out[m] = even + odd;
+  }
+}
+
 // Runs the iterations. For MU (hals false) returns false where eps is not negligible against `tolerance`
-// times the sums it stands beside: there the caller iterates on X itself.
-FK_INLINE bool rank_one_forward(i64 rows, double columns, i64 iters, bool hals, double eps, double tolerance,
-                                const Moments& moments, RankOneTrace& trace) {
+// times the sums it stands beside: there the caller iterates on X itself. `work` holds 2 rows.
+template <class Count>
+FK_INLINE bool rank_one_forward(Count rows, double columns, i64 iters, bool hals, double eps,
+                                double tolerance, const Moments& moments, RankOneTrace& trace, double* work) {
   const double e = hals ? eps : 0.0;
+  double* w = work;
+  double* ekr = work + rows;
   for (i64 m = 0; m < rows; ++m) trace.a[m] = moments.a[m];
   trace.b[0] = moments.b;
   for (i64 t = 1; t <= iters; ++t) {
@@ -51,31 +83,21 @@ FK_INLINE bool rank_one_forward(i64 rows, double columns, i64 iters, bool hals, 
     double* a = trace.a + t * rows;
     const double* a_before = a - rows;
     const double inverse_b = 1.0 / (trace.b[t - 1] + e);
-    double d = 0.0, numerator = 0.0;
-    for (i64 m = 0; m < rows; ++m) {
-      u[m] = (a_before[m] + e) * inverse_b;
-      d += u[m] * u[m];
-      numerator += a_before[m] * a_before[m];
-    }
+    for (i64 m = 0; m < rows; ++m) u[m] = (a_before[m] + e) * inverse_b;
+    const double d = sum_of(rows, [&](i64 m) { return u[m] * u[m]; });
     const double k = 1.0 / (d + e);
     const double ek = e * k;
     // w = k u first: k alone may overflow what k² is multiplied with.
-    double b = ek * ek * columns, ugu = 0.0;
-    for (i64 m = 0; m < rows; ++m) a[m] = ek * moments.r[m];
-    for (i64 j = 0; j < rows; ++j) {
-      const double w = k * u[j];
-      for (i64 m = 0; m < rows; ++m) a[m] += moments.g[j * rows + m] * w;
-    }
-    for (i64 m = 0; m < rows; ++m) {
-      const double w = k * u[m];
-      ugu += w * (a[m] - ek * moments.r[m]);
-      b += w * (a[m] + ek * moments.r[m]);
-    }
-    trace.b[t] = b;
+    for (i64 m = 0; m < rows; ++m) w[m] = k * u[m];
+    for (i64 m = 0; m < rows; ++m) ekr[m] = ek * moments.r[m];
+    multiply_add(rows, moments.g, w, ekr, a);
+    trace.b[t] = ek * ek * columns + sum_of(rows, [&](i64 m) { return w[m] * (a[m] + ekr[m]); });
     trace.k[t] = k;
     trace.inverse_b[t] = inverse_b;
     if (!hals) {
       // U's numerators u_m a_m / u_m and V's denominators v_n d, both in the root mean square.
+      const double numerator = sum_of(rows, [&](i64 m) { return a_before[m] * a_before[m]; });
+      const double ugu = sum_of(rows, [&](i64 m) { return w[m] * (a[m] - ekr[m]); });
       const double scale = std::fmin(std::sqrt(numerator / rows), d * std::sqrt(ugu / columns));
       if (!(eps <= tolerance * scale)) return false;
     }
