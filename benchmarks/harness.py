@@ -51,7 +51,7 @@ EFFORTS = {
     effort.name: effort
     for effort in (
         Effort("tiny", 0.0, 2, 2, 1e9, 60),
-        Effort("default", 1.0, 3, 41, 2e11 if DEVICE.type == "cpu" else 2e13, 8),
+        Effort("default", 0.5, 3, 41, 2e11 if DEVICE.type == "cpu" else 2e13, 8),
         Effort("paper", 5.0, 5, 101, 5e12 if DEVICE.type == "cpu" else 5e14, 300),
     )
 }

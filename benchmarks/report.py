@@ -148,7 +148,7 @@ def _against_voxels(records: list[Record], value: Callable[[Record], float], uni
         axes.set(xscale="log", yscale="log", xlabel="voxels", title=mode)
         _growth(axes)
     figure.axes[0].set_ylabel(unit)
-    figure.axes[0].legend(fontsize=8)
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     return figure
 
 

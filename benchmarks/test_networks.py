@@ -95,7 +95,7 @@ _DYNUNET = {
 # The sizes that MONAI's networks have in the literature on brain tumours.
 CONTENDERS = (
     Contender("ours", _factorizer("swin-brats"), FUSED),
-    Contender("reference", _factorizer("swin-brats", "reference"), "reference"),
+    Contender("reference", _factorizer("swin-brats", "reference"), "reference", ("forward",)),
     *(
         Contender(f"ours, {name}", _factorizer(name), FUSED, ("forward",))
         for name in ("local-brats", "global-brats", "swin-isles22")
