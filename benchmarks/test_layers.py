@@ -106,7 +106,10 @@ CONTENDERS = (
 
 
 def cases_of(size):
-    return cases("block", [(extent(side), Features(side)) for side in _SIDES[size]], CONTENDERS)
+    for side in _SIDES[size]:
+        # The default run leaves out the gradients of the larger features, to stay within ten minutes.
+        modes = ("forward",) if (size, side) == ("default", 64) else ("forward", "forward+backward")
+        yield from cases("block", [(extent(side), Features(side))], CONTENDERS, modes)
 
 
 def test_layers(replay):
