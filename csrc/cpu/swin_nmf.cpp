@@ -531,7 +531,8 @@ void compose_chunk(const SwinNMF& p, i64 bh_begin, i64 num_bh, int threads, cons
       } else {
         compose(line);
         for (i64 c = 0; c < rows; ++c) {
-          transform(length, line[c], Constant<1>{}, y + c * w.voxels(), Storage<S>::from);
+          transform(length, line[c], Constant<1>{}, y + c * w.voxels(),
+                    [](T value) { return Storage<S>::from(value); });
         }
       }
     }
