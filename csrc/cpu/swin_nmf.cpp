@@ -360,6 +360,7 @@ struct FactorsOut {
   }
 };
 
+// The factors of every window of a chunk of heads.
 template <class T, class S>
 void factorize_chunk(const SwinNMF& p, bool rank_one, i64 bh_begin, i64 num_bh, int threads,
                      const FactorsOut<T>& out) {
