@@ -332,10 +332,47 @@ def test_negative_view(backend):
     torch.testing.assert_close(fk.nmf(negative, u0, v0), fk.nmf(x, u0, v0))
 
 
-def test_subclass():
-    monai = pytest.importorskip("monai")
-    x, u0, v0 = _nmf_arguments()
-    meta = monai.data.MetaTensor(x)
-    y = fk.nmf(meta, u0, v0)
-    assert type(y) is torch.Tensor
-    torch.testing.assert_close(y, fk.nmf(x, u0, v0))
+class Tagged(torch.Tensor):
+    """A subclass that does nothing but be one."""
+
+
+SUBCLASSES = {
+    "subclass": lambda x: x.as_subclass(Tagged),
+    "MetaTensor": lambda x: pytest.importorskip("monai").data.MetaTensor(x),
+}
+
+
+@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
+@pytest.mark.parametrize("name", ["nmf", "nmf_factors", "sw_matricize", "sw_dematricize", "swin_nmf"])
+@pytest.mark.parametrize("wrap", SUBCLASSES.values(), ids=SUBCLASSES)
+def test_subclass(wrap, name, backend_name):
+    """The same values, as plain tensors, and the same gradients, whichever of the tensors is wrapped."""
+    u0, v0 = torch.rand(4, 2), torch.rand(16, 2)
+    image = torch.rand(2, 8, 8, 8)
+    factored, cut = (
+        partial(fk.swin_nmf, num_iters=2, **CUT),
+        partial(fk.sw_dematricize, size=image.shape, **CUT),
+    )
+    function, inputs = {
+        "nmf": (partial(fk.nmf, num_iters=2), (torch.rand(3, 4, 16), u0, v0)),
+        "nmf_factors": (partial(fk.nmf_factors, num_iters=2), (torch.rand(3, 4, 16), u0, v0)),
+        "sw_matricize": (partial(fk.sw_matricize, **CUT), (image,)),
+        "sw_dematricize": (cut, (fk.sw_matricize(image, **CUT),)),
+        "swin_nmf": (factored, (image, u0, v0)),
+    }[name]
+
+    def run(*tensors):
+        leaves = [t.requires_grad_() for t in tensors]
+        result = function(*leaves)
+        outputs = result if isinstance(result, tuple) else (result,)
+        sum(y.square().sum() for y in outputs).backward()
+        return outputs, [torch.Tensor(leaf.grad) for leaf in leaves]
+
+    with fk.use_backend(backend_name):
+        expected, gradients = run(*(t.clone() for t in inputs))
+        for wrapped in range(len(inputs)):
+            mixed = [wrap(t.clone()) if i == wrapped else t.clone() for i, t in enumerate(inputs)]
+            outputs, ours = run(*mixed)
+            assert all(type(y) is torch.Tensor for y in outputs)
+            for a, b in zip((*outputs, *ours), (*expected, *gradients), strict=True):
+                assert torch.equal(a.as_subclass(torch.Tensor), b)
