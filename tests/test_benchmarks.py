@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 ROOT = Path(__file__).parents[1]
 
@@ -115,3 +116,34 @@ assert len({case.group for case in gpu.all_cases()}) == len(list(gpu.all_cases()
     assert "Made by `python -m benchmarks.gpu`" in page
     assert "### swin_nmf, 8x8x8, rank 1, forward+backward" in page
     assert "- swin_nmf, 8x8x8, rank 1, forward, cuda: backend 'cuda' cannot be used here" in page
+
+
+def test_accuracy_study(tmp_path):
+    """Two networks on one split; a second call trains nothing anew; the tables are those of the scores."""
+    pytest.importorskip("monai")
+    from benchmarks.accuracy import main
+    from factorizer.demo import write_synthetic
+
+    data, out = write_synthetic(tmp_path / "data", cases=5, shape=(20, 20, 20)), tmp_path / "out"
+    networks = ["UNet", "Local Factorizer, rank 1"]
+    options = [option for name in networks for option in ("--network", name)]
+    process = python("benchmarks.accuracy", data, "--out", out, "--steps", 1, "--seeds", 1, *options)
+    assert process.returncode == 0, process.stderr
+    runs = sorted(out.glob("*/scores.json"))
+    assert len(runs) == 2
+    written = [path.stat().st_mtime_ns for path in runs]
+
+    main(data, out, networks, steps=1, seeds=1)
+    assert [path.stat().st_mtime_ns for path in runs] == written
+    report = json.loads((out / "accuracy.json").read_text())
+    assert [run["network"] for run in report["runs"]] == networks[::-1]
+    assert list(report["times"]) == networks[::-1]
+    scores = [score["dice"] for score in report["runs"][1]["scores"] if score["target"] == "core"]
+    row = next(line for line in (out / "accuracy.md").read_text().splitlines() if "UNet" in line)
+    assert f"{sum(scores) / len(scores):.3f}" in row
+    assert (out / "accuracy.png").stat().st_size > 10_000
+
+    with pytest.raises(typer.BadParameter, match="no finished run"):
+        main(data, tmp_path / "none", seeds=0)
+    with pytest.raises(typer.BadParameter, match="UNet"):
+        main(data, out, ["VNet"])
