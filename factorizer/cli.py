@@ -263,7 +263,7 @@ def speed(
 
         from factorizer.commands.speed import speed as run
 
-        run(
+        _, failed = run(
             Console(),
             checkpoint,
             input,
@@ -275,6 +275,8 @@ def speed(
             whole=whole,
             device=device,
         )
+        if failed:
+            raise typer.Exit(1)
 
 
 @app.command()

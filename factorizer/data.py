@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,16 +18,27 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-from nibabel.filebasedimages import ImageFileError
 
 MIN_CASES = 3  # two to train on and one held out
 HELD_OUT, MAX_HELD_OUT = 0.2, 40  # share and number of the cases that training never sees
 SECTIONS = ("testing", "test", "validation", "training")  # of a data list, the first that has cases
+NIFTI = (".nii", ".nii.gz")
+GRID_FIELDS = (  # of a NIfTI header, beside the voxel sizes
+    *("xyzt_units", "sform_code", "srow_x", "srow_y", "srow_z", "qform_code"),
+    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+)
 GRID_TOLERANCE = 1e-2  # mm between the places that two files give to a voxel
 
 
 class DataError(ValueError):
     """Data that cannot be used. The message names the file or field, and what it needs."""
+
+
+def data_error(error: BaseException | None) -> DataError | None:
+    """The DataError that made MONAI raise `error`, which tells only what part of it failed."""
+    while error is not None and not isinstance(error, DataError):
+        error = error.__cause__
+    return error
 
 
 @dataclass(frozen=True)
@@ -75,14 +85,16 @@ class Geometry:
 
 
 @contextmanager
-def atomic(path: str | Path) -> Iterator[Path]:
+def atomic(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
     """A temporary path in the folder of `path` to write to, renamed to `path` on success.
 
     So a file under its final name is always whole: after an exception or a kill the old one, or
     none. The temporary name keeps the suffix, which is how nibabel and matplotlib know the format.
+    What a killed run left there the next one writes over, unless the file is `shared`: then other
+    processes may write the same at the same time, each under a name of its own.
     """
     path = Path(path)
-    temporary = path.with_name(f".part-{path.name}")
+    temporary = path.with_name(f".part-{f'{os.getpid()}-' if shared else ''}{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -90,10 +102,16 @@ def atomic(path: str | Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def prepare_folder(name: str, folder: Path) -> Path:
-    """Makes `folder` and finds out whether it can be written to; `name` is the argument's."""
+def prepare_folder(name: str, folder: Path, cases: Sequence[Case] = ()) -> Path:
+    """Makes `folder` and finds out whether it can be written to; `name` is the argument's.
+
+    Raises DataError where it cannot, or where it holds the images of `cases`: results must not be taken
+    for inputs, nor inputs for results.
+    """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{name}: {folder} is a file; it must be a folder, or not exist yet")
+    if any(path.resolve().parent == folder.resolve() for case in cases for path in case.images):
+        raise DataError(f"{name}: {folder} holds the inputs; give another folder")
     probe = folder / f".part-probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -132,16 +150,7 @@ def read_decathlon(root: str | Path) -> Task:
             raise DataError(f"{path}: the field {field!r} is missing; it must be {example}")
         if not isinstance(content[field], kind) or not content[field]:
             raise DataError(f"{path}: {field!r} is {content[field]!r}; it must be {example}")
-    try:
-        labels = {int(value): str(name) for value, name in content["labels"].items()}
-    except ValueError as error:
-        raise DataError(f"{path}: the keys of 'labels' must be label values ({error})") from error
-    labels = dict(sorted(labels.items()))
-    if next(iter(labels)) != 0 or len(labels) < 2 or max(labels) > 255:
-        raise DataError(
-            f"{path}: 'labels' has the values {list(labels)}; it needs 0, the background, and at "
-            "least one more, none above 255"
-        )
+    labels = _classes(path, content["labels"])
     cases = _listed_cases(path, content["training"], "training", labelled=True)
     missing = [str(f) for c in cases for f in (*c.images, c.label) if f is not None and not f.is_file()]
     if missing:
@@ -157,7 +166,19 @@ def read_decathlon(root: str | Path) -> Task:
     )
 
 
-def find_cases(inputs: Sequence[str | Path], section: str | None = None) -> tuple[Case, ...]:
+def read_classes(path: str | Path) -> dict[int, str]:
+    """The label values and their names that a dataset.json has under "labels", 0 first; empty without them.
+
+    Raises DataError as `read_decathlon` does.
+    """
+    content = _read_json(Path(path))
+    labels = content.get("labels") if isinstance(content, dict) else None
+    return _classes(Path(path), labels) if isinstance(labels, dict) else {}
+
+
+def find_cases(
+    inputs: Sequence[str | Path], section: str | None = None, *, labelled: bool = False
+) -> tuple[Case, ...]:
     """The cases that `inputs` name; whether their files are there is for `check_image` to say.
 
     Each input is one of
@@ -166,10 +187,12 @@ def find_cases(inputs: Sequence[str | Path], section: str | None = None) -> tupl
     - several NIfTI files separated by commas, one for each modality: a case;
     - a folder with a dataset.json: that data list;
     - another folder: every NIfTI file in it is a case, but files that differ in an ending _0000, _0001, …
-      alone are the modalities of one;
+      alone, counted from _0000, are the modalities of one;
     - a data list, a JSON file such as a dataset.json: a list of {"image": file or files, "label":
       file}, "label" being optional, or an object with such lists. `section` names the list to
       take; by default the first of testing, test, validation and training that is not empty.
+
+    With `labelled`, those alone that have a label, by default of all lists.
 
     Raises DataError where an input is none of these, or where two cases have the same name.
     """
@@ -181,14 +204,32 @@ def find_cases(inputs: Sequence[str | Path], section: str | None = None) -> tupl
         if path.is_dir():
             cases.extend(_cases_in_folder(path))
         elif path.suffix == ".json":
-            cases.extend(_cases_in_list(path, section))
+            cases.extend(_cases_in_list(path, section, every=labelled))
         else:
-            files = tuple(Path(part) for part in str(given).split(","))
+            files = (path,) if path.is_file() else tuple(Path(part) for part in str(given).split(","))
+            for file in files:
+                if not file.name.endswith(NIFTI):
+                    there = "is" if file.exists() else "does not exist, and is"
+                    raise DataError(
+                        f"input: {file} {there} no NIfTI file (.nii, .nii.gz), folder or data list (.json)"
+                    )
             cases.append(Case(_stem(files[0]) if len(files) == 1 else _channel_stem(files[0]), files))
+    if labelled:
+        cases = [case for case in cases if case.label is not None]
     _check_names(", ".join(map(str, inputs)), cases)
     if not cases:
+        if labelled:
+            raise DataError("input: no case has a label; give data lists with labels")
         raise DataError("input: no cases; give NIfTI files, folders of them, or data lists")
     return tuple(cases)
+
+
+def volumes_in(folder: Path) -> tuple[Case, ...]:
+    """Every NIfTI file of a folder as a case, by its name. Raises DataError where two have the same."""
+    paths = [path for path in folder.iterdir() if path.name.endswith(NIFTI) and path.name[0] != "."]
+    cases = tuple(Case(_stem(path), (path,)) for path in sorted(paths))
+    _check_names(str(folder), cases)
+    return cases
 
 
 def check_case(task: Task, case: Case) -> Geometry:
@@ -295,24 +336,28 @@ def split_cases(
 
 
 def read_nifti(path: Path) -> tuple[Any, np.ndarray]:
-    """A NIfTI file, and its voxels. Raises DataError where it cannot be read."""
+    """A NIfTI file, and its voxels, real numbers. Raises DataError where it cannot be read."""
     try:
         file = nib.load(path)
-        return file, np.asarray(file.dataobj)  # type: ignore[attr-defined]
+        voxels = np.asarray(file.dataobj)  # type: ignore[attr-defined]
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
-    except (ImageFileError, OSError, EOFError, ValueError, zlib.error) as error:
-        raise DataError(f"{path}: not readable as NIfTI ({error})") from error
+    except Exception as error:  # a broken file makes nibabel, zlib or numpy raise one of a dozen
+        raise DataError(f"{path}: not readable as NIfTI ({str(error) or type(error).__name__})") from error
+    if voxels.dtype.kind not in "biuf":
+        raise DataError(f"{path}: its voxels are {voxels.dtype}; they must be real numbers")
+    return file, voxels
 
 
 def write_nifti(voxels: np.ndarray, like: Path, path: Path) -> None:
-    """Write voxels (X, Y, Z) or (X, Y, Z, n) with the affine, and the meaning of its codes, of `like`."""
+    """Write voxels (X, Y, Z) or (X, Y, Z, n) on the grid of `like`, in its header's own words: viewers
+    differ in whether they believe qform or sform."""
     source: Any = nib.load(like)
     volume = nib.Nifti1Image(voxels, source.affine)
     if isinstance(source.header, nib.Nifti1Header):
-        volume.header.set_xyzt_units(*source.header.get_xyzt_units())
-        volume.set_qform(source.affine, int(source.header["qform_code"]))
-        volume.set_sform(source.affine, int(source.header["sform_code"]))
+        volume.header["pixdim"][:4] = source.header["pixdim"][:4]
+        for field in GRID_FIELDS:
+            volume.header[field] = source.header[field]
     with atomic(path) as temporary:
         nib.save(volume, temporary)
 
@@ -323,24 +368,42 @@ def _same_grid(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> b
     return bool(np.abs((affine - other) @ corners).max() < GRID_TOLERANCE)
 
 
+def _classes(path: Path, labels: dict[str, Any]) -> dict[int, str]:
+    try:
+        classes = {int(value): str(name) for value, name in labels.items()}
+    except ValueError as error:
+        raise DataError(f"{path}: the keys of 'labels' must be label values ({error})") from error
+    if 0 not in classes or len(classes) < 2 or not 0 <= min(classes) <= max(classes) <= 255:
+        raise DataError(
+            f"{path}: 'labels' has the values {sorted(classes)}; it needs 0, the background, and at "
+            "least one more, none above 255"
+        )
+    return dict(sorted(classes.items()))
+
+
 def _cases_in_folder(folder: Path) -> list[Case]:
-    files = sorted(path for path in folder.iterdir() if path.name.endswith((".nii", ".nii.gz")))
+    volumes = volumes_in(folder)
+    names = {volume.name for volume in volumes}
     grouped: dict[str, list[Path]] = {}
-    for path in files:
-        if not path.name.startswith("."):
-            grouped.setdefault(_channel_stem(path), []).append(path)
+    for volume in volumes:
+        stem = _channel_stem(volume.image)
+        grouped.setdefault(stem if f"{stem}_0000" in names else volume.name, []).append(volume.image)
     return [Case(name, tuple(paths)) for name, paths in grouped.items()]
 
 
-def _cases_in_list(path: Path, section: str | None) -> tuple[Case, ...]:
+def _cases_in_list(path: Path, section: str | None, *, every: bool) -> tuple[Case, ...]:
     content = _read_json(path)
     if isinstance(content, dict):
         sections = [s for s in (SECTIONS if section is None else (section,)) if content.get(s)]
         if not sections:
             wanted = f"a list {section!r}" if section else f"one of the lists {', '.join(SECTIONS)}"
             raise DataError(f"{path}: needs {wanted}, not empty; has {', '.join(content)}")
-        section, content = sections[0], content[sections[0]]
-    return _listed_cases(path, content, section or "entry", labelled=False)
+        lists = {name: content[name] for name in (sections if every else sections[:1])}
+    else:
+        lists = {"entry": content}
+    return tuple(
+        case for name, entries in lists.items() for case in _listed_cases(path, entries, name, labelled=False)
+    )
 
 
 def _listed_cases(path: Path, entries: Any, section: str, *, labelled: bool) -> tuple[Case, ...]:

@@ -76,7 +76,7 @@ def evaluate_case(prediction: Path, case: Case, values: Sequence[int], targets: 
     for no class.
     """
     if case.label is None:
-        raise DataError(f"{case.name}: there is no label for it")
+        raise DataError(f"{prediction}: there is no label for it")
     truth = check_label(Case(case.name, (prediction,), case.label), values)
     labels = check_label(Case(case.name, (prediction,), prediction), values)
     spacing = nib.affines.voxel_sizes(nib.load(prediction).affine).tolist()  # type: ignore[attr-defined]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import sys
 import time
@@ -9,12 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from torch import Tensor, nn
 
+from factorizer import MatrixFactorization
 from factorizer.data import Case, DataError, check_image, write_nifti
 from factorizer.planning import Plan, build_network
 from factorizer.training import read_checkpoint
@@ -85,6 +88,19 @@ class Predictor:
                     raise DataError(f"checkpoint {number}: {field} = {now!r}; the first one has {was!r}")
         self.models = [(network.to(device).eval(), plan) for network, plan in models]
         self.device, self.whole, self.mirror = torch.device(device), whole, mirror
+
+    def settings(self) -> dict[str, Any]:
+        """What the results depend on beside the images, as plain data: a digest of each network with its
+        plan, their iterations, and how they are run."""
+        return {
+            "networks": [_digest(network, plan) for network, plan in self.models],
+            "num_iters": [
+                [part.num_iters for part in network.modules() if isinstance(part, MatrixFactorization)]
+                for network, _ in self.models
+            ],
+            "whole": self.whole,
+            "mirror": self.mirror,
+        }
 
     def segment(self, case: Case) -> np.ndarray:
         """Label values (X, Y, Z) uint8 on the image's own grid.
@@ -177,6 +193,14 @@ def failure(call: Callable[[], None]) -> str:
 def _segment_case(predictor: Predictor, case: Case, path: Path) -> None:
     check_image(case, predictor.plan.modalities)
     write_nifti(predictor.segment(case), case.image, path)
+
+
+def _digest(network: nn.Module, plan: Plan) -> str:
+    digest = hashlib.sha256(repr(plan).encode())
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def peak_memory(device: torch.device) -> int:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 
 from factorizer.data import DataError
+
+T = TypeVar("T")
 
 
 def place() -> tuple[int, int]:
@@ -26,11 +30,21 @@ def process_group() -> Iterator[None]:
     if place()[1] == 1 or dist.is_initialized():
         yield
         return
-    dist.init_process_group()
+    # One may wait long for another, whose volumes are larger; where one ends torchrun ends all.
+    dist.init_process_group(timeout=timedelta(days=1))
     try:
         yield
     finally:
         dist.destroy_process_group()
+
+
+def gather(values: Sequence[T]) -> list[T]:
+    """Those of all processes of the group, in every process; `values` where there is no group."""
+    if not dist.is_initialized():
+        return list(values)
+    parts: list[Sequence[T]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -45,6 +59,8 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise DataError(f"device: {name!r} is no device ({error})") from error
+    if device.type not in ("cpu", "cuda"):
+        raise DataError(f"device: {name!r} is not supported; give cpu or cuda")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise DataError(f"device: {name!r} is not here: torch sees no CUDA device")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -34,11 +35,21 @@ def progress(console: Console) -> Progress:
     )
 
 
+def tell_failure(console: Console, name: str, reason: str) -> None:
+    """One case that failed, and why."""
+    console.print(f"[red]{escape(name)}: failed:[/] {escape(reason)}", soft_wrap=True, highlight=False)
+
+
+def count(number: int, noun: str) -> str:
+    """Such as "1 case", "2 cases"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def table(title: str, *columns: str) -> Table:
     """A table whose first column is text and whose others are numbers."""
     made = Table(title=title, title_justify="left", min_width=min(len(title), 80))
     for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left")
+        made.add_column(column, justify="right" if number else "left", overflow="fold")
     return made
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
@@ -19,8 +19,9 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from factorizer.data import DataError, atomic
+from factorizer.data import DataError
 from factorizer.planning import Plan
+from factorizer.tensors import load_tensors, save_tensors
 from factorizer.transforms import Crops
 
 SAVE_EVERY, SAVE_SECONDS = 20, 30.0  # steps, or seconds and one step, that a killed run loses at most
@@ -175,11 +176,12 @@ class Trainer:
             if validated:
                 log.add(self.step, {"validation": self._validate()})
             due = self.step % SAVE_EVERY == 0 or time.perf_counter() - saved >= SAVE_SECONDS
+            # First: a run that is killed between the two validates again, and keeps the same network.
+            if validated and self.scores[-1][1] == max(score for _, score in self.scores):
+                self.save(path.with_name("best.pt"))
             if validated or due or last:
                 self.save(path)
                 saved = time.perf_counter()
-            if validated and self.scores[-1][1] == max(score for _, score in self.scores):
-                self.save(path.with_name("best.pt"))
             advance(self.step)
             start = time.perf_counter()
         log.close()
@@ -200,11 +202,7 @@ class Trainer:
             "scores": self.scores,
             "seconds": self.seconds,
         }
-        with atomic(path) as temporary:
-            try:
-                torch.save(state, temporary)
-            except RuntimeError as error:  # what torch makes of a full disk
-                raise OSError(f"{path}: cannot be written ({error})") from error
+        save_tensors(state, path)
 
     def resume(self, path: Path) -> None:
         """Continue from the checkpoint at `path`. Raises DataError where it is of another plan."""
@@ -228,18 +226,24 @@ class Trainer:
         return self.scores[-1][1]
 
 
-def read_checkpoint(path: str | Path) -> tuple[Plan, dict[str, Any]]:
+def read_checkpoint(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
     """The plan and the state in a checkpoint. Nothing in the file is executed.
 
     Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
     """
+    state = load_tensors(path)
+    missing = {"plan", "network"}.difference(state)
+    if missing:
+        raise DataError(
+            f"{path}: not a checkpoint of this program: it has no {' and no '.join(sorted(missing))}. "
+            "For weights from elsewhere there is factorizer convert"
+        )
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
         return Plan(**state["plan"]), state
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # torch.load has no error of its own for a file of another kind
-        raise DataError(f"{path}: not a checkpoint of this program ({error})") from error
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{path}: not a checkpoint of this program: its plan is another's ({error})"
+        ) from error
 
 
 class _Log:

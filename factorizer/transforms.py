@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
-from monai.data import CacheDataset, MetaTensor, PersistentDataset
+from monai.data import CacheDataset, MetaTensor, NibabelReader
 from monai.transforms import (
     ClassesToIndicesd,
     Compose,
@@ -19,6 +21,7 @@ from monai.transforms import (
     Invertd,
     LoadImaged,
     MapLabelValued,
+    MapTransform,
     NormalizeIntensityd,
     Orientationd,
     RandAdjustContrastd,
@@ -32,9 +35,12 @@ from monai.transforms import (
     Spacingd,
     SpatialPadd,
 )
+from monai.utils import convert_to_tensor
+from torch.utils.data import Dataset
 
-from factorizer.data import Case, Geometry
+from factorizer.data import Case, DataError, Geometry, check_image, check_label
 from factorizer.planning import Plan
+from factorizer.tensors import load_tensors, save_tensors
 
 CACHE_BYTES = 6 * 2**30  # volumes beyond this are read again at every use
 
@@ -44,6 +50,28 @@ def files_of(case: Case) -> dict[str, Any]:
     images = [str(path) for path in case.images]
     item: dict[str, Any] = {"image": images[0] if len(images) == 1 else images}
     return item if case.label is None else item | {"label": str(case.label)}
+
+
+class CaseReader(NibabelReader):
+    """Reads the files of a case on the grid of the first: `check_image` lets their affines differ by
+    rounding, which MONAI does not."""
+
+    def read(self, data: Any, **kwargs: Any) -> Any:
+        files = super().read(data, **kwargs)
+        if not isinstance(files, list):
+            return files
+        return [nib.Nifti1Image(file.dataobj, files[0].affine) for file in files]
+
+
+class OneGridd(MapTransform):
+    """Gives labels the very affine of their image, so that rounding in theirs cannot make resampling give
+    them one voxel more or less."""
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item = dict(data)
+        for key in self.key_iterator(item):
+            item[key].affine = item["image"].affine
+        return item
 
 
 def preprocessing(plan: Plan, keys: Sequence[str]) -> Compose:
@@ -57,8 +85,9 @@ def preprocessing(plan: Plan, keys: Sequence[str]) -> Compose:
     """
     labels = [key for key in keys if key != "image"]
     transforms: list[Callable[..., Any]] = [
-        LoadImaged(keys, reader="NibabelReader"),
+        LoadImaged(keys, reader=CaseReader),
         EnsureChannelFirstd(keys),
+        OneGridd(keys),
         Orientationd(keys, axcodes="RAS", labels=None),
         Spacingd(
             keys, pixdim=plan.spacing, mode=["nearest" if key in labels else "bilinear" for key in keys]
@@ -128,7 +157,7 @@ def training_volumes(
     An item has image (C, X, Y, Z) float32, label (1, X, Y, Z) uint8, and the places of each class,
     from which `augmentation` draws the middle of a crop.
 
-    With `cache`, a folder, volumes are prepared at their first use and kept there. Without it as
+    With `cache`, a folder, volumes are checked and prepared at their first use and kept there. Without it as
     many are held in memory as 6 GiB take, by the `geometries` of the cases' names, and the others
     read again at every use.
     """
@@ -142,17 +171,47 @@ def training_volumes(
             EnsureTyped("label", dtype=torch.uint8, track_meta=False),
         ]
     )
-    items = [files_of(case) for case in cases]
     if cache is not None:
-        return PersistentDataset(items, transform=steps, cache_dir=cache)  # type: ignore[return-value]
+        return KeptVolumes(plan, cases, steps, Path(cache))  # type: ignore[return-value]
     if geometries is None:
         raise ValueError("geometries must be given where cache is None")
+    items = [files_of(case) for case in cases]
     extents = [np.array(geometries[c.name].shape) * geometries[c.name].spacing for c in cases]
     largest = max(math.prod(np.maximum(extent / plan.spacing, plan.crop).tolist()) for extent in extents)
     number = max(1, int(CACHE_BYTES / (largest * (4 * len(plan.modalities) + 1))))
     return CacheDataset(  # type: ignore[return-value]
         items, transform=steps, cache_num=number, progress=False, copy_cache=False
     )
+
+
+class KeptVolumes(Dataset):
+    """Volumes that are checked and prepared at their first use, and then kept in a folder.
+
+    The name of a file there depends on the case's files, their times and the plan's preprocessing:
+    what has changed is prepared anew.
+    """
+
+    def __init__(self, plan: Plan, cases: Sequence[Case], steps: Compose, folder: Path) -> None:
+        self.plan, self.cases, self.steps, self.folder = plan, cases, steps, folder
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]:
+        plan, case = self.plan, self.cases[index]
+        files = [str(path.resolve()) for path in (*case.images, case.label) if path is not None]
+        times = [Path(file).stat().st_mtime_ns for file in files]
+        kept = (files, times, plan.labels, plan.spacing, plan.crop, plan.window)
+        path = self.folder / f"{case.name}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:16]}.pt"
+        if path.exists():
+            return load_tensors(path)
+        check_image(case, plan.modalities)
+        check_label(case, list(plan.labels))
+        item: Any = self.steps(files_of(case))
+        volume = {key: convert_to_tensor(item[key]) for key in ("image", "label", "label_cls_indices")}
+        save_tensors(volume, path, shared=True)
+        return volume
 
 
 class Crops:
@@ -173,7 +232,7 @@ class Crops:
         parts: int = 1,
     ) -> None:
         if batch_size % parts:
-            raise ValueError(f"batch_size must be a multiple of the {parts} processes, got {batch_size}")
+            raise DataError(f"batch_size must be a multiple of the {parts} processes, got {batch_size}")
         self.volumes, self.augment = volumes, augment
         self.batch_size, self.seed = batch_size, seed
         self.part, self.parts = part, parts

@@ -9,8 +9,8 @@ from typing import Any
 from monai.bundle import ConfigParser
 from rich.console import Console
 
-from factorizer.commands.train import fit
-from factorizer.data import DataError, Task, prepare_folder
+from factorizer.commands.train import check_counts, fit
+from factorizer.data import DataError, Task, data_error, prepare_folder
 from factorizer.planning import Plan
 from factorizer.processes import pick_device, process_group
 
@@ -57,15 +57,20 @@ def train_bundle(
     data: Path,
     out: Path,
     *,
+    steps: int | None = None,
+    patience: int | None = None,
+    workers: int | None = None,
     device: str | None = None,
     **changes: Any,
 ) -> Path:
     """Trains by a bundle's recipe on the Decathlon folder `data` into `out`; returns the checkpoint.
 
-    `changes` are values of its configuration, such as steps. A run that is in `out` is continued.
+    `changes` are further values of its configuration, such as fold. A run that is in `out` is continued.
     Raises DataError as `read_decathlon` and `read_bundle` do.
     """
+    check_counts(steps=(steps, 1), patience=(patience, 1), workers=(workers, 0))
     prepare_folder("out", out)
+    changes |= {"steps": steps, "patience": patience, "workers": workers}
     paths = {"bundle_root": str(folder), "dataset_dir": str(data), "output_dir": str(out)}
     parser = read_bundle(folder, configs, **paths, **changes, device=pick_device(device))
     checkpoint = out / "checkpoint.pt"
@@ -75,10 +80,7 @@ def train_bundle(
             trainer = parser.get_parsed_content("train#trainer")
             crops = parser.get_parsed_content("train#crops")
         except RuntimeError as error:  # MONAI's, about the part of the configuration that failed
-            cause: BaseException | None = error
-            while cause is not None and not isinstance(cause, DataError):
-                cause = cause.__cause__
-            raise (cause or error) from None
+            raise data_error(error) or error from None
         fit(console, trainer, crops, checkpoint)
     console.print(f"{trainer.step} steps; network in {checkpoint}", soft_wrap=True)
     return checkpoint

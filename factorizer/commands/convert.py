@@ -9,13 +9,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 
 from factorizer.checkpoint import PAPER_EPS, convert_paper_checkpoint
 from factorizer.commands.bundle import bundle_plan
 from factorizer.data import DataError, prepare_folder
 from factorizer.planning import Plan, build_network
+from factorizer.tensors import load_tensors
 from factorizer.training import Trainer
 
 HOLDERS = ("state_dict", "network", "model")  # under which frameworks keep a network's tensors
@@ -75,16 +75,15 @@ def _read_plan(path: Path) -> Plan:
 def _read_weights(path: Path) -> dict[str, Any]:
     """The tensors by name, without what all names begin with; nothing in the file is executed."""
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch.load has no error of its own for a file of another kind
+        content = load_tensors(path)
+    except DataError as error:
         raise DataError(
-            f"{path}: not a file of tensors ({error}). Where it holds objects beside them, save its "
-            "state_dict alone, with the program that made it"
+            f"{error}. Where it holds other objects, save its state_dict alone, with the program that made it"
         ) from error
     for holder in HOLDERS:
-        if isinstance(content, Mapping) and isinstance(content.get(holder), Mapping):
+        if isinstance(content.get(holder), Mapping):
             content = content[holder]
-    stems = [m for name in content if (m := re.match(r"(.*?)stem\.", str(name)))] if content else []
+    stems = [m for name in content if (m := re.match(r"(.*?)stem\.", str(name)))]
     if not stems:
         raise DataError(f"{path}: holds no network of this family: no name has a part 'stem'")
     prefix = stems[0].group(1)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from factorizer.data import Case, DataError, find_cases, prepare_folder, read_decathlon, read_nifti
-from factorizer.evaluation import Score, Summary, Targets, evaluate_case, label_in, summarise, write_scores
+from factorizer.data import (
+    Case,
+    DataError,
+    find_cases,
+    prepare_folder,
+    read_classes,
+    read_nifti,
+    volumes_in,
+)
+from factorizer.evaluation import Score, Summary, Targets, evaluate_case, summarise, write_scores
 from factorizer.inference import failure
-from factorizer.screen import progress, table
+from factorizer.screen import count, progress, table, tell_failure
 from factorizer.training import read_checkpoint
 
 
@@ -26,9 +35,12 @@ def evaluate(
 
     Raises DataError for inputs that cannot be used at all.
     """
-    cases = _pair(predictions, labels)
+    if out.is_dir():
+        raise DataError(f"output: {out} is a folder; it must be a file for the scores, such as scores.csv")
+    known, classes = _labels(labels)
+    cases = [Case(case.name, case.images, known.get(case.name)) for case in _predictions(predictions)]
     prepare_folder("output", out.resolve().parent)
-    targets, values = _targets(cases, labels, checkpoint)
+    targets, values = _targets(cases, classes, checkpoint)
     scores: list[Score] = []
     failed = 0
     with progress(console) as bar:
@@ -39,9 +51,12 @@ def evaluate(
 
             if reason := failure(compare):
                 failed += 1
-                console.print(f"[red]{case.name}: failed:[/] {reason}", soft_wrap=True)
+                tell_failure(console, case.name, reason)
     write_scores(out, scores)
-    console.print(summary_table(f"{len(cases) - failed} cases; each of them is in {out}", summarise(scores)))
+    compared = count(len(cases) - failed, "case")
+    console.print(summary_table(f"{compared}; the scores of each are in {out}", summarise(scores)))
+    if missing := known.keys() - {case.name for case in cases}:
+        console.print(f"{len(missing)} of {count(len(known), 'label')} have no prediction", soft_wrap=True)
     return failed
 
 
@@ -53,36 +68,38 @@ def summary_table(title: str, rows: list[Summary]) -> Table:
     return shown
 
 
-def _pair(predictions: Path, labels: Path) -> list[Case]:
-    """The predictions as cases whose image is the prediction."""
-    if not predictions.is_dir():
-        raise DataError(f"predictions: {predictions} is not a folder")
-    made = {case.name: case.image for case in find_cases([predictions])}
+def _predictions(folder: Path) -> tuple[Case, ...]:
+    if not folder.is_dir():
+        raise DataError(f"predictions: {folder} is not a folder")
+    if not (cases := volumes_in(folder)):
+        raise DataError(f"predictions: {folder} holds no NIfTI file")
+    return cases
+
+
+def _labels(labels: Path) -> tuple[dict[str, Path | None], dict[int, str]]:
+    """The label file of each case, and the names of the label values where they are known."""
     listing = labels / "dataset.json" if labels.is_dir() else labels
     if listing.suffix == ".json" and listing.is_file():
-        listed = find_cases([listing], None)
-        known = {case.name: case.label for case in listed}
-        return [Case(name, (path,), known.get(name)) for name, path in made.items()]
+        return {case.name: case.label for case in find_cases([listing], labelled=True)}, read_classes(listing)
     if not labels.is_dir():
         raise DataError(f"labels: {labels} is no folder and no data list")
-    return [Case(name, (path,), label_in(labels, name)) for name, path in made.items()]
+    return {case.name: case.image for case in volumes_in(labels)}, {}
 
 
-def _targets(cases: list[Case], labels: Path, checkpoint: Path | None) -> tuple[Targets, list[int]]:
+def _targets(
+    cases: Sequence[Case], classes: dict[int, str], checkpoint: Path | None
+) -> tuple[Targets, list[int]]:
     """What is measured, and all the values that a label may have."""
     if checkpoint is not None:
         plan = read_checkpoint(checkpoint)[0]
         return plan.targets, list(plan.labels)
-    root = labels if labels.is_dir() else labels.parent
-    if (root / "dataset.json").is_file():
-        task = read_decathlon(root)
-        return {name: (value,) for value, name in task.labels.items() if value}, list(task.labels)
-    found: set[int] = set()
-    for case in cases:
-        for path in (case.image, case.label):
-            try:
-                found |= set() if path is None else set(np.unique(read_nifti(path)[1]).tolist())
-            except DataError:
-                continue  # told when its case is compared
-    values = sorted({int(value) for value in found} | {0})
-    return {str(value): (value,) for value in values if value}, values
+    if not classes:
+        found: set[int] = {0}
+        for case in cases:
+            for path in (case.image, case.label):
+                try:
+                    found |= set() if path is None else set(np.unique(read_nifti(path)[1]).tolist())
+                except DataError:
+                    continue  # told when its case is compared
+        classes = {value: str(value) for value in sorted(map(int, found))}
+    return {name: (value,) for value, name in classes.items() if value}, list(classes)

@@ -26,7 +26,7 @@ from factorizer.evaluation import label_in
 from factorizer.explanation import Agreement, agreements, case_components, find_layers
 from factorizer.figures import draw_components, picture
 from factorizer.inference import Predictor, failure
-from factorizer.screen import progress, table
+from factorizer.screen import count, progress, table, tell_failure
 
 MAPS_SHOWN = 4
 
@@ -72,7 +72,7 @@ def explain(
         if not labels.is_dir():
             raise DataError(f"labels: {labels} is not a folder")
         cases = tuple(Case(case.name, case.images, label_in(labels, case.name)) for case in cases)
-    prepare_folder("output", out)
+    prepare_folder("output", out, cases)
     rows: list[Row] = []
     failed = 0
     with progress(console) as bar:
@@ -83,7 +83,7 @@ def explain(
 
             if reason := failure(work):
                 failed += 1
-                console.print(f"[red]{case.name}: failed:[/] {reason}", soft_wrap=True)
+                tell_failure(console, case.name, reason)
     _write(out / "components.csv", rows)
     console.print(_best_of_each(rows, len(cases) - failed))
     console.print(f"results in {out}", soft_wrap=True)
@@ -159,12 +159,16 @@ def _best_of_each(rows: list[Row], cases: int) -> Table:
     for row in rows:
         of_pair = values.setdefault((row.layer, row.target), {})
         of_pair.setdefault(row.component, []).append(row.agreement)
-    shown = table(f"The component that agrees best, mean of {cases} cases", "layer", "target", "component")
+    title = f"The component that agrees best, mean of {count(cases, 'case')}"
+    shown = table(title, "layer", "target", "component")
     for column in ("AUC", "best Dice"):
         shown.add_column(column, justify="right")
     shown.columns[1].justify = "left"
     for (layer, target), of_pair in values.items():
         means = {m: _mean([a for a in of_map if not np.isnan(a.auc)]) for m, of_map in of_pair.items()}
         best = max(means, key=lambda m: np.nan_to_num(means[m][0], nan=-1))
-        shown.add_row(layer, target, str(best), f"{means[best][0]:.3f}", f"{means[best][1]:.3f}")
+        auc, dice = means[best]
+        none = np.isnan(auc)  # no case has the target
+        numbers = ("none", "", "") if none else (str(best), f"{auc:.3f}", f"{dice:.3f}")
+        shown.add_row(layer, target, *numbers)
     return shown

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +12,8 @@ from rich.console import Console
 from factorizer import set_num_iters
 from factorizer.data import Case, DataError, atomic, find_cases, prepare_folder
 from factorizer.inference import Outcome, Predictor, load_network, peak_memory, segment_cases
-from factorizer.processes import pick_device, place
-from factorizer.screen import progress
+from factorizer.processes import gather, pick_device, place, process_group
+from factorizer.screen import progress, tell_failure
 
 SETTINGS = "settings.json"
 
@@ -33,26 +32,21 @@ def predict(
 ) -> list[Outcome]:
     """Segments the cases that `inputs` name (`factorizer.data.find_cases`) into out/NAME.nii.gz.
 
-    Where torchrun started several processes each takes its part of the cases. Cases whose file is
-    there are skipped; out/settings.json says what they were made with, and a run with other settings
-    is refused. Returns what became of each case.
+    Where torchrun started several processes each takes its part of the cases. Returns what became of each
+    case, of all processes. Cases whose file is there are skipped (`run_cases`).
 
     Raises DataError for checkpoints, inputs or an `out` that cannot be used.
     """
     predictor = load_predictor(checkpoints, device=device, iterations=iterations, whole=whole, mirror=mirror)
     cases = find_cases(inputs, section)
-    prepare_folder("output", out)
+    prepare_folder("output", out, cases)
     part, parts = place()
-    _keep_settings(
-        out / SETTINGS,
-        {
-            "checkpoints": [_digest(path) for path in checkpoints],
-            "num_iters": iterations,
-            "whole": whole,
-            "mirror": mirror,
-        },
-    )
-    outcomes = run_cases(console, predictor, cases[part::parts], out)
+    with process_group():  # which ends together: torchrun stops the others where one ends with an error
+        own = run_cases(console, predictor, cases[part::parts], out)
+        outcomes = gather(own)
+    for outcome in outcomes[len(own) :]:  # the first process's come first, and it alone has a screen
+        if outcome.state == "failed":
+            tell_failure(console, outcome.name, outcome.reason)
     memory = peak_memory(predictor.device) / 2**30
     where = "GPU memory" if predictor.device.type == "cuda" else "memory of the process"
     counts = [sum(o.state == state for o in outcomes) for state in ("done", "skipped", "failed")]
@@ -88,13 +82,18 @@ def load_predictor(
 
 
 def run_cases(console: Console, predictor: Predictor, cases: Sequence[Case], out: Path) -> list[Outcome]:
-    """`segment_cases` with a bar; failures are told as they come."""
+    """`segment_cases` with a bar; failures are told as they come.
+
+    out/settings.json says what the results were made with. Raises DataError where those that are there
+    were made with another network or other settings.
+    """
+    _keep_settings(out / SETTINGS, predictor.settings())
     outcomes = []
     with progress(console) as bar:
         work = segment_cases(predictor, cases, out)
         for outcome in bar.track(work, total=len(cases), description="Segmenting"):
             if outcome.state == "failed":
-                console.print(f"[red]{outcome.name}: failed:[/] {outcome.reason}", soft_wrap=True)
+                tell_failure(console, outcome.name, outcome.reason)
             outcomes.append(outcome)
     return outcomes
 
@@ -110,12 +109,8 @@ def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
             changed = [name for name in settings if before.get(name) != settings[name]]
             raise DataError(
                 f"output: {path.parent} holds results made with other settings ({', '.join(changed)}); "
-                "give another folder"
+                "give another folder, or delete this one"
             )
     elif place()[0] == 0:
         with atomic(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
-
-
-def _digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -28,9 +28,9 @@ from factorizer.data import (
     prepare_folder,
 )
 from factorizer.evaluation import dice
-from factorizer.inference import Predictor
+from factorizer.inference import Predictor, failure
 from factorizer.planning import Plan
-from factorizer.screen import progress, table
+from factorizer.screen import count, progress, table, tell_failure
 from factorizer.transforms import files_of, preprocessing, to_own_grid
 
 
@@ -70,43 +70,58 @@ def speed(
     limit: int = 10,
     whole: bool = False,
     device: str | None = None,
-) -> list[Result]:
+) -> tuple[list[Result], int]:
     """Dice and time of a trained network for several numbers of iterations and several ranks.
 
     Runs on cases with labels: of those that `inputs` name the ones that training held out, where
     there are any, and the first `limit` of them. Every case is run in all settings in turn, so what
     else the machine does slows all alike; the time is that of the network alone, without reading.
 
-    Writes out/speed.csv and out/speed.png. Raises DataError for what cannot be used.
+    Writes out/speed.csv and out/speed.png. Returns the results, and how many cases failed. Raises
+    DataError for what cannot be used at all.
     """
+    for name, values, least in (("num-iters", num_iters, 0), ("ranks", ranks, 1)):
+        if not all(value >= least for value in values):
+            raise DataError(f"{name}: got {min(values)}; it must be at least {least}")
+    if not num_iters and not ranks:
+        raise DataError("num-iters, ranks: give numbers for one of them at least")
     predictor = load_predictor([checkpoint], device=device, whole=whole)
     network, plan = predictor.models[0]
-    cases = [case for case in find_cases(inputs, section) if case.label is not None]
-    cases = ([case for case in cases if case.name in plan.held_out] or cases)[:limit]
-    if not cases:
-        raise DataError("input: no case has a label to compare with; give a data list with labels")
-    prepare_folder("output", out)
+    cases = find_cases(inputs, section, labelled=True)
+    cases = (tuple(case for case in cases if case.name in plan.held_out) or cases)[:limit]
+    prepare_folder("output", out, cases)
     settings = _settings(network, plan, num_iters, ranks)
-    scores: list[list[list[float]]] = [[] for _ in settings]  # setting, case, target
-    seconds: list[list[float]] = [[] for _ in settings]
+    runs: list[list[tuple[list[float], float]]] = []  # case, setting: Dice of each target, seconds
+    failed = 0
     with progress(console) as bar:
         for case in bar.track(cases, description=f"{len(settings)} settings"):
-            _run_case(predictor, settings, case, scores, seconds)
+
+            def work(case: Case = case) -> None:
+                runs.append(_run_case(predictor, settings, case, warm=bool(runs)))
+
+            if reason := failure(work):
+                failed += 1
+                tell_failure(console, case.name, reason)
+    if not runs:
+        return [], failed
     results = []
-    for setting, of_cases, times in zip(settings, scores, seconds, strict=True):
-        means = np.mean(of_cases, axis=0).tolist()
+    for setting, of_cases in zip(settings, zip(*runs, strict=True), strict=True):
+        scores, seconds = zip(*of_cases, strict=True)
+        means = np.mean(scores, axis=0).tolist()
         per_target = dict(zip(plan.targets, means, strict=True))
-        results.append(Result(setting, float(np.mean(means)), per_target, median(times)))
+        results.append(Result(setting, float(np.mean(means)), per_target, median(seconds)))
     _write(out / "speed.csv", results)
     trained = {"num_iters": plan.network.get("num_iters", 5), "rank": _rank(network)}
-    _draw(out / "speed.png", results, trained, f"{plan.task}: {len(cases)} cases")
-    shown = table(f"{plan.task}: {len(cases)} cases", "varies", "value", "mean Dice", "seconds a case")
+    title = f"{plan.task}: {count(len(runs), 'case')}"
+    _draw(out / "speed.png", results, trained, title)
+    shown = table(title, "varies", "value", "mean Dice", "seconds a case")
     for result in results:
         setting = result.setting
         shown.add_row(setting.varies, str(setting.value), f"{result.dice:.4f}", f"{result.seconds:.3f}")
     console.print(shown)
-    console.print(f"trained with {trained}; results in {out}", soft_wrap=True)
-    return results
+    was = ", ".join(f"{name} {value}" for name, value in trained.items())
+    console.print(f"trained with {was}; results in {out}", soft_wrap=True)
+    return results, failed
 
 
 def _settings(
@@ -131,26 +146,27 @@ def _rank(network: nn.Module) -> int:
 
 
 def _run_case(
-    predictor: Predictor,
-    settings: Sequence[Setting],
-    case: Case,
-    scores: list[list[list[float]]],
-    seconds: list[list[float]],
-) -> None:
+    predictor: Predictor, settings: Sequence[Setting], case: Case, warm: bool
+) -> list[tuple[list[float], float]]:
+    """Of each setting in turn: Dice of each target, and the seconds of the network."""
     plan = predictor.plan
     check_image(case, plan.modalities)
     truth = check_label(case, list(plan.labels))
     before = preprocessing(plan, ("image",))
     item = before(files_of(case))
     image = item["image"].as_tensor()
-    if not seconds[0]:
+    if not warm:
         predictor.run(settings[0].network, plan, image)  # the first run warms caches, and is not timed
-    for setting, of_cases, times in zip(settings, scores, seconds, strict=True):
+    results = []
+    for setting in settings:
         start = time.perf_counter()
         logits = predictor.run(setting.network, plan, image)
-        times.append(time.perf_counter() - start)
+        seconds = time.perf_counter() - start
         labels = plan.decide(to_own_grid(logits, item, before)).numpy()
-        of_cases.append([dice(np.isin(labels, v), np.isin(truth, v)) for v in plan.targets.values()])
+        results.append(
+            ([dice(np.isin(labels, v), np.isin(truth, v)) for v in plan.targets.values()], seconds)
+        )
+    return results
 
 
 def _write(path: Path, results: Sequence[Result]) -> None:

@@ -45,9 +45,7 @@ def train(
     Writes plan.json, checkpoint.pt, TensorBoard's files under log/ and, where it validates, best.pt.
     Returns the checkpoint. Raises DataError before training for data or an `out` that cannot be used.
     """
-    for name, value, least in (("steps", steps, 1), ("patience", patience, 1)):
-        if value is not None and value < least:
-            raise DataError(f"{name}: got {value}; it must be at least {least}")
+    check_counts(steps=(steps, 1), patience=(patience, 1), workers=(workers, 0))
     if patience is not None and not validate_every:
         raise DataError("patience: counts validations, so it needs validate-every")
     where = pick_device(device)
@@ -92,6 +90,13 @@ def train(
     return checkpoint
 
 
+def check_counts(**options: tuple[int | None, int]) -> None:
+    """Raises DataError for an option, given as its value and the least it may be, that is too small."""
+    for name, (value, least) in options.items():
+        if value is not None and value < least:
+            raise DataError(f"{name}: got {value}; it must be at least {least}")
+
+
 def check_cases(console: Console, task: Task) -> dict[str, Geometry]:
     """The geometry of each case of a task. Raises DataError for the first that cannot be used."""
     geometries = {}
@@ -134,8 +139,7 @@ def _announce(console: Console, trainer: Trainer, out: Path) -> None:
     rows.add_row("training", f"{plan.steps} steps of {plan.batch_size} crops")
     if trainer.step:
         rows.add_row("resumes", f"{trainer.step} steps are done")
-    rows.add_row(
-        "device", f"{trainer.device}, {trainer.parts} process(es), {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    rows.add_row("device", f"{trainer.device}; processes: {trainer.parts}, threads of each: {threads}")
     rows.add_row("results in", str(out))
     console.print(rows)

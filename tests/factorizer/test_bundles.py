@@ -89,7 +89,7 @@ def data(name, tmp_path):
             file = nib.Nifti1Image(volume, np.diag([2.0, 2, 2, 1]))
             nib.save(file, tmp_path / "data" / folder / f"case_{case}.nii.gz")
         training.append({"image": f"images/case_{case}.nii.gz", "label": f"labels/case_{case}.nii.gz"})
-    content = {"modality": modalities, "labels": plan["labels"], "training": training}
+    content = {"modality": modalities, "labels": plan["labels"], "training": training, "test": ["other.nii"]}
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(content))
     return tmp_path / "data"
 
@@ -132,8 +132,14 @@ def test_train_evaluate_and_infer(name, data, tmp_path):
     run(config_file=configs(name, "train", "evaluate"), spacing=[2.0, 2.0, 2.0], **options)
     lines = (tmp_path / "predictions" / "scores.csv").read_text().splitlines()
     assert len(lines) == 1 + len(plan.held_out) * len(plan.targets)
+    # Of another network: its scores must not be those of the predictions that are there.
+    changed = {**options, "network_arguments#num_iters": 1}
+    with pytest.raises(RuntimeError) as error:
+        run(config_file=configs(name, "train", "evaluate"), spacing=[2.0, 2.0, 2.0], **changed)
+    assert "made with other settings (num_iters)" in str(error.value.__cause__)
 
-    run(config_file=configs(name, "inference"), output_dir=str(tmp_path / "all"), **TINY, **folders)
+    inference = {**TINY, **folders, "section": "training", "output_dir": str(tmp_path / "all")}
+    run(config_file=configs(name, "inference"), **inference)
     labels = [nib.load(tmp_path / "all" / f"case_{case}.nii.gz") for case in range(4)]
     assert all(label.shape == (17, 18, 16) for label in labels)
     assert all(set(np.unique(label.dataobj)) <= set(plan.labels) for label in labels)

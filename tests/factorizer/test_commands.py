@@ -100,6 +100,20 @@ def test_cases_that_fail_are_named_and_the_others_go_on(tumour, tmp_path):
     assert "made with other settings (num_iters)" in printed
 
 
+def test_modalities_on_one_grid_but_for_rounding(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "a [b]", affine=ODD)
+    path = tmp_path / "in" / "a [b]_0002.nii.gz"
+    image = nib.load(path)
+    near = ODD.copy()
+    near[:3, 3] += 2e-3
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), near), path)
+    options = ["--checkpoint", tumour, "--input", tmp_path / "in", "--output"]
+    run("predict", *options, tmp_path / "out")
+    np.testing.assert_array_equal(nib.load(tmp_path / "out" / "a [b].nii.gz").affine, ODD.astype(np.float32))
+    path.write_bytes(b"")
+    assert "a [b]: failed:" in run("predict", *options, tmp_path / "again", code=1)  # brackets are no markup
+
+
 def test_a_full_disk_leaves_nothing_half_written(tumour, tmp_path, monkeypatch):
     four_modalities(tmp_path / "in", "case")
 
@@ -133,6 +147,9 @@ def test_inputs_that_cannot_be_used(tumour, tmp_path):
     options = ["predict", "--checkpoint", tumour, "--output", tmp_path / "out", "--input"]
     (tmp_path / "empty").mkdir()
     assert "no cases" in run(*options, tmp_path / "empty", code=2)
+    assert "typo does not exist, and is no NIfTI file" in run(*options, tmp_path / "typo", code=2)
+    four_modalities(tmp_path / "out", "case")
+    assert "out holds the inputs" in run(*options, tmp_path / "out", code=2)
     (tmp_path / "list.json").write_text("{}")
     assert "list.json: needs one of the lists" in run(*options, tmp_path / "list.json", code=2)
 
@@ -182,11 +199,37 @@ def test_evaluate_names_what_is_wrong(tumour, tmp_path):
     assert "label value 9 has no class" in printed
     (tmp_path / "t" / "case.nii.gz").unlink()
     arguments = ["--predictions", tmp_path / "p", "--output", tmp_path / "s.csv", "--labels"]
-    assert "t/case.nii.gz: there is no such file" in run("evaluate", *arguments, tmp_path / "t", code=1)
+    assert "p/case.nii.gz: there is no label for it" in run("evaluate", *arguments, tmp_path / "t", code=1)
     (tmp_path / "list.json").write_text('[{"image": "other.nii"}]')
-    printed = run("evaluate", *arguments, tmp_path / "list.json", code=1)
-    assert "case: failed: case: there is no label" in printed
+    assert "no case has a label" in run("evaluate", *arguments, tmp_path / "list.json", code=2)
     assert "no folder and no data list" in run("evaluate", *arguments, tmp_path / "absent", code=2)
+    (tmp_path / "s.csv").unlink()
+    (tmp_path / "s.csv").mkdir()
+    assert "s.csv is a folder; it must be a file" in run("evaluate", *arguments, tmp_path / "t", code=2)
+
+
+def test_evaluate_finds_labels_beside_a_list_of_unlabelled_cases(tmp_path):
+    """As in the Decathlon's own folders; with names that end as those of modalities do."""
+    for name in ("case_0000", "case_0001", "case_0002"):
+        volume = np.zeros((4, 4, 4), np.uint8)
+        volume[: int(name[-1]) + 1] = 1
+        for folder in ("p", "labelsTr") if name != "case_0002" else ("labelsTr",):
+            (tmp_path / folder).mkdir(exist_ok=True)
+            nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / folder / f"{name}.nii.gz")
+    training = [
+        {"image": f"imagesTr/case_000{n}.nii.gz", "label": f"labelsTr/case_000{n}.nii.gz"} for n in range(3)
+    ]
+    content = {
+        "labels": {"0": "background", "1": "lesion"},
+        "test": ["imagesTs/b.nii.gz"],
+        "training": training,
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    for labels, target in ((tmp_path, "lesion"), (tmp_path / "labelsTr", "1")):
+        options = ["--predictions", tmp_path / "p", "--labels", labels, "--output", tmp_path / "scores.csv"]
+        assert "1 of 3 labels have no prediction" in run("evaluate", *options)
+        rows = [line.split(",")[:3] for line in (tmp_path / "scores.csv").read_text().splitlines()]
+        assert rows[1:] == [[f"case_000{n}", target, "1.000000"] for n in range(2)]
 
 
 def test_train_predict_evaluate(data, tmp_path):
@@ -227,6 +270,8 @@ def test_train_predict_evaluate(data, tmp_path):
         (["--fold", 7], "fold: got 7"),
         (["--device", "cuda:9"], "device: 'cuda:9'"),
         (["--device", "abacus"], "device: 'abacus' is no device"),
+        (["--device", "meta"], "device: 'meta' is not supported"),
+        (["--workers", -1], "workers: got -1"),
     ],
 )
 def test_train_errors(data, tmp_path, options, words):
@@ -273,7 +318,7 @@ def test_speed(data, tmp_path):
     checkpoint = checkpoint_for(plan, tmp_path / "checkpoint.pt")
     options = ["speed", "--checkpoint", checkpoint, "--output", tmp_path, "--input"]
     printed = run(*options, data / "dataset.json", "--num-iters", "0,5", "--ranks", "1,2")
-    assert "1 cases" in printed
+    assert "task: 1 case " in printed
     with (tmp_path / "speed.csv").open() as file:
         rows = list(csv.DictReader(file))
     settings = [(int(row["num_iters"]), int(row["rank"])) for row in rows]
@@ -281,6 +326,7 @@ def test_speed(data, tmp_path):
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert imread(tmp_path / "speed.png").std() > 0.05
     assert "ranks: got 'x'" in run(*options, data / "dataset.json", "--ranks", "x", code=2)
+    assert "ranks: got 0; it must be" in run(*options, data / "dataset.json", "--ranks", "2,0", code=2)
     four_modalities(tmp_path / "in", "case")
     assert "no case has a label" in run(*options, tmp_path / "in", code=2)
 

@@ -100,7 +100,7 @@ def test_a_bundle_gives_the_plan(tmp_path):
 def test_what_cannot_be_converted(network, plan, tmp_path):
     options = ["--output", tmp_path / "made.pt", "--plan"]
     (tmp_path / "text.pt").write_text("no tensors")
-    assert "not a file of tensors" in convert(tmp_path / "text.pt", *options, plan, code=2)
+    assert "no file of tensors" in convert(tmp_path / "text.pt", *options, plan, code=2)
     torch.save({"weight": torch.zeros(1)}, tmp_path / "other.pt")
     assert "no network of this family" in convert(tmp_path / "other.pt", *options, plan, code=2)
     torch.save(network.state_dict(), tmp_path / "weights.pt")

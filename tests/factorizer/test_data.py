@@ -18,6 +18,7 @@ from factorizer.data import (
     find_cases,
     read_decathlon,
     split_cases,
+    write_nifti,
 )
 from factorizer.demo import write_synthetic
 
@@ -234,6 +235,14 @@ def test_ways_to_name_cases(tmp_path):
     pair = ",".join(map(str, b.images))
     assert find_cases([pair]) == (b,)
     assert [case.name for case in find_cases([b.images[0], c.image])] == ["b_0000", "c"]
+    (tmp_path / "a_0000.nii.gz").unlink()  # without a first modality these are numbers of cases
+    assert [case.name for case in find_cases([tmp_path])] == ["a_0001", "b", "c"]
+    save(tmp_path / "a_0000.nii.gz")
+    with_comma = save(tmp_path / "one, two.nii")
+    assert find_cases([with_comma])[0].images == (with_comma,)
+    with_comma.rename(tmp_path / "c.nii")
+    with pytest.raises(DataError, match="two cases are called 'c'"):
+        find_cases([tmp_path])
     entries = [{"image": ["a_0000.nii.gz", "a_0001.nii.gz"]}, {"image": "c.nii.gz", "label": "l.nii.gz"}]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     listed = find_cases([tmp_path / "list.json"])
@@ -252,6 +261,10 @@ def test_sections_of_a_data_list(tmp_path):
     assert find_cases([tmp_path], "training") == find_cases([path], "training")
     with pytest.raises(DataError, match="needs a list 'validation'"):
         find_cases([path], "validation")
+    path.write_text(json.dumps({"test": ["c.nii"], "training": [{"image": "a.nii", "label": "b.nii"}]}))
+    assert [case.name for case in find_cases([path], labelled=True)] == ["a"]
+    with pytest.raises(DataError, match="no case has a label"):
+        find_cases([path], "test", labelled=True)
 
 
 @pytest.mark.parametrize(
@@ -288,6 +301,32 @@ def test_modalities_in_several_files(tmp_path):
         check_image(Case("case", (a, b)), ("A", "B", "C"))
     with pytest.raises(DataError, match=r"absent.nii: there is no such file"):
         check_image(Case("case", (a, tmp_path / "absent.nii")), ("A", "B"))
+
+
+def test_volumes_that_are_no_images(tmp_path):
+    header = bytearray(save(tmp_path / "a.nii").read_bytes())
+    header[70:72] = (999).to_bytes(2, "little")  # no code of a data type
+    (tmp_path / "code.nii").write_bytes(header)
+    nib.save(nib.Nifti1Image(np.ones((4, 5, 6), np.complex64), np.eye(4)), tmp_path / "complex.nii")
+    colours = np.zeros((4, 5, 6), [(channel, "u1") for channel in "RGB"])
+    nib.save(nib.Nifti1Image(colours, np.eye(4)), tmp_path / "colours.nii")
+    for name, words in (("code", "999"), ("complex", "must be real"), ("colours", "must be real")):
+        with pytest.raises(DataError, match=rf"{name}\.nii: .*{words}"):
+            check_image(Case("case", (tmp_path / f"{name}.nii",)), ("A",))
+
+
+def test_what_is_written_lies_on_the_grid_by_qform_and_by_sform(tmp_path):
+    image = nib.Nifti1Image(np.ones((4, 5, 6), np.float32), np.diag([2.0, 1, 3, 1]))
+    image.set_qform(np.diag([-2.0, -1, 3, 1]), code=1)
+    image.set_sform(np.diag([2.0, 1, 3, 1]), code=4)
+    nib.save(image, tmp_path / "image.nii")
+    write_nifti(np.ones((4, 5, 6), np.uint8), tmp_path / "image.nii", tmp_path / "label.nii.gz")
+    label = nib.load(tmp_path / "label.nii.gz")
+    for form in ("get_qform", "get_sform"):
+        wanted, code = getattr(image, form)(coded=True)
+        found, found_code = getattr(label, form)(coded=True)
+        np.testing.assert_allclose(found, wanted)
+        assert found_code == code
 
 
 def test_synthetic_volumes_are_seeded_and_whole(original, tmp_path):

@@ -17,7 +17,7 @@ def data(tmp_path_factory):
     return write_synthetic(tmp_path_factory.mktemp("data"), cases=5, shape=(18, 18, 18))
 
 
-def command_line(*arguments, processes=1):
+def command_line(*arguments, processes=1, fails=False):
     """Runs the command line in one process, or in several that torchrun starts."""
     start = [sys.executable, "-m"]
     if processes > 1:
@@ -31,7 +31,7 @@ def command_line(*arguments, processes=1):
         timeout=300,
         check=False,
     )
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert bool(done.returncode) == fails, done.stdout + done.stderr
     return done.stdout
 
 
@@ -59,7 +59,12 @@ def test_two_processes_train_as_one(data, tmp_path):
 def test_inference_splits_the_cases(data, tmp_path):
     checkpoint = checkpoint_for(plan_for(), tmp_path / "checkpoint.pt")
     options = ["predict", "--checkpoint", checkpoint, "--input", data / "dataset.json", "--device", "cpu"]
-    printed = command_line(*options, "--output", tmp_path / "two", processes=2)
-    assert "3 segmented" in printed  # by the first process, of 5
+    broken = tmp_path / "broken.nii.gz"
+    broken.touch()  # the sixth case: the second process's, which is silent
+    options += ["--input", broken, "--output", tmp_path / "two"]
+    printed = " ".join(command_line(*options, processes=2, fails=True).split())
+    assert "broken: failed:" in printed
+    assert "5 segmented" in printed
+    assert "1 failed" in printed
     names = {f"synthetic_{i:03d}.nii.gz" for i in range(1, 6)}
     assert {path.name for path in (tmp_path / "two").iterdir()} == names | {"settings.json"}

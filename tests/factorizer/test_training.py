@@ -254,6 +254,27 @@ def test_training_stops_on_a_plateau_and_keeps_the_best(tmp_path):
     assert len(read_checkpoint(tmp_path / "best.pt")[1]["losses"]) == 8
 
 
+def test_a_run_killed_while_it_writes_the_best_network_still_keeps_it(tmp_path, monkeypatch):
+    plan, options = tiny_plan(steps=4), {"validate": lambda network: 0.5, "validate_every": 2}
+    path, save, written = tmp_path / "checkpoint.pt", Trainer.save, []
+
+    def killed(trainer, path):
+        written.append(path)
+        if len(written) == 2:
+            raise KeyboardInterrupt
+        save(trainer, path)
+
+    monkeypatch.setattr(Trainer, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tiny_trainer(plan, **options).run(Batches(plan), path, lambda step: None)
+    resumed = tiny_trainer(plan, **options)
+    if path.exists():
+        resumed.resume(path)
+    resumed.run(Batches(plan), path, lambda step: None)
+    assert [step for step, _ in resumed.scores] == [2, 4]
+    assert written.count(tmp_path / "best.pt") == 3  # after steps 2, again 2, and 4
+
+
 def test_tensorboard_has_each_step_once_after_a_resumption(tmp_path, monkeypatch):
     monkeypatch.setattr("factorizer.training.SAVE_EVERY", 2)
     plan = tiny_plan(steps=4)

@@ -1,12 +1,14 @@
 """Volumes as the network sees them, and the crops that training draws from them."""
 
+import shutil
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from factorizer_support import plan_for
 
-from factorizer.data import Case, check_case, read_decathlon
+from factorizer.data import Case, DataError, check_case, read_decathlon
 from factorizer.demo import write_synthetic
 from factorizer.transforms import Crops, augmentation, files_of, preprocessing, training_volumes
 
@@ -45,6 +47,24 @@ def volumes(original):
     task = read_decathlon(original)
     geometries = {case.name: check_case(task, case) for case in task.cases}
     return training_volumes(plan_for(), task.cases, geometries)
+
+
+def test_volumes_are_kept_until_what_they_depend_on_changes(original, tmp_path):
+    data = shutil.copytree(original, tmp_path / "data")
+    cases, cache = read_decathlon(data).cases, tmp_path / "cache"
+    volumes = training_volumes(plan_for(), cases, cache=cache)
+    first = volumes[0]
+    (kept,) = cache.iterdir()
+    before = kept.stat().st_mtime_ns
+    again = training_volumes(plan_for(), cases, cache=cache)[0]
+    assert all(torch.equal(again[key], first[key]) for key in ("image", "label"))
+    assert kept.stat().st_mtime_ns == before
+    coarse = training_volumes(plan_for(spacing=(2.0, 2.0, 2.0)), cases, cache=cache)[0]
+    assert coarse["image"].sum() != first["image"].sum()
+    cases[0].image.write_bytes(cases[0].image.read_bytes()[:1000])
+    with pytest.raises(DataError, match=rf"{cases[0].image.name}: not readable"):
+        volumes[0]
+    assert len(list(cache.iterdir())) == 2
 
 
 def test_batches_are_a_function_of_seed_and_step(volumes):
