@@ -35,7 +35,8 @@ from factorizer.commands.train import check_cases
 from factorizer.data import Case, Geometry, Task, atomic, check_label, read_decathlon, split_cases
 from factorizer.demo.timing import parameter_count, side_by_side
 from factorizer.evaluation import Score, compare, summarise
-from factorizer.inference import Predictor
+from factorizer.explanation import best_components
+from factorizer.inference import Predictor, load_network
 from factorizer.planning import Plan, build_network, plan_run
 from factorizer.screen import progress
 from factorizer.training import Trainer
@@ -44,6 +45,7 @@ from factorizer.transforms import Crops, augmentation, files_of, preprocessing, 
 from .report import table
 
 SPLIT_SEED = 0
+EXPLAINED = 8  # cases of each part that components are chosen and measured on
 SWIN_UNETR_DIVISOR = 32
 
 
@@ -248,8 +250,27 @@ def times(console: Console, names: Iterable[str], data: Data) -> dict[str, dict[
     }
 
 
-def tables(records: Sequence[dict[str, Any]], timings: dict[str, dict[str, float]]) -> list[str]:
-    """Dice and HD95 of each network, then what it costs, in Markdown."""
+def components(console: Console, records: Sequence[dict[str, Any]], data: Data, out: Path) -> dict[str, Any]:
+    """Of each Factorizer's first run: the AUC of the component that stands for each target, by layer."""
+    found = {}
+    with progress(console) as bar:
+        first = [r for r in records if r["network"] in FACTORIZERS and r["seed"] == 0]
+        for record in bar.track(first, description="Looking at components"):
+            run = Run(**{key: record[key] for key in ("network", "seed", "steps", "learning_rate")})
+            predictor = Predictor([load_network(out / run.folder / "checkpoint.pt")])
+            best = best_components(predictor, data.training[:EXPLAINED], data.held_out[:EXPLAINED])
+            found[run.folder] = {
+                "network": run.network,
+                "steps": run.steps,
+                "layers": {depth: {"maps": b.maps, "targets": b.targets} for depth, b in best.items()},
+            }
+    return found
+
+
+def tables(
+    records: Sequence[dict[str, Any]], timings: dict[str, dict[str, float]], explained: dict[str, Any]
+) -> list[str]:
+    """In Markdown: Dice and HD95 of each network, what it costs, and what its components find."""
     targets = list(dict.fromkeys(score["target"] for score in records[0]["scores"]))
     rows = []
     for (steps, name, rate), members in groupby(records, _setting):
@@ -276,7 +297,20 @@ def tables(records: Sequence[dict[str, Any]], timings: dict[str, dict[str, float
         for name, t in timings.items()
     ]
     head = ("network", "parameters", "training step", "ratio", "segmenting a case", "ratio")
-    return [*lines, "", *table(head, costs)]
+    lines += ["", *table(head, costs)]
+    areas = [
+        (
+            e["network"],
+            f"{e['steps']}",
+            f"{depth}, of {layer['maps']}",
+            *(f"{a:.3f}" for _, a in layer["targets"].values()),
+        )
+        for e in explained.values()
+        for depth, layer in e["layers"].items()
+    ]
+    if areas:
+        lines += ["", *table(("network", "steps", "layer, maps", *(f"AUC, {t}" for t in targets)), areas)]
+    return lines
 
 
 def _setting(record: dict[str, Any]) -> tuple[int, str, float]:
@@ -315,8 +349,15 @@ def report(console: Console, data: Data, out: Path) -> None:
     names = [name for name in NETWORKS if any(record["network"] == name for record in records)]
     timings = times(console, names, data)
     threads = torch.get_num_threads()
-    content = {"task": data.task.name, "threads": threads, "times": timings, "runs": records}
-    text = "\n".join(tables(records, timings))
+    explained = components(console, records, data, out)
+    content = {
+        "task": data.task.name,
+        "threads": threads,
+        "times": timings,
+        "components": explained,
+        "runs": records,
+    }
+    text = "\n".join(tables(records, timings, explained))
     for name, written in (("accuracy.json", json.dumps(content, indent=1)), ("accuracy.md", f"{text}\n")):
         with atomic(out / name) as temporary:
             temporary.write_text(written, encoding="utf-8")

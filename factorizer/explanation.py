@@ -205,3 +205,35 @@ def component_agreement(
             by_target = agreements(components.on_grid(name), labels, signal_of(case), plan)
             found[name].append(torch.tensor([[a.auc for a in row] for row in by_target.values()]))
     return {name: torch.stack(areas).nanmean(0) for name, areas in found.items()}
+
+
+class BestComponents(NamedTuple):
+    """Of a layer: its name in the state dict, how many maps it has, and for each target the map that
+    stands for it, with that map's AUC."""
+
+    layer: str
+    maps: int
+    targets: dict[str, tuple[int, float]]
+
+
+def best_components(
+    predictor: Predictor, chosen_on: Sequence[Case], measured_on: Sequence[Case]
+) -> dict[str, BestComponents]:
+    """How well single components tell the targets apart, in the shallow and the deep layer.
+
+    The map that stands for a target is the one with the highest AUC on `chosen_on`; its AUC is that
+    on `measured_on`, so that the choice is no part of the measurement. NaN where no case has it.
+    """
+    (network, plan), *_ = predictor.models
+    layers = shallow_and_deep(network, plan)
+    chosen = component_agreement(predictor, list(layers.values()), chosen_on)
+    measured = component_agreement(predictor, list(layers.values()), measured_on)
+    found = {}
+    for depth, layer in layers.items():
+        best = chosen[layer].nan_to_num(nan=-1).argmax(1).tolist()
+        areas = {
+            name: (m, float(measured[layer][k, m]))
+            for k, (name, m) in enumerate(zip(plan.targets, best, strict=True))
+        }
+        found[depth] = BestComponents(layer, chosen[layer].shape[1], areas)
+    return found

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import platform
 import textwrap
 import time
@@ -18,7 +19,6 @@ import numpy as np
 import torch
 from monai.data.utils import dense_patch_slices
 from rich.console import Console
-from torch import Tensor
 
 from factorizer.commands.train import check_cases, fit
 from factorizer.data import (
@@ -35,7 +35,7 @@ from factorizer.demo import screen
 from factorizer.demo.synthetic import NOTICE, write_synthetic
 from factorizer.demo.timing import compare, kernel_backend, parameter_count
 from factorizer.evaluation import Score, evaluate_case, summarise
-from factorizer.explanation import case_components, component_agreement, shallow_and_deep
+from factorizer.explanation import best_components, case_components
 from factorizer.figures import draw_components, draw_segmentations, picture
 from factorizer.inference import Predictor
 from factorizer.planning import Plan, build_network, plan_run
@@ -177,28 +177,19 @@ def _segment(
 
 
 def _explain(predictor: Predictor, training: Sequence[Case], held_out: Sequence[Case]) -> dict[str, Any]:
-    """How well single components tell the classes apart, in a shallow and a deep layer.
-
-    The map that stands for a class is chosen on training cases and measured on held-out ones, so
-    that the choice is no part of the measurement.
-    """
-    (network, plan), *_ = predictor.models
-    layers = shallow_and_deep(network, plan)
-    names = list(layers.values())
-    chosen_on = component_agreement(predictor, names, training[:EXPLAINED])
-    measured_on = component_agreement(predictor, names, held_out[:EXPLAINED])
-    report = {}
-    for depth, layer in layers.items():
-        best = chosen_on[layer].nan_to_num(nan=-1).argmax(1).tolist()
-        report[depth] = {
-            "layer": layer,
-            "maps": chosen_on[layer].shape[1],
+    """`best_components` for the report; AUC is None where no case has the class."""
+    found = best_components(predictor, training[:EXPLAINED], held_out[:EXPLAINED])
+    return {
+        depth: {
+            "layer": best.layer,
+            "maps": best.maps,
             "best": {
-                name: {"map": m, "auc": _number(measured_on[layer][k, m])}
-                for k, (name, m) in enumerate(zip(plan.classes, best, strict=True))
+                name: {"map": m, "auc": None if math.isnan(auc) else round(auc, 4)}
+                for name, (m, auc) in best.targets.items()
             },
         }
-    return report
+        for depth, best in found.items()
+    }
 
 
 def _draw(
@@ -254,11 +245,6 @@ def _mean(values: dict[str, float]) -> dict[str, float]:
     """The values after their mean, rounded."""
     mean = sum(values.values()) / len(values)
     return {name: round(value, 4) for name, value in {"mean": mean, **values}.items()}
-
-
-def _number(value: Tensor) -> float | None:
-    """For JSON, which has no NaN: None says that there was nothing to measure."""
-    return None if value.isnan() else round(float(value), 4)
 
 
 def _version(package: str) -> str:
