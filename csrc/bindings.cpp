@@ -211,6 +211,8 @@ Call cuda_call(int dtype_code, const WindowsArgs& windows, const VolumeArgs& x, 
 cuda::Target target(int device, Address stream) { return {device, reinterpret_cast<void*>(stream)}; }
 
 float* scratch(const cuda::Plan& plan, const Memory& work) {
+  // The kernels move four numbers of it at a time.
+  if (work.address % 16 != 0) throw std::invalid_argument("work must lie on a multiple of 16 bytes");
   return static_cast<float*>(work.holding("work", plan.work, sizeof(float)));
 }
 

@@ -35,28 +35,42 @@ def limit(x: Tensor, matrices: Matrices) -> str | None:
             return f"it takes {name} up to {most}, got {value}"
     if x.dtype == torch.float64:
         return "it takes float32, bfloat16 and float16, got float64"
-    windows = matrices.copies * x.numel() // max(matrices.rows * matrices.columns, 1)
-    if windows >= 2**31 or any(extent >= 2**30 for extent in x.shape):
-        return "it takes fewer than 2**31 windows, and 2**30 voxels along an axis"
+    # While a graph is traced, comparing a size that is left open would bound it; there the module refuses.
+    if not torch.compiler.is_compiling():
+        windows = matrices.copies * x.numel() // max(matrices.rows * matrices.columns, 1)
+        if windows >= 2**31 or any(extent >= 2**30 for extent in x.shape):
+            return "it takes fewer than 2**31 windows, and 2**30 voxels along an axis"
     return without_code(x.device.index) if x.is_cuda else None
 
 
-@cache
 def without_code(device: int) -> str | None:
     """Why no kernel runs on the device of this index, or None where they do."""
+    return _without_code(device)
+
+
+# Dynamo cannot trace into the compiled module. This is torch.compiler.assume_constant_result, which would
+# import Dynamo, and that takes seconds.
+without_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+@cache
+def _without_code(device: int) -> str | None:
     driver, runtime = native.cuda_versions()
+    outdated = (
+        f"the driver knows CUDA up to {driver // 1000}.{driver % 1000 // 10}, and the kernels were "
+        f"compiled with {runtime // 1000}.{runtime % 1000 // 10}: update the driver, or reinstall with "
+        "an older nvcc"
+    )
     if driver // 1000 < runtime // 1000:
-        return (
-            f"the driver knows CUDA up to {driver // 1000}.{driver % 1000 // 10}, and the kernels were "
-            f"compiled with {runtime // 1000}.{runtime % 1000 // 10}: update the driver, or reinstall with "
-            "an older nvcc"
-        )
+        return outdated
     major, minor = torch.cuda.get_device_capability(device)
     text = native.cuda_architectures()
     architectures = [int(word) for word in text.rstrip("+").split(",")]
-    newer = text.endswith("+") and 10 * major + minor >= min(architectures)  # from the PTX of the lowest
-    if newer or any(a // 10 == major and a % 10 <= minor for a in architectures):
+    if any(a // 10 == major and a % 10 <= minor for a in architectures):
         return None
+    if text.endswith("+") and 10 * major + minor >= min(architectures):
+        # From the PTX of the lowest, which the driver compiles unless it is older than the PTX.
+        return None if driver >= runtime else outdated
     return (
         f"the kernels were compiled for the compute capabilities {text}, and "
         f"{torch.cuda.get_device_name(device)} has {major}.{minor}: reinstall with "

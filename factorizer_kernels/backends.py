@@ -38,7 +38,7 @@ _choice = threading.local()
 
 def backends() -> tuple[Backend, ...]:
     """Every backend of this installation, usable or not, with the reason."""
-    return (_cuda(), _triton(), _cpu(), Backend("reference", True, "plain PyTorch, on any device"))
+    return tuple(probe() for probe in _PROBES.values())
 
 
 @contextmanager
@@ -55,11 +55,11 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {name!r}")
-    by_name = {backend.name: backend for backend in backends()}
-    if name not in by_name:
-        raise ValueError(f"name must be one of {tuple(by_name)}, got {name!r}")
-    if not by_name[name].available:
-        raise ValueError(f"backend {name!r} cannot be used here: {by_name[name].reason}")
+    if name not in _PROBES:
+        raise ValueError(f"name must be one of {tuple(_PROBES)}, got {name!r}")
+    backend = _PROBES[name]()  # and no other: to ask for the CPU touches no GPU
+    if not backend.available:
+        raise ValueError(f"backend {name!r} cannot be used here: {backend.reason}")
     previous = getattr(_choice, "name", None)
     _choice.name = name
     try:
@@ -118,7 +118,18 @@ def _cuda() -> Backend:
         return Backend("cuda", False, reason)
     if not torch.cuda.is_available():
         return Backend("cuda", False, "no CUDA device")
-    if (reason := _native_cuda.without_code(torch.cuda.current_device())) is not None:
+    try:
+        reason = _native_cuda.without_code(torch.cuda.current_device())
+    except RuntimeError as error:  # of a process forked off one that uses the GPU, for example
+        reason = f"CUDA does not start ({error})"
+    if reason is not None:
         return Backend("cuda", False, reason)
     architectures = _native_cuda.native.cuda_architectures()
     return Backend("cuda", True, f"C++ kernels for the compute capabilities {architectures}")
+
+
+def _reference() -> Backend:
+    return Backend("reference", True, "plain PyTorch, on any device")
+
+
+_PROBES = {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "reference": _reference}

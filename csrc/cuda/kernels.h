@@ -22,7 +22,7 @@ struct Target {
 
 // What a call needs beside its tensors. It is the caller's memory, so that a call allocates nothing.
 struct Plan {
-  i64 work;      // float32 elements of scratch memory
+  i64 work;      // float32 elements of scratch memory, on a multiple of 16 bytes
   i64 programs;  // of the backward: blocks that go through the windows, each with a share of the scratch
                  // memory
   bool sums_dx;  // of the backward: dx is summed over the copies in place, so it must be float32

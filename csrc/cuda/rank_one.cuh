@@ -68,7 +68,7 @@ FK_DEVICE Step solve_rank_one(int rows, u32 columns, int iters, float eps, const
     if (trace != nullptr && lane() < max_rows) {
       trace->u[t][m] = step.u;
       trace->a[t][m] = a;
-      trace->b[t] = b;
+      if (lane() == 0) trace->b[t] = b;
     }
     if (t + 1 == iters) return step;
     a = moments.times_g(step.w) + step.e * moments.r;

@@ -18,7 +18,8 @@ constexpr i64 programs_per_processor = 4;  // blocks of the backward that share 
 void check_served(const SwinNMF& p) {
   const Windows& w = p.windows;
   bool served = p.dtype != DType::float64 && w.head_dim <= max_rows && w.columns() <= max_columns &&
-                p.options.rank <= max_rank && w.num_shifts <= max_copies && w.num_matrices() <= 0x7fffffff;
+                p.options.rank <= max_rank && w.num_shifts <= max_copies && w.num_matrices() <= 0x7fffffff &&
+               p.options.num_iters <= 0x7fffffff;
   for (i64 size : w.size) served = served && size <= 0x3fffffff;  // a voxel and a shift add up
   if (!served) throw std::invalid_argument("the backend 'cuda' does not serve this problem");
 }
@@ -80,6 +81,7 @@ Plan plan_forward(const SwinNMF& p, bool factors) {
 Plan plan_backward(const SwinNMF& p, i64 processors) {
   check_served(p);
   const Windows& w = p.windows;
+  if (w.num_matrices() == 0) return {0, 0, false};
   if (rank_one_applies(p.options)) {
     const i64 coefficients = w.num_matrices() * static_cast<i64>(sizeof(Coefficients) / sizeof(float));
     return {w.num_shifts > 1 ? v_size(p) + coefficients : 0, 0, false};
@@ -92,6 +94,7 @@ Plan plan_backward(const SwinNMF& p, i64 processors) {
 
 void swin_nmf_forward(const SwinNMF& p, float* work, const Target& target) {
   const Windows& w = p.windows;
+  if (w.num_matrices() == 0) return;  // a grid has a block at least
   const Launcher launch(target, "swin_nmf");
   const Map x = map_of(p.x, p.dtype), y = contiguous(p.y, p.dtype, w);
   const bool gathers = p.u.data == nullptr && w.num_shifts > 1;
@@ -109,6 +112,7 @@ void swin_nmf_forward(const SwinNMF& p, float* work, const Target& target) {
 void swin_nmf_backward(const SwinNMF& p, const Plan& plan, float* work, DType dx_dtype,
                        const Target& target) {
   const Windows& w = p.windows;
+  if (w.num_matrices() == 0) return;
   const Launcher launch(target, "swin_nmf_backward");
   const Map x = map_of(p.x, p.dtype), dy = map_of(p.dy, p.dtype), dx = contiguous(p.dx, dx_dtype, w);
   const float *du = static_cast<const float*>(p.du.data), *dv = static_cast<const float*>(p.dv.data);

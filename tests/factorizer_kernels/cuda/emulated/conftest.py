@@ -43,6 +43,6 @@ def device(monkeypatch):
     monkeypatch.setitem(backends._DEVICES, "cuda", "cpu")
     monkeypatch.setattr(_native_cuda, "target", lambda x: (emulated.index, emulated.stream))
     monkeypatch.setattr(_native_cuda, "processors", lambda x: 1)
-    monkeypatch.setattr(backends, "_cuda", lambda: backends.Backend("cuda", True, "emulated"))
+    monkeypatch.setitem(backends._PROBES, "cuda", lambda: backends.Backend("cuda", True, "emulated"))
     emulated.launches()
     return emulated

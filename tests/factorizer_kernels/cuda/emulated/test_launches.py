@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import factorizer_kernels as fk
+from factorizer_kernels import _native_cuda
 
 OPTIONS = {"head_dim": 8, "patch_size": 4, "shifts": [None, 2]}
 
@@ -57,9 +58,36 @@ def test_errors_name_the_operator_and_leave_nothing_behind(solver, device):
     assert device.library.emulation_device() == 0
 
 
-def test_empty_maps_launch_nothing(device):
+@pytest.mark.parametrize(("solver", "rank"), [("hals", 1), ("mu", 2)])
+@pytest.mark.parametrize("size", [(0, 8, 8, 8), (2, 0, 8, 8)], ids=str)
+def test_empty_maps_launch_nothing(size, solver, rank, device):
+    """Nor by the operators themselves, as a graph that was traced for another size calls them."""
+    x, (u0, v0) = torch.rand(size), inputs(rank)[1:]
     with fk.use_backend("cuda"):
-        assert fk.swin_nmf(torch.rand(0, 8, 8, 8), *inputs()[1:], **OPTIONS).shape == (0, 8, 8, 8)
+        assert fk.swin_nmf(x, u0, v0, **OPTIONS).shape == size
+    windows = (8, [4, 4], [0, 0, 2, 2])
+    operators = torch.ops.factorizer_kernels
+    y = operators.swin_nmf(x, u0, v0, *windows, True, 3, solver, 1e-16, "cuda")
+    dx, du0, dv0 = operators.swin_nmf_backward(
+        y, x, u0, v0, *windows, True, 3, solver, 3, 1e-16, True, "cuda"
+    )
+    assert y.shape == dx.shape == size
+    assert torch.equal(du0, torch.zeros_like(u0))
+    assert torch.equal(dv0, torch.zeros_like(v0))
+    assert device.launches() == []
+
+
+def test_scratch_memory_off_its_multiple(device, monkeypatch):
+    """Where a device would stop with a misaligned address, and take the context with it."""
+    monkeypatch.setattr(_native_cuda.Call, "_floats", lambda call, count: torch.empty(count + 1)[1:])
+    with fk.use_backend("cuda"), pytest.raises(ValueError, match="work must lie on a multiple of 16 bytes"):
+        fk.swin_nmf(*inputs(), **OPTIONS)
+    assert device.launches() == []
+
+
+def test_more_iterations_than_an_int_counts(device):
+    with fk.use_backend("cuda"), pytest.raises(ValueError, match="'cuda' does not serve"):
+        fk.swin_nmf(*inputs(), num_iters=2**31 + 1, **OPTIONS)
     assert device.launches() == []
 
 

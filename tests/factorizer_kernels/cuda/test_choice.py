@@ -1,0 +1,83 @@
+"""How the CUDA backend is chosen, and refused with a reason, where there is no card to ask."""
+
+import importlib
+import re
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import factorizer_kernels as fk
+from factorizer_kernels import _native_cuda
+
+backends = importlib.import_module("factorizer_kernels.backends")  # the package's attribute is the function
+
+pytestmark = pytest.mark.skipif(_native_cuda.native is None, reason="compiled without nvcc")
+
+
+@pytest.mark.parametrize(
+    ("versions", "architectures", "capability", "words"),
+    [
+        ((13000, 13000), "80,90+", (9, 0), None),
+        ((12080, 13000), "80,90+", (9, 0), "the driver knows CUDA up to 12.8, .* compiled with 13.0"),
+        ((0, 13000), "80,90+", (9, 0), "the driver knows CUDA up to 0.0"),
+        ((13000, 13010), "80,90+", (9, 0), None),  # machine code of the same major version
+        ((13010, 13010), "80,90+", (12, 0), None),  # from the PTX,
+        ((13000, 13010), "80,90+", (12, 0), "the driver knows CUDA up to 13.0"),  # which an older driver rejects
+        ((13000, 13000), "80,90", (8, 9), None),
+        ((13000, 13000), "80,90", (12, 0), "FACTORIZER_KERNELS_CUDA_ARCHS=120"),
+        ((13000, 13000), "80,90+", (7, 5), "FACTORIZER_KERNELS_CUDA_ARCHS=75"),
+    ],
+)
+def test_devices_with_and_without_code(versions, architectures, capability, words, monkeypatch):
+    native = SimpleNamespace(cuda_versions=lambda: versions, cuda_architectures=lambda: architectures)
+    monkeypatch.setattr(_native_cuda, "native", native)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    reason = _native_cuda._without_code.__wrapped__(0)  # past the cache
+    assert reason is None if words is None else re.search(words, reason)
+
+
+def test_cuda_that_does_not_start(monkeypatch):
+    """As in a process forked off one that uses the GPU: it has a reason, and the other backends go on."""
+
+    def current_device():
+        raise RuntimeError("Cannot re-initialize CUDA in forked subprocess")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", current_device)
+    cuda = fk.backends()[0]
+    assert not cuda.available
+    assert "CUDA does not start (Cannot re-initialize" in cuda.reason
+
+
+def test_naming_a_backend_asks_no_other(monkeypatch):
+    monkeypatch.setitem(backends._PROBES, "cuda", lambda: pytest.fail("asked the GPU"))
+    with fk.use_backend("reference"):
+        pass
+
+
+class Layer(torch.nn.Module):
+    def forward(self, x, u0, v0):
+        return fk.swin_nmf(x, u0, v0, head_dim=8, patch_size=4, shifts=[None, 2])
+
+
+class Factors(torch.nn.Module):
+    def forward(self, x, u0, v0):
+        return fk.nmf_factors(x.flatten(2), u0, v0, num_iters=2)[0]
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize(
+    ("layer", "size", "columns"), [(Layer, (2, 8, 8, 12), 16), (Factors, (2, 8, 4, 4), 16)]
+)
+def test_tracing_chooses_it(layer, size, columns, strict, monkeypatch):
+    """In one graph, with a batch of any size. A card would be asked for its code while Dynamo looks on."""
+    monkeypatch.setattr(_native_cuda, "_without_code", lambda device: None)
+    with FakeTensorMode():
+        x, u0, v0 = (torch.empty(*shape, device="cuda") for shape in (size, (8, 1), (columns, 1)))
+    batch = {0: torch.export.Dim("batch", min=1)}
+    program = torch.export.export(layer(), (x, u0, v0), dynamic_shapes=(batch, None, None), strict=strict)
+    (node,) = (n for n in program.graph.nodes if "factorizer_kernels" in str(n.target))
+    assert node.args[-1] == "cuda"
