@@ -98,12 +98,12 @@ def measured(case: Case, effort: Effort) -> tuple[list[dict[str, Any]], list[str
 
 
 def bandwidth_lines(records: list[dict[str, Any]]) -> list[str]:
-    """Bytes that must move over time, against a copy of the same x on the same card."""
-    copies = {r["extra_info"]["label"]: r for r in records if r["name"] == "copy"}
+    """Bytes that must move over time, against a copy of as many on the same card."""
+    copies = {r["extra_info"]["x_bytes"]: r for r in records if r["name"] == "copy"}
     rows = []
     for record in records:
         info = record["extra_info"]
-        volumes, copy = info.get("volumes_moved"), copies.get(info["label"])
+        volumes, copy = info.get("volumes_moved"), copies.get(info.get("x_bytes"))
         if volumes is None or copy is None:
             continue
         speed = volumes * info["x_bytes"] / record["stats"]["median"]
@@ -134,8 +134,10 @@ def machine_info() -> dict[str, Any]:
 
 def commit_info() -> dict[str, Any]:
     def git(*words: str) -> str:
-        done = subprocess.run(["git", *words], capture_output=True, text=True, check=False)
-        return done.stdout.strip()
+        try:
+            return subprocess.run(["git", *words], capture_output=True, text=True, check=False).stdout.strip()
+        except OSError:  # no git
+            return ""
 
     return {"id": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain"))}
 

@@ -58,8 +58,9 @@ class OperatorProblem:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x (batch, rows, columns), u0 and v0 for windows of so many columns.
 
-        At rank 1 x is Gaussian. Above, its columns are noisy mixtures of u0's, because in Gaussian data
-        HALS components die, and where they do rounding decides the result: there would be no truth.
+        At rank 1 x is Gaussian. Above, its columns are noisy mixtures of u0's, all well above zero: in
+        Gaussian data entries of the factors, or whole components, come to lie at zero, where rounding
+        decides what the projections of HALS keep, and with it the gradient. There would be no truth.
         """
         generator = torch.Generator().manual_seed(0)
         rand = partial(torch.rand, generator=generator)
@@ -67,8 +68,8 @@ class OperatorProblem:
         if self.rank == 1:
             x = torch.randn(batch, rows, columns, generator=generator)
         else:
-            u0 = torch.eye(rows, self.rank) + 0.2 * u0
-            x = u0 @ rand(batch, self.rank, columns) + 0.1 * rand(batch, rows, columns)
+            u0, v0 = torch.eye(rows, self.rank) + 0.1 * (1 + u0), 1 + 0.5 * v0
+            x = u0 @ (1 + 0.5 * rand(batch, self.rank, columns)) + 0.1 * rand(batch, rows, columns)
         return x, u0, v0
 
     def input(self) -> Tensor:

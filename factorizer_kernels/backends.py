@@ -106,26 +106,33 @@ def _triton() -> Backend:
     if _TRITON_MISSING is not None:
         return Backend("triton", False, f"Triton is missing ({_TRITON_MISSING}): pip install triton")
     if _TRITON_INTERPRETED:
-        reason = "interpreted, on CPU tensors and only by choice (TRITON_INTERPRET=1): for tests"
-        return Backend("triton", True, reason)
-    if not torch.cuda.is_available():
-        return Backend("triton", False, "no CUDA device")
+        words = "interpreted, on CPU tensors and only by choice (TRITON_INTERPRET=1): for tests"
+        return Backend("triton", True, words)
+    if (reason := _without_device()) is not None:
+        return Backend("triton", False, reason)
     return Backend("triton", True, f"Triton {version('triton')}, compiled at the first launch")
 
 
 def _cuda() -> Backend:
     if (reason := _native_cuda.missing) is not None:
         return Backend("cuda", False, reason)
-    if not torch.cuda.is_available():
-        return Backend("cuda", False, "no CUDA device")
-    try:
-        reason = _native_cuda.without_code(torch.cuda.current_device())
-    except RuntimeError as error:  # of a process forked off one that uses the GPU, for example
-        reason = f"CUDA does not start ({error})"
-    if reason is not None:
+    if (reason := _without_device()) is not None:
+        return Backend("cuda", False, reason)
+    if (reason := _native_cuda.without_code(torch.cuda.current_device())) is not None:
         return Backend("cuda", False, reason)
     architectures = _native_cuda.native.cuda_architectures()
     return Backend("cuda", True, f"C++ kernels for the compute capabilities {architectures}")
+
+
+def _without_device() -> str | None:
+    """Why there is no CUDA device here, or None where there is one."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        torch.cuda.current_device()
+    except RuntimeError as error:  # in a process forked off one that uses the GPU, for example
+        return f"CUDA does not start ({error})"
+    return None
 
 
 def _reference() -> Backend:

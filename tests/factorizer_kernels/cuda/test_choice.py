@@ -24,7 +24,12 @@ pytestmark = pytest.mark.skipif(_native_cuda.native is None, reason="compiled wi
         ((0, 13000), "80,90+", (9, 0), "the driver knows CUDA up to 0.0"),
         ((13000, 13010), "80,90+", (9, 0), None),  # machine code of the same major version
         ((13010, 13010), "80,90+", (12, 0), None),  # from the PTX,
-        ((13000, 13010), "80,90+", (12, 0), "the driver knows CUDA up to 13.0"),  # which an older driver rejects
+        (
+            (13000, 13010),
+            "80,90+",
+            (12, 0),
+            "the driver knows CUDA up to 13.0",
+        ),  # which an older driver rejects
         ((13000, 13000), "80,90", (8, 9), None),
         ((13000, 13000), "80,90", (12, 0), "FACTORIZER_KERNELS_CUDA_ARCHS=120"),
         ((13000, 13000), "80,90+", (7, 5), "FACTORIZER_KERNELS_CUDA_ARCHS=75"),
@@ -47,9 +52,11 @@ def test_cuda_that_does_not_start(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", current_device)
-    cuda = fk.backends()[0]
-    assert not cuda.available
-    assert "CUDA does not start (Cannot re-initialize" in cuda.reason
+    by_name = {backend.name: backend for backend in fk.backends()}
+    assert not by_name["cuda"].available
+    assert not by_name["triton"].available
+    assert "CUDA does not start (Cannot re-initialize" in by_name["cuda"].reason
+    assert by_name["reference"].available
 
 
 def test_naming_a_backend_asks_no_other(monkeypatch):

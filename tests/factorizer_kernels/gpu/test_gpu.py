@@ -1,8 +1,11 @@
 """The GPU backends on a card: the comparisons of the CPU at full size, and what only a device shows."""
 
+import multiprocessing
+import os
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -26,21 +29,20 @@ def gpu_backend(request):
     return request.param
 
 
-# Relative L2 against the reference in float64. float32: sums of 512 to 2^21 terms, divisions to 2 ulp, and
+# Relative L2 against the reference in float64. float32: sums of 512 to 32768 terms, divisions to 2 ulp, and
 # HALS gradients conditioned a hundred times worse. Half precisions: one rounding of the result.
 VALUES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 4e-3}
 GRADIENTS = {torch.float64: 1e-8, torch.float32: 1e-3, torch.float16: 4e-3, torch.bfloat16: 1e-2}
-DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+OTHER_DTYPES = (torch.bfloat16, torch.float16, torch.float64)
 
 
 def draw(batch, rows, columns, rank, dtype, device="cuda"):
-    """A draw in which no component of HALS dies: X near UVᵀ, the first factors near U and V."""
+    """A draw in which no entry of HALS' factors comes near zero, where rounding decides the projection."""
     generator = torch.Generator().manual_seed(rows + columns + rank)
-    u = torch.rand(rows, rank, generator=generator) + 2 * torch.eye(rows, rank)
-    v = torch.rand(columns, rank, generator=generator) + 2 * torch.eye(columns, rank)
-    x = u @ v.mT + 0.1 * torch.rand(*batch, rows, columns, generator=generator)
+    rand = partial(torch.rand, generator=generator)
+    u0, v0 = torch.eye(rows, rank) + 0.1 * (1 + rand(rows, rank)), 1 + 0.5 * rand(columns, rank)
+    x = u0 @ (1 + 0.5 * rand(*batch, rank, columns)) + 0.1 * rand(*batch, rows, columns)
     factors = torch.float64 if dtype == torch.float64 else torch.float32
-    u0, v0 = 1.1 * u, 0.9 * v + 0.01
     return x.to(device, dtype), u0.to(device, factors), v0.to(device, factors)
 
 
@@ -60,7 +62,7 @@ def compare(backend, function, inputs, rel, **options):
     exact = [t.detach().double() for t in inputs]
     with fk.use_backend("reference"):
         value = function(*exact, **options)
-    dy = torch.randn(value.shape, device=value.device).to(dtype)
+    dy = torch.randn(value.shape, generator=torch.Generator().manual_seed(1)).to(value.device, dtype)
     expected = grads_of("reference", function, exact, [dy.double()], options)
     result = grads_of(backend, function, inputs, [dy], options)
     again = grads_of(backend, function, inputs, [dy], options)
@@ -73,17 +75,41 @@ def compare(backend, function, inputs, rel, **options):
         assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Triton compiles each variant, at rank 8 for a minute: dtypes do not meet every rank and shape.
+MATRICES = [
+    *(
+        (shape, rank, torch.float32)
+        for shape in ((8, 512), (13, 77), (8, 20011))
+        for rank in (1, 2, 3, 4, 12)
+    ),
+    *(((8, 512), rank, torch.float32) for rank in (5, 6, 7, 8)),
+    *(
+        (shape, rank, dtype)
+        for shape, rank in (((8, 512), 1), ((8, 512), 2), ((13, 77), 3), ((8, 20011), 2), ((8, 512), 12))
+        for dtype in OTHER_DTYPES
+    ),
+]
+
+
 @pytest.mark.parametrize("solver", ["mu", "hals"])
-@pytest.mark.parametrize("rank", [1, 2, 3, 4, 8, 12])
-@pytest.mark.parametrize("shape", [(8, 512), (13, 77), (8, 20011)], ids=str)
+@pytest.mark.parametrize(("shape", "rank", "dtype"), MATRICES, ids=str)
 def test_nmf(shape, rank, solver, dtype, gpu_backend, poisoned, rel):
+    if gpu_backend == "triton" and rank in (5, 6, 7):
+        pytest.skip("the code of rank 8, with fewer columns")
     compare(gpu_backend, fk.nmf, draw((3,), *shape, rank, dtype), rel, solver=solver)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shifts", [[None], [None, 4], [0, 2, 4, 6], [(1, 2, 3), 5]], ids=str)
-@pytest.mark.parametrize("patch_size", [8, (4, 8, 16), (32, 32, 32)], ids=str)
+MAPS = [
+    *(
+        (patch_size, shifts, torch.float32)
+        for patch_size in (8, (4, 8, 16), (32, 32, 32))
+        for shifts in ([None], [None, 4], [0, 2, 4, 6], [(1, 2, 3), 5])
+    ),
+    *((patch_size, [None, 4], dtype) for patch_size in (8, (32, 32, 32)) for dtype in OTHER_DTYPES),
+]
+
+
+@pytest.mark.parametrize(("patch_size", "shifts", "dtype"), MAPS, ids=str)
 def test_swin_nmf_rank1(patch_size, shifts, dtype, gpu_backend, poisoned, rel):
     torch.manual_seed(0)
     x = torch.randn(2, 16, 32, 32, 32, device="cuda").to(dtype)
@@ -96,14 +122,18 @@ def test_swin_nmf_rank1(patch_size, shifts, dtype, gpu_backend, poisoned, rel):
 
 
 @pytest.mark.parametrize("solver", ["mu", "hals"])
-@pytest.mark.parametrize("rank", [2, 4, 8])
-@pytest.mark.parametrize("shifts", [[None, 4], [0, 2, 4, 6]], ids=str)
-def test_swin_nmf_of_more_components(shifts, rank, solver, gpu_backend, poisoned, rel):
-    """More windows than blocks of the backward, so that its tapes are used again."""
-    x, u0, v0 = draw((512,), 8, 512, rank, torch.float32)
-    x = x.view(64, 8, 8, 8, 8, 8).permute(1, 2, 0, 3, 4, 5).reshape(8, 8, 64, 64, 8)[:2].contiguous()
+@pytest.mark.parametrize(
+    ("rank", "shifts"), [(2, [None, 4]), (2, [0, 2, 4, 6]), (4, [None, 4]), (8, [1, 4])], ids=str
+)
+def test_swin_nmf_of_more_components(rank, shifts, solver, gpu_backend, poisoned, rel):
+    """More windows than blocks of the backward, at most eight a multiprocessor: tapes are used again."""
+    processors = torch.cuda.get_device_properties(0).multi_processor_count
+    batch = 8 * processors // 64 + 1
+    x, u0, v0 = draw((batch,), 8, 32**3, rank, torch.float32)
     options = {"head_dim": 8, "patch_size": 8, "shifts": shifts, "solver": solver, "num_iters": 3}
-    compare(gpu_backend, fk.swin_nmf, (x, u0, v0), rel, **options)
+    compare(
+        gpu_backend, fk.swin_nmf, (x.view(batch, 8, 32, 32, 32), u0, v0[:512].contiguous()), rel, **options
+    )
 
 
 @pytest.mark.parametrize(("solver", "rank"), [("hals", 1), ("mu", 1), ("hals", 2), ("mu", 2)])
@@ -166,6 +196,43 @@ def test_graph_and_stream(solver, rank, gpu_backend):
         assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
 
 
+def test_compile_fullgraph(gpu_backend, rel):
+    """One graph with the choice in it, compiled for the card; another batch takes the same one."""
+    u0, v0 = torch.rand(8, 1, device="cuda"), torch.rand(512, 1, device="cuda")
+
+    def network(x):
+        y = fk.swin_nmf(x * 2, u0, v0, head_dim=8, patch_size=8, shifts=[None, 4])
+        return (y + fk.nmf(y.view(-1, 8, 512), u0, v0).view(y.shape)).tanh()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, dynamic=True)
+    with fk.use_backend(gpu_backend):
+        for batch in (2, 3):
+            x = torch.rand(batch, 8, 16, 16, 16, device="cuda", requires_grad=True)
+            y, expected = compiled(x), network(x)
+            assert rel(y, expected) < 1e-6
+            dx, wanted = (torch.autograd.grad(t.square().sum(), x)[0] for t in (y, expected))
+            assert rel(dx, wanted) < 1e-5
+
+
+def test_forked_process():
+    """It has no GPU, and says so; what needs none works."""
+    torch.zeros(1, device="cuda")
+    context = multiprocessing.get_context("fork")
+    names, other = context.Pipe(duplex=False)
+
+    def child():
+        with fk.use_backend("reference"):
+            fk.nmf(torch.rand(2, 4, 8), torch.rand(4, 1), torch.rand(8, 1))
+        other.send([backend.name for backend in fk.backends() if backend.available])
+
+    process = context.Process(target=child)
+    process.start()
+    assert names.poll(60)
+    assert set(names.recv()) <= {"cpu", "reference"}
+    process.join()
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one CUDA device")
 def test_second_device(gpu_backend, rel):
     """While the first one is current, and stays it."""
@@ -180,15 +247,18 @@ def test_sanitizer(tool, gpu_backend):
     """No access out of bounds, no race in shared memory, nothing read before it is written."""
     script = (
         "import sys, torch, factorizer_kernels as fk\n"
-        "for rank, solver in ((1, 'hals'), (2, 'mu')):\n"
-        "    x = torch.rand(1, 8, 8, 8, 24, device='cuda', requires_grad=True)\n"
-        "    u0, v0 = torch.rand(8, rank, device='cuda'), torch.rand(512, rank, device='cuda')\n"
+        "for rank, solver, shift in ((1, 'hals', 3), (1, 'hals', 4), (2, 'mu', 3), (2, 'hals', 4)):\n"
+        "    x, u0, v0 = (torch.rand(size, device='cuda', requires_grad=True)\n"
+        "                 for size in ((1, 8, 8, 8, 24), (8, rank), (512, rank)))\n"
         "    with fk.use_backend(sys.argv[1]):\n"
-        "        y = fk.swin_nmf(x, u0, v0, head_dim=8, patch_size=8, shifts=[None, 3], solver=solver)\n"
+        "        y = fk.swin_nmf(x, u0, v0, head_dim=8, patch_size=8, shifts=[None, shift], solver=solver)\n"
         "    y.sum().backward()\n"
         "torch.cuda.synchronize()\n"
     )
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3", sys.executable, "-c", script]
+    tools = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "3"]
+    command = [*tools, sys.executable, "-c", script, gpu_backend]
     root = str(Path(fk.__file__).parents[1])
-    done = subprocess.run([*command, gpu_backend], capture_output=True, text=True, cwd=root)
+    # Each tensor is an allocation of its own: of torch's large ones the tool would see the ends alone.
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
