@@ -28,6 +28,7 @@ Checkpoints = Annotated[
         "--checkpoint", help="A trained network; several of them are averaged (give the option again)."
     ),
 ]
+Checkpoint = Annotated[Path, typer.Option(help="A trained network.")]
 Inputs = Annotated[
     list[str],
     typer.Option(
@@ -48,8 +49,7 @@ Iterations = Annotated[
 Whole = Annotated[
     bool, typer.Option("--whole", help="Whole volumes at once, no sliding window: no seams, more memory.")
 ]
-
-
+Steps = Annotated[int | None, typer.Option(help="Training steps. Default: derived from the data's size.")]
 Configs = Annotated[
     list[str] | None,
     typer.Option("--config", help="File of the bundle's configs/ over train.json, such as four_shifts."),
@@ -68,9 +68,7 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for the results; one with a checkpoint is continued.")
     ] = Path("runs/demo"),
-    steps: Annotated[
-        int | None, typer.Option(help="Training steps. Default: derived from the data's size.")
-    ] = None,
+    steps: Steps = None,
 ) -> None:
     """Train a small Swin Factorizer, segment held-out volumes, compare speeds, and report."""
     with _errors():
@@ -88,9 +86,7 @@ def train(
         typer.Option(help="MONAI bundle whose recipe to follow, such as bundles/brats_factorizer."),
     ] = None,
     config: Configs = None,
-    steps: Annotated[
-        int | None, typer.Option(help="Training steps. Default: derived from the data's size.")
-    ] = None,
+    steps: Steps = None,
     fold: Annotated[
         int | None, typer.Option(help="Fold of five to hold out. Default: a fifth of the cases, at most 40.")
     ] = None,
@@ -207,7 +203,7 @@ def evaluate(
 
 @app.command()
 def explain(
-    checkpoint: Annotated[Path, typer.Option(help="A trained network.")],
+    checkpoint: Checkpoint,
     input: Inputs,
     output: Annotated[Path, typer.Option(help="Folder for components, figures and components.csv.")],
     layer: Annotated[
@@ -245,7 +241,7 @@ def explain(
 
 @app.command()
 def speed(
-    checkpoint: Annotated[Path, typer.Option(help="A trained network.")],
+    checkpoint: Checkpoint,
     input: Inputs,
     output: Annotated[Path, typer.Option(help="Folder for speed.csv and speed.png.")],
     num_iters: Annotated[

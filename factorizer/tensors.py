@@ -20,7 +20,7 @@ def save_tensors(content: Mapping[str, Any], path: Path, *, shared: bool = False
         try:
             torch.save(content, temporary)
         except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"{path}: cannot be written ({error})") from error
+            raise OSError(f"{path}: cannot be written; is the disk full? ({error})") from error
 
 
 def load_tensors(path: str | Path) -> Mapping[str, Any]:

@@ -64,7 +64,10 @@ def summary_table(title: str, rows: list[Summary]) -> Table:
     """Means over the cases, a row for each target."""
     shown = table(title, "target", "Dice", "HD95, mm", "one mask empty")
     for row in rows:
-        shown.add_row(row.target, f"{row.dice:.4f}", f"{row.hd95:.2f}", str(row.infinite))
+        finite = row.cases > row.infinite
+        shown.add_row(
+            row.target, f"{row.dice:.4f}", f"{row.hd95:.2f}" if finite else "none", str(row.infinite)
+        )
     return shown
 
 

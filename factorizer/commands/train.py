@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import asdict
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from factorizer.processes import pick_device, place, process_group
 from factorizer.screen import duration, progress, table
 from factorizer.training import Trainer
 from factorizer.transforms import Crops, augmentation, training_volumes
+
+LINE_SECONDS = 60.0  # between two lines of a log file, where a bar would be seen at its end alone
 
 
 def train(
@@ -107,18 +110,24 @@ def check_cases(console: Console, task: Task) -> dict[str, Geometry]:
 
 
 def fit(console: Console, trainer: Trainer, crops: Crops, path: Path) -> None:
-    """Trains to the end with a bar, from the checkpoint at `path` if there is one."""
+    """Trains to the end with a bar, or lines in a log, from the checkpoint at `path` if there is one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if trainer.step == 0 and path.exists():
         trainer.resume(path)
     with progress(console) as bar:
         task = bar.add_task("Training", total=trainer.plan.steps, completed=trainer.step)
 
+        told = time.perf_counter()
+
         def advance(step: int) -> None:
+            nonlocal told
             recent = trainer.losses[-20:]
             loss = sum(recent) / len(recent)
             score = f", Dice {trainer.scores[-1][1]:.3f}" if trainer.scores else ""
             bar.update(task, completed=step, description=f"Training, loss {loss:.3f}{score}")
+            if not console.is_terminal and time.perf_counter() - told >= LINE_SECONDS:
+                console.print(f"step {step} of {trainer.plan.steps}, loss {loss:.3f}{score}")
+                told = time.perf_counter()
 
         trainer.run(crops, path, advance)
 

@@ -123,7 +123,7 @@ def test_a_full_disk_leaves_nothing_half_written(tumour, tmp_path, monkeypatch):
 
     monkeypatch.setattr("factorizer.data.nib.save", full)
     options = ["--checkpoint", tumour, "--input", tmp_path / "in", "--output", tmp_path / "out"]
-    assert "No space left on device" in run("predict", *options, code=1)
+    assert re.search(r"No space left on device: '.*case.nii.gz'", run("predict", *options, code=1))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
 
 
@@ -232,11 +232,13 @@ def test_evaluate_finds_labels_beside_a_list_of_unlabelled_cases(tmp_path):
         assert rows[1:] == [[f"case_000{n}", target, "1.000000"] for n in range(2)]
 
 
-def test_train_predict_evaluate(data, tmp_path):
+def test_train_predict_evaluate(data, tmp_path, monkeypatch):
+    monkeypatch.setattr("factorizer.commands.train.LINE_SECONDS", 0.0)
     out = tmp_path / "run"
     options = ["train", data, "--out", out, "--steps", 4, "--validate-every", 2]
     printed = run(*options)
     assert "4 to train on, 1 held out" in printed
+    assert re.search(r"step 3 of 4, loss [\d.]+, Dice [\d.]+ step 4 of 4", printed)
     assert {"checkpoint.pt", "best.pt", "plan.json", "log"} == {path.name for path in out.iterdir()}
     assert list((out / "log").iterdir())
     plan, state = read_checkpoint(out / "checkpoint.pt")
