@@ -15,6 +15,9 @@ from torch import Tensor
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 SPATIAL_AXES = 3
+# The identity's backward keeps a row of M numbers of each in registers; past a block's largest size it would
+# not compile.
+MAX_IDENTITY_ITERS = 256
 
 
 class Problem(NamedTuple):
@@ -45,8 +48,8 @@ class Problem(NamedTuple):
 
     @property
     def identity(self) -> bool:
-        """Whether the rank-1 identity holds: x >= 0 for certain, and the projections of HALS never act."""
-        return self.rank == 1 and self.hals and self.relu and self.num_iters > 0
+        """Whether the rank-1 identity holds (x >= 0 for certain, HALS' projections never act), and serves."""
+        return self.rank == 1 and self.hals and self.relu and 0 < self.num_iters <= MAX_IDENTITY_ITERS
 
     def map_windows(self, x: Tensor) -> int:
         """Windows of one copy of the (B, C, S1, S2, S3) map x."""

@@ -222,11 +222,12 @@ def test_forked_process():
     names, other = context.Pipe(duplex=False)
 
     def child():
+        torch.set_num_threads(1)  # the parent's threads did not come along
         with fk.use_backend("reference"):
             fk.nmf(torch.rand(2, 4, 8), torch.rand(4, 1), torch.rand(8, 1))
         other.send([backend.name for backend in fk.backends() if backend.available])
 
-    process = context.Process(target=child)
+    process = context.Process(target=child, daemon=True)
     process.start()
     assert names.poll(60)
     assert set(names.recv()) <= {"cpu", "reference"}

@@ -302,16 +302,22 @@ def test_only_by_choice():
         assert choose("nmf", torch.rand(2, 2)) == "triton"
 
 
+def test_more_iterations_than_the_identity_keeps(rel):
+    options = {"head_dim": 4, "patch_size": 8, "num_iters": 257, "num_grad_steps": 2}
+    torch.manual_seed(0)
+    compare(fk.swin_nmf, (torch.randn(1, 4, 8), torch.rand(4, 1), torch.rand(8, 1)), rel, **options)
+
+
 @pytest.mark.parametrize(
-    ("rows", "columns", "rank", "relu", "kernels"),
+    ("rows", "columns", "rank", "relu", "num_iters", "kernels"),
     [
-        (8, 512, 1, True, "resident"), (8, 2**21, 1, True, "streaming_rank1"),
-        (8, 2**21, 1, False, "streaming"), (8, 2**21, 4, True, "streaming"),
-        (8, 512, 9, True, "sweep"), (512, 4096, 2, True, "sweep"),
+        (8, 512, 1, True, 5, "resident"), (8, 2**21, 1, True, 256, "streaming_rank1"),
+        (8, 2**21, 1, True, 257, "streaming"), (8, 2**21, 1, False, 5, "streaming"),
+        (8, 2**21, 4, True, 5, "streaming"), (8, 512, 9, True, 5, "sweep"), (512, 4096, 2, True, 5, "sweep"),
     ],
 )  # fmt: skip
-def test_paths(rows, columns, rank, relu, kernels):
+def test_paths(rows, columns, rank, relu, num_iters, kernels):
     from factorizer_kernels._triton.launch import Problem
 
-    problem = Problem(rows, (1, 1, columns), (0, 0, 0), rank, True, 1e-16, relu, 5)
+    problem = Problem(rows, (1, 1, columns), (0, 0, 0), rank, True, 1e-16, relu, num_iters)
     assert path(problem).__name__.rsplit(".", 1)[-1] == kernels
