@@ -314,7 +314,10 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (DataError, OSError, FloatingPointError) as error:
-        _fail(str(error), 2)
+        text = str(error).rstrip()
+        if text.startswith("Caught "):  # a process that prepares batches sends its traceback with the message
+            text = text.splitlines()[-1].partition(": ")[2]
+        _fail(text, 2)
     except KeyboardInterrupt:
         _fail(f"Interrupted. To continue: {_command()}", 130)
 

@@ -9,7 +9,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 from rich.console import Console
 
-from factorizer.commands.train import check_counts, fit
+from factorizer.commands.train import check_cases, check_counts, fit
 from factorizer.data import DataError, Task, data_error, prepare_folder
 from factorizer.planning import Plan
 from factorizer.processes import pick_device, process_group
@@ -76,7 +76,12 @@ def train_bundle(
     checkpoint = out / "checkpoint.pt"
     with process_group():
         try:
-            _check_task(parser.get_parsed_content("task"), parser.get_parsed_content("plan"))
+            task = parser.get_parsed_content("task")
+            _check_task(task, parser.get_parsed_content("plan"))
+            if not checkpoint.exists():
+                geometries = check_cases(console, task)
+                if "geometries" in parser["train#dataset"]:
+                    parser["train#dataset#geometries"] = geometries
             trainer = parser.get_parsed_content("train#trainer")
             crops = parser.get_parsed_content("train#crops")
         except RuntimeError as error:  # MONAI's, about the part of the configuration that failed

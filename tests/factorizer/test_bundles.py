@@ -171,6 +171,16 @@ def test_the_command_line_follows_a_bundle(tmp_path):
     assert [step for step, _ in state["scores"]] == [1, 2]
 
 
+@pytest.mark.parametrize("name", ["brats_factorizer"])  # which prepares volumes at their first use
+def test_the_command_line_checks_every_file_before_a_bundle_trains(name, data, tmp_path):
+    (data / "images" / "case_2.nii.gz").write_bytes(b"")
+    options = ["train", data, "--out", tmp_path / "run", "--bundle", BUNDLES / name, "--device", "cpu"]
+    result = CliRunner().invoke(app, list(map(str, options)))
+    assert result.exit_code == 2, result.output
+    assert "case_2.nii.gz: not readable" in " ".join(result.stderr.split())
+    assert not list((tmp_path / "run").iterdir())
+
+
 def test_four_shifts_are_the_later_recipe():
     parser = ConfigParser()
     parser.read_config(configs("brats_factorizer", "train", "four_shifts"))
