@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from factorizer import MatrixFactorization
 from factorizer.data import Case, DataError, check_image, write_nifti
 from factorizer.planning import Plan, build_network
+from factorizer.tensors import fill
 from factorizer.training import read_checkpoint
 from factorizer.transforms import files_of, preprocessing, to_own_grid
 
@@ -39,11 +40,7 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     Raises FileNotFoundError where there is none, DataError where it is not one of ours, or one of
     another network.
     """
-    _, state = read_checkpoint(path)
-    try:
-        network.load_state_dict(state["network"])
-    except RuntimeError as error:
-        raise DataError(f"{path}: its weights do not fit the network ({error})") from error
+    fill(network, read_checkpoint(path)[1]["network"], path)
     return network.eval()
 
 

@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from factorizer.data import DataError, atomic
+
+
+def fill(network: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
+    """Loads the weights that were read from `path`. Raises DataError where they are another network's."""
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:  # with a line for each of the tensors
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise DataError(f"{path}: its weights do not fit the network ({reason})") from error
 
 
 def save_tensors(content: Mapping[str, Any], path: Path, *, shared: bool = False) -> None:

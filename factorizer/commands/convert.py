@@ -15,7 +15,7 @@ from factorizer.checkpoint import PAPER_EPS, convert_paper_checkpoint
 from factorizer.commands.bundle import bundle_plan
 from factorizer.data import DataError, prepare_folder
 from factorizer.planning import Plan, build_network
-from factorizer.tensors import load_tensors
+from factorizer.tensors import fill, load_tensors
 from factorizer.training import Trainer
 
 HOLDERS = ("state_dict", "network", "model")  # under which frameworks keep a network's tensors
@@ -51,10 +51,7 @@ def convert(
     network["num_deep_supr"] = len(heads)
     found = replace(found, network=network)
     made = build_network(found.network, found.seed)
-    try:
-        made.load_state_dict(state)
-    except RuntimeError as error:
-        raise DataError(f"{source}: its weights do not fit the plan's network ({error})") from error
+    fill(made, state, source)
     prepare_folder("output", out.resolve().parent)
     Trainer(found, made).save(out)
     console.print(
