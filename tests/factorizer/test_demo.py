@@ -138,7 +138,11 @@ def test_other_settings_do_not_continue_a_run(finished):
 def test_a_killed_run_continues_where_it_was_saved(data, tmp_path):
     """SIGINT, then SIGKILL: each time the checkpoint is whole, and the next run goes on from it."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    code = "import factorizer.training as t; t.SAVE_EVERY = 2; import factorizer.cli as c; c.main()"
+    # A shell's background job is started with SIGINT ignored, and hands that on.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "import factorizer.training as t; t.SAVE_EVERY = 2; import factorizer.cli as c; c.main()"
+    )
     options = ["demo", "--data", data, "--out", tmp_path / "out", "--steps", "400"]
     command = [sys.executable, "-c", code, *map(str, options)]
     checkpoint, steps = tmp_path / "out" / "checkpoint.pt", []
