@@ -57,27 +57,18 @@ class Padded(nn.Module):
         self.network, self.divisor = network, divisor
 
     def forward(self, x: Tensor) -> Tensor:
-        margins = [(-size % self.divisor) // 2 for size in x.shape[2:]]
-        y = self.network(pad(x, [margin for m in reversed(margins) for margin in (m, m)]))
-        return y[(..., *(slice(m, m + size) for m, size in zip(margins, x.shape[2:], strict=True)))]
+        missing = [-size % self.divisor for size in x.shape[2:]]
+        y = self.network(pad(x, [n for m in reversed(missing) for n in (m // 2, m - m // 2)]))
+        return y[(..., *(slice(m // 2, m // 2 + n) for m, n in zip(missing, x.shape[2:], strict=True)))]
 
 
-def _factorizer(reshape: str, size: dict[str, int], rank: int) -> Callable[[Plan], dict[str, Any]]:
-    arguments = {"head_dim": 8, **size}
-    return lambda plan: {
-        **plan.network,
-        "rank": rank,
-        "reshape": plan.network["reshape"] if reshape == "SWMatricize" else (reshape, arguments),
-    }
-
-
-# The plan's network is the Swin Factorizer of rank 1; the others differ from it in one or two arguments.
-FACTORIZERS = {
-    f"{name} Factorizer, rank {rank}": _factorizer(reshape, size, rank)
-    for name, reshape, size in (
-        ("Swin", "SWMatricize", {}),
-        ("Local", "Matricize", {"patch_size": 4}),
-        ("Global", "Matricize", {"grid_size": 1}),
+# What stands in place of arguments of the plan's network, which is the Swin Factorizer of rank 1.
+FACTORIZERS: dict[str, dict[str, Any]] = {
+    f"{name} Factorizer, rank {rank}": {"rank": rank, **reshape}
+    for name, reshape in (
+        ("Swin", {}),
+        ("Local", {"reshape": ("Matricize", {"head_dim": 8, "patch_size": 4})}),
+        ("Global", {"reshape": ("Matricize", {"head_dim": 8, "grid_size": 1})}),
     )
     for rank in (1, 4)
 }
@@ -106,13 +97,10 @@ class Run:
         return f"{name}_{self.steps}-steps_rate-{self.learning_rate:g}_seed-{self.seed}"
 
     def plan(self, plan: Plan) -> Plan:
-        network = {
-            "in_channels": len(plan.modalities),
-            "out_channels": len(plan.labels),
-            "name": self.network,
-        }
         if self.network in FACTORIZERS:
-            network = FACTORIZERS[self.network](plan)
+            network = {**plan.network, **FACTORIZERS[self.network]}
+        else:
+            network = {key: plan.network[key] for key in ("in_channels", "out_channels")}
         return replace(
             plan, network=network, seed=self.seed, steps=self.steps, learning_rate=self.learning_rate
         )
