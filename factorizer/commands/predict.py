@@ -38,7 +38,7 @@ def predict(
     """
     predictor = load_predictor(checkpoints, device=device, iterations=iterations, whole=whole, mirror=mirror)
     cases = find_cases(inputs, section)
-    prepare_folder("output", out, cases)
+    prepare_folder("output", out, (path for case in cases for path in case.images))
     part, parts = place()
     with process_group():  # which ends together: torchrun stops the others where one ends with an error
         own = run_cases(console, predictor, cases[part::parts], out)

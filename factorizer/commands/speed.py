@@ -24,7 +24,7 @@ from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.inference import Predictor, failure, load_predictor
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.screen import count, progress, table, tell_failure
-from factorizer.segmentation.transforms import files_of, preprocessing, to_own_grid
+from factorizer.segmentation.transforms import files_of, preprocessing, run_steps, to_own_grid
 from factorizer.segmentation.volumes import check_image, check_label
 
 
@@ -83,7 +83,7 @@ def speed(
     network, plan = predictor.models[0]
     cases = find_cases(inputs, section, labelled=True)
     cases = (tuple(case for case in cases if case.name in plan.held_out) or cases)[:limit]
-    prepare_folder("output", out, cases)
+    prepare_folder("output", out, (path for case in cases for path in case.images))
     settings = _settings(network, plan, num_iters, ranks)
     runs: list[list[tuple[list[float], float]]] = []  # case, setting: Dice of each target, seconds
     failed = 0
@@ -147,7 +147,7 @@ def _run_case(
     check_image(case, plan.modalities)
     truth = check_label(case, list(plan.labels))
     before = preprocessing(plan, ("image",))
-    item = before(files_of(case))
+    item = run_steps(before, files_of(case))
     image = item["image"].as_tensor()
     if not warm:
         predictor.run(settings[0].network, plan, image)  # the first run warms caches, and is not timed

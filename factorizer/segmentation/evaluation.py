@@ -26,7 +26,7 @@ from factorizer.segmentation.inference import Predictor, failure
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import place
 from factorizer.segmentation.screen import count, progress, table, tell_failure
-from factorizer.segmentation.volumes import check_label, read_nifti
+from factorizer.segmentation.volumes import check_label, read_grid, read_labels
 
 Targets = Mapping[str, Sequence[int]]  # names, each with the label values that it unites
 
@@ -84,9 +84,9 @@ def evaluate_case(prediction: Path, case: Case, values: Sequence[int], targets: 
     """
     if case.label is None:
         raise DataError(f"{prediction}: there is no label for it")
-    truth = check_label(Case(case.name, (prediction,), case.label), values)
-    labels = check_label(Case(case.name, (prediction,), prediction), values)
-    spacing = nib.affines.voxel_sizes(nib.load(prediction).affine).tolist()  # type: ignore[attr-defined]
+    labels = read_labels(prediction, values, grid_of=prediction)
+    truth = read_labels(case.label, values, grid_of=prediction)
+    spacing = nib.affines.voxel_sizes(read_grid(prediction)[0]).tolist()
     return compare(labels, truth, targets, spacing, case.name)
 
 
@@ -146,7 +146,7 @@ class MeanDice:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for case in self.cases[part::parts]:
             assert case.label is not None
-            labels, truth = predictor.segment(case), read_nifti(case.label)[1]
+            labels, truth = predictor.segment(case), check_label(case, list(self.plan.labels))
             for values in self.plan.targets.values():
                 total[0] += dice(np.isin(labels, values), np.isin(truth, values))
                 total[1] += 1
@@ -168,10 +168,10 @@ def evaluate(
     """
     if out.is_dir():
         raise DataError(f"output: {out} is a folder; it must be a file for the scores, such as scores.csv")
-    known, classes = _labels(labels)
+    known, classes, regions = _labels(labels)
     cases = [Case(case.name, case.images, known.get(case.name)) for case in _predictions(predictions)]
     prepare_folder("output", out.resolve().parent)
-    targets, values = _targets(cases, classes, checkpoint)
+    targets, values = _targets(cases, classes, regions, checkpoint)
     scores: list[Score] = []
     failed = 0
     with progress(console) as bar:
@@ -210,18 +210,19 @@ def _predictions(folder: Path) -> tuple[Case, ...]:
     return cases
 
 
-def _labels(labels: Path) -> tuple[dict[str, Path | None], dict[int, str]]:
-    """The label file of each case, and the names of the label values where they are known."""
+def _labels(labels: Path) -> tuple[dict[str, Path | None], dict[int, str], Targets]:
+    """The label file of each case, the names of the label values and the regions where they are known."""
     listing = labels / "dataset.json" if labels.is_dir() else labels
-    if listing.suffix == ".json" and listing.is_file():
-        return {case.name: case.label for case in find_cases([listing], labelled=True)}, read_classes(listing)
+    if listing.suffix.lower() == ".json" and listing.is_file():
+        known: dict[str, Path | None] = {c.name: c.label for c in find_cases([listing], labelled=True)}
+        return known, *read_classes(listing)
     if not labels.is_dir():
         raise DataError(f"labels: {labels} is no folder and no data list")
-    return {case.name: case.image for case in volumes_in(labels)}, {}
+    return {case.name: case.image for case in volumes_in(labels)}, {}, {}
 
 
 def _targets(
-    cases: Sequence[Case], classes: dict[int, str], checkpoint: Path | None
+    cases: Sequence[Case], classes: dict[int, str], regions: Targets, checkpoint: Path | None
 ) -> tuple[Targets, list[int]]:
     """What is measured, and all the values that a label may have."""
     if checkpoint is not None:
@@ -232,8 +233,8 @@ def _targets(
         for case in cases:
             for path in (case.image, case.label):
                 try:
-                    found |= set() if path is None else set(np.unique(read_nifti(path)[1]).tolist())
+                    found |= set() if path is None else set(np.unique(read_labels(path, None)).tolist())
                 except DataError:
                     continue  # told when its case is compared
         classes = {value: str(value) for value in sorted(map(int, found))}
-    return {name: (value,) for value, name in classes.items() if value}, list(classes)
+    return regions or {name: (value,) for value, name in classes.items() if value}, list(classes)

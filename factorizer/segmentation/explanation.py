@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 import torch
 from monai.transforms import Compose
@@ -23,7 +22,8 @@ from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.transforms import files_of, preprocessing, to_own_grid
+from factorizer.segmentation.transforms import files_of, preprocessing, run_steps, to_own_grid
+from factorizer.segmentation.volumes import check_image, check_label
 
 
 def mixers(network: nn.Module) -> dict[str, FactMixer]:
@@ -128,7 +128,7 @@ def case_components(predictor: Predictor, layers: Sequence[str], case: Case) -> 
     """The maps of layers, names from `mixers`, of the predictor's first network over a whole volume."""
     network, plan = predictor.models[0]
     before = preprocessing(plan, ("image",))
-    item = before(files_of(case))
+    item = run_steps(before, files_of(case))
     components = ComponentMaps(network, layers)
     maps = predictor.run(components, plan, item["image"].as_tensor())
     parts = maps.split([components.counts[name] for name in layers])
@@ -179,17 +179,6 @@ def agreements(
     }
 
 
-def signal_of(case: Case) -> np.ndarray:
-    """Where the image of a case is not zero: (X, Y, Z)."""
-    nonzero = None
-    for path in case.images:
-        voxels = np.asarray(nib.load(path).dataobj) != 0  # type: ignore[attr-defined]
-        voxels = voxels.any(axis=3) if voxels.ndim == 4 else voxels
-        nonzero = voxels if nonzero is None else nonzero | voxels
-    assert nonzero is not None
-    return nonzero
-
-
 def component_agreement(
     predictor: Predictor, layers: Sequence[str], cases: Sequence[Case]
 ) -> dict[str, Tensor]:
@@ -201,9 +190,10 @@ def component_agreement(
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
     for case in cases:
         components = case_components(predictor, layers, case)
-        labels = np.asarray(nib.load(case.label).dataobj)  # type: ignore[attr-defined,arg-type]
+        labels = check_label(case, list(plan.labels))
+        signal = (check_image(case, plan.modalities)[1] != 0).any(axis=3)
         for name in layers:
-            by_target = agreements(components.on_grid(name), labels, signal_of(case), plan)
+            by_target = agreements(components.on_grid(name), labels, signal, plan)
             found[name].append(torch.tensor([[a.auc for a in row] for row in by_target.values()]))
     return {name: torch.stack(areas).nanmean(0) for name, areas in found.items()}
 

@@ -26,7 +26,7 @@ from factorizer.segmentation.files import atomic
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import pick_device, place
 from factorizer.segmentation.screen import progress, tell_failure
-from factorizer.segmentation.transforms import files_of, preprocessing, to_own_grid
+from factorizer.segmentation.transforms import files_of, preprocessing, run_steps, to_own_grid
 from factorizer.segmentation.volumes import check_image, write_nifti
 
 SETTINGS = "settings.json"  # in a folder of results: what they were made with
@@ -100,7 +100,7 @@ class Predictor:
         total: Tensor | None = None
         for network, plan in self.models:
             before = preprocessing(plan, ("image",))
-            item = before(files_of(case))
+            item = run_steps(before, files_of(case))
             logits = to_own_grid(self.run(network, plan, item["image"].as_tensor()), item, before)
             total = logits if total is None else total + logits
         assert total is not None

@@ -17,7 +17,9 @@ import torch
 from torch import Tensor
 
 from factorizer.segmentation.cases import Case, Task
+from factorizer.segmentation.dataset import own_values
 from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.intensities import is_ct
 from factorizer.segmentation.volumes import Geometry
 
 WIDTH, STRIDES, PATCH = (24, 48, 96), (1, 2, 2), 4
@@ -44,7 +46,8 @@ class Plan:
         regions: names of the network's outputs, each with the label values that it unites, for
             outputs that overlap, each decided by a sigmoid; of two regions one holds the other, or
             they share nothing. Empty: the outputs are the labels, which exclude one another (softmax).
-        window: intensities that the image is clipped to; None for z-scores of the nonzero voxels.
+        window: for each channel the intensities that it is clipped to, (low, high), or None for z-scores of
+            its nonzero voxels. One pair alone holds for all channels.
         flips: axes along which mirror images are as likely as the originals.
         batch_size: crops in a training step, of all processes together.
         steps, learning_rate, weight_decay: of AdamW, with linear warm-up, then cosine.
@@ -60,7 +63,7 @@ class Plan:
     training: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    window: tuple[float, float] | None = None
+    window: tuple[tuple[float, float] | None, ...] = ()
     flips: tuple[int, ...] = ()
     batch_size: int = BATCH_SIZE
     steps: int = MAX_STEPS
@@ -73,6 +76,11 @@ class Plan:
         for name, value in vars(self).items():
             object.__setattr__(self, name, _tuples(value))
         object.__setattr__(self, "labels", {int(value): name for value, name in self.labels.items()})
+        window: Any = self.window or (None,)
+        if isinstance(window[0], (int, float)) or len(window) == 1:  # as plans had it that knew one for all
+            one = window if isinstance(window[0], (int, float)) else window[0]
+            object.__setattr__(self, "window", (one,) * len(self.modalities))
+        _check_windows(self.window, self.modalities)
         outputs = len(self.regions) or len(self.labels)
         for name, wanted in (("in_channels", len(self.modalities)), ("out_channels", outputs)):
             if self.network.get(name) != wanted:
@@ -108,16 +116,13 @@ class Plan:
 
     def _own_values(self) -> dict[str, int]:
         """For each region, outer ones first, the label value that it has and no region inside it."""
-        own = {}
-        for name, united in sorted(self.regions.items(), key=lambda item: -len(item[1])):
-            inner = [set(r) for n, r in self.regions.items() if n != name and set(r) <= set(united)]
-            rest = set(united).difference(*inner)
-            if len(rest) != 1 or not set(united) <= set(self.labels) - {0}:
+        own = own_values("plan", self.regions)
+        for name, united in self.regions.items():
+            if not set(united) <= set(self.labels):
                 raise DataError(
                     f"plan: the region {name!r} unites the label values {united}; they must be of "
-                    f"{list(self.labels)[1:]}, and exactly one of them in no region inside it"
+                    f"{list(self.labels)[1:]}"
                 )
-            own[name] = rest.pop()
         return own
 
 
@@ -136,8 +141,8 @@ def plan_run(
     to a multiple of 16, then the longest axis shortened until at most 64^3 voxels are left. Steps,
     where not given: so many that training sees 10 times the voxels of its volumes, but at least
     300 and at most 1000. Left and right are exchanged unless a class is named left or right; front
-    and back, top and bottom never are: anatomy has no such symmetry. CT is clipped to the window
-    that the labelled voxels of the training cases have in the median.
+    and back, top and bottom never are: anatomy has no such symmetry. A channel of CT is clipped to the
+    window that the labelled voxels of the training cases have in it in the median; others are not.
     """
     spacing = np.median([geometry.spacing for geometry in geometries.values()], axis=0)
     shapes = np.array([g.shape for g in geometries.values()])
@@ -150,24 +155,22 @@ def plan_run(
         crops_per_round = len(training) * max(1.0, float(median.prod() / crop.prod()))
         steps = math.ceil(ROUNDS * crops_per_round / BATCH_SIZE)
         steps = min(max(steps, MIN_STEPS), MAX_STEPS)
-    window = None
-    if any(name.upper() == "CT" for name in task.modalities):
-        windows = [w for case in training if (w := geometries[case.name].window) is not None]
-        if not windows:
-            raise DataError("data: no training case has a labelled voxel, so CT has no window")
-        low, high = np.median(windows, axis=0).tolist()
-        window = (low, high)
+    window = tuple(
+        _window(name, [geometries[case.name].windows[channel] for case in training]) if is_ct(name) else None
+        for channel, name in enumerate(task.modalities)
+    )
     size = tuple(int(length) for length in crop)
     names = " ".join(task.labels.values()).lower()
     return Plan(
         task=task.name,
         modalities=task.modalities,
         labels=task.labels,
+        regions=task.regions,
         spacing=tuple(spacing.tolist()),
         crop=size,
         network={
             "in_channels": len(task.modalities),
-            "out_channels": len(task.labels),
+            "out_channels": len(task.regions) or len(task.labels),
             "spatial_size": size,
             "encoder_depth": (1,) * len(WIDTH),
             "encoder_width": WIDTH,
@@ -191,6 +194,27 @@ def plan_run(
         steps=steps,
         seed=seed,
     )
+
+
+def _window(name: str, windows: Sequence[tuple[float, float] | None]) -> tuple[float, float]:
+    """What a channel of CT is clipped to: the median of what the training cases' labelled voxels have."""
+    found = [window for window in windows if window is not None]
+    if not found:
+        raise DataError(
+            f"data: no training case has labelled voxels of several intensities, so {name} has no window"
+        )
+    low, high = np.median(found, axis=0).tolist()
+    return low, high
+
+
+def _check_windows(windows: Any, modalities: Sequence[str]) -> None:
+    if len(windows) != len(modalities) or not all(
+        w is None or (len(w) == 2 and w[0] < w[1]) for w in windows
+    ):
+        raise DataError(
+            f"plan: window must be None or (low, high) for each of the {len(modalities)} modalities, got "
+            f"{windows!r}"
+        )
 
 
 def _tuples(value: Any) -> Any:

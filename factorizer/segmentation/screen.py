@@ -56,3 +56,8 @@ def table(title: str, *columns: str) -> Table:
 def duration(seconds: float) -> str:
     """In words."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def tell_warning(console: Console, text: str) -> None:
+    """What is allowed, and seldom meant."""
+    console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
