@@ -158,6 +158,10 @@ def predict(
     mirror: Annotated[
         bool, typer.Option("--mirror", help="Average over the mirror images that training drew from.")
     ] = False,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Write over results that were made from other inputs or settings."),
+    ] = False,
     device: Device = None,
 ) -> None:
     """Segment volumes. Cases that are done already are skipped; exit code 1 if one failed."""
@@ -174,6 +178,7 @@ def predict(
             iterations=num_iters,
             whole=whole,
             mirror=mirror,
+            overwrite=overwrite,
             device=device,
         )
         if any(outcome.state == "failed" for outcome in outcomes):

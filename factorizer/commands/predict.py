@@ -14,8 +14,6 @@ from factorizer.segmentation.measure import peak_memory
 from factorizer.segmentation.processes import gather, place, process_group
 from factorizer.segmentation.screen import tell_failure
 
-SETTINGS = "settings.json"
-
 
 def predict(
     console: Console,
@@ -27,12 +25,13 @@ def predict(
     iterations: int | None = None,
     whole: bool = False,
     mirror: bool = False,
+    overwrite: bool = False,
     device: str | None = None,
 ) -> list[Outcome]:
     """Segments the cases that `inputs` name (`find_cases`) into out/NAME.nii.gz.
 
     Where torchrun started several processes each takes its part of the cases. Returns what became of each
-    case, of all processes. Cases whose file is there are skipped (`run_cases`).
+    case, of all processes. Cases that were made from the same inputs are skipped (`run_cases`).
 
     Raises DataError for checkpoints, inputs or an `out` that cannot be used.
     """
@@ -41,7 +40,7 @@ def predict(
     prepare_folder("output", out, (path for case in cases for path in case.images))
     part, parts = place()
     with process_group():  # which ends together: torchrun stops the others where one ends with an error
-        own = run_cases(console, predictor, cases[part::parts], out)
+        own = run_cases(console, predictor, cases[part::parts], out, overwrite=overwrite)
         outcomes = gather(own)
     for outcome in outcomes[len(own) :]:  # the first process's come first, and it alone has a screen
         if outcome.state == "failed":

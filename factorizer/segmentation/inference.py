@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
@@ -22,12 +23,13 @@ from factorizer import MatrixFactorization, set_num_iters
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.checkpoint import load_network
 from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.files import atomic
+from factorizer.segmentation.files import atomic, read_json
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import pick_device, place
+from factorizer.segmentation.provenance import differences, made, write_result
 from factorizer.segmentation.screen import progress, tell_failure
 from factorizer.segmentation.transforms import files_of, preprocessing, run_steps, to_own_grid
-from factorizer.segmentation.volumes import check_image, write_nifti
+from factorizer.segmentation.volumes import on_grid_of
 
 SETTINGS = "settings.json"  # in a folder of results: what they were made with
 
@@ -104,6 +106,8 @@ class Predictor:
             logits = to_own_grid(self.run(network, plan, item["image"].as_tensor()), item, before)
             total = logits if total is None else total + logits
         assert total is not None
+        if not total.isfinite().all():
+            raise DataError(f"{case.image}: the network's output for it is not finite")
         return total / len(self.models)
 
     @torch.no_grad()
@@ -144,20 +148,23 @@ class Outcome:
     seconds: float = 0.0
 
 
-def segment_cases(predictor: Predictor, cases: Sequence[Case], folder: Path) -> Iterator[Outcome]:
+def segment_cases(
+    predictor: Predictor, cases: Sequence[Case], folder: Path, *, overwrite: bool = False
+) -> Iterator[Outcome]:
     """Segments cases into folder/NAME.nii.gz, one by one, and tells what became of each.
 
-    A case whose file is there is left alone. One that cannot be read, or fails otherwise, leaves no
+    A case whose file is there and was made from these very inputs (`provenance`) is left alone; where it was
+    not the case fails, unless `overwrite`. One that cannot be read, or fails otherwise, leaves no
     file, and the others go on.
     """
     for case in cases:
-        path, start = folder / f"{case.name}.nii.gz", time.perf_counter()
-        if path.exists():
-            yield Outcome(case.name, "skipped")
-            continue
-        reason = failure(lambda case=case, path=path: _segment_case(predictor, case, path))  # type: ignore[misc]
-        state = "failed" if reason else "done"
-        yield Outcome(case.name, state, reason, time.perf_counter() - start)
+        start, states = time.perf_counter(), []
+
+        def work(case: Case = case, states: list[str] = states) -> None:
+            states.append(_segment_case(predictor, case, folder / f"{case.name}.nii.gz", overwrite))
+
+        reason = failure(work)
+        yield Outcome(case.name, states[0] if states else "failed", reason, time.perf_counter() - start)
 
 
 def failure(call: Callable[[], None]) -> str:
@@ -175,9 +182,13 @@ def failure(call: Callable[[], None]) -> str:
     return ""
 
 
-def _segment_case(predictor: Predictor, case: Case, path: Path) -> None:
-    check_image(case, predictor.plan.modalities)
-    write_nifti(predictor.segment(case), case.image, path)
+def _segment_case(predictor: Predictor, case: Case, path: Path, overwrite: bool) -> str:
+    settings = predictor.settings()
+    if not overwrite and made(path, case, settings):
+        return "skipped"
+    labels = on_grid_of(predictor.segment(case), case.image)
+    write_result(path, case, settings, lambda temporary: nib.save(labels, temporary))
+    return "done"
 
 
 def _digest(network: nn.Module, plan: Plan) -> str:
@@ -209,16 +220,18 @@ def load_predictor(
     return Predictor(models, device=pick_device(device), whole=whole, mirror=mirror)
 
 
-def run_cases(console: Console, predictor: Predictor, cases: Sequence[Case], out: Path) -> list[Outcome]:
+def run_cases(
+    console: Console, predictor: Predictor, cases: Sequence[Case], out: Path, *, overwrite: bool = False
+) -> list[Outcome]:
     """`segment_cases` with a bar; failures are told as they come.
 
     out/settings.json says what the results were made with. Raises DataError where those that are there
-    were made with another network or other settings.
+    were made with another network or other settings, unless `overwrite`.
     """
-    _keep_settings(out / SETTINGS, predictor.settings())
+    _keep_settings(out / SETTINGS, predictor.settings(), overwrite)
     outcomes = []
     with progress(console) as bar:
-        work = segment_cases(predictor, cases, out)
+        work = segment_cases(predictor, cases, out, overwrite=overwrite)
         for outcome in bar.track(work, total=len(cases), description="Segmenting"):
             if outcome.state == "failed":
                 tell_failure(console, outcome.name, outcome.reason)
@@ -226,18 +239,13 @@ def run_cases(console: Console, predictor: Predictor, cases: Sequence[Case], out
     return outcomes
 
 
-def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
+def _keep_settings(path: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Writes what the folder's results are made with, or checks that it is the same as before."""
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: not readable as JSON ({error})") from error
-        if before != settings:
-            changed = [name for name in settings if before.get(name) != settings[name]]
+    if path.exists() and not overwrite:
+        if changed := differences(read_json(path), settings):
             raise DataError(
                 f"output: {path.parent} holds results made with other settings ({', '.join(changed)}); "
-                "give another folder, or delete this one"
+                "give another folder, delete this one, or give --overwrite"
             )
     elif place()[0] == 0:
         with atomic(path) as temporary:
