@@ -6,7 +6,7 @@ import torch
 from factorizer.layers.factorization import Solver
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """The tensors here are small: threads would only wait for one another."""
     threads = torch.get_num_threads()
