@@ -70,9 +70,14 @@ class Suite:
                 str(self.folder),
             ]
             done = subprocess.run(
-                [*command, *arguments, str(self.folder)], env=environment, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, check=False,
-            )  # fmt: skip
+                [*command, *arguments, str(self.folder)],
+                env=environment,
+                cwd=TESTS.parent,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
             by_test: dict[str, list[dict]] = {}
             for line in reports.read_text().splitlines():
                 report = json.loads(line)
