@@ -16,10 +16,18 @@ from typing import Any
 
 import numpy as np
 
-from .dataset import Regions, read_labels_and_regions, read_modalities
-from .errors import DataError
-from .files import read_json
-from .names import PAIRED, case_name, channel_number, check_names, is_volume, stem, tell_apart
+from factorizer.segmentation.dataset import Regions, read_labels_and_regions, read_modalities
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import read_json
+from factorizer.segmentation.names import (
+    PAIRED,
+    case_name,
+    channel_number,
+    check_names,
+    is_volume,
+    stem,
+    tell_apart,
+)
 
 MIN_CASES = 3  # two to train on and one held out
 HELD_OUT, MAX_HELD_OUT = 0.2, 40  # share and number of the cases that training never sees

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import DataError
+from factorizer.segmentation.errors import DataError
 
 Regions = dict[str, tuple[int, ...]]
 
@@ -99,7 +99,7 @@ def own_values(source: str, regions: Mapping[str, Sequence[int]]) -> dict[str, i
     """
     own: dict[str, int] = {}
     for name, united in sorted(regions.items(), key=lambda item: -len(set(item[1]))):
-        inner = [set(other) for n, other in regions.items() if n != name and set(other) < set(united)]
+        inner = [set(other) for n, other in regions.items() if n != name and set(other) <= set(united)]
         rest = set(united).difference(*inner)
         crossing = [
             other

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .errors import DataError
+from factorizer.segmentation.errors import DataError
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def digest_of(path: Path) -> str:
 
 
 def save_tensors(content: Mapping[str, Any], path: Path, *, shared: bool = False) -> None:
-    """Writes a mapping of names to tensors and plain data; `shared` as of `atomic`.
+    """Writes a mapping of names to tensors and plain data; for `shared` see `atomic`.
 
     Raises OSError where the file cannot be written; the one that was there stays.
     """

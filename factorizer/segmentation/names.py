@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from .errors import DataError
+from factorizer.segmentation.errors import DataError
 
 # What nibabel reads as NIfTI; of a pair of files the one with the voxels stands for both.
 PAIRED = (".img", ".img.gz")

@@ -20,16 +20,20 @@ from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.dataset import own_values
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.intensities import is_ct
+from factorizer.segmentation.recipe import (
+    BATCH_SIZE,
+    DIVISOR,
+    LEARNING_RATE,
+    MAX_CROP_VOXELS,
+    MAX_STEPS,
+    MIN_STEPS,
+    NETWORK,
+    RECIPE,
+    ROUNDS,
+    WEIGHT_DECAY,
+    Recipe,
+)
 from factorizer.segmentation.volumes import Geometry
-
-WIDTH, STRIDES, PATCH = (24, 48, 96), (1, 2, 2), 4
-DIVISOR = PATCH * math.prod(STRIDES)  # a crop is a whole number of windows in the deepest stage
-MAX_CROP_VOXELS = 64**3
-BATCH_SIZE = 2
-ROUNDS, MIN_STEPS, MAX_STEPS = 10, 300, 1000
-
-# Arguments of `Factorizer` that are classes, or pairs of a class and its arguments.
-PARTS = ("norm", "reshape", "act", "factorize", "stem", "downsample", "upsample", "head", "pos_embed")
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,12 @@ class Plan:
         batch_size: crops in a training step, of all processes together.
         steps, learning_rate, weight_decay: of AdamW, with linear warm-up, then cosine.
         seed: of the first weights, the crops and their augmentation.
+        recipe: all other numbers of the training; a mapping of the fields that differ from
+            `Recipe`'s defaults serves as well.
+
+    Raises:
+        DataError: channels or regions do not fit, or a number of the recipe is out of its range.
+        TypeError: the recipe has no such field.
     """
 
     task: str
@@ -67,9 +77,10 @@ class Plan:
     flips: tuple[int, ...] = ()
     batch_size: int = BATCH_SIZE
     steps: int = MAX_STEPS
-    learning_rate: float = 5e-3
-    weight_decay: float = 1e-2
+    learning_rate: float = LEARNING_RATE
+    weight_decay: float = WEIGHT_DECAY
     seed: int = 0
+    recipe: Recipe = field(default_factory=Recipe)  # not RECIPE: what plans without it were trained by
 
     def __post_init__(self) -> None:
         # A configuration file knows no tuples, and no keys but strings.
@@ -81,6 +92,8 @@ class Plan:
             one = window if isinstance(window[0], (int, float)) else window[0]
             object.__setattr__(self, "window", (one,) * len(self.modalities))
         _check_windows(self.window, self.modalities)
+        if isinstance(self.recipe, Mapping):
+            object.__setattr__(self, "recipe", Recipe(**self.recipe))
         outputs = len(self.regions) or len(self.labels)
         for name, wanted in (("in_channels", len(self.modalities)), ("out_channels", outputs)):
             if self.network.get(name) != wanted:
@@ -143,6 +156,9 @@ def plan_run(
     300 and at most 1000. Left and right are exchanged unless a class is named left or right; front
     and back, top and bottom never are: anatomy has no such symmetry. A channel of CT is clipped to the
     window that the labelled voxels of the training cases have in it in the median; others are not.
+
+    Raises:
+        DataError: a channel is CT, and no training case has a labelled voxel.
     """
     spacing = np.median([geometry.spacing for geometry in geometries.values()], axis=0)
     shapes = np.array([g.shape for g in geometries.values()])
@@ -161,6 +177,7 @@ def plan_run(
     )
     size = tuple(int(length) for length in crop)
     names = " ".join(task.labels.values()).lower()
+    channels = {"in_channels": len(task.modalities), "out_channels": len(task.regions) or len(task.labels)}
     return Plan(
         task=task.name,
         modalities=task.modalities,
@@ -168,31 +185,14 @@ def plan_run(
         regions=task.regions,
         spacing=tuple(spacing.tolist()),
         crop=size,
-        network={
-            "in_channels": len(task.modalities),
-            "out_channels": len(task.regions) or len(task.labels),
-            "spatial_size": size,
-            "encoder_depth": (1,) * len(WIDTH),
-            "encoder_width": WIDTH,
-            "strides": STRIDES,
-            "decoder_depth": (1,) * (len(WIDTH) - 1),
-            "norm": "LayerNorm",
-            "reshape": (
-                "SWMatricize",
-                {"head_dim": 8, "patch_size": PATCH, "shifts": (None, PATCH // 2)},
-            ),
-            "act": "ReLU",
-            "factorize": "NMF",
-            "rank": 1,
-            "num_iters": 5,
-            "mlp_ratio": 2,
-        },
+        network={**channels, "spatial_size": size, **NETWORK},
         training=tuple(case.name for case in training),
         held_out=tuple(case.name for case in held_out),
         window=window,
         flips=() if "left" in names or "right" in names else (0,),
         steps=steps,
         seed=seed,
+        recipe=RECIPE,
     )
 
 

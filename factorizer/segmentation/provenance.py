@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from .cases import Case
-from .errors import DataError
-from .files import atomic, digest_of, read_json
-from .volumes import parts_of
+from factorizer.segmentation.cases import Case
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import atomic, digest_of, read_json
+from factorizer.segmentation.volumes import parts_of
 
 FOLDER = "made_from"
 

@@ -19,12 +19,13 @@ import numpy as np
 from rich.console import Console
 from scipy.ndimage import affine_transform, gaussian_filter
 
-from .cases import Case, Task
-from .errors import DataError
-from .files import atomic, digest_of
-from .intensities import clean, is_ct, window_of
-from .names import PAIRED, places_by_name
-from .screen import count, progress, tell_warning
+from factorizer.segmentation.cases import Case, Task
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import atomic, digest_of
+from factorizer.segmentation.intensities import clean, is_ct, window_of
+from factorizer.segmentation.names import PAIRED, places_by_name
+from factorizer.segmentation.recipe import RANGE_QUANTILES
+from factorizer.segmentation.screen import count, progress, tell_warning
 
 # What a NIfTI header says about the grid, beside the voxel sizes. Its other fields (dtype, scaling, intent,
 # description) are about the image's intensities and do not hold for what is written on its grid.
@@ -35,7 +36,6 @@ GRID_FIELDS = (
 GRID_TOLERANCE = 1e-2  # mm, and a fifth of a voxel at most, between the places that two files give to a voxel
 MILLIMETRES = {1: 1e3, 2: 1.0, 3: 1e-3}  # of NIfTI's units; a file that says none means mm
 MIN_SPACING, MAX_SPACING = 0.01, 100.0  # mm; no scanner's beyond
-RANGE_QUANTILES = (0.005, 0.995)  # of the labelled voxels' intensities, which CT is clipped to
 LABEL_ROUNDING = 0.05  # a label's distance from a whole number, at most, where the file's steps are coarse
 
 
