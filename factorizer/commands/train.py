@@ -14,7 +14,7 @@ from factorizer.segmentation.cases import read_decathlon, split_cases
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import MeanDice
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.plan import plan_run
+from factorizer.segmentation.plan import Wishes, plan_run
 from factorizer.segmentation.processes import pick_device, process_group
 from factorizer.segmentation.screen import duration, facts
 from factorizer.segmentation.training import Trainer, fit
@@ -50,7 +50,7 @@ def train(
     prepare_folder("out", out)
     geometries = check_cases(console, task)
     training, held_out = split_cases(task.cases, seed, fold)
-    plan = plan_run(task, geometries, training, held_out, steps=steps, seed=seed)
+    plan = plan_run(task, geometries, training, held_out, Wishes(steps=steps), seed=seed)
     checkpoint = out / "checkpoint.pt"
     with process_group():
         trainer = Trainer(

@@ -324,12 +324,21 @@ class CropBatches:
         image, label = (torch.stack([crop[key] for crop in crops]).float() for key in ("image", "label"))
         return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
 
-    def _crop(self, position: int) -> dict[str, torch.Tensor]:
+    def case_names(self, step: int) -> list[str]:
+        """The cases that the crops of a batch come from, all processes' together."""
+        size, names = self.plan.batch_size, self.plan.training
+        places = {self._place(position) for position in range(step * size, (step + 1) * size)}
+        return [names[k] if k < len(names) else f"number {k}" for k in sorted(places)]
+
+    def _place(self, position: int) -> int:
+        """Which volume a crop is of: in every round each comes once."""
         round_, place = divmod(position, len(self.volumes))
-        order = np.random.default_rng([self.plan.seed, round_]).permutation(len(self.volumes))
+        return int(np.random.default_rng([self.plan.seed, round_]).permutation(len(self.volumes))[place])
+
+    def _crop(self, position: int) -> dict[str, torch.Tensor]:
         state = np.random.SeedSequence([self.plan.seed, position]).generate_state(1)[0]
         self.augment.set_random_state(seed=int(state))
-        crop = self.augment(self.volumes[int(order[place])])
+        crop = self.augment(self.volumes[self._place(position)])
         return crop[0] if isinstance(crop, list) else crop
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -260,6 +260,12 @@ def digest_of_case(case: Case) -> str:
     return hashlib.sha256(
         " ".join(digest_of(file) for path in files for file in parts_of(path)).encode()
     ).hexdigest()
+
+
+def digest_of_cases(cases: Iterable[Case]) -> str:
+    """Of the names of cases, in alphabetical order, and the contents of their files."""
+    known = sorted((case.name, digest_of_case(case)) for case in cases)
+    return hashlib.sha256(repr(known).encode()).hexdigest()
 
 
 def parts_of(path: Path) -> list[Path]:

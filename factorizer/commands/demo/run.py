@@ -31,7 +31,7 @@ from factorizer.segmentation.figures import component_row, draw_components, draw
 from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.measure import versions
-from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.screen import progress
 from factorizer.segmentation.training import Trainer, fit
 from factorizer.segmentation.transforms import CropBatches, PreparedCase, training_volumes
@@ -68,7 +68,7 @@ def run_demo(
             task = read_decathlon(write_synthetic(out / "data", seed=SEED))
     geometries = check_cases(console, task)
     training, held_out = split_cases(task.cases, SEED)
-    plan = plan_run(task, geometries, training, held_out, steps=steps, seed=SEED)
+    plan = plan_run(task, geometries, training, held_out, Wishes(steps=steps), seed=SEED)
     trainer = Trainer(plan, build_network(plan.network, plan.seed))
     checkpoint = out / "checkpoint.pt"
     if checkpoint.exists():

@@ -12,7 +12,7 @@ from factorizer.models.build import build_network
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.checkpoint import load_network
 from factorizer.segmentation.inference import Predictor
-from factorizer.segmentation.plan import plan_run
+from factorizer.segmentation.plan import Wishes, plan_run
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.volumes import Geometry, write_nifti
 
@@ -28,7 +28,7 @@ def plan():
     members = tuple(Case(str(i), ()) for i in range(3))
     task = Task("task", ("A",), {0: "background", 4: "a", 7: "b"}, members)
     geometries = {case.name: Geometry((16, 16, 16), (1.0, 1.0, 1.0)) for case in members}
-    return plan_run(task, geometries, members[:2], members[2:], steps=1)
+    return plan_run(task, geometries, members[:2], members[2:], Wishes(steps=1))
 
 
 class Thresholds(nn.Module):

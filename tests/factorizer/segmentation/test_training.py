@@ -13,7 +13,7 @@ from factorizer.models.build import build_network
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.training import SegmentationLoss, Trainer
 from factorizer.segmentation.volumes import Geometry
 
@@ -22,7 +22,7 @@ def plan_for(shape=(16, 16, 16), spacing=(1.0, 1.0, 1.0), cases=10, labels=None,
     members = tuple(Case(f"case_{i}", ()) for i in range(cases))
     task = Task("task", ("A", "B"), labels or {0: "background", 3: "lesion"}, members)
     geometries = {case.name: Geometry(shape, spacing) for case in members}
-    return plan_run(task, geometries, members[:-2], members[-2:], **options)
+    return plan_run(task, geometries, members[:-2], members[-2:], Wishes(**options))
 
 
 class Batches:
