@@ -96,6 +96,9 @@ class Plan:
     learning_rate: float = LEARNING_RATE
     weight_decay: float = WEIGHT_DECAY
     seed: int = 0
+    notes: tuple[str, ...] = ()
+    data: str = ""
+    resample: str = ""
     recipe: Recipe = field(default_factory=Recipe)  # not RECIPE: what plans without it were trained by
 
     def __post_init__(self) -> None:
