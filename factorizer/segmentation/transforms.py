@@ -37,7 +37,7 @@ from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset
 
 from factorizer.segmentation.cases import Case
-from factorizer.segmentation.errors import DataError, data_error
+from factorizer.segmentation.errors import DataError, FlatImageError, data_error
 from factorizer.segmentation.files import load_tensors, save_tensors
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
@@ -149,6 +149,9 @@ class PreparedCase:
 
     Attributes:
         image: (C, X, Y, Z) float32, see `preprocessing`.
+
+    Raises:
+        DataError: see `check_image`; FlatImageError where there is nothing to be seen.
     """
 
     def __init__(self, plan: Plan, case: Case) -> None:
@@ -156,6 +159,10 @@ class PreparedCase:
         self._preprocess = preprocessing(plan, ("image",))
         self._item: dict[str, Any] = run_steps(self._preprocess, files_of(case))
         self.image: torch.Tensor = self._item["image"].as_tensor()
+        if bool((self.image == self.image[:, :1, :1, :1]).all()):
+            raise FlatImageError(
+                f"{case.image}: holds a single value in each channel: there is nothing to be seen"
+            )
 
     def to_own_grid(self, values: torch.Tensor) -> torch.Tensor:
         """Values (n, X, Y, Z) on the network's grid to the case's own (n, X', Y', Z'); interpolated
