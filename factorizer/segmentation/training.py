@@ -296,7 +296,8 @@ def _difference(name: str, before: Any, now: Any) -> str:
 
 def _flat(plan: dict[str, Any]) -> dict[str, Any]:
     """The fields of a plan, with those of its recipe beside them."""
-    return {**plan, **{f"recipe.{name}": value for name, value in plan.pop("recipe").items()}}
+    recipe = {f"recipe.{name}": value for name, value in plan["recipe"].items()}
+    return {name: value for name, value in plan.items() if name != "recipe"} | recipe
 
 
 def fit(console: Console, trainer: Trainer, batches: CropBatches, path: Path) -> None:
