@@ -50,6 +50,13 @@ Whole = Annotated[
     bool, typer.Option("--whole", help="Whole volumes at once, no sliding window: no seams, more memory.")
 ]
 Steps = Annotated[int | None, typer.Option(help="Training steps. Default: derived from the data's size.")]
+Resample = Annotated[
+    str,
+    typer.Option(
+        help="Bring modalities that lie on other grids to that of the first, or of the one of this name. "
+        "Labels stay as they are."
+    ),
+]
 Configs = Annotated[
     list[str] | None,
     typer.Option("--config", help="File of the bundle's configs/ over train.json, such as four_shifts."),
@@ -61,6 +68,17 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part]
     except ValueError as error:
         raise typer.BadParameter(f"got {text!r}; give whole numbers separated by commas") from error
+
+
+def _lengths(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise typer.BadParameter(f"got {text!r}; give numbers separated by commas") from error
+
+
+def _axes(text: str) -> list[int]:
+    return [] if text == "none" else _numbers(text)
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -94,6 +112,43 @@ def train(
     ] = None,
     config: Configs = None,
     steps: Steps = None,
+    crop: Annotated[
+        Any,
+        typer.Option(
+            help="Voxels of a training crop, such as 96,96,64: right, anterior, superior.", parser=_numbers
+        ),
+    ] = None,
+    spacing: Annotated[
+        Any,
+        typer.Option(help="Voxel size in mm that volumes are brought to, such as 1,1,2.5.", parser=_lengths),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Crops in a step, of all processes together.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, after the warm-up.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="swin, local or global: windows shifted, not shifted, or one window.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of every factorisation.")] = None,
+    width: Annotated[
+        Any,
+        typer.Option(help="Channels of each level, finest first, such as 24,48,96.", parser=_numbers),
+    ] = None,
+    flips: Annotated[
+        Any,
+        typer.Option(
+            help="Axes of mirror images: none, or some of 0 (left-right), 1 (front-back), 2 (bottom-top). "
+            "Default: 0, unless classes are sides.",
+            parser=_axes,
+        ),
+    ] = None,
+    resample: Resample = "",
+    split: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON file {"training": [names], "held_out": [names]}, or nnU-Net\'s splits_final.json.'
+        ),
+    ] = None,
     fold: Annotated[
         int | None, typer.Option(help="Fold of five to hold out. Default: a fifth of the cases, at most 40.")
     ] = None,
@@ -116,8 +171,20 @@ def train(
     """
     with _errors():
         from factorizer.commands.train import train as run
+        from factorizer.segmentation.plan import Wishes
         from factorizer.segmentation.screen import console_of_process
 
+        wishes = Wishes(
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            crop=crop and tuple(crop),
+            spacing=spacing and tuple(spacing),
+            network=network,
+            rank=rank,
+            width=width and tuple(width),
+            flips=None if flips is None else tuple(flips),
+        )
         if bundle is not None:
             from factorizer.commands.bundle import train_bundle
 
@@ -127,7 +194,9 @@ def train(
                 config or (),
                 data,
                 out,
-                steps=steps,
+                wishes,
+                resample=resample,
+                split=split,
                 fold=fold,
                 seed=seed,
                 patience=patience,
@@ -142,7 +211,9 @@ def train(
             console_of_process(),
             data,
             out,
-            steps=steps,
+            wishes,
+            resample=resample,
+            split=split,
             seed=seed,
             fold=fold,
             validate_every=validate_every,
@@ -158,6 +229,7 @@ def predict(
     input: Inputs,
     output: Annotated[Path, typer.Option(help="Folder for NAME.nii.gz, on the grid of each input.")],
     section: Section = None,
+    resample: Resample = "",
     num_iters: Iterations = None,
     whole: Whole = False,
     mirror: Annotated[
@@ -180,6 +252,7 @@ def predict(
             input,
             output,
             section=section,
+            resample=resample,
             num_iters=num_iters,
             whole=whole,
             mirror=mirror,
@@ -224,6 +297,7 @@ def explain(
         Path | None, typer.Option(help="Folder with NAME.nii.gz. Without labels: the prediction.")
     ] = None,
     section: Section = None,
+    resample: Resample = "",
     num_iters: Iterations = None,
     whole: Whole = False,
     device: Device = None,
@@ -242,6 +316,7 @@ def explain(
             layers=layer or ("shallow", "deep"),
             labels=labels,
             section=section,
+            resample=resample,
             num_iters=num_iters,
             whole=whole,
             device=device,

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -26,7 +27,7 @@ from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import save_tensors
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
-from factorizer.segmentation.screen import progress
+from factorizer.segmentation.screen import count, progress
 from factorizer.segmentation.transforms import CropBatches
 
 SAVE_EVERY, SAVE_SECONDS = 20, 30.0  # steps, or seconds and one step, that a killed run loses at most
@@ -87,7 +88,7 @@ class Trainer:
             a score, the same in every process, more is better. The checkpoint with the best one is
             kept beside the last, as best.pt.
         patience: stop after so many validations in a row that were no better than the best before.
-        workers: processes that prepare batches ahead; 0: none.
+        workers: processes that prepare batches ahead, as many as there are cores at most; 0: none.
     """
 
     def __init__(
@@ -104,7 +105,7 @@ class Trainer:
     ) -> None:
         self.plan, self.device, self.log = plan, torch.device(device), log
         self.validate, self.validate_every, self.patience = validate, validate_every, patience
-        self.workers = workers
+        self.workers = min(workers, _cores())
         self.network = network.to(self.device)
         self.parallel: nn.Module = self.network
         self.process_index, self.process_count = group_position()
@@ -253,6 +254,13 @@ class Trainer:
         return self.scores[-1][1]
 
 
+@runtime_checkable
+class Watched(Protocol):
+    """A validation that tells how far it is: how many of how many cases are done."""
+
+    watch: Callable[[int, int], None]
+
+
 class _Log:
     """Writes numbers for TensorBoard, or does nothing where there is no folder.
 
@@ -274,6 +282,11 @@ class _Log:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def _cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _float(logits: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
@@ -320,4 +333,13 @@ def fit(console: Console, trainer: Trainer, batches: CropBatches, path: Path) ->
                 console.print(f"step {step} of {trainer.plan.steps}, loss {loss:.3f}{score}")
                 told = time.perf_counter()
 
+        if isinstance(trainer.validate, Watched):
+            validation = bar.add_task("Validating", total=None, visible=False)
+
+            def watch(done: int, total: int) -> None:
+                bar.update(validation, completed=done, total=total, visible=done < total)
+                if done == 0 and not console.is_terminal:
+                    console.print(f"step {trainer.step}: validating on {count(total, 'case')}")
+
+            trainer.validate.watch = watch
         trainer.run(batches, path, advance)
