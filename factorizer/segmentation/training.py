@@ -22,7 +22,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from factorizer.segmentation.checkpoint import read_checkpoint
+from factorizer.segmentation.checkpoint import load_weights_into, read_checkpoint
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import save_tensors
 from factorizer.segmentation.plan import Plan
@@ -242,7 +242,11 @@ class Trainer:
                 raise DataError(
                     f"{path}: belongs to a run with {_difference(name, before[name], value)}; {way_out}"
                 )
-        self.network.load_state_dict(state["network"])
+        if missing := {"optimizer", "schedule", "losses", "scores", "seconds"}.difference(state):
+            raise DataError(
+                f"{path}: is no run to be continued: it has no {' and no '.join(sorted(missing))}; {way_out}"
+            )
+        load_weights_into(self.network, state["network"], path)
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.losses, self.scores = list(state["losses"]), list(state["scores"])
