@@ -171,7 +171,11 @@ def test_lengths_are_in_mm(tmp_path, unit, length):
     [
         ("meter", 1.0, "are 1000 x 1000 x 1000 mm large, by a header in metres"),
         ("micron", 1.0, "are 0.001 x 0.001 x 0.001 mm large, by a header in micrometres"),
-        ("mm", 101.0, "are 101 x 101 x 101 mm large, by a header in mm; they must be between 0.01 and 100 mm"),
+        (
+            "mm",
+            101.0,
+            "are 101 x 101 x 101 mm large, by a header in mm; they must be between 0.01 and 100 mm",
+        ),
     ],
 )
 def test_voxels_of_no_scanner(tmp_path, unit, length, words):
