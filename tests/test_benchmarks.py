@@ -13,16 +13,16 @@ ROOT = Path(__file__).parents[1]
 
 # A kernel off by a thousandth, as a pytest plugin: too little to be seen, too much to be right.
 BROKEN = """
-from factorizer_kernels import _ops
+from factorizer_kernels.shared import registry
 
 def pytest_configure():
-    kernel = _ops._KERNELS["{operator}", "cpu"]
+    kernel = registry._KERNELS["{operator}", "cpu"]
 
     def wrong(*args):
         out = kernel(*args)
         return (out[0] * 1.001, *out[1:]) if isinstance(out, tuple) else out * 1.001
 
-    _ops._KERNELS["{operator}", "cpu"] = wrong
+    registry._KERNELS["{operator}", "cpu"] = wrong
 """
 
 
