@@ -143,10 +143,11 @@ class Worker {
               plane_at(slot) - above * plan_.pitch - before, plan_.pitch, rows, columns);
   }
 
-  // To the bias' gradient.
-  void add_plane(const Tile& tile, i64 slot) const {
+  // Some rows of dy to the bias' gradient.
+  void add_rows(i64 slot, i64 rows, i64 count) const {
+    if (p_.dbias == nullptr) return;
     T* const to = totals_ + p_.taps() * Simd<T>::width;
-    store(to, load(to) + sum_rows(plane_at(slot), plan_.pitch, tile.extent[1], tile.extent[2]));
+    store(to, load(to) + sum_rows(plane_at(slot), plan_.pitch, rows, count));
   }
 
   T total(i64 packed) const { return lane_sum(totals_ + packed * Simd<T>::width, Constant<Simd<T>::width>{}); }
@@ -179,7 +180,7 @@ class Worker {
       if (out != nullptr) filter_plane(tile, z, {offsets, count, weights_ + weights, bias_}, *out, in, x);
       if (x != nullptr) {
         correlate_plane(tile, z, offsets, count, totals_ + weights * Simd<T>::width, *x);
-        add_plane(tile, slot(z));
+        add_rows(slot(z), tile.extent[1], tile.extent[2]);
       }
     }
   }
@@ -250,7 +251,7 @@ class Worker {
       for (i64 z = 0; z < depth; ++z) {
         read_rows(x->at(tile.begin[0] + z, 0, 0), x->stride[1], x->stride[2], x_ + z * plan_.length, plan_.pitch,
                   rows, columns);
-        add_plane(tile, plan_.reach[0] + z);
+        add_rows(plan_.reach[0] + z, 1, (rows - 1) * plan_.pitch + columns);
       }
       correlate_(depth, x_, plan_.length, first, plan_.plane, taps.offsets, taps.count, plan_.length, totals_);
     }
