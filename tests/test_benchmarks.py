@@ -122,7 +122,7 @@ def test_accuracy_study(tmp_path):
     """Two networks on one split; a second call trains nothing anew; the tables are those of the scores."""
     pytest.importorskip("monai")
     from benchmarks.accuracy import main
-    from factorizer.demo import write_synthetic
+    from factorizer.commands.demo import write_synthetic
 
     data, out = write_synthetic(tmp_path / "data", cases=5, shape=(20, 20, 20)), tmp_path / "out"
     networks = ["UNet", "Local Factorizer, rank 1"]

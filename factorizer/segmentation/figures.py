@@ -12,9 +12,10 @@ from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
-from factorizer.data import Case, atomic
-from factorizer.planning import Plan
-from factorizer.transforms import files_of, preprocessing
+from factorizer.segmentation.cases import Case
+from factorizer.segmentation.files import atomic
+from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.transforms import files_of, preprocessing
 
 # Told apart also by people who do not see all colours (Okabe and Ito's palette).
 COLOURS = ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#0072B2")

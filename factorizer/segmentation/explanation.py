@@ -19,10 +19,11 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from factorizer import FactMixer
-from factorizer.data import Case, DataError
-from factorizer.inference import Predictor
-from factorizer.planning import Plan
-from factorizer.transforms import files_of, preprocessing, to_own_grid
+from factorizer.segmentation.cases import Case
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.inference import Predictor
+from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.transforms import files_of, preprocessing, to_own_grid
 
 
 def mixers(network: nn.Module) -> dict[str, FactMixer]:

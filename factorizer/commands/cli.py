@@ -72,7 +72,7 @@ def demo(
 ) -> None:
     """Train a small Swin Factorizer, segment held-out volumes, compare speeds, and report."""
     with _errors():
-        from factorizer.demo import run_demo
+        from factorizer.commands.demo import run_demo
 
         run_demo(out, data, steps=steps)
 
@@ -111,7 +111,7 @@ def train(
     """
     with _errors():
         from factorizer.commands.train import train as run
-        from factorizer.screen import console_of_process
+        from factorizer.segmentation.screen import console_of_process
 
         if bundle is not None:
             from factorizer.commands.bundle import train_bundle
@@ -163,7 +163,7 @@ def predict(
     """Segment volumes. Cases that are done already are skipped; exit code 1 if one failed."""
     with _errors():
         from factorizer.commands.predict import predict as run
-        from factorizer.screen import console_of_process
+        from factorizer.segmentation.screen import console_of_process
 
         outcomes = run(
             console_of_process(),
@@ -195,7 +195,7 @@ def evaluate(
     with _errors():
         from rich.console import Console
 
-        from factorizer.commands.evaluate import evaluate as run
+        from factorizer.segmentation.evaluation import evaluate as run
 
         if run(Console(), predictions, labels, output, checkpoint):
             raise typer.Exit(1)
@@ -309,7 +309,7 @@ def doctor() -> None:
 @contextmanager
 def _errors() -> Iterator[None]:
     """What a user can mend ends with exit code 2 and a line, an interruption with 130."""
-    from factorizer.data import DataError
+    from factorizer.segmentation.errors import DataError
 
     try:
         yield
@@ -323,7 +323,7 @@ def _errors() -> Iterator[None]:
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    from factorizer.data import DataError
+    from factorizer.segmentation.errors import DataError
 
     try:
         return [int(part) for part in text.split(",") if part]

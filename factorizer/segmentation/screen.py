@@ -14,7 +14,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from factorizer.processes import place
+from factorizer.segmentation.processes import place
 
 
 def console_of_process() -> Console:

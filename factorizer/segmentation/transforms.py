@@ -38,9 +38,11 @@ from monai.transforms import (
 from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset
 
-from factorizer.data import Case, DataError, Geometry, check_image, check_label
-from factorizer.planning import Plan
-from factorizer.tensors import load_tensors, save_tensors
+from factorizer.segmentation.cases import Case
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import load_tensors, save_tensors
+from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.volumes import Geometry, check_image, check_label
 
 CACHE_BYTES = 6 * 2**30  # volumes beyond this are read again at every use
 

@@ -1,44 +1,27 @@
-"""Cases: find them in folders, lists and Decathlon folders, check their files, split them.
+"""Cases: find them in folders, lists and Decathlon folders, and split them.
 
 A Decathlon folder (the layout of the Medical Segmentation Decathlon) holds `dataset.json` and the
-NIfTI files that it names. What can be wrong with files is found here, before anything is computed:
-every error is a `DataError` that names the file or field, what it got and what it needs.
+NIfTI files that it names. Every error is a `DataError` that names the file or field, what it got and
+what it needs; what the volumes hold is for `factorizer.segmentation.volumes` to check.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
+
+from .errors import DataError
 
 MIN_CASES = 3  # two to train on and one held out
 HELD_OUT, MAX_HELD_OUT = 0.2, 40  # share and number of the cases that training never sees
 SECTIONS = ("testing", "test", "validation", "training")  # of a data list, the first that has cases
 NIFTI = (".nii", ".nii.gz")
-GRID_FIELDS = (  # of a NIfTI header, beside the voxel sizes
-    *("xyzt_units", "sform_code", "srow_x", "srow_y", "srow_z", "qform_code"),
-    *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
-)
-GRID_TOLERANCE = 1e-2  # mm between the places that two files give to a voxel
-
-
-class DataError(ValueError):
-    """Data that cannot be used. The message names the file or field, and what it needs."""
-
-
-def data_error(error: BaseException | None) -> DataError | None:
-    """The DataError that made MONAI raise `error`, which tells only what part of it failed."""
-    while error is not None and not isinstance(error, DataError):
-        error = error.__cause__
-    return error
 
 
 @dataclass(frozen=True)
@@ -70,60 +53,6 @@ class Task:
     modalities: tuple[str, ...]
     labels: dict[int, str]
     cases: tuple[Case, ...]
-
-
-@dataclass(frozen=True)
-class Geometry:
-    """Of a volume's nonzero part: shape in voxels, spacing in mm; axes right, anterior, superior.
-
-    `window`: the 0.5 and 99.5 percentiles of the labelled voxels' intensities, over all channels.
-    """
-
-    shape: tuple[int, int, int]
-    spacing: tuple[float, float, float]
-    window: tuple[float, float] | None = None
-
-
-@contextmanager
-def atomic(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
-    """A temporary path in the folder of `path` to write to, renamed to `path` on success.
-
-    So a file under its final name is always whole: after an exception or a kill the old one, or
-    none. The temporary name keeps the suffix, which is how nibabel and matplotlib know the format.
-    What a killed run left there the next one writes over, unless the file is `shared`: then other
-    processes may write the same at the same time, each under a name of its own.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".part-{f'{os.getpid()}-' if shared else ''}{path.name}")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-    except OSError as error:  # a full disk names no file
-        if error.errno and error.filename is None:
-            error.filename = str(path)
-        raise
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def prepare_folder(name: str, folder: Path, cases: Sequence[Case] = ()) -> Path:
-    """Makes `folder` and finds out whether it can be written to; `name` is the argument's.
-
-    Raises DataError where it cannot, or where it holds the images of `cases`: results must not be taken
-    for inputs, nor inputs for results.
-    """
-    if folder.exists() and not folder.is_dir():
-        raise DataError(f"{name}: {folder} is a file; it must be a folder, or not exist yet")
-    if any(path.resolve().parent == folder.resolve() for case in cases for path in case.images):
-        raise DataError(f"{name}: {folder} holds the inputs; give another folder")
-    probe = folder / f".part-probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise DataError(f"{name}: {folder} cannot be written to ({error})") from error
-    return folder
 
 
 def read_decathlon(root: str | Path) -> Task:
@@ -236,89 +165,6 @@ def volumes_in(folder: Path) -> tuple[Case, ...]:
     return cases
 
 
-def check_case(task: Task, case: Case) -> Geometry:
-    """Read the files of a labelled case, check that they fit the task and each other.
-
-    Raises DataError as `check_image` does, and where the label cannot be read, lies on another grid
-    than its image, or has a value that stands for no class.
-    """
-    if case.label is None:
-        raise DataError(f"{case.name}: has no label")
-    affine, image = check_image(case, task.modalities)
-    label = check_label(case, list(task.labels))
-    nonzero = (image != 0).any(axis=3)
-    # The axes in the order that preprocessing will bring them into.
-    order = np.argsort(nib.io_orientation(affine)[:, 0])
-    shape = [int(np.ptp(np.nonzero(nonzero)[axis])) + 1 for axis in order]
-    spacing = nib.affines.voxel_sizes(affine)[order].tolist()
-    window = None
-    if (label != 0).any():
-        low, high = np.quantile(image[label != 0], (0.005, 0.995)).tolist()
-        window = (low, high)
-    return Geometry((shape[0], shape[1], shape[2]), (spacing[0], spacing[1], spacing[2]), window)
-
-
-def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Read the image of a case: its affine (4, 4), and its voxels (X, Y, Z, channel).
-
-    Raises DataError where a file cannot be read, is not of the right dimensions, lacks channels or
-    holds NaN, infinity or nothing but zeros, or where the files lie on different grids.
-    """
-    files = [read_nifti(path) for path in case.images]
-    affine, first = files[0][0].affine, files[0][1]
-    if len(files) == 1 and first.ndim == 4:
-        image = first
-    else:
-        for path, (file, voxels) in zip(case.images, files, strict=True):
-            if voxels.ndim != 3:
-                allowed = "X, Y, Z or X, Y, Z, channel" if len(files) == 1 else "X, Y, Z"
-                raise DataError(f"{path}: has shape {voxels.shape}; it must be {allowed}")
-            if voxels.shape != first.shape:
-                raise DataError(
-                    f"{path}: shape {voxels.shape} does not match {first.shape}, that of {case.image}"
-                )
-            if not _same_grid(file.affine, affine, first.shape):
-                raise DataError(f"{path}: lies on another grid than {case.image} (their affines differ)")
-        image = np.stack([voxels for _, voxels in files], axis=3)
-    if image.shape[3] != len(modalities):
-        raise DataError(
-            f"{case.image}: {image.shape[3]} channels; there must be one for each of the "
-            f"{len(modalities)} modalities ({', '.join(modalities)})"
-        )
-    if np.linalg.matrix_rank(affine) < 4:
-        raise DataError(f"{case.image}: its affine is singular")
-    for channel, name in enumerate(modalities):
-        if not np.isfinite(image[..., channel]).all():
-            path = case.images[channel if len(files) > 1 else 0]
-            raise DataError(f"{path}: holds NaN or infinite values ({name})")
-    if not image.any():
-        raise DataError(f"{case.image}: holds nothing but zeros")
-    return affine, image
-
-
-def check_label(case: Case, values: Sequence[int]) -> np.ndarray:
-    """Read the label of a case: its values (X, Y, Z).
-
-    Raises DataError where the file cannot be read, lies on another grid than the image, or has
-    other values than `values`.
-    """
-    assert case.label is not None
-    file, label = read_nifti(case.label)
-    image: Any = nib.load(case.image)
-    if label.shape != image.shape[:3]:
-        raise DataError(
-            f"{case.label}: shape {label.shape} does not match its image's {image.shape[:3]} ({case.image})"
-        )
-    if not _same_grid(file.affine, image.affine, label.shape):
-        raise DataError(f"{case.label}: its affine differs from its image's ({case.image})")
-    unknown = sorted(set(np.unique(label).tolist()) - set(values))
-    if unknown:
-        raise DataError(
-            f"{case.label}: label value {unknown[0]:g} has no class; there are classes for {list(values)}"
-        )
-    return label
-
-
 def split_cases(
     cases: Sequence[Case], seed: int, fold: int | None = None, folds: int = 5
 ) -> tuple[list[Case], list[Case]]:
@@ -337,39 +183,6 @@ def split_cases(
     training = [case for index, case in enumerate(by_name) if index not in drawn]
     held_out = [case for index, case in enumerate(by_name) if index in drawn]
     return training, held_out
-
-
-def read_nifti(path: Path) -> tuple[Any, np.ndarray]:
-    """A NIfTI file, and its voxels, real numbers. Raises DataError where it cannot be read."""
-    try:
-        file = nib.load(path)
-        voxels = np.asarray(file.dataobj)  # type: ignore[attr-defined]
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file") from error
-    except Exception as error:  # a broken file makes nibabel, zlib or numpy raise one of a dozen
-        raise DataError(f"{path}: not readable as NIfTI ({str(error) or type(error).__name__})") from error
-    if voxels.dtype.kind not in "biuf":
-        raise DataError(f"{path}: its voxels are {voxels.dtype}; they must be real numbers")
-    return file, voxels
-
-
-def write_nifti(voxels: np.ndarray, like: Path, path: Path) -> None:
-    """Write voxels (X, Y, Z) or (X, Y, Z, n) on the grid of `like`, in its header's own words: viewers
-    differ in whether they believe qform or sform."""
-    source: Any = nib.load(like)
-    volume = nib.Nifti1Image(voxels, source.affine)
-    if isinstance(source.header, nib.Nifti1Header):
-        volume.header["pixdim"][:4] = source.header["pixdim"][:4]
-        for field in GRID_FIELDS:
-            volume.header[field] = source.header[field]
-    with atomic(path) as temporary:
-        nib.save(volume, temporary)
-
-
-def _same_grid(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> bool:
-    """Whether two affines put the corners of a volume at the same places."""
-    corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape[:3]], [1], indexing="ij")).reshape(4, -1)
-    return bool(np.abs((affine - other) @ corners).max() < GRID_TOLERANCE)
 
 
 def _classes(path: Path, labels: dict[str, Any]) -> dict[int, str]:

@@ -9,8 +9,8 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from factorizer.planning import Plan
-from factorizer.screen import duration
+from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.screen import duration
 
 
 def announce(

@@ -10,7 +10,6 @@ import textwrap
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -20,28 +19,23 @@ import torch
 from monai.data.utils import dense_patch_slices
 from rich.console import Console
 
-from factorizer.commands.train import check_cases, fit
-from factorizer.data import (
-    Case,
-    DataError,
-    Geometry,
-    atomic,
-    prepare_folder,
-    read_decathlon,
-    split_cases,
-    write_nifti,
-)
-from factorizer.demo import screen
-from factorizer.demo.synthetic import NOTICE, write_synthetic
-from factorizer.demo.timing import compare, kernel_backend, parameter_count
-from factorizer.evaluation import Score, evaluate_case, summarise
-from factorizer.explanation import best_components, case_components
-from factorizer.figures import draw_components, draw_segmentations, picture
-from factorizer.inference import Predictor
-from factorizer.planning import Plan, build_network, plan_run
-from factorizer.screen import progress
-from factorizer.training import Trainer
-from factorizer.transforms import Crops, augmentation, training_volumes
+from factorizer.commands.demo import screen
+from factorizer.commands.demo.synthetic import NOTICE, write_synthetic
+from factorizer.commands.demo.timing import compare, kernel_backend
+from factorizer.models.build import build_network, parameter_count
+from factorizer.segmentation.cases import Case, read_decathlon, split_cases
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.evaluation import Score, evaluate_case, summarise
+from factorizer.segmentation.explanation import best_components, case_components
+from factorizer.segmentation.figures import draw_components, draw_segmentations, picture
+from factorizer.segmentation.files import atomic, prepare_folder
+from factorizer.segmentation.inference import Predictor
+from factorizer.segmentation.measure import versions
+from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.screen import progress
+from factorizer.segmentation.training import Trainer, fit
+from factorizer.segmentation.transforms import Crops, augmentation, training_volumes
+from factorizer.segmentation.volumes import Geometry, check_cases, write_nifti
 
 SEED = 0
 EXPLAINED = 4  # cases of each part, at most, that components are compared with the truth on
@@ -59,7 +53,7 @@ def run_demo(
     """Train on the Decathlon folder `data`, or on made-up volumes, and write everything into `out`.
 
     Where `out` holds the checkpoint of the same run, it continues from there. `steps`: training
-    steps, by default as many as `factorizer.planning.plan_run` finds right for the data.
+    steps, by default as many as `factorizer.segmentation.plan.plan_run` finds right for the data.
 
     Writes report.json, segmentation.png, components.png, checkpoint.pt, predictions/NAME.nii.gz
     and, without `data`, the volumes themselves under data/. Returns the report.
@@ -130,7 +124,7 @@ def run_demo(
         "loss": {"first": trainer.losses[0], "last": trainer.losses[-1]},
         "split": {"training": plan.training, "held_out": plan.held_out},
         "settings": asdict(plan),
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in PACKAGES}},
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
     }
     with atomic(out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
@@ -245,10 +239,3 @@ def _mean(values: dict[str, float]) -> dict[str, float]:
     """The values after their mean, rounded."""
     mean = sum(values.values()) / len(values)
     return {name: round(value, 4) for name, value in {"mean": mean, **values}.items()}
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-import factorizer
-from factorizer.data import Case, DataError, Geometry, Task
-from factorizer.layers.factorization import SOLVERS
+from factorizer.segmentation.cases import Case, Task
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.volumes import Geometry
 
 WIDTH, STRIDES, PATCH = (24, 48, 96), (1, 2, 2), 4
 DIVISOR = PATCH * math.prod(STRIDES)  # a crop is a whole number of windows in the deepest stage
@@ -191,36 +191,6 @@ def plan_run(
         steps=steps,
         seed=seed,
     )
-
-
-def build_network(arguments: Mapping[str, Any], seed: int) -> nn.Module:
-    """A Factorizer: (B, in, *spatial_size) to logits (B, out, ...), or a list of them, finest first.
-
-    `arguments` are those of `factorizer.Factorizer` as plain data: classes are named, as they are
-    called in `factorizer` or `torch.nn`; a solver's keywords may follow its name, in a pair. Weights
-    and initial factors are drawn with `seed`; the caller's random state is left alone.
-
-    Raises DataError where a name stands for no class; TypeError and ValueError as `Factorizer` does.
-    """
-    parts = {name: _part(name, arguments[name]) for name in PARTS if arguments.get(name) is not None}
-    solver = arguments.get("solver")
-    if isinstance(solver, Sequence) and len(solver) == 2 and isinstance(solver[1], Mapping):
-        parts["solver"] = SOLVERS[solver[0]], solver[1]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        return factorizer.Factorizer(**{**arguments, **parts})
-
-
-def _part(argument: str, value: Any) -> Any:
-    """A class by its name, alone or in a pair with its arguments."""
-    if isinstance(value, str):
-        home: Any = factorizer if value in factorizer.__all__ else nn
-        if not isinstance(found := getattr(home, value, None), type):
-            raise DataError(f"network: {argument} is {value!r}, no class of factorizer or torch.nn")
-        return found
-    if isinstance(value, Sequence) and len(value) == 2:
-        return _part(argument, value[0]), value[1]
-    return value
 
 
 def _tuples(value: Any) -> Any:

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss
 from monai.optimizers import WarmupCosineSchedule
+from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 
-from factorizer.data import DataError
-from factorizer.planning import Plan
-from factorizer.tensors import load_tensors, save_tensors
-from factorizer.transforms import Crops
+from factorizer.segmentation.checkpoint import read_checkpoint
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import save_tensors
+from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.screen import progress
+from factorizer.segmentation.transforms import Crops
 
 SAVE_EVERY, SAVE_SECONDS = 20, 30.0  # steps, or seconds and one step, that a killed run loses at most
 WARM_UP = 0.05  # share of the steps
 CLIP_NORM = 1.0
+LINE_SECONDS = 60.0  # between two lines of a log file, where a bar would be seen at its end alone
 
 
 class SegmentationLoss(nn.Module):
@@ -64,8 +67,8 @@ class Trainer:
 
     Step k depends on the state after step k - 1 and on batch k, which is a function of the seed
     and k; so a run that was stopped and continued ends where an unbroken one does. Where a process
-    group is there (`factorizer.processes`), the processes share every batch, and the gradients are
-    those of one process with the whole of it.
+    group is there (`process_group`), the processes share every batch, and the gradients are those of
+    one process with the whole of it.
 
     Args:
         plan, network: what to train.
@@ -226,26 +229,6 @@ class Trainer:
         return self.scores[-1][1]
 
 
-def read_checkpoint(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
-    """The plan and the state in a checkpoint. Nothing in the file is executed.
-
-    Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
-    """
-    state = load_tensors(path)
-    missing = {"plan", "network"}.difference(state)
-    if missing:
-        raise DataError(
-            f"{path}: not a checkpoint of this program: it has no {' and no '.join(sorted(missing))}. "
-            "For weights from elsewhere there is factorizer convert"
-        )
-    try:
-        return Plan(**state["plan"]), state
-    except (TypeError, ValueError) as error:
-        raise DataError(
-            f"{path}: not a checkpoint of this program: its plan is another's ({error})"
-        ) from error
-
-
 class _Log:
     """Numbers for TensorBoard, or nowhere. Those that a killed run wrote after its last checkpoint
     are hidden by the ones of the run that continues."""
@@ -269,3 +252,26 @@ class _Log:
 
 def _float(logits: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     return logits.float() if isinstance(logits, Tensor) else [y.float() for y in logits]
+
+
+def fit(console: Console, trainer: Trainer, crops: Crops, path: Path) -> None:
+    """Trains to the end with a bar, or lines in a log, from the checkpoint at `path` if there is one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if trainer.step == 0 and path.exists():
+        trainer.resume(path)
+    with progress(console) as bar:
+        task = bar.add_task("Training", total=trainer.plan.steps, completed=trainer.step)
+
+        told = time.perf_counter()
+
+        def advance(step: int) -> None:
+            nonlocal told
+            recent = trainer.losses[-20:]
+            loss = sum(recent) / len(recent)
+            score = f", Dice {trainer.scores[-1][1]:.3f}" if trainer.scores else ""
+            bar.update(task, completed=step, description=f"Training, loss {loss:.3f}{score}")
+            if not console.is_terminal and time.perf_counter() - told >= LINE_SECONDS:
+                console.print(f"step {step} of {trainer.plan.steps}, loss {loss:.3f}{score}")
+                told = time.perf_counter()
+
+        trainer.run(crops, path, advance)

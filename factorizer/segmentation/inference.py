@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import sys
+import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -15,33 +15,21 @@ from typing import Any
 import numpy as np
 import torch
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
+from rich.console import Console
 from torch import Tensor, nn
 
-from factorizer import MatrixFactorization
-from factorizer.data import Case, DataError, check_image, write_nifti
-from factorizer.planning import Plan, build_network
-from factorizer.tensors import fill
-from factorizer.training import read_checkpoint
-from factorizer.transforms import files_of, preprocessing, to_own_grid
+from factorizer import MatrixFactorization, set_num_iters
+from factorizer.segmentation.cases import Case
+from factorizer.segmentation.checkpoint import load_network
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import atomic
+from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.processes import pick_device, place
+from factorizer.segmentation.screen import progress, tell_failure
+from factorizer.segmentation.transforms import files_of, preprocessing, to_own_grid
+from factorizer.segmentation.volumes import check_image, write_nifti
 
-
-def load_network(path: str | Path) -> tuple[nn.Module, Plan]:
-    """The network of a checkpoint, in evaluation mode, and the plan that it was trained by.
-
-    Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
-    """
-    plan, _ = read_checkpoint(path)
-    return load_weights(build_network(plan.network, plan.seed), path), plan
-
-
-def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
-    """The network with the weights of a checkpoint, in evaluation mode.
-
-    Raises FileNotFoundError where there is none, DataError where it is not one of ours, or one of
-    another network.
-    """
-    fill(network, read_checkpoint(path)[1]["network"], path)
-    return network.eval()
+SETTINGS = "settings.json"  # in a folder of results: what they were made with
 
 
 class FinestHead(nn.Module):
@@ -200,11 +188,57 @@ def _digest(network: nn.Module, plan: Plan) -> str:
     return digest.hexdigest()
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: on the GPU, or in main memory for the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
+def load_predictor(
+    checkpoints: Sequence[Path],
+    *,
+    device: str | None = None,
+    iterations: int | None = None,
+    whole: bool = False,
+    mirror: bool = False,
+) -> Predictor:
+    """The networks of the checkpoints, ready to run. Raises DataError where one cannot be used."""
+    models = []
+    for path in checkpoints:
+        try:
+            models.append(load_network(path))
+        except FileNotFoundError as error:
+            raise DataError(f"checkpoint: there is no {path}") from error
+    if iterations is not None:
+        for network, _ in models:
+            set_num_iters(network, iterations)
+    return Predictor(models, device=pick_device(device), whole=whole, mirror=mirror)
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+def run_cases(console: Console, predictor: Predictor, cases: Sequence[Case], out: Path) -> list[Outcome]:
+    """`segment_cases` with a bar; failures are told as they come.
+
+    out/settings.json says what the results were made with. Raises DataError where those that are there
+    were made with another network or other settings.
+    """
+    _keep_settings(out / SETTINGS, predictor.settings())
+    outcomes = []
+    with progress(console) as bar:
+        work = segment_cases(predictor, cases, out)
+        for outcome in bar.track(work, total=len(cases), description="Segmenting"):
+            if outcome.state == "failed":
+                tell_failure(console, outcome.name, outcome.reason)
+            outcomes.append(outcome)
+    return outcomes
+
+
+def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Writes what the folder's results are made with, or checks that it is the same as before."""
+    if path.exists():
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path}: not readable as JSON ({error})") from error
+        if before != settings:
+            changed = [name for name in settings if before.get(name) != settings[name]]
+            raise DataError(
+                f"output: {path.parent} holds results made with other settings ({', '.join(changed)}); "
+                "give another folder, or delete this one"
+            )
+    elif place()[0] == 0:
+        with atomic(path) as temporary:
+            temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")

@@ -11,7 +11,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from factorizer.data import DataError
+from factorizer.segmentation.errors import DataError
 
 T = TypeVar("T")
 

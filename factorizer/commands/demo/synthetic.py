@@ -16,7 +16,7 @@ import torch
 from monai.networks.layers import GaussianFilter
 from torch.nn.functional import interpolate
 
-from factorizer.data import atomic
+from factorizer.segmentation.files import atomic
 
 CASES = 30
 SHAPE = (40, 48, 40)  # voxels, about

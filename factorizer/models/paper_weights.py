@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .layers import MatrixFactorization
+from ..layers import MatrixFactorization
 
 PAPER_EPS = 1e-8
 

@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from statistics import median
 
 import torch
 from monai.networks.nets import SegResNet
 from torch import nn
 
 import factorizer_kernels as fk
-from factorizer.planning import Plan, build_network
-from factorizer.training import Trainer
+from factorizer.models.build import build_network, parameter_count
+from factorizer.segmentation.measure import side_by_side
+from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.training import Trainer
 
 FORWARD_ROUNDS, STEP_ROUNDS = 7, 5
 
@@ -69,22 +68,6 @@ def compare(plan: Plan) -> list[Speed]:
     ]
 
 
-def side_by_side(runs: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each call, every round making each call in turn.
-
-    So whatever else the machine does slows all alike. A first round, which warms caches and
-    allocators, is not counted.
-    """
-    seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for round_ in range(rounds + 1):
-        for name, call in runs.items():
-            start = time.perf_counter()
-            call()
-            if round_:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: round(1e3 * median(times), 2) for name, times in seconds.items()}
-
-
 def like_segresnet(network: nn.Module, plan: Plan) -> SegResNet:
     """MONAI's SegResNet with the stages of the plan's network, one block in each, and the number of
     filters that brings its parameters closest to the network's."""
@@ -102,8 +85,3 @@ def like_segresnet(network: nn.Module, plan: Plan) -> SegResNet:
         for filters in (8, 16, 24, 32)  # its group normalisation wants multiples of 8
     ]
     return min(candidates, key=lambda c: abs(math.log(parameter_count(c) / wanted)))
-
-
-def parameter_count(network: nn.Module) -> int:
-    """Numbers that training changes."""
-    return sum(parameter.numel() for parameter in network.parameters())
