@@ -6,6 +6,7 @@ PyTorch, the definition), one file per backend (the kernel calls), ``autograd.py
 """
 
 from factorizer_kernels.choice import Backend, backends, use_backend
+from factorizer_kernels.ops.depthwise.functional import depthwise_conv
 from factorizer_kernels.ops.nmf.functional import nmf, nmf_factors
 from factorizer_kernels.ops.swin_nmf.functional import swin_nmf
 from factorizer_kernels.ops.windows.functional import sw_dematricize, sw_matricize
@@ -13,6 +14,7 @@ from factorizer_kernels.ops.windows.functional import sw_dematricize, sw_matrici
 __all__ = [
     "Backend",
     "backends",
+    "depthwise_conv",
     "nmf",
     "nmf_factors",
     "sw_dematricize",

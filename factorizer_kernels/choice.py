@@ -140,3 +140,10 @@ def _reference() -> Backend:
 
 
 _PROBES = {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "reference": _reference}
+
+
+def load_kernels(family: str) -> None:
+    from importlib import import_module
+
+    if native.missing is None:
+        import_module(f"{family}.cpu")

@@ -28,6 +28,7 @@ struct DepthwiseConv {
   void* dbias = nullptr;
 
   i64 voxels() const { return size[0] * size[1] * size[2]; }
+  i64 num_elements() const { return batch * channels * voxels(); }
   i64 taps() const { return kernel[0] * kernel[1] * kernel[2]; }
 };
 

@@ -60,3 +60,7 @@ def _with_jvp(function: type[torch.autograd.Function]) -> type[torch.autograd.Fu
 
 def _no_forward_mode(ctx, *tangents):
     raise NotImplementedError(f"the kernels cannot be differentiated in forward mode: {_WAY_OUT}")
+
+
+def call_function(name, function, *arguments):
+    return apply(function, *arguments)

@@ -12,7 +12,7 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SOLVERS = ("mu", "hals")
 
 
-def tensor(name: str, value: object, layout: str, min_dim: int, max_dim: int | None = None) -> Tensor:
+def tensor(name: str, value: object, layout: str, min_dim: int, max_dim: int | None = None, device=None) -> Tensor:
     """``value`` as a dense, floating-point tensor; MONAI's MetaTensor and the like are unwrapped."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
@@ -23,6 +23,8 @@ def tensor(name: str, value: object, layout: str, min_dim: int, max_dim: int | N
         raise TypeError(f"{name} must be a dense (strided) tensor, got {kind}")
     if value.dim() < min_dim or (max_dim is not None and value.dim() > max_dim):
         raise ValueError(f"{name} must be {layout}, got shape {tuple(value.shape)}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on the device of x ({device}), got {value.device}")
     # A subclass of functions only (MetaTensor) would run them again on its way through the operator.
     only_functions = type(value).__torch_dispatch__ is Tensor.__torch_dispatch__
     plain = type(value) in (Tensor, torch.nn.Parameter)
@@ -111,3 +113,7 @@ def size(name: str, value) -> tuple[int, ...]:
     if not 3 <= len(value) <= 5:
         raise ValueError(f"{name} must be (B, C, S1..Sp) with p = 1, 2 or 3, got {tuple(value)}")
     return tuple(value)
+
+
+def feature_map(name, value):
+    return tensor(name, value, "(B, C, S1..Sp) with p = 1, 2 or 3", 3, 5)

@@ -172,3 +172,8 @@ def _define(operator: str, schema: str, fake: Callable, vmap: Callable) -> None:
 
 for _operator, _definition in OPERATORS.items():
     _define(_operator, *_definition)
+
+
+def define(name: str, schema: str, fake: Callable, vmap: Callable):
+    _define(name, schema, fake, vmap)
+    return getattr(torch.ops.factorizer_kernels, name).default

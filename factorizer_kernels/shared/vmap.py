@@ -152,3 +152,14 @@ def swin_nmf_backward(info, in_dims, dy, x, u0, v0, head_dim, patch_size, shifts
     if not factor_grads:
         return (dx, du0, dv0), (0, None, None)
     return (dx, u0.gradient(du0), v0.gradient(dv0)), (0, 0, 0)
+
+
+mapped_first = _mapped_first
+
+
+def joined(t: Tensor, dim: int | None, size: int) -> Tensor:
+    return _mapped_first(t, dim, size).flatten(0, 1)
+
+
+def parted(t: Tensor, size: int) -> Tensor:
+    return t.unflatten(0, (size, -1))

@@ -294,26 +294,27 @@ void each_tile(const DepthwiseConv& p, const Plan& plan, F&& work) {
   });
 }
 
-i64 map_bytes(const DepthwiseConv& p, i64 element) { return p.batch * p.channels * p.voxels() * element; }
-
 template <class T, class S>
 void forward(const DepthwiseConv& p) {
+  if (p.num_elements() == 0) return;
   const Plan plan = plan_of<T>(p);
-  expect_writes(p.y, map_bytes(p, sizeof(S)));
+  expect_writes(p.y, p.num_elements() * i64(sizeof(S)));
   each_tile<T, S>(p, plan, [&](Worker<T, S>& worker, i64 tile) { worker.forward(Tile(plan, p, tile)); });
 }
 
 template <class T, class S>
 void backward(const DepthwiseConv& p) {
-  const Plan plan = plan_of<T>(p);
-  if (p.dx != nullptr) expect_writes(p.dx, map_bytes(p, sizeof(S)));
-  const bool shared = p.dweight != nullptr || p.dbias != nullptr;
+  const bool shared = p.dweight != nullptr || p.dbias != nullptr, empty = p.num_elements() == 0;
+  const Plan plan = empty ? Plan{} : plan_of<T>(p);
   const i64 size = p.taps() + 1, tiles = p.batch * plan.num_tiles();  // of a channel
   const Scratch scratch(shared ? p.channels * tiles * size * sizeof(T) : 0);
   T* const shares = static_cast<T*>(scratch.data());
-  each_tile<T, S>(p, plan, [&](Worker<T, S>& worker, i64 tile) {
-    worker.backward(Tile(plan, p, tile), shared ? shares + tile * size : nullptr);
-  });
+  if (!empty) {
+    if (p.dx != nullptr) expect_writes(p.dx, p.num_elements() * i64(sizeof(S)));
+    each_tile<T, S>(p, plan, [&](Worker<T, S>& worker, i64 tile) {
+      worker.backward(Tile(plan, p, tile), shared ? shares + tile * size : nullptr);
+    });
+  }
   if (!shared) return;
   std::vector<double> sums(size);
   for (i64 channel = 0; channel < p.channels; ++channel) {
