@@ -8,6 +8,7 @@ from torch import nn
 from factorizer import (
     MLP,
     NMF,
+    DepthwiseConv,
     FactMixer,
     FactorizerBlock,
     FactorizerStage,
@@ -98,6 +99,24 @@ def test_layer_norm_of_half_precision_is_computed_in_float32(rel):
     torch.manual_seed(0)
     x = (300 + 100 * torch.randn(2, 8, 5)).half()  # whose squares float16 cannot hold
     assert rel(LayerNorm(8).half()(x), LayerNorm(8)(x.float())) < torch.finfo(torch.float16).eps
+
+
+@pytest.mark.parametrize(("axes", "kernel_size"), [(1, 5), (2, (3, 7)), (3, 3), (3, (1, 3, 5))])
+@pytest.mark.parametrize("bias", [False, True])
+def test_depthwise_conv_is_torchs(axes, kernel_size, bias, rel):
+    """In its parameters, their initial values, and what it computes."""
+    convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
+    torch.manual_seed(0)
+    layer = DepthwiseConv(6, kernel_size, bias, axes)
+    torch.manual_seed(0)
+    padding = kernel_size // 2 if isinstance(kernel_size, int) else tuple(k // 2 for k in kernel_size)
+    theirs = convolution(6, 6, kernel_size, padding=padding, groups=6, bias=bias)
+    assert all(map(torch.equal, layer.parameters(), theirs.parameters()))
+    layer.conv.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, *(9, 8, 7)[:axes])
+    results = (value_and_gradients(module.double(), x.double()) for module in (layer, theirs))
+    for ours, expected in zip(*results, strict=True):
+        assert rel(ours, expected) < 1e-14
 
 
 def test_chains_pass_gradcheck(block_size):
@@ -419,6 +438,13 @@ SWIN_MIXER = (8, 8, (8, 8), (SWMatricize, SWIN))
         (lambda: Linear(3, 2)(torch.zeros(1, 3, 5).double()), TypeError, "float32.*got.*float64"),
         (lambda: Linear(3, 2)([1.0]), TypeError, "x must be a tensor, got list"),
         (lambda: LayerNorm(3)(torch.zeros(1, 4, 5)), ValueError, "must have 3 channels.* got 4"),
+        (lambda: DepthwiseConv(0), ValueError, "channels must be at least 1, got 0"),
+        (lambda: DepthwiseConv(3, 4), ValueError, r"kernel_size must be odd.* got \(4, 4, 4\)"),
+        (lambda: DepthwiseConv(3, (3, 3)), ValueError, "kernel_size must have 3 entries"),
+        (lambda: DepthwiseConv(3, 3.0), TypeError, "kernel_size must be an int, got 3.0"),
+        (lambda: DepthwiseConv(3, spatial_dims=4), ValueError, "spatial_dims must be 1, 2 or 3, got 4"),
+        (lambda: DepthwiseConv(3)(torch.zeros(1, 4, 5, 5, 5)), ValueError, "must have 3 channels.* got 4"),
+        (lambda: DepthwiseConv(3)(torch.zeros(1, 3, 5, 5)), ValueError, "3 spatial axes"),
         (lambda: MLP(4, ratio=0), ValueError, "ratio must be positive, got 0"),
         (lambda: MLP(4, dropout=1.0), ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
         (lambda: MLP(4, dropout="0"), TypeError, "dropout must be a number, got '0'"),
