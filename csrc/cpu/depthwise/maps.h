@@ -71,8 +71,10 @@ inline Vec<T> sum_rows(const T* from, i64 step, i64 rows, i64 count) {
   const i64 whole = count / Simd<T>::width * Simd<T>::width;
   Vec<T> total = {};
   for (; rows > 0; --rows, from += step) {
-    for (i64 n = 0; n < whole; n += Simd<T>::width) total += load(from + n);
-    for (i64 n = whole; n < count; ++n) total[n - whole] += from[n];
+    Vec<T> row = {};
+    for (i64 n = 0; n < whole; n += Simd<T>::width) row += load(from + n);
+    for (i64 n = whole; n < count; ++n) row[n - whole] += from[n];
+    total += row;
   }
   return total;
 }

@@ -25,9 +25,7 @@ class DepthwiseConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         wanted = tuple(ctx.needs_input_grad[:3])
-        gradients = call_function(
-            NAME, DepthwiseConvBackward, dy, *ctx.saved_tensors, wanted, ctx.backend
-        )
+        gradients = call_function(NAME, DepthwiseConvBackward, dy, *ctx.saved_tensors, wanted, ctx.backend)
         return *(g if want else None for g, want in zip(gradients, wanted, strict=True)), None
 
 

@@ -43,8 +43,9 @@ def _backward_vmap(info, in_dims, dy, x, weight, output_mask, backend):
     dy, x = (_join_channels(t, dim, size) for t, dim in zip((dy, x), in_dims[:2], strict=True))
     weight = joined(weight, in_dims[2], size)
     dx, *others = depthwise_conv_backward(dy, x, weight, output_mask, backend)
-    outputs = (dx.unflatten(1, (size, -1)) if output_mask[0] else dx), *(
-        parted(t, size) if wanted else t for t, wanted in zip(others, output_mask[1:], strict=True)
+    outputs = (
+        (dx.unflatten(1, (size, -1)) if output_mask[0] else dx),
+        *(parted(t, size) if wanted else t for t, wanted in zip(others, output_mask[1:], strict=True)),
     )
     return outputs, tuple(dim if wanted else None for dim, wanted in zip((1, 0, 0), output_mask, strict=True))
 
