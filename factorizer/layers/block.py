@@ -51,8 +51,7 @@ class FactorizerBlock(nn.Module):
     def fused(self) -> bool:
         """Whether norms, linear maps and sums run as chains of `pointwise`, with the same result.
 
-        They do where the chains know every part, no dropout is active, and nobody listens in
-        between.
+        They do where the chains know every part, no dropout is active, and no part has a hook.
         """
         fact = self.fact
         chained = (self.norm1, fact.in_proj, fact.out_proj, fact.dropout, self.norm2, self.mlp)
@@ -65,6 +64,7 @@ class FactorizerBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels, S1..Sp) to the same shape."""
         if not self.fused:
             x = x + self.fact(self.norm1(x))
             return x + self.mlp(self.norm2(x))
@@ -116,6 +116,7 @@ class FactorizerStage(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, S1..Sp) to (B, out_channels, S1..Sp)."""
         x = self.dropout(self.pos_embed(self.adapter(x)))
         for block in self.blocks:
             x = block(x)

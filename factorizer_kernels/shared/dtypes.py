@@ -1,17 +1,31 @@
 """The dtypes that the operators take, and those that they compute in."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
-from factorizer_kernels.shared.registry import compute_dtype, without_autocast
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-autocast_disabled = without_autocast
-__all__ = ["autocast_disabled", "autocast_dtype", "compute_dtype"]
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic on tensors of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast_disabled(x: Tensor) -> AbstractContextManager:
+    """A context in which plain PyTorch on x's device computes in the dtypes that it is given."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast, where it is on, computes a convolution of x in; else that of x."""
+    """The dtype that autocast takes x in, for operators that follow it: float64 stays; x's where it is off."""
     device = x.device.type
-    if not (torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)):
+    if x.dtype == torch.float64 or not _autocasts(device):
         return x.dtype
-    return x.dtype if x.dtype == torch.float64 else torch.get_autocast_dtype(device)
+    return torch.get_autocast_dtype(device)

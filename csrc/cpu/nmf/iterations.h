@@ -153,8 +153,9 @@ class Iterations {
     }
     tiles_.each([&](i64 tile, int worker) {
       const i64 length = tiles_.length(tile), kept = o_.num_iters - first_;
-      if (u_step_pending_ && reaches_v0) add_gradient_through_a(first_, tile, tiles_.x(tile, worker));
-      tiles_.write_dx(tile, worker, [&](Rows<T> dx) {
+      const Rows<const T> x = tiles_.x(tile, worker);
+      if (u_step_pending_ && reaches_v0) add_gradient_through_a(first_, tile, x);
+      tiles_.write_dx(tile, worker, x, [&](Rows<T> dx) {
         // dX = sum_t dA_tᵀ V_{t-1} + U_tᵀ dC_t, in two contractions over all the iterations at once.
         combine<T>(tiles_.rows, da_, 1, rows_, kept * rank_, part({v_, columns_}, tile), dx, length);
         combine<T>(tiles_.rows, u_at(first_ + 1).data, 1, rows_, kept * rank_, part({dc_, columns_}, tile),

@@ -121,7 +121,7 @@ class RankOne {
     tiles_.each([&](i64 tile, int worker) {
       const i64 length = tiles_.length(tile), begin = tiles_.begin(tile);
       const Rows<const T> x = tiles_.x(tile, worker);
-      tiles_.write_dx(tile, worker, [&](Rows<T> dx) {
+      tiles_.write_dx(tile, worker, x, [&](Rows<T> dx) {
         combine<T>(m_, w, stride, 1, m_, x, dx, length);
         combine<T>(m_, w + m_, stride, 1, reaches_v0 ? 3 : 2, {dv_ + begin, columns_}, dx, length, true);
       });

@@ -9,7 +9,8 @@
 //   each(f)                              f(tile, worker) for every tile, in parallel where that pays
 //   Rows<const T> x(tile, worker)        X's columns, zero in the padding
 //   Rows<const T> dy(tile, worker)       the same of dY (only for a loss of Y)
-//   void write_dx(tile, worker, compute) compute(Rows<T>) makes dX's columns
+//   void write_dx(tile, worker, x, compute)
+//                                        compute(Rows<T>) makes dX's columns; x: what x(tile, worker) gave
 #pragma once
 
 #include "cpu/common/parallel.h"
@@ -42,9 +43,9 @@ struct WindowTiles {
   Rows<const T> x(i64, int) const { return x_rows; }
   Rows<const T> dy(i64, int) const { return dy_rows; }
   template <class F>
-  void write_dx(i64, int, F&& compute) {
+  void write_dx(i64, int, Rows<const T> x, F&& compute) {
     compute(dx_rows);
-    if (relu) mask(x_rows, dx_rows, rows, columns);
+    if (relu) mask(x, dx_rows, rows, columns);
   }
 
   // The adjoint of relu, which keeps x where it is positive (or NaN).
@@ -112,10 +113,10 @@ struct LongTiles {
     return read(p.dy, tile, worker, 1, false, T(1) / T(p.windows.num_shifts));
   }
   template <class F>
-  void write_dx(i64 tile, int worker, F&& compute) {
+  void write_dx(i64 tile, int worker, Rows<const T> x, F&& compute) {
     const Rows<T> out = buffer(worker, 1);
     compute(out);
-    if (p.options.relu) WindowTiles<T>::mask(buffer(worker, 0), out, rows, valid(tile));
+    if (p.options.relu) WindowTiles<T>::mask(x, out, rows, valid(tile));
     add_strip<T>(p.windows, strip(tile), out, 0, window.shift > 0, dx);
   }
 

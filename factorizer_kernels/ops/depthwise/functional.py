@@ -1,13 +1,12 @@
 """The public function ``depthwise_conv``."""
 
-import torch
 from torch import Tensor
 
 from factorizer_kernels.choice import choose, load_kernels
 from factorizer_kernels.ops.depthwise import reference
 from factorizer_kernels.ops.depthwise.autograd import DepthwiseConv
-from factorizer_kernels.shared import checks
 from factorizer_kernels.shared.autograd import call_function
+from factorizer_kernels.shared.checks import feature_map, tensor
 from factorizer_kernels.shared.dtypes import autocast_dtype, compute_dtype
 
 load_kernels(__package__)
@@ -32,10 +31,10 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
-    x = checks.feature_map("x", x)
+    x = feature_map("x", x)
     channels, axes = x.shape[1], x.dim() - 2
     layout = "(C, k1..kp), one k for each spatial axis of x"
-    weight = checks.tensor("weight", weight, layout, axes + 1, axes + 1, x.device)
+    weight = tensor("weight", weight, layout, axes + 1, axes + 1, x.device)
     if weight.shape[0] != channels:
         raise ValueError(
             f"weight must have {channels} filters, one for each channel of x, got shape {tuple(weight.shape)}"
@@ -43,7 +42,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Ten
     if any(k % 2 == 0 for k in weight.shape[1:]):
         raise ValueError(f"weight must have an odd extent along each axis, got shape {tuple(weight.shape)}")
     if bias is not None:
-        bias = checks.tensor("bias", bias, "(C)", 1, 1, x.device)
+        bias = tensor("bias", bias, "(C)", 1, 1, x.device)
         if bias.shape[0] != channels:
             raise ValueError(
                 f"bias must have {channels} entries, one for each channel of x, got shape {tuple(bias.shape)}"

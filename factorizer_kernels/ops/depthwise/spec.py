@@ -4,9 +4,9 @@ weight is (C, k1..kp), each k odd; weight and bias (C) are in the arithmetic's d
 gradients. ``output_mask`` says which of dx, dweight and dbias are wanted; the others are empty.
 """
 
-import torch
+from torch import Tensor
 
-from factorizer_kernels.shared import registry
+from factorizer_kernels.shared.registry import define
 from factorizer_kernels.shared.vmap import joined, mapped_first, parted
 
 
@@ -22,7 +22,11 @@ def _backward_fake(dy, x, weight, output_mask, backend):
     )
 
 
-def _join_channels(t: torch.Tensor, dim: int | None, size: int) -> torch.Tensor:
+# The rules for vmap: the mapped dimension joins the batch, or, where each of its elements has weights of its own,
+# the channels.
+
+
+def _join_channels(t: Tensor, dim: int | None, size: int) -> Tensor:
     """A map (B, C, ...), whose mapped dimension joins the channels: (B, size · C, ...)."""
     return mapped_first(t, dim, size).movedim(0, 1).flatten(1, 2)
 
@@ -38,7 +42,6 @@ def _vmap(info, in_dims, x, weight, bias, backend):
 
 
 def _backward_vmap(info, in_dims, dy, x, weight, output_mask, backend):
-    # The gradients of the weights belong to one element of the mapped dimension each.
     size = info.batch_size
     dy, x = (_join_channels(t, dim, size) for t, dim in zip((dy, x), in_dims[:2], strict=True))
     weight = joined(weight, in_dims[2], size)
@@ -50,13 +53,13 @@ def _backward_vmap(info, in_dims, dy, x, weight, output_mask, backend):
     return outputs, tuple(dim if wanted else None for dim, wanted in zip((1, 0, 0), output_mask, strict=True))
 
 
-depthwise_conv = registry.define(
+depthwise_conv = define(
     "depthwise_conv",
     "(Tensor x, Tensor weight, Tensor? bias, str backend) -> Tensor",
     _fake,
     _vmap,
 )
-depthwise_conv_backward = registry.define(
+depthwise_conv_backward = define(
     "depthwise_conv_backward",
     "(Tensor dy, Tensor x, Tensor weight, bool[3] output_mask, str backend)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",
