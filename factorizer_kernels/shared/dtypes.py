@@ -24,7 +24,7 @@ def autocast_disabled(x: Tensor) -> AbstractContextManager:
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that autocast takes x in, for operators that follow it: float64 stays; x's where it is off."""
+    """The dtype in which an operator that follows autocast takes x: x's own for float64, or without it."""
     device = x.device.type
     if x.dtype == torch.float64 or not _autocasts(device):
         return x.dtype

@@ -1,4 +1,4 @@
-"""depthwise_conv: the formula, values and gradients in every layout, derivatives to any order, threads, autocast."""
+"""depthwise_conv: the formula, values and gradients in every layout, any derivative, threads, autocast."""
 
 import itertools
 from math import prod
@@ -12,8 +12,8 @@ from tests_support import grads_of
 
 import factorizer_kernels as fk
 
-# Sizes of x and of a filter. What the kernel does of its own accord: rows and planes shorter and longer than vectors
-# and than blocks of them, tiles of the rows, columns and planes of large maps, several tiles handed out at once.
+# Sizes of x and of a filter, for all that the kernel does: rows and planes shorter and longer than vectors
+# and than blocks of them, tiles of the rows, columns and planes of large maps, several maps handed out at once.
 CASES = [
     ((2, 3, 48), (3,)),
     ((1, 2, 7), (7,)),
@@ -73,7 +73,7 @@ TOLERANCES = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3, t
 
 
 def _assert_close(result, expected, terms):
-    """``expected``, sums of so many products of normal draws, are of the size √terms, if they do not cancel."""
+    """``expected`` are sums of so many products of normal draws: of size √terms, if they do not cancel."""
     assert result.shape == expected.shape
     size = max(expected.norm().item(), (expected.numel() * terms) ** 0.5)
     assert (result.double() - expected).norm().item() <= TOLERANCES[result.dtype] * size
@@ -135,6 +135,26 @@ def test_third_derivative(backend):
         return torch.autograd.grad(y, leaves, create_graph=True)
 
     assert torch.autograd.gradgradcheck(slope, leaves)
+
+
+@pytest.mark.filterwarnings("error")  # such as the one about a slow loop over the mapped dimension
+def test_vmap_of_second_derivatives(backend):
+    """Of samples with weights in common and with weights of their own, against a loop."""
+    (x, weight, bias), _ = _problem((3, 2, 4, 5), (3, 3))
+    weights = torch.stack([weight, weight.flip(-1), weight * 2])
+
+    def penalty(x, weight):
+        def energy(x, weight):
+            return fk.depthwise_conv(x[None], weight, bias).pow(3).sum()
+
+        dx, dweight = torch.func.grad(energy, (0, 1))(x, weight)
+        return dx.square().sum() + dweight.square().sum()
+
+    slope = torch.func.grad(penalty, (0, 1))
+    for w, dim in ((weight, None), (weights, 0)):
+        ours = torch.func.vmap(slope, (0, dim))(x, w)
+        each = [slope(x[i], w if dim is None else w[i]) for i in range(len(x))]
+        torch.testing.assert_close(ours, tuple(map(torch.stack, zip(*each, strict=True))))
 
 
 def _layouts(t):
@@ -273,7 +293,7 @@ def test_extreme_values(scale, backend):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_autocast(dtype, backend):
-    """As of torch's convolution: float32 becomes autocast's dtype, float64 stays; parameters are not rounded."""
+    """As of torch's convolution: x takes autocast's dtype, float64 stays; parameters are not rounded."""
     (x, weight, bias), _ = _problem((1, 2, 6, 8), (3, 3), dtype)
     weight, bias = (t.float().requires_grad_() for t in (weight, bias))
     with torch.autocast("cpu", torch.bfloat16):

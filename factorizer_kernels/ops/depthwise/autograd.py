@@ -45,8 +45,8 @@ class DepthwiseConvBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ddx, ddweight, ddbias):
-        # <ddx, dx> = <ddx * weight, dy>, <ddweight, dweight> = <x * ddweight, dy>, <ddbias, dbias> = <ddbias, dy>,
-        # where * is the convolution: linear in dy; and so is its adjoint in x and in weight.
+        # With * for the convolution: <ddx, dx> = <ddx * weight, dy>, <ddweight, dweight> = <x * ddweight, dy>,
+        # <ddbias, dbias> = <ddbias, dy>: in dy they are convolutions, in x and weight their adjoints.
         dy, x, weight = ctx.saved_tensors
         has_dx, has_dweight, has_dbias = ctx.output_mask
         grad_dy = grad_x = grad_weight = None

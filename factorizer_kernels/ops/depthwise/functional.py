@@ -15,14 +15,14 @@ load_kernels(__package__)
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Filter each channel of a feature map by a small filter of its own.
 
-    y[b, c, p] = bias[c] + Σ_t weight[c, t] x[b, c, p + t - (k - 1) / 2], where x is zero outside of the map: the
-    convolution ``torch.nn.functional.conv3d(x, weight[:, None], bias, padding=(k - 1) / 2, groups=C)``. Autograd
-    keeps x and weight.
+    y[b, c, p] = bias[c] + Σ_t weight[c, t] x[b, c, p + t - (k - 1) / 2], where x is zero outside of the map:
+    ``torch.nn.functional.conv3d(x, weight[:, None], bias, padding=(k - 1) / 2, groups=C)``, and the same of
+    other dimensions. Autograd keeps x and weight.
 
     Args:
-        x: (B, C, S1..Sp), p = 1, 2 or 3; float32, float64, bfloat16 or float16. Under autocast float32 becomes
-            autocast's dtype first, as for torch's convolutions.
-        weight: (C, k1..kp), each k odd. Converted to the arithmetic's dtype: float64 for float64, else float32.
+        x: (B, C, S1..Sp), p = 1, 2 or 3; float32, float64, bfloat16 or float16. Under autocast x is first
+            converted to autocast's dtype, as for torch's convolutions; float64 is not.
+        weight: (C, k1..kp), each k odd. Converted to the arithmetic's dtype: float32, or float64 where x is.
         bias: (C), or None for none; converted likewise.
 
     Returns:

@@ -22,8 +22,8 @@ def _backward_fake(dy, x, weight, output_mask, backend):
     )
 
 
-# The rules for vmap: the mapped dimension joins the batch, or, where each of its elements has weights of its own,
-# the channels.
+# The rules for vmap: the mapped dimension joins the batch, or, where each of its elements has weights of its
+# own, the channels.
 
 
 def _join_channels(t: Tensor, dim: int | None, size: int) -> Tensor:
