@@ -8,6 +8,7 @@ from torch import nn
 from factorizer import (
     MLP,
     NMF,
+    DepthwiseConv,
     FactMixer,
     FactorizerBlock,
     FactorizerStage,
@@ -359,6 +360,36 @@ def test_mixer_decomposes(rel):
     assert rel(mixer(x), y) < 1e-5
 
 
+@pytest.mark.parametrize("size", [(9,), (5, 7), (4, 1, 6)], ids=str)
+@pytest.mark.parametrize("side", [1, 3, 5])
+def test_depthwise_conv_filters_each_channel_by_itself(size, side, rel):
+    conv = randomise(DepthwiseConv(3, side, len(size)).double())
+    x = torch.randn(2, 3, *size, dtype=torch.float64)
+    radius = side // 2
+    padded = F.pad(x, (radius, radius) * len(size))
+    want = conv.bias.reshape(-1, *[1] * len(size)).expand_as(x).clone()
+    for at in torch.cartesian_prod(*[torch.arange(side)] * len(size)).reshape(-1, len(size)).tolist():
+        moved = padded[(..., *(slice(a, a + n) for a, n in zip(at, size, strict=True)))]
+        want += conv.weight[(slice(None), *at)].reshape(-1, *[1] * len(size)) * moved
+    assert rel(conv(x), want) <= 1e-14
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_local_filter_comes_before_the_block(fused, rel):
+    arguments = {"reshape": (SWMatricize, SWIN)}
+    with_filter = randomise(FactorizerBlock(8, (8, 8), local=3, **arguments).double())
+    without = FactorizerBlock(8, (8, 8), **arguments).double()
+    state = with_filter.state_dict()
+    conv = DepthwiseConv(8, 3, 2).double()
+    conv.load_state_dict({name: state.pop(f"local.{name}") for name in ("weight", "bias")})
+    without.load_state_dict(state)  # the rest of a block's weights is what it was
+    if not fused:
+        force_unfused(with_filter)
+        force_unfused(without)
+    x = torch.randn(2, 8, 8, 8, dtype=torch.float64)
+    assert rel(with_filter(x), without(x + conv(x))) <= 1e-14
+
+
 def test_stage_adapts_channels_and_embeds_positions():
     stage = FactorizerStage(6, 8, (8, 8), depth=2, pos_embed=PositionalEmbedding, reshape=(SWMatricize, SWIN))
     assert stage(torch.randn(2, 6, 8, 8)).shape == (2, 8, 8, 8)
@@ -484,6 +515,15 @@ SWIN_MIXER = (8, 8, (8, 8), (SWMatricize, SWIN))
             lambda: FactorizerBlock(8, (8,), reshape=(SWMatricize, SWIN))(torch.zeros(1, 4, 8)),
             ValueError,
             "must have 8 channels",
+        ),
+        (lambda: DepthwiseConv(4, 2), ValueError, "kernel_size must be odd, got 2"),
+        (lambda: DepthwiseConv(4, 3, 4), ValueError, "spatial_dims must be 1, 2 or 3, got 4"),
+        (lambda: DepthwiseConv(4)(torch.zeros(1, 3, 4, 4, 4)), ValueError, "must have 4 channels"),
+        (lambda: DepthwiseConv(4)(torch.zeros(1, 4, 4, 4)), ValueError, "3 spatial axes"),
+        (
+            lambda: FactorizerBlock(8, (8, 8), reshape=(SWMatricize, SWIN), local=True),
+            TypeError,
+            "kernel_size must be an int, got True",
         ),
         (lambda: FactorizerStage(8, 8, (8, 8), depth=0), ValueError, "depth must be at least 1"),
     ],
