@@ -57,11 +57,27 @@ class Suite:
             path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
             environment = {**os.environ, "PYTHONPATH": path, **environment}
             environment |= {SELECTED: str(names), REPORTS: str(reports)}
-            command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "nested", *arguments, str(self.folder)]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-m",
+                "",
+                "-p",
+                "nested",
+                *arguments,
+                str(self.folder),
+            ]
             done = subprocess.run(
-                command, env=environment, cwd=TESTS.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-                text=True, check=False,
-            )  # fmt: skip
+                [*command, *arguments, str(self.folder)],
+                env=environment,
+                cwd=TESTS.parent,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                check=False,
+            )
             by_test: dict[str, list[dict]] = {}
             for line in reports.read_text().splitlines():
                 report = json.loads(line)

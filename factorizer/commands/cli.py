@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -44,7 +44,7 @@ Section = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
 Iterations = Annotated[
     int | None,
-    typer.Option("--num-iters", help="Iterations of every factorisation; fewer are faster.", min=0),
+    typer.Option("--num-iters", help="Iterations of every factorisation; fewer are faster."),
 ]
 Whole = Annotated[
     bool, typer.Option("--whole", help="Whole volumes at once, no sliding window: no seams, more memory.")
@@ -54,6 +54,13 @@ Configs = Annotated[
     list[str] | None,
     typer.Option("--config", help="File of the bundle's configs/ over train.json, such as four_shifts."),
 ]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise typer.BadParameter(f"got {text!r}; give whole numbers separated by commas") from error
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -93,9 +100,7 @@ def train(
     seed: Annotated[int, typer.Option(help="Of the split, the weights and the crops.")] = 0,
     validate_every: Annotated[
         int | None,
-        typer.Option(
-            help="Steps between validations on the held-out cases. Default: none, or the bundle's.", min=1
-        ),
+        typer.Option(help="Steps between validations on the held-out cases. Default: none, or the bundle's."),
     ] = None,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many validations without a better one.")
@@ -171,12 +176,12 @@ def predict(
             input,
             output,
             section=section,
-            iterations=num_iters,
+            num_iters=num_iters,
             whole=whole,
             mirror=mirror,
             device=device,
         )
-        if any(outcome.state == "failed" for outcome in outcomes):
+        if any(outcome.failed for outcome in outcomes):
             raise typer.Exit(1)
 
 
@@ -232,7 +237,7 @@ def explain(
             layers=layer or ("shallow", "deep"),
             labels=labels,
             section=section,
-            iterations=num_iters,
+            num_iters=num_iters,
             whole=whole,
             device=device,
         ):
@@ -245,10 +250,10 @@ def speed(
     input: Inputs,
     output: Annotated[Path, typer.Option(help="Folder for speed.csv and speed.png.")],
     num_iters: Annotated[
-        str, typer.Option(help="Numbers of iterations, separated by commas.")
+        Any, typer.Option(help="Numbers of iterations, separated by commas.", parser=_numbers)
     ] = "0,1,2,3,5,10",
-    ranks: Annotated[str, typer.Option(help="Ranks, separated by commas.")] = "1,2,4",
-    cases: Annotated[int, typer.Option(help="Cases at most, held-out ones first.", min=1)] = 10,
+    ranks: Annotated[Any, typer.Option(help="Ranks, separated by commas.", parser=_numbers)] = "1,2,4",
+    cases: Annotated[int, typer.Option(help="Cases at most, held-out ones first.")] = 10,
     section: Section = None,
     whole: Whole = False,
     device: Device = None,
@@ -264,10 +269,10 @@ def speed(
             checkpoint,
             input,
             output,
-            num_iters=_numbers("num-iters", num_iters),
-            ranks=_numbers("ranks", ranks),
+            num_iters=num_iters,
+            ranks=ranks,
+            max_cases=cases,
             section=section,
-            limit=cases,
             whole=whole,
             device=device,
         )
@@ -320,15 +325,6 @@ def _errors() -> Iterator[None]:
         _fail(text, 2)
     except KeyboardInterrupt:
         _fail(f"Interrupted. To continue: {_command()}", 130)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    from factorizer.segmentation.errors import DataError
-
-    try:
-        return [int(part) for part in text.split(",") if part]
-    except ValueError as error:
-        raise DataError(f"{option}: got {text!r}; give whole numbers separated by commas") from error
 
 
 def _fail(message: str, code: int) -> None:

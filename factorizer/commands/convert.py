@@ -13,10 +13,10 @@ from rich.console import Console
 
 from factorizer.commands.bundle import bundle_plan
 from factorizer.models.paper_weights import PAPER_EPS, convert_paper_checkpoint
-from factorizer.segmentation.checkpoint import fill, network_of
+from factorizer.segmentation.checkpoint import load_weights_into, network_of
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import load_tensors, prepare_folder
-from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.plan import Plan, read_plan
 from factorizer.segmentation.training import Trainer
 
 HOLDERS = ("state_dict", "network", "model")  # under which frameworks keep a network's tensors
@@ -52,7 +52,7 @@ def convert(
     network["num_deep_supr"] = len(heads)
     found = replace(found, network=network)
     made = network_of(found, plan or bundle)  # type: ignore[arg-type]
-    fill(made, state, source)
+    load_weights_into(made, state, source)
     prepare_folder("output", out.resolve().parent)
     Trainer(found, made).save(out)
     console.print(
@@ -65,7 +65,7 @@ def convert(
 
 def _read_plan(path: Path) -> Plan:
     try:
-        return Plan(**json.loads(path.read_text(encoding="utf-8")))
+        return read_plan(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: not a plan as train writes it ({error})") from error
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import DataError
+from factorizer.segmentation.errors import DataError
 
 MIN_CASES = 3  # two to train on and one held out
 HELD_OUT, MAX_HELD_OUT = 0.2, 40  # share and number of the cases that training never sees

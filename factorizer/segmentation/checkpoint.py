@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ..models.build import build_network
-from .errors import DataError
-from .files import load_tensors
-from .plan import Plan
+from factorizer.models.build import build_network
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import load_tensors
+from factorizer.segmentation.plan import Plan, read_plan
 
 
 def read_checkpoint(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
@@ -28,7 +28,7 @@ def read_checkpoint(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
             "For weights from elsewhere there is factorizer convert"
         )
     try:
-        return Plan(**state["plan"]), state
+        return read_plan(state["plan"]), state
     except (TypeError, ValueError) as error:
         raise DataError(
             f"{path}: not a checkpoint of this program: its plan is another's ({error})"
@@ -42,7 +42,7 @@ def load_network(path: str | Path) -> tuple[nn.Module, Plan]:
     """
     plan, state = read_checkpoint(path)
     network = network_of(plan, path)
-    fill(network, state["network"], path)
+    load_weights_into(network, state["network"], path)
     return network.eval(), plan
 
 
@@ -60,11 +60,11 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     Raises FileNotFoundError where there is none, DataError where it is not one of ours, or one of
     another network.
     """
-    fill(network, read_checkpoint(path)[1]["network"], path)
+    load_weights_into(network, read_checkpoint(path)[1]["network"], path)
     return network.eval()
 
 
-def fill(network: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
+def load_weights_into(network: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
     """Loads the weights that were read from `path`. Raises DataError where they are another network's."""
     try:
         network.load_state_dict(state)

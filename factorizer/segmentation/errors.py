@@ -18,4 +18,4 @@ def check_counts(**options: tuple[int | None, int]) -> None:
     """Raises DataError for an option, given as its value and the least it may be, that is too small."""
     for name, (value, least) in options.items():
         if value is not None and value < least:
-            raise DataError(f"{name}: got {value}; it must be at least {least}")
+            raise DataError(f"{name.replace('_', '-')}: got {value}; it must be at least {least}")

@@ -1,4 +1,4 @@
-"""How well label volumes agree: Dice and HD95 of each target and case."""
+"""How well label volumes agree: Dice and HD95 of each target and case, and of a whole folder."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from factorizer.segmentation.cases import Case, find_cases, read_classes, volume
 from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.inference import Predictor, failure
+from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.processes import place
-from factorizer.segmentation.screen import count, progress, table, tell_failure
-from factorizer.segmentation.volumes import check_label, read_nifti
+from factorizer.segmentation.processes import group_position
+from factorizer.segmentation.screen import count, each_case, table
+from factorizer.segmentation.volumes import read_labels, read_nifti
 
 Targets = Mapping[str, Sequence[int]]  # names, each with the label values that it unites
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one target in one case; HD95 in mm."""
+    """The agreement of one target in one case; HD95 in mm."""
 
     case: str
     target: str
@@ -42,15 +42,20 @@ class Score:
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """2 |A ∩ B| / (|A| + |B|) of two masks; 1 where both are empty."""
+    """2 |A ∩ B| / (|A| + |B|) of two boolean masks of one shape; 1 where both are empty."""
     both = int(prediction.sum()) + int(truth.sum())
     return 2 * int((prediction & truth).sum()) / both if both else 1.0
 
 
 def hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
-    """The larger of the two 95th percentiles of the distances between the surfaces of two masks, mm.
+    """The larger of the two 95th percentiles of the distances between the surfaces of two masks, in mm.
 
-    0 where both are empty, infinite where one is.
+    0 where both are empty, infinite where one is. The surfaces and percentiles are those of MONAI's
+    `compute_hausdorff_distance`.
+
+    Args:
+        prediction, truth: boolean masks (X, Y, Z).
+        spacing: mm between voxels along each axis.
     """
     if not prediction.any() or not truth.any():
         return 0.0 if prediction.any() == truth.any() else math.inf
@@ -65,7 +70,7 @@ def hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) ->
     return float(distance)
 
 
-def compare(
+def score_labels(
     prediction: np.ndarray, truth: np.ndarray, targets: Targets, spacing: Sequence[float], case: str
 ) -> list[Score]:
     """The score of each target for two label volumes (X, Y, Z) on one grid."""
@@ -84,16 +89,19 @@ def evaluate_case(prediction: Path, case: Case, values: Sequence[int], targets: 
     """
     if case.label is None:
         raise DataError(f"{prediction}: there is no label for it")
-    truth = check_label(Case(case.name, (prediction,), case.label), values)
-    labels = check_label(Case(case.name, (prediction,), prediction), values)
+    labels = read_labels(prediction, values, grid_of=prediction)
+    truth = read_labels(case.label, values, grid_of=prediction)
     spacing = nib.affines.voxel_sizes(nib.load(prediction).affine).tolist()  # type: ignore[attr-defined]
-    return compare(labels, truth, targets, spacing, case.name)
+    return score_labels(labels, truth, targets, spacing, case.name)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one target over the cases: mean Dice; mean HD95 over the cases where it is finite, and the
-    number of the others, in which one of the two masks is empty."""
+    """The means of one target over the cases.
+
+    `hd95` is that of the cases where it is finite; `infinite` counts the others, in which one of the two
+    masks is empty.
+    """
 
     target: str
     cases: int
@@ -141,16 +149,16 @@ class MeanDice:
         self.plan, self.cases, self.device = plan, cases, torch.device(device)
 
     def __call__(self, network: nn.Module) -> float:
-        part, parts = place() if dist.is_initialized() else (0, 1)
+        index, processes = group_position()
         predictor = Predictor([(network, self.plan)], device=self.device)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for case in self.cases[part::parts]:
+        for case in self.cases[index::processes]:
             assert case.label is not None
             labels, truth = predictor.segment(case), read_nifti(case.label)[1]
             for values in self.plan.targets.values():
                 total[0] += dice(np.isin(labels, values), np.isin(truth, values))
                 total[1] += 1
-        if parts > 1:
+        if processes > 1:
             dist.all_reduce(total)
         return float(total[0] / total[1])
 
@@ -172,17 +180,11 @@ def evaluate(
     cases = [Case(case.name, case.images, known.get(case.name)) for case in _predictions(predictions)]
     prepare_folder("output", out.resolve().parent)
     targets, values = _targets(cases, classes, checkpoint)
-    scores: list[Score] = []
-    failed = 0
-    with progress(console) as bar:
-        for case in bar.track(cases, description="Comparing"):
-
-            def compare(case: Case = case) -> None:
-                scores.extend(evaluate_case(case.image, case, values, targets))
-
-            if reason := failure(compare):
-                failed += 1
-                tell_failure(console, case.name, reason)
+    outcomes = each_case(
+        console, cases, "Comparing", lambda case: evaluate_case(case.image, case, values, targets)
+    )
+    scores = [score for outcome in outcomes for score in outcome.result or ()]
+    failed = sum(outcome.failed for outcome in outcomes)
     write_scores(out, scores)
     compared = count(len(cases) - failed, "case")
     console.print(summary_table(f"{compared}; the scores of each are in {out}", summarise(scores)))

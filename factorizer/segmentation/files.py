@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from .cases import Case
-from .errors import DataError
+from factorizer.segmentation.cases import Case
+from factorizer.segmentation.errors import DataError
 
 
 @contextmanager
@@ -57,7 +57,7 @@ def prepare_folder(name: str, folder: Path, cases: Sequence[Case] = ()) -> Path:
 
 
 def save_tensors(content: Mapping[str, Any], path: Path, *, shared: bool = False) -> None:
-    """Writes a mapping of names to tensors and plain data; `shared` as of `atomic`.
+    """Writes a mapping of names to tensors and plain data; for `shared` see `atomic`.
 
     Raises OSError where the file cannot be written; the one that was there stays.
     """

@@ -5,10 +5,8 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +19,12 @@ from torch import Tensor, nn
 from factorizer import MatrixFactorization, set_num_iters
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.checkpoint import load_network
-from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.files import atomic
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.processes import pick_device, place
-from factorizer.segmentation.screen import progress, tell_failure
-from factorizer.segmentation.transforms import files_of, preprocessing, to_own_grid
+from factorizer.segmentation.processes import group_position, pick_device
+from factorizer.segmentation.screen import Outcome, each_case
+from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import check_image, write_nifti
 
 SETTINGS = "settings.json"  # in a folder of results: what they were made with
@@ -40,6 +38,7 @@ class FinestHead(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, *size) to logits (B, outputs, *size)."""
         y = self.network(x)
         return y if isinstance(y, Tensor) else y[0]
 
@@ -97,13 +96,15 @@ class Predictor:
 
     def logits(self, case: Case) -> Tensor:
         """Mean logits (outputs, X, Y, Z) on the image's own grid."""
-        total: Tensor | None = None
+        groups: dict[Any, list[tuple[nn.Module, Plan]]] = {}  # one for each way to preprocess the image
         for network, plan in self.models:
-            before = preprocessing(plan, ("image",))
-            item = before(files_of(case))
-            logits = to_own_grid(self.run(network, plan, item["image"].as_tensor()), item, before)
-            total = logits if total is None else total + logits
-        assert total is not None
+            groups.setdefault((plan.spacing, plan.intensity_range), []).append((network, plan))
+        total: Any = 0
+        for members in groups.values():
+            prepared = PreparedCase(members[0][1], case)
+            total = total + prepared.to_own_grid(
+                sum(self.run(network, plan, prepared.image) for network, plan in members)  # type: ignore[arg-type]
+            )
         return total / len(self.models)
 
     @torch.no_grad()
@@ -134,96 +135,48 @@ class Predictor:
         return (total / len(flips))[0].cpu()
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a case: "done", "skipped" (it was there) or "failed", and why."""
-
-    name: str
-    state: str
-    reason: str = ""
-    seconds: float = 0.0
-
-
-def segment_cases(predictor: Predictor, cases: Sequence[Case], folder: Path) -> Iterator[Outcome]:
-    """Segments cases into folder/NAME.nii.gz, one by one, and tells what became of each.
-
-    A case whose file is there is left alone. One that cannot be read, or fails otherwise, leaves no
-    file, and the others go on.
-    """
-    for case in cases:
-        path, start = folder / f"{case.name}.nii.gz", time.perf_counter()
-        if path.exists():
-            yield Outcome(case.name, "skipped")
-            continue
-        reason = failure(lambda case=case, path=path: _segment_case(predictor, case, path))  # type: ignore[misc]
-        state = "failed" if reason else "done"
-        yield Outcome(case.name, state, reason, time.perf_counter() - start)
-
-
-def failure(call: Callable[[], None]) -> str:
-    """Runs a piece of work on one case: why it failed, or nothing.
-
-    Whatever a case does (an unreadable file, a full disk, too little memory) must not end the
-    others, so every error is caught here.
-    """
-    try:
-        call()
-    except DataError as error:
-        return str(error)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _segment_case(predictor: Predictor, case: Case, path: Path) -> None:
-    check_image(case, predictor.plan.modalities)
-    write_nifti(predictor.segment(case), case.image, path)
-
-
-def _digest(network: nn.Module, plan: Plan) -> str:
-    digest = hashlib.sha256(repr(plan).encode())
-    for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def load_predictor(
     checkpoints: Sequence[Path],
     *,
     device: str | None = None,
-    iterations: int | None = None,
+    num_iters: int | None = None,
     whole: bool = False,
     mirror: bool = False,
 ) -> Predictor:
     """The networks of the checkpoints, ready to run. Raises DataError where one cannot be used."""
+    check_counts(num_iters=(num_iters, 0))
     models = []
     for path in checkpoints:
         try:
             models.append(load_network(path))
         except FileNotFoundError as error:
             raise DataError(f"checkpoint: there is no {path}") from error
-    if iterations is not None:
+    if num_iters is not None:
         for network, _ in models:
-            set_num_iters(network, iterations)
+            set_num_iters(network, num_iters)
     return Predictor(models, device=pick_device(device), whole=whole, mirror=mirror)
 
 
-def run_cases(console: Console, predictor: Predictor, cases: Sequence[Case], out: Path) -> list[Outcome]:
-    """`segment_cases` with a bar; failures are told as they come.
+def run_cases(
+    console: Console, predictor: Predictor, cases: Sequence[Case], folder: Path
+) -> list[Outcome[str]]:
+    """Segments cases into folder/NAME.nii.gz; the results are "done", and "skipped" where the file is there.
 
-    out/settings.json says what the results were made with. Raises DataError where those that are there
+    A case that cannot be read, or fails otherwise, leaves no file, is told, and the others go on.
+    folder/settings.json says what the results were made with. Raises DataError where those that are there
     were made with another network or other settings.
     """
-    _keep_settings(out / SETTINGS, predictor.settings())
-    outcomes = []
-    with progress(console) as bar:
-        work = segment_cases(predictor, cases, out)
-        for outcome in bar.track(work, total=len(cases), description="Segmenting"):
-            if outcome.state == "failed":
-                tell_failure(console, outcome.name, outcome.reason)
-            outcomes.append(outcome)
-    return outcomes
+    _keep_settings(folder / SETTINGS, predictor.settings())
+
+    def segment(case: Case) -> str:
+        path = folder / f"{case.name}.nii.gz"
+        if path.exists():
+            return "skipped"
+        check_image(case, predictor.plan.modalities)
+        write_nifti(predictor.segment(case), case.image, path)
+        return "done"
+
+    return each_case(console, cases, "Segmenting", segment)
 
 
 def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
@@ -239,6 +192,16 @@ def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
                 f"output: {path.parent} holds results made with other settings ({', '.join(changed)}); "
                 "give another folder, or delete this one"
             )
-    elif place()[0] == 0:
+    elif group_position()[0] == 0:
         with atomic(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def _digest(network: nn.Module, plan: Plan) -> str:
+    """Of the weights, and of what the plan says about segmenting: not of how the network was trained."""
+    fields = ("modalities", "labels", "regions", "spacing", "crop", "intensity_range", "flips", "network")
+    digest = hashlib.sha256(repr([getattr(plan, field) for field in fields]).encode())
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()

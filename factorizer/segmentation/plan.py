@@ -18,16 +18,20 @@ from torch import Tensor
 
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.recipe import (
+    BATCH_SIZE,
+    DIVISOR,
+    LEARNING_RATE,
+    MAX_CROP_VOXELS,
+    MAX_STEPS,
+    MIN_STEPS,
+    NETWORK,
+    RECIPE,
+    ROUNDS,
+    WEIGHT_DECAY,
+    Recipe,
+)
 from factorizer.segmentation.volumes import Geometry
-
-WIDTH, STRIDES, PATCH = (24, 48, 96), (1, 2, 2), 4
-DIVISOR = PATCH * math.prod(STRIDES)  # a crop is a whole number of windows in the deepest stage
-MAX_CROP_VOXELS = 64**3
-BATCH_SIZE = 2
-ROUNDS, MIN_STEPS, MAX_STEPS = 10, 300, 1000
-
-# Arguments of `Factorizer` that are classes, or pairs of a class and its arguments.
-PARTS = ("norm", "reshape", "act", "factorize", "stem", "downsample", "upsample", "head", "pos_embed")
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,17 @@ class Plan:
         regions: names of the network's outputs, each with the label values that it unites, for
             outputs that overlap, each decided by a sigmoid; of two regions one holds the other, or
             they share nothing. Empty: the outputs are the labels, which exclude one another (softmax).
-        window: intensities that the image is clipped to; None for z-scores of the nonzero voxels.
+        intensity_range: what the image is clipped to; None for z-scores of the nonzero voxels.
         flips: axes along which mirror images are as likely as the originals.
         batch_size: crops in a training step, of all processes together.
         steps, learning_rate, weight_decay: of AdamW, with linear warm-up, then cosine.
         seed: of the first weights, the crops and their augmentation.
+        recipe: all other numbers of the training; a mapping of the fields that differ from
+            `Recipe`'s defaults serves as well.
+
+    Raises:
+        DataError: channels or regions do not fit, or a number of the recipe is out of its range.
+        TypeError: the recipe has no such field.
     """
 
     task: str
@@ -60,19 +70,22 @@ class Plan:
     training: tuple[str, ...] = ()
     held_out: tuple[str, ...] = ()
     regions: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    window: tuple[float, float] | None = None
+    intensity_range: tuple[float, float] | None = None
     flips: tuple[int, ...] = ()
     batch_size: int = BATCH_SIZE
     steps: int = MAX_STEPS
-    learning_rate: float = 5e-3
-    weight_decay: float = 1e-2
+    learning_rate: float = LEARNING_RATE
+    weight_decay: float = WEIGHT_DECAY
     seed: int = 0
+    recipe: Recipe = field(default_factory=Recipe)  # not RECIPE: what plans without it were trained by
 
     def __post_init__(self) -> None:
         # A configuration file knows no tuples, and no keys but strings.
         for name, value in vars(self).items():
             object.__setattr__(self, name, _tuples(value))
         object.__setattr__(self, "labels", {int(value): name for value, name in self.labels.items()})
+        if isinstance(self.recipe, Mapping):
+            object.__setattr__(self, "recipe", Recipe(**self.recipe))
         outputs = len(self.regions) or len(self.labels)
         for name, wanted in (("in_channels", len(self.modalities)), ("out_channels", outputs)):
             if self.network.get(name) != wanted:
@@ -121,6 +134,20 @@ class Plan:
         return own
 
 
+def read_plan(content: Mapping[str, Any]) -> Plan:
+    """The plan that `dataclasses.asdict` made plain data of, also that of version 0.1.0.
+
+    There `intensity_range` was called window, and the recipe was always `Recipe`'s defaults.
+
+    Raises:
+        DataError, TypeError: see `Plan`.
+    """
+    content = dict(content)
+    if "window" in content:
+        content["intensity_range"] = content.pop("window")
+    return Plan(**content)
+
+
 def plan_run(
     task: Task,
     geometries: Mapping[str, Geometry],
@@ -136,8 +163,11 @@ def plan_run(
     to a multiple of 16, then the longest axis shortened until at most 64^3 voxels are left. Steps,
     where not given: so many that training sees 10 times the voxels of its volumes, but at least
     300 and at most 1000. Left and right are exchanged unless a class is named left or right; front
-    and back, top and bottom never are: anatomy has no such symmetry. CT is clipped to the window
+    and back, top and bottom never are: anatomy has no such symmetry. CT is clipped to the intensities
     that the labelled voxels of the training cases have in the median.
+
+    Raises:
+        DataError: the images are CT, and no training case has a labelled voxel.
     """
     spacing = np.median([geometry.spacing for geometry in geometries.values()], axis=0)
     shapes = np.array([g.shape for g in geometries.values()])
@@ -150,46 +180,30 @@ def plan_run(
         crops_per_round = len(training) * max(1.0, float(median.prod() / crop.prod()))
         steps = math.ceil(ROUNDS * crops_per_round / BATCH_SIZE)
         steps = min(max(steps, MIN_STEPS), MAX_STEPS)
-    window = None
+    intensity_range = None
     if any(name.upper() == "CT" for name in task.modalities):
-        windows = [w for case in training if (w := geometries[case.name].window) is not None]
-        if not windows:
-            raise DataError("data: no training case has a labelled voxel, so CT has no window")
-        low, high = np.median(windows, axis=0).tolist()
-        window = (low, high)
+        ranges = [r for case in training if (r := geometries[case.name].intensity_range) is not None]
+        if not ranges:
+            raise DataError("data: no training case has a labelled voxel, so CT has no range of intensities")
+        low, high = np.median(ranges, axis=0).tolist()
+        intensity_range = (low, high)
     size = tuple(int(length) for length in crop)
     names = " ".join(task.labels.values()).lower()
+    channels = {"in_channels": len(task.modalities), "out_channels": len(task.labels)}
     return Plan(
         task=task.name,
         modalities=task.modalities,
         labels=task.labels,
         spacing=tuple(spacing.tolist()),
         crop=size,
-        network={
-            "in_channels": len(task.modalities),
-            "out_channels": len(task.labels),
-            "spatial_size": size,
-            "encoder_depth": (1,) * len(WIDTH),
-            "encoder_width": WIDTH,
-            "strides": STRIDES,
-            "decoder_depth": (1,) * (len(WIDTH) - 1),
-            "norm": "LayerNorm",
-            "reshape": (
-                "SWMatricize",
-                {"head_dim": 8, "patch_size": PATCH, "shifts": (None, PATCH // 2)},
-            ),
-            "act": "ReLU",
-            "factorize": "NMF",
-            "rank": 1,
-            "num_iters": 5,
-            "mlp_ratio": 2,
-        },
+        network={**channels, "spatial_size": size, **NETWORK},
         training=tuple(case.name for case in training),
         held_out=tuple(case.name for case in held_out),
-        window=window,
+        intensity_range=intensity_range,
         flips=() if "left" in names or "right" in names else (0,),
         steps=steps,
         seed=seed,
+        recipe=RECIPE,
     )
 
 

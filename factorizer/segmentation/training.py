@@ -6,8 +6,9 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -23,12 +24,11 @@ from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import save_tensors
 from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.processes import group_position
 from factorizer.segmentation.screen import progress
-from factorizer.segmentation.transforms import Crops
+from factorizer.segmentation.transforms import CropBatches
 
 SAVE_EVERY, SAVE_SECONDS = 20, 30.0  # steps, or seconds and one step, that a killed run loses at most
-WARM_UP = 0.05  # share of the steps
-CLIP_NORM = 1.0
 LINE_SECONDS = 60.0  # between two lines of a log file, where a bar would be seen at its end alone
 
 
@@ -36,21 +36,29 @@ class SegmentationLoss(nn.Module):
     """Dice and cross-entropy of logits (B, outputs, ...) and class indices (B, 1, ...).
 
     Of the labels under a softmax or, where the plan has regions, of each region under its sigmoid.
-    A list of logits, finest first, is weighted 1, 1/2, 1/4, ..., normalised.
+    The losses of a list of logits, finest first, are weighted by the powers of the recipe's
+    `head_weight`, normalised.
     """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
+        recipe = plan.recipe
+        options: dict[str, Any] = {
+            "squared_pred": recipe.squared_dice,
+            "smooth_nr": recipe.dice_smoothing,
+            "smooth_dr": recipe.dice_smoothing,
+        }
         if plan.regions:
-            self.dice: nn.Module = DiceLoss(sigmoid=True, squared_pred=True)
+            self.dice: nn.Module = DiceLoss(sigmoid=True, **options)
         else:
-            self.dice = DiceCELoss(to_onehot_y=True, softmax=True, squared_pred=True)
+            self.dice = DiceCELoss(to_onehot_y=True, softmax=True, **options)
 
     def forward(self, logits: Tensor | list[Tensor], classes: Tensor) -> Tensor:
+        """Logits (B, outputs, ...), or a list of them, and class indices (B, 1, ...) to a scalar."""
         if isinstance(logits, Tensor):
             return self._loss(logits, classes)
-        weights = [0.5**level for level in range(len(logits))]
+        weights = [self.plan.recipe.head_weight**level for level in range(len(logits))]
         weights = [weight / sum(weights) for weight in weights]
         return DeepSupervisionLoss(self._loss, weights=weights)(logits, classes)  # type: ignore[arg-type]
 
@@ -98,18 +106,21 @@ class Trainer:
         self.workers = workers
         self.network = network.to(self.device)
         self.parallel: nn.Module = self.network
-        self.part, self.parts = 0, 1
+        self.process_index, self.process_count = group_position()
         if dist.is_initialized():
-            self.part, self.parts = dist.get_rank(), dist.get_world_size()
             self.parallel = DistributedDataParallel(self.network)
         self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay
+            self.network.parameters(),
+            lr=plan.learning_rate,
+            weight_decay=plan.weight_decay,
+            betas=plan.recipe.betas,
+            eps=plan.recipe.adam_eps,
         )
         self.schedule = WarmupCosineSchedule(
             self.optimizer,
-            warmup_steps=math.ceil(WARM_UP * plan.steps),
+            warmup_steps=math.ceil(plan.recipe.warm_up * plan.steps),
             t_total=plan.steps,
-            warmup_multiplier=0.1,
+            warmup_multiplier=plan.recipe.first_rate,
         )
         self.loss = SegmentationLoss(plan)
         self.losses: list[float] = []
@@ -142,27 +153,27 @@ class Trainer:
             logits = self.parallel(image)
         loss = self.loss(_float(logits), label)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.plan.recipe.clip_norm)
         self.optimizer.step()
         loss = loss.detach()
-        if self.parts > 1:
+        if self.process_count > 1:
             dist.all_reduce(loss)
-        return loss.item() / self.parts
+        return loss.item() / self.process_count
 
-    def run(self, crops: Crops, path: Path, advance: Callable[[int], None]) -> None:
+    def run(self, batches: CropBatches, path: Path, advance: Callable[[int], None]) -> None:
         """Train to the plan's last step, saving to `path`; `advance` is told of each step done.
 
         Raises FloatingPointError where the loss is no longer finite.
         """
-        batches: DataLoader = DataLoader(
-            crops,  # type: ignore[arg-type]
+        loader: DataLoader = DataLoader(
+            batches,  # type: ignore[arg-type]
             batch_size=None,
             sampler=range(self.step, self.plan.steps),
             num_workers=self.workers,
         )
-        log = _Log(self.log if self.part == 0 else None, self.step)
+        log = _Log(self.log if self.process_index == 0 else None, self.step)
         start = saved = time.perf_counter()
-        for image, label in batches:
+        for image, label in loader:
             if self.finished:
                 break
             loss = self.update(image, label)
@@ -194,7 +205,7 @@ class Trainer:
 
         Raises OSError where it cannot be written; the checkpoint that was there stays.
         """
-        if self.part:
+        if self.process_index:
             return
         state = {
             "plan": asdict(self.plan),
@@ -210,11 +221,11 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Continue from the checkpoint at `path`. Raises DataError where it is of another plan."""
         plan, state = read_checkpoint(path)
-        for field in fields(Plan):
-            was, now = getattr(plan, field.name), getattr(self.plan, field.name)
-            if was != now:
+        before, now = (_flat(asdict(p)) for p in (plan, self.plan))
+        for name, value in now.items():
+            if before[name] != value:
                 raise DataError(
-                    f"{path}: belongs to a run with {field.name} = {was!r}, this one has {now!r}; "
+                    f"{path}: belongs to a run with {name} = {before[name]!r}, this one has {value!r}; "
                     "give another output folder, or delete that file to start anew"
                 )
         self.network.load_state_dict(state["network"])
@@ -230,13 +241,15 @@ class Trainer:
 
 
 class _Log:
-    """Numbers for TensorBoard, or nowhere. Those that a killed run wrote after its last checkpoint
-    are hidden by the ones of the run that continues."""
+    """Writes numbers for TensorBoard, or does nothing where there is no folder.
+
+    A run that continues hides what the killed run wrote after its last checkpoint.
+    """
 
     def __init__(self, folder: Path | None, step: int) -> None:
         self.writer = None
         if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter  # a second, for those who log alone
+            from torch.utils.tensorboard import SummaryWriter  # takes a second, so only where it is used
 
             self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
@@ -254,7 +267,12 @@ def _float(logits: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     return logits.float() if isinstance(logits, Tensor) else [y.float() for y in logits]
 
 
-def fit(console: Console, trainer: Trainer, crops: Crops, path: Path) -> None:
+def _flat(plan: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a plan, with those of its recipe beside them."""
+    return {**plan, **{f"recipe.{name}": value for name, value in plan.pop("recipe").items()}}
+
+
+def fit(console: Console, trainer: Trainer, batches: CropBatches, path: Path) -> None:
     """Trains to the end with a bar, or lines in a log, from the checkpoint at `path` if there is one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if trainer.step == 0 and path.exists():
@@ -274,4 +292,4 @@ def fit(console: Console, trainer: Trainer, crops: Crops, path: Path) -> None:
                 console.print(f"step {step} of {trainer.plan.steps}, loss {loss:.3f}{score}")
                 told = time.perf_counter()
 
-        trainer.run(crops, path, advance)
+        trainer.run(batches, path, advance)

@@ -29,8 +29,11 @@ from monai.transforms import (
     RandCropByLabelClassesd,
     RandFlipd,
     RandGaussianNoised,
+    RandGaussianSmoothd,
     RandScaleIntensityd,
     RandShiftIntensityd,
+    RandSpatialCropd,
+    ResampleToMatch,
     ScaleIntensityRanged,
     Spacingd,
     SpatialPadd,
@@ -42,6 +45,7 @@ from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import load_tensors, save_tensors
 from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.processes import group_position
 from factorizer.segmentation.volumes import Geometry, check_image, check_label
 
 CACHE_BYTES = 6 * 2**30  # volumes beyond this are read again at every use
@@ -83,7 +87,7 @@ def preprocessing(plan: Plan, keys: Sequence[str]) -> Compose:
     image's nonzero voxels. `keys` name the files of an item: "image", and label volumes under any
     other name, whose values become class indices 0, 1, ... in the order of `plan.labels`. Each
     becomes (C, X, Y, Z). Each channel of the image is normalised by the mean and standard deviation
-    of its nonzero voxels or, where the plan has a window, clipped to it and brought to [-1, 1].
+    of its nonzero voxels or, where the plan has an intensity range, clipped to it and brought to [-1, 1].
     """
     labels = [key for key in keys if key != "image"]
     transforms: list[Callable[..., Any]] = [
@@ -96,10 +100,10 @@ def preprocessing(plan: Plan, keys: Sequence[str]) -> Compose:
         ),
         CropForegroundd(keys, source_key="image", select_fn=_nonzero, allow_smaller=True),
     ]
-    if plan.window is None:
+    if plan.intensity_range is None:
         transforms.append(NormalizeIntensityd("image", nonzero=True, channel_wise=True))
     else:
-        low, high = plan.window
+        low, high = plan.intensity_range
         transforms.append(ScaleIntensityRanged("image", low, high, -1, 1, clip=True))
     values = list(plan.labels)
     if labels and values != list(range(len(values))):
@@ -107,44 +111,78 @@ def preprocessing(plan: Plan, keys: Sequence[str]) -> Compose:
     return Compose(transforms)
 
 
-def to_own_grid(values: torch.Tensor, item: dict[str, Any], before: Compose) -> torch.Tensor:
-    """Values (C, X, Y, Z) on the grid of item["image"], which `before` has made, to the grid of its
-    files; interpolated linearly, 0 where `before` has cut voxels off."""
-    after = Invertd("values", transform=before, orig_keys="image", nearest_interp=False)
-    result: Any = {**item, "values": MetaTensor(values)}
-    return after(result)["values"].as_tensor()
+class PreparedCase:
+    """The image of a case as a network sees it, and the ways between its grid and the case's own.
+
+    Args:
+        plan: names the preprocessing.
+        case: whose files are read.
+
+    Attributes:
+        image: (C, X, Y, Z) float32, see `preprocessing`.
+    """
+
+    def __init__(self, plan: Plan, case: Case) -> None:
+        self.plan, self.case = plan, case
+        self._preprocess = preprocessing(plan, ("image",))
+        self._item: dict[str, Any] = self._preprocess(files_of(case))
+        self.image: torch.Tensor = self._item["image"].as_tensor()
+
+    def to_own_grid(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (n, X, Y, Z) on the network's grid to the case's own (n, X', Y', Z'); interpolated
+        linearly, 0 where preprocessing has cut voxels off."""
+        inverse = Invertd("values", transform=self._preprocess, orig_keys="image", nearest_interp=False)
+        item: Any = {**self._item, "values": MetaTensor(values)}
+        return inverse(item)["values"].as_tensor()
+
+    def class_indices(self, labels: np.ndarray) -> np.ndarray:
+        """Label values (X', Y', Z') on the case's own grid to class indices (X, Y, Z) on the network's,
+        uint8; each voxel takes the nearest."""
+        image = self._item["image"]
+        volume = MetaTensor(
+            torch.from_numpy(labels.astype(np.float32))[None], affine=image.meta["original_affine"]
+        )
+        moved: Any = ResampleToMatch(mode="nearest", padding_mode="zeros")(volume, image)
+        index = np.zeros(256, np.uint8)
+        index[list(self.plan.labels)] = range(len(self.plan.labels))
+        return index[moved[0].numpy().astype(np.uint8)]
 
 
 def augmentation(plan: Plan) -> Compose:
     """Volume to training crop: a random place, a small affine map, and changes of intensity.
 
-    The crop's middle is a voxel of a class that is drawn first. Axes are flipped as the plan says.
+    All by the plan's recipe. Axes are flipped as the plan says.
     """
-    keys, modes = ("image", "label"), ("bilinear", "nearest")
-    angle, scale = math.radians(15), 0.15
-    transforms: list[Callable[..., Any]] = [
-        RandCropByLabelClassesd(
+    keys, modes, recipe = ("image", "label"), ("bilinear", "nearest"), plan.recipe
+    crop: Callable[..., Any] = RandSpatialCropd(keys, roi_size=plan.crop, random_size=False)
+    if recipe.balanced:
+        crop = RandCropByLabelClassesd(
             keys,
             label_key="label",
             spatial_size=plan.crop,
             num_classes=len(plan.labels),
             indices_key="label_cls_indices",
             warn=False,
-        ),
+        )
+    transforms: list[Callable[..., Any]] = [
+        crop,
         RandAffined(
             keys,
-            prob=0.3,
-            rotate_range=(angle,) * 3,
-            scale_range=(scale,) * 3,
+            prob=recipe.affine_prob,
+            rotate_range=(math.radians(recipe.rotation),) * 3,
+            scale_range=(recipe.scaling,) * 3,
             mode=modes,
-            padding_mode="border",
+            padding_mode=recipe.padding,
         ),
-        RandGaussianNoised("image", prob=0.15, std=0.1),
-        RandScaleIntensityd("image", factors=0.1, prob=0.3),
-        RandShiftIntensityd("image", offsets=0.1, prob=0.3),
-        RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
-        *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in plan.flips),
+        RandGaussianNoised("image", prob=recipe.noise_prob, std=recipe.noise_std),
+        RandScaleIntensityd("image", factors=recipe.scale, prob=recipe.scale_prob),
+        RandShiftIntensityd("image", offsets=recipe.shift, prob=recipe.shift_prob),
+        RandAdjustContrastd("image", prob=recipe.gamma_prob, gamma=recipe.gamma, retain_stats=True),
+        *(RandFlipd(keys, prob=recipe.flip_prob, spatial_axis=axis) for axis in plan.flips),
     ]
+    if recipe.blur_prob:  # after the noise; the draws of the others do not depend on it
+        sigma = recipe.blur_sigma
+        transforms.insert(3, RandGaussianSmoothd("image", sigma, sigma, sigma, prob=recipe.blur_prob))
     return Compose(transforms)
 
 
@@ -168,13 +206,15 @@ def training_volumes(
         [
             *preprocessing(plan, keys).transforms,
             SpatialPadd(keys, spatial_size=plan.crop),
-            ClassesToIndicesd("label", num_classes=len(plan.labels), max_samples_per_class=10_000),
+            ClassesToIndicesd(
+                "label", num_classes=len(plan.labels), max_samples_per_class=plan.recipe.class_voxels
+            ),
             EnsureTyped("image", dtype=torch.float32, track_meta=False),
             EnsureTyped("label", dtype=torch.uint8, track_meta=False),
         ]
     )
     if cache is not None:
-        return KeptVolumes(plan, cases, steps, Path(cache))  # type: ignore[return-value]
+        return CachedVolumes(plan, cases, steps, Path(cache))  # type: ignore[return-value]
     if geometries is None:
         raise ValueError("geometries must be given where cache is None")
     items = [files_of(case) for case in cases]
@@ -186,7 +226,7 @@ def training_volumes(
     )
 
 
-class KeptVolumes(Dataset):
+class CachedVolumes(Dataset):
     """Volumes that are checked and prepared at their first use, and then kept in a folder.
 
     The name of a file there depends on the case's files, their times and the plan's preprocessing:
@@ -204,7 +244,15 @@ class KeptVolumes(Dataset):
         plan, case = self.plan, self.cases[index]
         files = [str(path.resolve()) for path in (*case.images, case.label) if path is not None]
         times = [Path(file).stat().st_mtime_ns for file in files]
-        kept = (files, times, plan.labels, plan.spacing, plan.crop, plan.window)
+        kept = (
+            files,
+            times,
+            plan.labels,
+            plan.spacing,
+            plan.crop,
+            plan.intensity_range,
+            plan.recipe.class_voxels,
+        )
         path = self.folder / f"{case.name}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:16]}.pt"
         if path.exists():
             return load_tensors(path)
@@ -216,39 +264,40 @@ class KeptVolumes(Dataset):
         return volume
 
 
-class Crops:
-    """Training batches as a pure function of (seed, step), so that a resumed run goes on exactly.
+class CropBatches:
+    """Training batches as a pure function of (plan, step), so that a resumed run goes on exactly.
 
     Batch `step` holds images (B, C, *crop) and class indices (B, 1, *crop), both float32. The
-    volumes come in a new random order in every round. With `parts` processes each takes its part of
-    every batch, B = batch_size / parts: together they see what one process would.
+    volumes come in a new random order in every round. Where several processes train together, each
+    takes its part of every batch, B = batch_size / processes: together they see what one would.
+
+    Args:
+        plan: its crop, recipe, batch size and seed.
+        volumes: items of `training_volumes`.
+
+    Raises:
+        DataError: the batch cannot be shared evenly among the processes.
     """
 
-    def __init__(
-        self,
-        volumes: Sequence[dict[str, Any]],
-        augment: Compose,
-        batch_size: int,
-        seed: int,
-        part: int = 0,
-        parts: int = 1,
-    ) -> None:
-        if batch_size % parts:
-            raise DataError(f"batch_size must be a multiple of the {parts} processes, got {batch_size}")
-        self.volumes, self.augment = volumes, augment
-        self.batch_size, self.seed = batch_size, seed
-        self.part, self.parts = part, parts
+    def __init__(self, plan: Plan, volumes: Sequence[dict[str, Any]]) -> None:
+        self.plan, self.volumes, self.augment = plan, volumes, augmentation(plan)
+        self.process_index, self.process_count = group_position()
+        if plan.batch_size % self.process_count:
+            raise DataError(
+                f"batch_size must be a multiple of the {self.process_count} processes, got {plan.batch_size}"
+            )
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        first = step * self.batch_size
-        crops = [self._crop(first + i) for i in range(self.part, self.batch_size, self.parts)]
+        size = self.plan.batch_size
+        own = range(self.process_index, size, self.process_count)
+        crops = [self._crop(step * size + i) for i in own]
         image, label = (torch.stack([crop[key] for crop in crops]).float() for key in ("image", "label"))
         return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
 
     def _crop(self, position: int) -> dict[str, torch.Tensor]:
         round_, place = divmod(position, len(self.volumes))
-        order = np.random.default_rng([self.seed, round_]).permutation(len(self.volumes))
-        state = np.random.SeedSequence([self.seed, position]).generate_state(1)[0]
+        order = np.random.default_rng([self.plan.seed, round_]).permutation(len(self.volumes))
+        state = np.random.SeedSequence([self.plan.seed, position]).generate_state(1)[0]
         self.augment.set_random_state(seed=int(state))
         crop = self.augment(self.volumes[int(order[place])])
         return crop[0] if isinstance(crop, list) else crop

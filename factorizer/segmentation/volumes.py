@@ -8,18 +8,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import nibabel as nib
 import numpy as np
+from nibabel.spatialimages import SpatialImage
 from rich.console import Console
 
-from .cases import Case, Task
-from .errors import DataError
-from .files import atomic
-from .screen import progress
+from factorizer.segmentation.cases import Case, Task
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import atomic
+from factorizer.segmentation.recipe import RANGE_QUANTILES
+from factorizer.segmentation.screen import progress
 
-GRID_FIELDS = (  # of a NIfTI header, beside the voxel sizes
+# What a NIfTI header says about the grid, beside the voxel sizes. Its other fields (dtype, scaling, intent,
+# description) are about the image's intensities and do not hold for what is written on its grid.
+GRID_FIELDS = (
     *("xyzt_units", "sform_code", "srow_x", "srow_y", "srow_z", "qform_code"),
     *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
 )
@@ -28,14 +32,14 @@ GRID_TOLERANCE = 1e-2  # mm between the places that two files give to a voxel
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of a volume's nonzero part: shape in voxels, spacing in mm; axes right, anterior, superior.
+    """The shape (voxels) and spacing (mm) of a volume's nonzero part, axes right, anterior, superior.
 
-    `window`: the 0.5 and 99.5 percentiles of the labelled voxels' intensities, over all channels.
+    `intensity_range`: the 0.5 and 99.5 percentiles of the labelled voxels' intensities, over all channels.
     """
 
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
-    window: tuple[float, float] | None = None
+    intensity_range: tuple[float, float] | None = None
 
 
 def check_case(task: Task, case: Case) -> Geometry:
@@ -53,11 +57,11 @@ def check_case(task: Task, case: Case) -> Geometry:
     order = np.argsort(nib.io_orientation(affine)[:, 0])
     shape = [int(np.ptp(np.nonzero(nonzero)[axis])) + 1 for axis in order]
     spacing = nib.affines.voxel_sizes(affine)[order].tolist()
-    window = None
+    intensity_range = None
     if (label != 0).any():
-        low, high = np.quantile(image[label != 0], (0.005, 0.995)).tolist()
-        window = (low, high)
-    return Geometry((shape[0], shape[1], shape[2]), (spacing[0], spacing[1], spacing[2]), window)
+        low, high = np.quantile(image[label != 0], RANGE_QUANTILES).tolist()
+        intensity_range = (low, high)
+    return Geometry((shape[0], shape[1], shape[2]), (spacing[0], spacing[1], spacing[2]), intensity_range)
 
 
 def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -101,31 +105,39 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
 def check_label(case: Case, values: Sequence[int]) -> np.ndarray:
     """Read the label of a case: its values (X, Y, Z).
 
-    Raises DataError where the file cannot be read, lies on another grid than the image, or has
-    other values than `values`.
+    Raises DataError as `read_labels` does.
     """
     assert case.label is not None
-    file, label = read_nifti(case.label)
-    image: Any = nib.load(case.image)
-    if label.shape != image.shape[:3]:
+    return read_labels(case.label, values, grid_of=case.image)
+
+
+def read_labels(path: Path, values: Sequence[int], *, grid_of: Path) -> np.ndarray:
+    """Read label values (X, Y, Z).
+
+    Raises DataError where the file cannot be read, lies on another grid than the image `grid_of`, or has
+    other values than `values`.
+    """
+    file, labels = read_nifti(path)
+    image: Any = nib.load(grid_of)
+    if labels.shape != image.shape[:3]:
         raise DataError(
-            f"{case.label}: shape {label.shape} does not match its image's {image.shape[:3]} ({case.image})"
+            f"{path}: shape {labels.shape} does not match its image's {image.shape[:3]} ({grid_of})"
         )
-    if not _same_grid(file.affine, image.affine, label.shape):
-        raise DataError(f"{case.label}: its affine differs from its image's ({case.image})")
-    unknown = sorted(set(np.unique(label).tolist()) - set(values))
+    if not _same_grid(file.affine, image.affine, labels.shape):
+        raise DataError(f"{path}: its affine differs from its image's ({grid_of})")
+    unknown = sorted(set(np.unique(labels).tolist()) - set(values))
     if unknown:
         raise DataError(
-            f"{case.label}: label value {unknown[0]:g} has no class; there are classes for {list(values)}"
+            f"{path}: label value {unknown[0]:g} has no class; there are classes for {list(values)}"
         )
-    return label
+    return labels
 
 
-def read_nifti(path: Path) -> tuple[Any, np.ndarray]:
+def read_nifti(path: Path) -> tuple[SpatialImage, np.ndarray]:
     """A NIfTI file, and its voxels, real numbers. Raises DataError where it cannot be read."""
     try:
-        file = nib.load(path)
-        voxels = np.asarray(file.dataobj)  # type: ignore[attr-defined]
+        file = cast(SpatialImage, nib.load(path))
+        voxels = np.asarray(file.dataobj)
     except FileNotFoundError as error:
         raise DataError(f"{path}: there is no such file") from error
     except Exception as error:  # a broken file makes nibabel, zlib or numpy raise one of a dozen
@@ -136,8 +148,10 @@ def read_nifti(path: Path) -> tuple[Any, np.ndarray]:
 
 
 def write_nifti(voxels: np.ndarray, like: Path, path: Path) -> None:
-    """Write voxels (X, Y, Z) or (X, Y, Z, n) on the grid of `like`, in its header's own words: viewers
-    differ in whether they believe qform or sform."""
+    """Write voxels (X, Y, Z) or (X, Y, Z, n) on the grid of `like`.
+
+    Both qform and sform are copied from its header: viewers differ in which of them they believe.
+    """
     source: Any = nib.load(like)
     volume = nib.Nifti1Image(voxels, source.affine)
     if isinstance(source.header, nib.Nifti1Header):

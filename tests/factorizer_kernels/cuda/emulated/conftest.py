@@ -1,4 +1,4 @@
-"""The tests of this folder run the CUDA kernels' own sources, compiled for the CPU, in a process of their own.
+"""The tests of this folder run the CUDA kernels' sources, compiled for the CPU, in a process of their own.
 
 FACTORIZER_KERNELS_EMULATED names the module that build.py made, which cuda_emulation/replace_native.py has
 put in the installed one's place; here the backend "cuda" is made to serve CPU tensors.

@@ -228,7 +228,12 @@ def test_region_errors(regions, words):
 
 
 def test_a_plan_survives_json():
-    plan = tiny_plan(regions={"core": (2,), "whole": (1, 2)}, window=(-100.0, 300.0), flips=(0, 2))
+    plan = tiny_plan(
+        regions={"core": (2,), "whole": (1, 2)},
+        intensity_range=(-100.0, 300.0),
+        recipe={"noise_std": 0.2},
+        flips=(0, 2),
+    )
     assert Plan(**json.loads(json.dumps(asdict(plan)))) == plan
 
 
@@ -238,7 +243,7 @@ def test_channels_of_a_plan_must_fit():
 
 
 def test_an_unknown_part_is_named():
-    with pytest.raises(DataError, match="norm is 'GroupNrom', no class"):
+    with pytest.raises(ValueError, match=r"norm must name a class .* got 'GroupNrom'"):
         build_network(tiny_plan(network={"norm": "GroupNrom"}).network, 0)
 
 

@@ -55,7 +55,7 @@ def test_reads_what_the_folder_says(folder):
         assert geometry.shape == box
         assert geometry.spacing == (1, 1, 1)
         voxels, label = (np.asarray(nib.load(f).dataobj) for f in (case.image, case.label))
-        assert geometry.window == pytest.approx(np.quantile(voxels[label > 0], (0.005, 0.995)))
+        assert geometry.intensity_range == pytest.approx(np.quantile(voxels[label > 0], (0.005, 0.995)))
 
 
 def test_labels_are_sorted_by_value(folder):

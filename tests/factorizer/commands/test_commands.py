@@ -326,7 +326,7 @@ def test_speed(data, tmp_path):
     assert settings == [(0, 1), (5, 1), (3, 1), (3, 2)]
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert imread(tmp_path / "speed.png").std() > 0.05
-    assert "ranks: got 'x'" in run(*options, data / "dataset.json", "--ranks", "x", code=2)
+    assert "'--ranks': got 'x'" in run(*options, data / "dataset.json", "--ranks", "x", code=2)
     assert "ranks: got 0; it must be" in run(*options, data / "dataset.json", "--ranks", "2,0", code=2)
     four_modalities(tmp_path / "in", "case")
     assert "no case has a label" in run(*options, tmp_path / "in", code=2)

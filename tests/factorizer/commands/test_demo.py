@@ -121,7 +121,7 @@ def test_screen_says_what_is_done_and_that_it_is_synthetic(finished):
 
 def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
     out, _ = finished
-    monkeypatch.setattr("factorizer.commands.demo.run.compare", lambda plan: [])
+    monkeypatch.setattr("factorizer.commands.demo.run.time_networks", lambda plan: [])
     monkeypatch.setattr("factorizer.commands.demo.screen.conclude", lambda *args: None)
     monkeypatch.setattr("factorizer.commands.demo.run.fit", None)
     before = json.loads((out / "report.json").read_text())

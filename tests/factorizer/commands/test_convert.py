@@ -15,7 +15,7 @@ from factorizer.layers import MatrixFactorization
 from factorizer.models.paper_weights import PAPER_EPS
 from factorizer.segmentation.checkpoint import load_network, read_checkpoint
 
-BUNDLES = Path(__file__).parents[2] / "bundles"
+BUNDLES = Path(__file__).parents[3] / "bundles"
 
 
 def convert(*arguments, code=0):
