@@ -159,8 +159,8 @@ def plan_run(
 ) -> Plan:
     """The plan for a task with this split, and with these geometries by the names of its cases.
 
-    Spacing: the median of the volumes. Crop: their median shape at that spacing, each axis rounded
-    to a multiple of 16, then the longest axis shortened until at most 64^3 voxels are left. Steps,
+    Spacing: the median of the volumes. Crop: their median shape at that spacing, each axis rounded up
+    to a multiple of 4, then the longest axis shortened until at most 64^3 voxels are left. Steps,
     where not given: so many that training sees 10 times the voxels of its volumes, but at least
     300 and at most 1000. Left and right are exchanged unless a class is named left or right; front
     and back, top and bottom never are: anatomy has no such symmetry. CT is clipped to the intensities
@@ -173,7 +173,7 @@ def plan_run(
     shapes = np.array([g.shape for g in geometries.values()])
     shapes = shapes * [g.spacing for g in geometries.values()] / spacing
     median = np.median(shapes, axis=0)
-    crop = np.maximum(np.rint(median / DIVISOR), 1).astype(int) * DIVISOR
+    crop = np.ceil(median / DIVISOR).astype(int) * DIVISOR
     while crop.prod() > MAX_CROP_VOXELS:
         crop[crop.argmax()] -= DIVISOR
     if steps is None:

@@ -7,17 +7,19 @@ import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss
-from monai.optimizers import WarmupCosineSchedule
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from factorizer.segmentation.checkpoint import read_checkpoint
@@ -25,6 +27,7 @@ from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import save_tensors
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
+from factorizer.segmentation.recipe import Recipe
 from factorizer.segmentation.screen import progress
 from factorizer.segmentation.transforms import CropBatches
 
@@ -70,8 +73,18 @@ class SegmentationLoss(nn.Module):
         return self.dice(logits, masks) + binary_cross_entropy_with_logits(logits, masks)
 
 
+def rate_factor(step: int, steps: int, recipe: Recipe) -> float:
+    """The learning rate of step 0, 1, ... of so many, as a share of the plan's."""
+    warm_up = math.ceil(recipe.warm_up * steps)
+    if step < warm_up:
+        return recipe.first_rate + (1 - recipe.first_rate) * step / warm_up
+    start = max(warm_up, steps - round(recipe.decay * steps))
+    progress = (step - start) / max(1, steps - start)
+    return (1 + math.cos(math.pi * min(max(progress, 0), 1))) / 2
+
+
 class Trainer:
-    """A network in training: AdamW, linear warm-up then cosine, Dice and cross-entropy.
+    """A network in training: AdamW, linear warm-up, constant rate, cosine; Dice and cross-entropy.
 
     Step k depends on the state after step k - 1 and on batch k, which is a function of the seed
     and k; so a run that was stopped and continued ends where an unbroken one does. Where a process
@@ -116,12 +129,10 @@ class Trainer:
             betas=plan.recipe.betas,
             eps=plan.recipe.adam_eps,
         )
-        self.schedule = WarmupCosineSchedule(
-            self.optimizer,
-            warmup_steps=math.ceil(plan.recipe.warm_up * plan.steps),
-            t_total=plan.steps,
-            warmup_multiplier=plan.recipe.first_rate,
-        )
+        self.schedule = LambdaLR(self.optimizer, lambda step: rate_factor(step, plan.steps, plan.recipe))
+        self._mean = None
+        if plan.recipe.averaging:
+            self._mean = AveragedModel(self.network, avg_fn=partial(_averaged, plan.recipe.averaging))
         self.loss = SegmentationLoss(plan)
         self.losses: list[float] = []
         self.scores: list[tuple[int, float]] = []  # step and score of each validation
@@ -131,6 +142,11 @@ class Trainer:
     def step(self) -> int:
         """Steps done."""
         return len(self.losses)
+
+    @property
+    def result(self) -> nn.Module:
+        """The network to use: its weights' mean, where the recipe has one."""
+        return self.network if self._mean is None else self._mean.module
 
     @property
     def finished(self) -> bool:
@@ -155,6 +171,8 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.plan.recipe.clip_norm)
         self.optimizer.step()
+        if self._mean is not None:
+            self._mean.update_parameters(self.network)
         loss = loss.detach()
         if self.process_count > 1:
             dist.all_reduce(loss)
@@ -209,7 +227,8 @@ class Trainer:
             return
         state = {
             "plan": asdict(self.plan),
-            "network": self.network.state_dict(),
+            "network": self.result.state_dict(),  # what readers of a checkpoint want
+            "iterate": self.network.state_dict() if self._mean is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "losses": self.losses,
@@ -228,7 +247,10 @@ class Trainer:
                     f"{path}: belongs to a run with {name} = {before[name]!r}, this one has {value!r}; "
                     "give another output folder, or delete that file to start anew"
                 )
-        self.network.load_state_dict(state["network"])
+        self.result.load_state_dict(state["network"])
+        if self._mean is not None:
+            self.network.load_state_dict(state["iterate"])
+            self._mean.n_averaged.fill_(len(state["losses"]))
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.losses, self.scores = list(state["losses"]), list(state["scores"])
@@ -236,7 +258,7 @@ class Trainer:
 
     def _validate(self) -> float:
         assert self.validate is not None
-        self.scores.append((self.step, self.validate(self.network.eval())))
+        self.scores.append((self.step, self.validate(self.result.eval())))
         return self.scores[-1][1]
 
 
@@ -261,6 +283,10 @@ class _Log:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def _averaged(decay: float, mean: Tensor, value: Tensor, steps: Tensor | int) -> Tensor:
+    return torch.lerp(mean, value, max(1 - decay, 9 / (10 + int(steps))))
 
 
 def _float(logits: Tensor | list[Tensor]) -> Tensor | list[Tensor]:

@@ -90,7 +90,7 @@ def run_demo(
         with console.status(f"Loading {len(training)} volumes"):
             volumes = training_volumes(plan, training, geometries)
         fit(console, trainer, CropBatches(plan, volumes), checkpoint)
-    predictor = Predictor([(trainer.network, plan)])
+    predictor = Predictor([(trainer.result, plan)])
     scores = _segment(console, predictor, held_out, out / "predictions")
     with console.status("Comparing components with the truth"):
         components = _explain(predictor, training, held_out)
