@@ -24,7 +24,7 @@ def predict(
     section: str | None = None,
     num_iters: int | None = None,
     whole: bool = False,
-    mirror: bool = False,
+    mirror: bool | None = None,
     device: str | None = None,
 ) -> list[Outcome[str]]:
     """Segments the cases that `inputs` name (`find_cases`) into out/NAME.nii.gz.

@@ -53,6 +53,7 @@ class Plan:
         batch_size: crops in a training step, of all processes together.
         steps, learning_rate, weight_decay: of AdamW, with linear warm-up, then cosine.
         seed: of the first weights, the crops and their augmentation.
+        init: file of the weights that training starts from; empty: random ones.
         recipe: all other numbers of the training; a mapping of the fields that differ from
             `Recipe`'s defaults serves as well.
 
@@ -77,6 +78,7 @@ class Plan:
     learning_rate: float = LEARNING_RATE
     weight_decay: float = WEIGHT_DECAY
     seed: int = 0
+    init: str = ""
     recipe: Recipe = field(default_factory=Recipe)  # not RECIPE: what plans without it were trained by
 
     def __post_init__(self) -> None:

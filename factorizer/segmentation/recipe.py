@@ -35,6 +35,9 @@ DIVISOR = math.prod(STRIDES)  # of a crop's sides; windows that do not fit are c
 MAX_CROP_VOXELS = 64**3
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 2, 5e-3, 1e-2
 ROUNDS, MIN_STEPS, MAX_STEPS = 10, 300, 1000  # training sees the voxels of its volumes so many times
+# Seconds of training, by the names that users give them; and steps, beyond which no task gains (nnU-Net's).
+BUDGETS = {"quick": 5 * 60, "standard": 90 * 60, "full": 8 * 3600}
+MAX_BUDGET_STEPS = 250_000
 RANGE_QUANTILES = (0.005, 0.995)  # of the labelled voxels' intensities, which CT is clipped to
 
 

@@ -22,9 +22,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from factorizer.models.build import build_network
 from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import save_tensors
+from factorizer.segmentation.measure import side_by_side
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
 from factorizer.segmentation.recipe import Recipe
@@ -260,6 +262,28 @@ class Trainer:
         assert self.validate is not None
         self.scores.append((self.step, self.validate(self.result.eval())))
         return self.scores[-1][1]
+
+
+def step_seconds(plan: Plan, device: torch.device | str = "cpu") -> float:
+    """Median seconds of a training step of a throw-away network, on this machine."""
+    trial = Trainer(plan, build_network(plan.network, plan.seed), device=device)
+    image = torch.ones(plan.batch_size, len(plan.modalities), *plan.crop)
+    label = torch.zeros(plan.batch_size, 1, *plan.crop)
+    return side_by_side({"step": lambda: trial.update(image, label)}, 3)["step"] / 1e3
+
+
+def start_from(network: nn.Module, path: str | Path) -> tuple[int, int]:
+    """Copies the weights of a checkpoint or a model file whose name and shape the network has.
+
+    Returns how many tensors were copied, and how many of the network's were not. Raises FileNotFoundError
+    where there is no such file, DataError where it is not one of ours, or nothing in it fits.
+    """
+    own, given = network.state_dict(), read_checkpoint(path)[1]["network"]
+    fitting = {name: given[name] for name in own if name in given and given[name].shape == own[name].shape}
+    if not fitting:
+        raise DataError(f"{path}: none of its weights fits the network")
+    network.load_state_dict({**own, **fitting})
+    return len(fitting), len(own) - len(fitting)
 
 
 class _Log:
