@@ -31,7 +31,7 @@ from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import pick_device
 from factorizer.segmentation.screen import count, progress
 from factorizer.segmentation.trained import TrainedModel, save_model
-from factorizer.segmentation.volumes import read_labels
+from factorizer.segmentation.volumes import check_label
 
 FOLDS = 5
 ENSEMBLE, SCORES = "ensemble.pt", "cross_validation.csv"
@@ -104,20 +104,17 @@ def _scores(
     scores: dict[Variant, list[Score]] = {variant: [] for variant in VARIANTS}
     with progress(console) as bar:
         for case in bar.track(cases, description="Segmenting"):
-            truth = read_labels(case.label, list(plan.labels), grid_of=case.image)
-            spacing = nib.affines.voxel_sizes(nib.load(case.image).affine).tolist()
+            truth = check_label(case, list(plan.labels))
+            spacing = nib.affines.voxel_sizes(nib.load(case.image).affine).tolist()  # type: ignore[attr-defined]
             for mirror, largest in VARIANTS:
                 if not largest:
                     labels = predictors[mirror].segment(case)
                 else:
                     labels = keep_largest(labels, list(plan.targets.values()))
                 scores[mirror, largest] += score_labels(labels, truth, plan.targets, spacing, case.name)
-    content = {
-        "settings": settings,
-        "scores": {str(v): [asdict(s) for s in found] for v, found in scores.items()},
-    }
+    plain = {str(variant): [asdict(score) for score in found] for variant, found in scores.items()}
     with atomic(path) as temporary:
-        temporary.write_text(json.dumps(content), encoding="utf-8")
+        temporary.write_text(json.dumps({"settings": settings, "scores": plain}), encoding="utf-8")
     return scores
 
 
