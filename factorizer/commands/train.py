@@ -16,10 +16,9 @@ from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import MeanDice
 from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.plan import Plan, plan_run
-from factorizer.segmentation.processes import gather, pick_device, process_group
-from factorizer.segmentation.recipe import BUDGETS, MAX_BUDGET_STEPS, MIN_STEPS
+from factorizer.segmentation.processes import pick_device, process_group
 from factorizer.segmentation.screen import duration, facts
-from factorizer.segmentation.training import Trainer, fit, start_from, step_seconds
+from factorizer.segmentation.training import Trainer, fit, start_from, step_seconds, within_budget
 from factorizer.segmentation.transforms import CropBatches, training_volumes
 from factorizer.segmentation.volumes import check_cases
 
@@ -64,7 +63,8 @@ def train(
         plan = _like(plan, init)
     with process_group():
         if steps is None:
-            plan = _within(console, plan, budget, place, checkpoint)
+            with console.status("Measuring a training step"):
+                plan = within_budget(plan, budget, checkpoint, place)
         network = build_network(plan.network, plan.seed)
         if init is not None:
             copied, others = start_from(network, init)
@@ -108,17 +108,6 @@ def _like(plan: Plan, init: Path) -> Plan:
         raise DataError(f"init: there is no {init}") from error
     own = {name: plan.network[name] for name in ("in_channels", "out_channels", "spatial_size")}
     return replace(plan, network={**other.network, **own}, init=str(init))
-
-
-def _within(console: Console, plan: Plan, budget: str, device: torch.device, checkpoint: Path) -> Plan:
-    """The plan with the steps of the run that is there, or with as many as fit into the budget."""
-    if budget not in BUDGETS:
-        raise DataError(f"budget: got {budget!r}; it must be one of {', '.join(BUDGETS)}")
-    if checkpoint.exists():
-        return replace(plan, steps=read_checkpoint(checkpoint)[0].steps)
-    with console.status("Measuring a training step"):
-        seconds = max(gather([step_seconds(plan, device)]))  # all processes must find the same
-    return replace(plan, steps=min(max(int(BUDGETS[budget] / seconds), MIN_STEPS), MAX_BUDGET_STEPS))
 
 
 def _announce(console: Console, trainer: Trainer, out: Path, seconds: float | None) -> None:

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import save_tensors
 from factorizer.segmentation.measure import side_by_side
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.processes import group_position
-from factorizer.segmentation.recipe import Recipe
+from factorizer.segmentation.processes import gather, group_position
+from factorizer.segmentation.recipe import BUDGETS, MAX_BUDGET_STEPS, MIN_STEPS, Recipe
 from factorizer.segmentation.screen import progress
 from factorizer.segmentation.transforms import CropBatches
 
@@ -270,6 +270,21 @@ def step_seconds(plan: Plan, device: torch.device | str = "cpu") -> float:
     image = torch.ones(plan.batch_size, len(plan.modalities), *plan.crop)
     label = torch.zeros(plan.batch_size, 1, *plan.crop)
     return side_by_side({"step": lambda: trial.update(image, label)}, 3)["step"] / 1e3
+
+
+def within_budget(plan: Plan, budget: str, checkpoint: Path, device: torch.device | str = "cpu") -> Plan:
+    """The plan with as many steps as the budget is enough for, or with those of the run at `checkpoint`.
+
+    A step is measured first. Where a process group is there, all processes find the same.
+
+    Raises DataError where `budget` is none of `recipe.BUDGETS`, or the checkpoint cannot be read.
+    """
+    if budget not in BUDGETS:
+        raise DataError(f"budget: got {budget!r}; it must be one of {', '.join(BUDGETS)}")
+    if checkpoint.exists():
+        return replace(plan, steps=read_checkpoint(checkpoint)[0].steps)
+    seconds = max(gather([step_seconds(plan, device)]))
+    return replace(plan, steps=min(max(int(BUDGETS[budget] / seconds), MIN_STEPS), MAX_BUDGET_STEPS))
 
 
 def start_from(network: nn.Module, path: str | Path) -> tuple[int, int]:
