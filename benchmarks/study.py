@@ -7,14 +7,16 @@ stand in its place), and each from every seed. A run validates as it goes, so th
 against steps and against seconds of its processor, and is one JSON file; a stopped study goes on where its
 runs were. Runs go side by side, each on one thread.
 
-``--change``, ``--seeds``, ``--steps``, ``--cases`` (training cases) and ``--noise`` (standard deviations added
-to every volume) select; study.md in the folder has a table of whatever is finished there.
+``--change``, ``--seeds``, ``--steps``, ``--rate``, ``--cases`` (training cases) and ``--noise`` (standard
+deviation of what is added to every volume) select; study.md in the folder has a table of whatever is
+finished there.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -36,6 +38,7 @@ from factorizer.segmentation.cases import read_decathlon, split_cases
 from factorizer.segmentation.files import atomic
 from factorizer.segmentation.inference import FinestHead
 from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.recipe import LEARNING_RATE
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import CropBatches, training_volumes
 from factorizer.segmentation.volumes import check_cases
@@ -47,6 +50,7 @@ INNER_SEED = 1
 VALIDATIONS = 5  # of a run, evenly spread, the last after the last step
 
 _SHIFTS = ("SWMatricize", {"head_dim": 8, "patch_size": 4, "shifts": (None, 1, 2, 3)})
+_NARROW = ("SWMatricize", {"head_dim": 4, "patch_size": 4, "shifts": (None, 2)})
 _LARGE = ("SWMatricize", {"head_dim": 8, "patch_size": 8, "shifts": (None, 4)})
 # In place of arguments of the default network.
 CHANGES: dict[str, dict[str, Any]] = {
@@ -57,9 +61,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "one head": {"num_deep_supr": 0},
     "four shifts": {"reshape": _SHIFTS},
     "windows of 8": {"reshape": _LARGE},
-    "heads of 4 channels": {
-        "reshape": ("SWMatricize", {"head_dim": 4, "patch_size": 4, "shifts": (None, 2)})
-    },
+    "heads of 4 channels": {"reshape": _NARROW},
     "rank 2": {"rank": 2},
     "rank 4": {"rank": 4},
     "10 iterations": {"num_iters": 10},
@@ -123,7 +125,7 @@ class Run:
 
 
 def execute(run: Run, data: Path, out: Path) -> None:
-    """Trains and validates, into out/<run>.json, which comes last; out/<run>.pt is where it goes on from."""
+    """Trains and validates, into out/<run>.json, which comes last; out/<run>/ is where it goes on from."""
     torch.set_num_threads(1)
     console = Console(quiet=True)
     task = read_decathlon(data)
@@ -139,7 +141,8 @@ def execute(run: Run, data: Path, out: Path) -> None:
         validate=lambda network: _mean_dice(network, held_out, plan),
         validate_every=max(1, run.steps // VALIDATIONS),
     )
-    checkpoint = out / f"{run.file}.pt"
+    checkpoint = out / run.file / "checkpoint.pt"
+    checkpoint.parent.mkdir(exist_ok=True)
     if checkpoint.exists():
         trainer.resume(checkpoint)
     trainer.run(CropBatches(plan, volumes), checkpoint, lambda step: None)
@@ -158,8 +161,7 @@ def execute(run: Run, data: Path, out: Path) -> None:
     }
     with atomic(out / f"{run.file}.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    checkpoint.unlink()
-    checkpoint.with_name("best.pt").unlink(missing_ok=True)
+    shutil.rmtree(checkpoint.parent)
 
 
 def _noisy(volumes: Sequence[dict[str, Any]], deviation: float) -> Sequence[dict[str, Any]]:
@@ -228,11 +230,8 @@ def main(
 ) -> None:
     """Train the changes of the default network, each with and without the factorisation."""
     if unknown := set(change or ()).difference(CHANGES, OTHERS):
-        raise typer.BadParameter(
-            f"change: got {', '.join(unknown)}; there are {', '.join((*CHANGES, *OTHERS))}"
-        )
-    from factorizer.segmentation.recipe import LEARNING_RATE
-
+        known = ", ".join((*CHANGES, *OTHERS))
+        raise typer.BadParameter(f"change: got {', '.join(unknown)}; there are {known}")
     runs = [
         Run(name, factorised, seed, steps, r, n, deviation)
         for name in change or (*CHANGES, *OTHERS)

@@ -97,8 +97,7 @@ def _obstacle(backend: str, operator: str, x: Tensor, matrices: registry.Matrice
 
 def _cpu() -> Backend:
     if native.missing is not None:
-        reason = f"the compiled module is missing ({native.missing}): reinstall with a C++17 compiler"
-        return Backend("cpu", False, reason)
+        return Backend("cpu", False, f"the compiled module is missing: {native.missing}")
     return Backend("cpu", True, f"C++ kernels for {native.native.isa()}")
 
 

@@ -334,7 +334,8 @@ def _float(logits: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
 
 def _flat(plan: dict[str, Any]) -> dict[str, Any]:
     """The fields of a plan, with those of its recipe beside them."""
-    return {**plan, **{f"recipe.{name}": value for name, value in plan.pop("recipe").items()}}
+    recipe = {f"recipe.{name}": value for name, value in plan["recipe"].items()}
+    return {name: value for name, value in plan.items() if name != "recipe"} | recipe
 
 
 def fit(console: Console, trainer: Trainer, batches: CropBatches, path: Path) -> None:

@@ -13,11 +13,30 @@ from torch import Tensor
 
 from factorizer_kernels.ops.windows.geometry import rolls
 
+
+def _why_missing(error: ImportError) -> str:
+    """Why there is no compiled module, and the way out."""
+    package = Path(__file__).parents[1]
+    left_out = package / "_left_out.txt"  # written by setup.py
+    if left_out.is_file():
+        reason = left_out.read_text(encoding="utf-8").strip()
+        return (
+            f"it was left out when this was built ({reason}); install a C++17 compiler, then reinstall with "
+            "`pip install --no-cache-dir --force-reinstall --no-deps`, since pip may have kept the build"
+        )
+    if (package.parent / "csrc").is_dir():
+        return (
+            f"Python runs in the source folder {package.parent}, which has no compiled module; "
+            "start it elsewhere, or `pip install -e .` there"
+        )
+    return f"{error}; reinstall with a C++17 compiler"
+
+
 try:
     from factorizer_kernels import _native as native  # type: ignore[attr-defined]
 except ImportError as _error:
     native = None
-    missing: str | None = str(_error)
+    missing: str | None = _why_missing(_error)
 else:
     missing = None
 

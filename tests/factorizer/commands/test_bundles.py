@@ -118,6 +118,12 @@ def test_network_in_out(name):
         )
 
 
+def test_networks_of_training_and_inference_are_the_same(name):
+    train, inference = (json.loads(Path(file).read_text()) for file in configs(name, "train", "inference"))
+    for key in ("crop", "network_arguments"):
+        assert train[key] == inference[key]
+
+
 def test_train_evaluate_and_infer(name, data, tmp_path):
     folders = {"dataset_dir": str(data), "bundle_root": str(tmp_path), "device": "cpu"}
     options = {**TINY, **folders, "steps": 2, "val_interval": 2, "workers": 0}

@@ -22,10 +22,10 @@ from factorizer.commands.demo import run_demo, write_synthetic
 from factorizer.segmentation.cases import split_cases
 from factorizer.segmentation.checkpoint import load_network, read_checkpoint
 from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.figures import slice_scores
-from factorizer.segmentation.measure import side_by_side
 
 small_synthetic = partial(write_synthetic, cases=6, shape=(18, 18, 18))
+
+
 RESULTS = {"report.json", "segmentation.png", "components.png", "checkpoint.pt", "predictions"}
 
 
@@ -216,28 +216,6 @@ def test_out_without_permission(data, tmp_path):
 def test_steps_error(data, tmp_path):
     with pytest.raises(DataError, match="steps: got 0"):
         run_demo(tmp_path, data, steps=0, console=quiet())
-
-
-def test_slices_that_show_every_class_score_highest():
-    labels = np.zeros((5, 6, 7), dtype=int)
-    labels[:4, :4, 1] = 1  # 16 voxels of one class alone, and nothing of the other
-    labels[2, 1:4, 2:5] = 1  # 9 beside 6
-    labels[2, 4:, 2:5] = 2
-    scores = slice_scores(labels, 2)
-    assert [len(axis) for axis in scores] == [5, 6, 7]
-    assert scores[0].argmax() == 2
-    assert scores[0][2] == pytest.approx(np.sqrt(9 + 4) + np.sqrt(6))
-    assert scores[2][1] == pytest.approx(4)
-
-
-def test_side_by_side_interleaves_and_takes_medians():
-    calls = []
-    times = side_by_side(
-        {"a": lambda: calls.append("a"), "b": lambda: (calls.append("b"), time.sleep(0.01))}, 3
-    )
-    assert calls == ["a", "b"] * 4
-    assert 10 <= times["b"] < 100
-    assert times["a"] < times["b"]
 
 
 def test_split_is_the_one_reported(finished):

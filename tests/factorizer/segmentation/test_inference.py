@@ -11,9 +11,11 @@ from torch import nn
 from factorizer.models.build import build_network
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.checkpoint import load_network
+from factorizer.segmentation.files import load_tensors
 from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.plan import plan_run
 from factorizer.segmentation.training import Trainer
+from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import Geometry, write_nifti
 
 AFFINES = {
@@ -84,6 +86,35 @@ def test_written_segmentation_has_the_images_header(tmp_path):
     for field in ("qform_code", "sform_code", "xyzt_units"):
         assert written.header[field] == image.header[field]
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize(("spacing", "times"), [((1.0, 1.0, 1.0), 1), ((2.0, 1.0, 1.0), 2)])
+def test_an_ensemble_prepares_a_case_once_for_plans_that_agree(plan, tmp_path, monkeypatch, spacing, times):
+    image = np.random.default_rng(0).gamma(2, 100, (20, 16, 18)).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "image.nii.gz")
+    case = Case("case", (tmp_path / "image.nii.gz",))
+    models = [(Thresholds(), plan), (Thresholds(), replace(plan, spacing=spacing, seed=1))]
+    expected = sum(Predictor([model]).logits(case) for model in models) / 2
+    prepared = []
+
+    class Counted(PreparedCase):
+        def __init__(self, *arguments):
+            prepared.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("factorizer.segmentation.inference.PreparedCase", Counted)
+    torch.testing.assert_close(Predictor(models).logits(case), expected, rtol=1e-5, atol=1e-5)
+    assert len(prepared) == times
+
+
+def test_a_checkpoint_is_read_once(plan, tmp_path, monkeypatch):
+    Trainer(plan, build_network(plan.network, plan.seed)).save(tmp_path / "checkpoint.pt")
+    read, load = [], load_tensors
+    monkeypatch.setattr(
+        "factorizer.segmentation.checkpoint.load_tensors", lambda path: read.append(path) or load(path)
+    )
+    load_network(tmp_path / "checkpoint.pt")
+    assert read == [tmp_path / "checkpoint.pt"]
 
 
 def test_a_checkpoint_gives_identical_logits(plan, tmp_path):

@@ -1,104 +1,24 @@
-"""Plans, the training loop, and the checkpoint it continues from."""
+"""The training loop, and the checkpoint it continues from."""
 
 import itertools
-import json
 from dataclasses import asdict, replace
 
 import pytest
 import torch
-from factorizer_support import plan_for as tiny_plan
-from factorizer_support import trainer_for as tiny_trainer
+from factorizer_support import Batches, checkpoint_for, plan_for, planned, trainer_for
 from monai.optimizers import WarmupCosineSchedule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from factorizer.models.build import build_network
-from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.plan import Plan, plan_run
 from factorizer.segmentation.recipe import Recipe
 from factorizer.segmentation.training import SegmentationLoss, Trainer, rate_factor, start_from
-from factorizer.segmentation.volumes import Geometry
-
-
-def plan_for(shape=(16, 16, 16), spacing=(1.0, 1.0, 1.0), cases=10, labels=None, **options):
-    members = tuple(Case(f"case_{i}", ()) for i in range(cases))
-    task = Task("task", ("A", "B"), labels or {0: "background", 3: "lesion"}, members)
-    geometries = {case.name: Geometry(shape, spacing) for case in members}
-    return plan_run(task, geometries, members[:-2], members[-2:], **options)
-
-
-class Batches:
-    """Batches that are a function of the step, and a trace of the steps asked for."""
-
-    def __init__(self, plan):
-        self.plan, self.asked = plan, []
-
-    def __getitem__(self, step):
-        self.asked.append(step)
-        generator = torch.Generator().manual_seed(step)
-        image = torch.randn(2, len(self.plan.modalities), *self.plan.crop, generator=generator)
-        return image, (image[:, :1] > 0.5).float()
-
-
-def trainer_for(plan):
-    return Trainer(plan, build_network(plan.network, plan.seed))
-
-
-@pytest.mark.parametrize(
-    ("shape", "crop"),
-    [
-        ((35, 50, 36), (36, 52, 36)),  # the next multiples of 4
-        ((40, 48, 40), (40, 48, 40)),
-        ((5, 8, 24), (8, 8, 24)),
-        ((240, 240, 155), (64, 64, 64)),  # never more than 64^3 voxels
-        ((320, 320, 20), (112, 116, 20)),
-    ],
-)
-def test_crop(shape, crop):
-    assert plan_for(shape).crop == crop
-
-
-def test_crop_is_planned_at_the_median_spacing():
-    assert plan_for((48, 48, 24), (1.0, 1.0, 3.0)).spacing == (1.0, 1.0, 3.0)
-    members = tuple(Case(str(i), ()) for i in range(3))
-    task = Task("task", ("A",), {0: "background", 1: "a"}, members)
-    spacings = [(1.0, 1.0, 1.0), (2.0, 1.0, 1.0), (2.0, 1.0, 1.0)]
-    geometries = {str(i): Geometry((32, 32, 32), spacing) for i, spacing in enumerate(spacings)}
-    plan = plan_run(task, geometries, members[:2], members[2:])
-    assert plan.spacing == (2.0, 1.0, 1.0)
-    assert plan.crop == (32, 32, 32)
-
-
-@pytest.mark.parametrize(
-    ("names", "sided"),
-    [(("hippocampus",), False), (("Left kidney", "right kidney"), True)],
-)
-def test_sided(names, sided):
-    labels = {0: "background", **dict(enumerate(names, 1))}
-    assert plan_for(labels=labels).flips == (() if sided else (0,))
-
-
-def test_steps_follow_the_data_within_bounds():
-    few, some, many = (plan_for((32, 32, 32), cases=n).steps for n in (4, 120, 5000))
-    assert few < some < many
-    assert plan_for((32, 32, 32), cases=10_000).steps == many
-    assert plan_for(steps=7).steps == 7
-
-
-def test_network_is_a_function_of_the_seed():
-    plan = plan_for()
-    state = torch.get_rng_state()
-    first, second = (build_network(plan.network, 0).state_dict() for _ in range(2))
-    other = build_network(plan.network, 1).state_dict()
-    assert torch.equal(torch.get_rng_state(), state)
-    assert all(torch.equal(first[name], second[name]) for name in first)
-    assert not all(torch.equal(first[name], other[name]) for name in first)
 
 
 def test_training_learns(tmp_path):
-    plan = plan_for(steps=30)
+    plan = planned(steps=30)
     trainer = trainer_for(plan)
     trainer.run(Batches(plan), tmp_path / "checkpoint.pt", lambda step: None)
     assert trainer.step == 30
@@ -107,7 +27,7 @@ def test_training_learns(tmp_path):
 
 def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(tmp_path, monkeypatch):
     monkeypatch.setattr("factorizer.segmentation.training.SAVE_EVERY", 2)
-    plan = plan_for(steps=6)
+    plan = planned(steps=6)
     unbroken = trainer_for(plan)
     unbroken.run(Batches(plan), tmp_path / "unbroken.pt", lambda step: None)
 
@@ -132,7 +52,7 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(tmp_path, monkey
 
 
 def test_the_result_is_the_mean_of_the_weights(tmp_path):
-    plan = plan_for(steps=30)
+    plan = planned(steps=30)
     plan = replace(plan, recipe=replace(plan.recipe, averaging=0.6))
     trainer, batches = trainer_for(plan), Batches(plan)
     mean = None
@@ -178,9 +98,9 @@ def test_learning_rate_of_the_former_recipe_is_that_of_monai():
 
 
 def test_start_from_copies_what_fits(tmp_path):
-    source = trainer_for(plan_for(steps=1))
+    source = trainer_for(planned(steps=1))
     source.save(tmp_path / "source.pt")
-    plan = plan_for(steps=1, labels={0: "background", 1: "a", 2: "b"})
+    plan = planned(steps=1, labels={0: "background", 1: "a", 2: "b"})
     network = build_network(plan.network, seed=1)
     heads = {name: value.clone() for name, value in network.state_dict().items() if "heads" in name}
     copied, others = start_from(network, tmp_path / "source.pt")
@@ -191,13 +111,13 @@ def test_start_from_copies_what_fits(tmp_path):
 
 
 def test_start_from_refuses_a_network_of_which_nothing_fits(tmp_path):
-    trainer_for(plan_for(steps=1)).save(tmp_path / "source.pt")
+    trainer_for(planned(steps=1)).save(tmp_path / "source.pt")
     with pytest.raises(DataError, match="none of its weights fits"):
         start_from(nn.Linear(3, 3), tmp_path / "source.pt")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    plan = plan_for(steps=3)
+    plan = planned(steps=3)
     trainer = trainer_for(plan)
     with torch.no_grad():
         next(trainer.network.parameters()).fill_(float("nan"))
@@ -206,31 +126,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     assert not (tmp_path / "checkpoint.pt").exists()
 
 
-def test_checkpoint_holds_plain_data_only(tmp_path):
-    plan = plan_for(steps=1)
-    trainer = trainer_for(plan)
-    trainer.run(Batches(plan), tmp_path / "checkpoint.pt", lambda step: None)
-    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["plan"] == asdict(plan)
-    assert len(state["losses"]) == 1
-    assert list(tmp_path.iterdir()) == [tmp_path / "checkpoint.pt"]
-
-
 def test_slow_steps_are_saved_by_the_clock(tmp_path, monkeypatch):
     monkeypatch.setattr("factorizer.segmentation.training.SAVE_SECONDS", 0.0)
-    plan, path = tiny_plan(steps=4), tmp_path / "checkpoint.pt"
+    plan, path = plan_for(steps=4), tmp_path / "checkpoint.pt"
 
     def stop(step):
         if step == 3:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        tiny_trainer(plan).run(Batches(plan), path, stop)
+        trainer_for(plan).run(Batches(plan), path, stop)
     assert len(read_checkpoint(path)[1]["losses"]) == 3
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
-    trainer, path = tiny_trainer(tiny_plan(steps=2)), tmp_path / "checkpoint.pt"
+    trainer, path = trainer_for(plan_for(steps=2)), tmp_path / "checkpoint.pt"
     trainer.save(path)
     before = path.read_bytes()
 
@@ -245,21 +155,9 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_read_checkpoint_errors(tmp_path):
-    with pytest.raises(FileNotFoundError):
-        read_checkpoint(tmp_path / "absent.pt")
-    (tmp_path / "text.pt").write_text("no tensors")
-    torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
-    plan = asdict(replace(plan_for(), steps=1))
-    torch.save({"plan": {**plan, "colour": "red"}}, tmp_path / "newer.pt")
-    for name in ("text.pt", "other.pt", "newer.pt"):
-        with pytest.raises(DataError, match=rf"{name}: not a checkpoint"):
-            read_checkpoint(tmp_path / name)
-
-
 def test_regions_are_learnt_under_their_own_sigmoids():
     labels, regions = {0: "b", 1: "edema", 2: "core"}, {"TC": (2,), "WT": (1, 2)}
-    plan = tiny_plan(labels=labels, regions=regions)
+    plan = plan_for(labels=labels, regions=regions)
     classes = torch.tensor([0.0, 1, 2]).view(1, 1, 3)
     masks = plan.masks(classes)
     assert masks.tolist() == [[[0, 0, 1], [0, 1, 1]]]
@@ -272,8 +170,54 @@ def test_regions_are_learnt_under_their_own_sigmoids():
     assert plan.decide(torch.tensor([[5.0], [-5.0]])).tolist() == [2]
 
 
+NUMBERS = {"squared_dice": False, "dice_smoothing": 1.0, "head_weight": 0.1, "betas": (0.5, 0.6)}
+NUMBERS |= {"adam_eps": 1.0, "warm_up": 0.9, "first_rate": 0.9, "clip_norm": 1e-3}
+
+
+@pytest.mark.parametrize("number", NUMBERS)
+def test_every_number_of_loss_and_optimiser_is_the_recipes(number):
+    def trained(**recipe):
+        depths = {"encoder_depth": (1,) * 3, "encoder_width": (8,) * 3, "decoder_depth": (1, 1)}
+        network = {**depths, "strides": (1, 2, 2), "num_deep_supr": 2}
+        plan = plan_for(network=network, steps=3, recipe=recipe)
+        trainer, batches = trainer_for(plan), Batches(plan)
+        for step in range(2):
+            trainer.update(*batches[step])
+            trainer.schedule.step()
+        return torch.cat([parameter.detach().flatten() for parameter in trainer.network.parameters()])
+
+    assert torch.equal(trained(), trained())
+    assert not torch.equal(trained(**{number: NUMBERS[number]}), trained())
+
+
+CHANGES = {bool: lambda x: not x, int: lambda x: x + 1, float: lambda x: x / 2 + 0.01, str: lambda x: "zeros"}
+
+
+def test_a_run_of_another_recipe_is_not_continued(tmp_path):
+    path = checkpoint_for(plan_for(), tmp_path / "checkpoint.pt")
+    for number, value in asdict(Recipe()).items():
+        change = CHANGES.get(type(value), lambda pair: (pair[0] / 2, pair[1]))
+        trainer = trainer_for(plan_for(recipe={number: change(value)}))
+        with pytest.raises(DataError, match=rf"belongs to a run with recipe.{number} = "):
+            trainer.resume(path)
+    trainer_for(plan_for()).resume(path)
+
+
+def test_a_run_of_version_0_1_0_is_continued_by_the_recipe_of_then(tmp_path):
+    plan, path = plan_for(steps=2), tmp_path / "checkpoint.pt"
+    trainer_for(plan).save(path)
+    state = torch.load(path, weights_only=True)
+    del state["plan"]["recipe"]
+    state["plan"]["window"] = state["plan"].pop("intensity_range")
+    torch.save(state, path)
+    trainer = trainer_for(plan)
+    trainer.resume(path)
+    with pytest.raises(DataError, match=r"recipe.noise_std = 0.1, this one has 0.2"):
+        trainer_for(plan_for(steps=2, recipe={"noise_std": 0.2})).resume(path)
+
+
 def test_deep_supervision_weights():
-    plan = tiny_plan()
+    plan = plan_for()
     classes = torch.randint(3, (2, 1, 8, 8, 8)).float()
     fine, coarse = torch.randn(2, 3, 8, 8, 8), torch.randn(2, 3, 4, 4, 4)
     loss = SegmentationLoss(plan)
@@ -282,50 +226,16 @@ def test_deep_supervision_weights():
     assert torch.isclose(loss([fine, coarse], classes), expected)
 
 
-@pytest.mark.parametrize(
-    ("regions", "words"),
-    [
-        ({"a": (1,), "b": (1,)}, "'a' unites"),
-        ({"a": (1, 2)}, "'a' unites"),
-        ({"a": (7,)}, "'a' unites"),
-        ({"a": (0,)}, "'a' unites"),
-    ],
-)
-def test_region_errors(regions, words):
-    with pytest.raises(DataError, match=words):
-        tiny_plan(regions=regions)
-
-
-def test_a_plan_survives_json():
-    plan = tiny_plan(
-        regions={"core": (2,), "whole": (1, 2)},
-        intensity_range=(-100.0, 300.0),
-        recipe={"noise_std": 0.2},
-        flips=(0, 2),
-    )
-    assert Plan(**json.loads(json.dumps(asdict(plan)))) == plan
-
-
-def test_channels_of_a_plan_must_fit():
-    with pytest.raises(DataError, match=r"network\['in_channels'\] must be 2, got 3"):
-        tiny_plan(network={"in_channels": 3})
-
-
-def test_an_unknown_part_is_named():
-    with pytest.raises(ValueError, match=r"norm must name a class .* got 'GroupNrom'"):
-        build_network(tiny_plan(network={"norm": "GroupNrom"}).network, 0)
-
-
 def test_training_stops_on_a_plateau_and_keeps_the_best(tmp_path):
-    plan = tiny_plan(steps=20)
+    plan = plan_for(steps=20)
     scores = iter([0.1, 0.3, 0.2, 0.3, 0.9])
     options = {"validate": lambda network: next(scores), "validate_every": 2, "patience": 2}
-    trainer = tiny_trainer(plan, **options)
+    trainer = trainer_for(plan, **options)
     trainer.run(Batches(plan), tmp_path / "checkpoint.pt", lambda step: None)
     assert trainer.step == 8
     assert trainer.finished
     assert len(read_checkpoint(tmp_path / "checkpoint.pt")[1]["losses"]) == 8
-    resumed = tiny_trainer(plan, **options)
+    resumed = trainer_for(plan, **options)
     resumed.resume(tmp_path / "checkpoint.pt")
     assert resumed.finished
     # The fourth validation is as good as the second: the newer of the two is kept.
@@ -333,7 +243,7 @@ def test_training_stops_on_a_plateau_and_keeps_the_best(tmp_path):
 
 
 def test_a_run_killed_while_it_writes_the_best_network_still_keeps_it(tmp_path, monkeypatch):
-    plan, options = tiny_plan(steps=4), {"validate": lambda network: 0.5, "validate_every": 2}
+    plan, options = plan_for(steps=4), {"validate": lambda network: 0.5, "validate_every": 2}
     path, save, written = tmp_path / "checkpoint.pt", Trainer.save, []
 
     def killed(trainer, path):
@@ -344,8 +254,8 @@ def test_a_run_killed_while_it_writes_the_best_network_still_keeps_it(tmp_path, 
 
     monkeypatch.setattr(Trainer, "save", killed)
     with pytest.raises(KeyboardInterrupt):
-        tiny_trainer(plan, **options).run(Batches(plan), path, lambda step: None)
-    resumed = tiny_trainer(plan, **options)
+        trainer_for(plan, **options).run(Batches(plan), path, lambda step: None)
+    resumed = trainer_for(plan, **options)
     if path.exists():
         resumed.resume(path)
     resumed.run(Batches(plan), path, lambda step: None)
@@ -355,7 +265,7 @@ def test_a_run_killed_while_it_writes_the_best_network_still_keeps_it(tmp_path, 
 
 def test_tensorboard_has_each_step_once_after_a_resumption(tmp_path, monkeypatch):
     monkeypatch.setattr("factorizer.segmentation.training.SAVE_EVERY", 2)
-    plan = tiny_plan(steps=4)
+    plan = plan_for(steps=4)
 
     def stop(step):
         if step == 3:
@@ -363,8 +273,8 @@ def test_tensorboard_has_each_step_once_after_a_resumption(tmp_path, monkeypatch
 
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(KeyboardInterrupt):
-        tiny_trainer(plan, log=tmp_path / "log").run(Batches(plan), path, stop)
-    resumed = tiny_trainer(plan, log=tmp_path / "log")
+        trainer_for(plan, log=tmp_path / "log").run(Batches(plan), path, stop)
+    resumed = trainer_for(plan, log=tmp_path / "log")
     resumed.resume(path)
     resumed.run(Batches(plan), path, lambda step: None)
     events = EventAccumulator(str(tmp_path / "log"))

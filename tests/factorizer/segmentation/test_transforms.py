@@ -8,7 +8,6 @@ import pytest
 import torch
 from factorizer_support import plan_for
 
-from factorizer.commands.demo import write_synthetic
 from factorizer.segmentation.cases import Case, read_decathlon
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.transforms import (
@@ -21,11 +20,6 @@ from factorizer.segmentation.transforms import (
 from factorizer.segmentation.volumes import check_case
 
 CROP = (16, 16, 16)
-
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory):
-    return write_synthetic(tmp_path_factory.mktemp("data"), cases=4, shape=(18, 18, 18))
 
 
 def test_preprocessing(tmp_path):
@@ -51,14 +45,14 @@ def test_preprocessing(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def volumes(original):
-    task = read_decathlon(original)
+def volumes(synthetic):
+    task = read_decathlon(synthetic)
     geometries = {case.name: check_case(task, case) for case in task.cases}
     return training_volumes(plan_for(), task.cases, geometries)
 
 
-def test_volumes_are_kept_until_what_they_depend_on_changes(original, tmp_path):
-    data = shutil.copytree(original, tmp_path / "data")
+def test_volumes_are_kept_until_what_they_depend_on_changes(synthetic, tmp_path):
+    data = shutil.copytree(synthetic, tmp_path / "data")
     cases, cache = read_decathlon(data).cases, tmp_path / "cache"
     volumes = training_volumes(plan_for(), cases, cache=cache)
     first = volumes[0]
@@ -108,8 +102,8 @@ def test_every_number_of_the_augmentation_is_the_recipes(volumes, number):
     assert not torch.equal(crop(**{number: NUMBERS[number]}), crop())
 
 
-def test_middles_are_drawn_from_as_many_voxels_as_the_recipe_says(original):
-    task = read_decathlon(original)
+def test_middles_are_drawn_from_as_many_voxels_as_the_recipe_says(synthetic):
+    task = read_decathlon(synthetic)
     geometries = {case.name: check_case(task, case) for case in task.cases}
     few = training_volumes(plan_for(recipe={"class_voxels": 5}), task.cases, geometries)[0]
     assert max(map(len, few["label_cls_indices"])) == 5
