@@ -23,7 +23,7 @@ def _commands() -> None:
 # --- options that several commands have -----------------------------------------------------------
 
 Checkpoints = Annotated[
-    list[Path],
+    list[Path] | None,
     typer.Option(
         "--checkpoint", help="A trained network; several of them are averaged (give the option again)."
     ),
@@ -31,7 +31,7 @@ Checkpoints = Annotated[
 ModelName = Annotated[
     str | None, typer.Option("--model", help="In place of a checkpoint: a name of `factorizer models`.")
 ]
-Checkpoint = Annotated[Path, typer.Option(help="A trained network.")]
+OneCheckpoint = Annotated[Path | None, typer.Option("--checkpoint", help="A trained network.")]
 Inputs = Annotated[
     list[str],
     typer.Option(
@@ -180,7 +180,7 @@ def train(
 def predict(
     input: Inputs,
     output: Annotated[Path, typer.Option(help="Folder for NAME.nii.gz, on the grid of each input.")],
-    checkpoint: Checkpoints = (),  # type: ignore[assignment]
+    checkpoint: Checkpoints = None,
     model: ModelName = None,
     section: Section = None,
     num_iters: Iterations = None,
@@ -237,9 +237,10 @@ def evaluate(
 
 @app.command()
 def explain(
-    checkpoint: Checkpoint,
     input: Inputs,
     output: Annotated[Path, typer.Option(help="Folder for components, figures and components.csv.")],
+    checkpoint: OneCheckpoint = None,
+    model: ModelName = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(help="shallow, deep, all, or a mixer's name. Default: shallow and deep."),
@@ -260,7 +261,7 @@ def explain(
 
         if run(
             Console(),
-            checkpoint,
+            *_networks(checkpoint and [checkpoint], model),
             input,
             output,
             layers=layer or ("shallow", "deep"),
@@ -275,9 +276,10 @@ def explain(
 
 @app.command()
 def speed(
-    checkpoint: Checkpoint,
     input: Inputs,
     output: Annotated[Path, typer.Option(help="Folder for speed.csv and speed.png.")],
+    checkpoint: OneCheckpoint = None,
+    model: ModelName = None,
     num_iters: Annotated[
         Any, typer.Option(help="Numbers of iterations, separated by commas.", parser=_numbers)
     ] = "0,1,2,3,5,10",
@@ -295,7 +297,7 @@ def speed(
 
         _, failed = run(
             Console(),
-            checkpoint,
+            *_networks(checkpoint and [checkpoint], model),
             input,
             output,
             num_iters=num_iters,
@@ -368,7 +370,7 @@ def card(name: Annotated[str, typer.Argument(help="One of `factorizer models`.")
 
 @models.command()
 def export(
-    checkpoint: Checkpoints,
+    checkpoint: Annotated[list[Path], typer.Option(help="A trained network; may be given again.")],
     output: Annotated[Path, typer.Option(help="The model file, such as mine.pt.")],
     card: Annotated[Path | None, typer.Option(help="Markdown file that goes into the model file.")] = None,
     mirror: Annotated[bool, typer.Option("--mirror", help="Predict over mirror images by default.")] = False,
@@ -399,13 +401,14 @@ def take(
 # --- errors ---------------------------------------------------------------------------------------
 
 
-def _networks(checkpoints: list[Path], model: str | None) -> list[Path]:
+def _networks(checkpoints: list[Path] | None, model: str | None) -> list[Path]:
+    """The files that --checkpoint or --model name. Raises DataError unless one of the two is given."""
     from factorizer.segmentation.errors import DataError
     from factorizer.segmentation.trained import find_model
 
     if bool(checkpoints) == (model is not None):
         raise DataError("checkpoint, model: give one of them")
-    return [find_model(model)] if model is not None else list(checkpoints)
+    return [find_model(model)] if model is not None else list(checkpoints or ())
 
 
 @contextmanager
