@@ -261,7 +261,7 @@ def explain(
 
         if run(
             Console(),
-            *_networks(checkpoint and [checkpoint], model),
+            _networks([checkpoint] if checkpoint else None, model)[0],
             input,
             output,
             layers=layer or ("shallow", "deep"),
@@ -297,7 +297,7 @@ def speed(
 
         _, failed = run(
             Console(),
-            *_networks(checkpoint and [checkpoint], model),
+            _networks([checkpoint] if checkpoint else None, model)[0],
             input,
             output,
             num_iters=num_iters,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,8 +63,7 @@ def hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) ->
     if not prediction.any() or not truth.any():
         return 0.0 if prediction.any() == truth.any() else math.inf
     a, b = _boxed(prediction, truth)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.5 to 1.6 about its own argument
+    with _quiet():
         distance = compute_hausdorff_distance(
             a, b, include_background=True, percentile=95, spacing=list(spacing)
         )
@@ -82,8 +82,19 @@ def surface_dice(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[fl
     if not prediction.any() or not truth.any():
         return float(prediction.any() == truth.any())
     a, b = _boxed(prediction, truth)
-    share = compute_surface_dice(a, b, [SURFACE_TOLERANCE], include_background=True, spacing=list(spacing))
+    with _quiet():
+        share = compute_surface_dice(
+            a, b, [SURFACE_TOLERANCE], include_background=True, spacing=list(spacing)
+        )
     return float(share)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what MONAI 1.5 to 1.6 warns of, an argument of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
 
 
 def _boxed(prediction: np.ndarray, truth: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
-from monai.transforms.utils import get_largest_connected_component_mask
 from rich.console import Console
+from scipy import ndimage
 from torch import Tensor, nn
 
 from factorizer import MatrixFactorization, set_num_iters
@@ -144,11 +144,17 @@ class Predictor:
 
 
 def keep_largest(labels: np.ndarray, targets: Sequence[Sequence[int]]) -> np.ndarray:
-    """Label values (X, Y, Z) with those of each target only where its largest connected component is."""
+    """Label values (X, Y, Z) with those of each target only where its largest connected component is.
+
+    Voxels that share a corner are connected.
+    """
     labels = labels.copy()
     for values in targets:
         mask = np.isin(labels, list(values))
-        labels[mask & ~get_largest_connected_component_mask(mask)] = 0
+        components, number = ndimage.label(mask, np.ones((3, 3, 3)))
+        if number > 1:
+            largest = 1 + int(np.bincount(components[mask])[1:].argmax())
+            labels[mask & (components != largest)] = 0
     return labels
 
 

@@ -59,25 +59,15 @@ def test_fold_and_init_errors(synthetic, tmp_path):
 
 def test_budget_and_init(synthetic, tmp_path, monkeypatch):
     monkeypatch.setattr("factorizer.segmentation.training.MIN_STEPS", 2)
-    monkeypatch.setitem(
-        __import__("factorizer.segmentation.recipe", fromlist=["BUDGETS"]).BUDGETS, "quick", 0
-    )
+    monkeypatch.setitem(BUDGETS, "quick", 0)
     first = ["train", synthetic, "--out", tmp_path / "a", "--budget", "quick"]
     assert "expected" in run_command(*first)
     assert read_checkpoint(tmp_path / "a" / "checkpoint.pt")[0].steps == 2
     monkeypatch.setattr("factorizer.segmentation.training.MIN_STEPS", 5)
     assert "2 steps are done" in run_command(*first)  # what is continued keeps its number
     assert "budget: got 'long'" in run_command(*first[:-1], "long", code=2)
-    second = [
-        "train",
-        synthetic,
-        "--out",
-        tmp_path / "b",
-        "--steps",
-        1,
-        "--init",
-        tmp_path / "a" / "checkpoint.pt",
-    ]
+    init = ["--init", tmp_path / "a" / "checkpoint.pt"]
+    second = ["train", synthetic, "--out", tmp_path / "b", "--steps", 1, *init]
     assert "tensors start from it, 0 at random" in run_command(*second)
     plan, state = read_checkpoint(tmp_path / "b" / "checkpoint.pt")
     assert plan.init == str(tmp_path / "a" / "checkpoint.pt")
