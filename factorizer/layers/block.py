@@ -49,7 +49,7 @@ class FactorizerBlock(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.local = None if local is None else DepthwiseConv(channels, local, len(spatial_size))
+        self.local = None if local is None else DepthwiseConv(channels, local, spatial_dims=len(spatial_size))
         self.norm1 = build("norm", norm, channels)
         self.fact = FactMixer(channels, channels, spatial_size, dropout=dropout, **kwargs)
         self.norm2 = build("norm", norm, channels)
@@ -59,8 +59,7 @@ class FactorizerBlock(nn.Module):
     def fused(self) -> bool:
         """Whether norms, linear maps and sums run as chains of `pointwise`, with the same result.
 
-        They do where the chains know every part, no dropout is active, and nobody listens in
-        between.
+        They do where the chains know every part, no dropout is active, and no part has a hook.
         """
         fact = self.fact
         chained = (self.norm1, fact.in_proj, fact.out_proj, fact.dropout, self.norm2, self.mlp)
@@ -73,6 +72,7 @@ class FactorizerBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels, S1..Sp) to the same shape."""
         if self.local is not None:
             x = x + self.local(x)
         if not self.fused:
@@ -126,6 +126,7 @@ class FactorizerStage(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, S1..Sp) to (B, out_channels, S1..Sp)."""
         x = self.dropout(self.pos_embed(self.adapter(x)))
         for block in self.blocks:
             x = block(x)

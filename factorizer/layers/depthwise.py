@@ -2,46 +2,49 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 
-import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from .checks import check_count, check_features
-
-_CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+from .checks import check_count, check_counts, check_features
+from .conv import CONV
 
 
 class DepthwiseConv(nn.Module):
-    """y[c] = weight[c] * x[c] + bias[c] for every channel c of x (B, channels, S1..Sp), zeros around.
+    """Filters each channel of x (B, channels, S1..Sp) by its own filter, with zeros around x.
 
-    The weight is (channels, k, ..., k), once for each spatial axis; it and the bias start as those of
-    torch's convolutions do.
+    Its parameters are those of torch's convolution of as many groups as channels: in shape, (channels, 1, k1..kp),
+    in how they are initialised, and in the state_dict.
 
     Args:
-        channels: number of channels.
-        kernel_size: k, odd, so that the output has the input's size.
-        spatial_dims: p, 1 to 3.
+        channels: channels of the input and the output.
+        kernel_size: the filter's extent along each axis, or along all of them; odd.
+        bias: whether to add a bias.
+        spatial_dims: number of spatial axes, 1 to 3.
 
     Raises:
-        TypeError, ValueError: the message names the argument, what it got and what it needs.
+        ValueError: x has another number of channels or of spatial axes.
     """
 
-    def __init__(self, channels: int, kernel_size: int = 3, spatial_dims: int = 3) -> None:
+    def __init__(
+        self, channels: int, kernel_size: int | Sequence[int] = 3, bias: bool = True, spatial_dims: int = 3
+    ) -> None:
         super().__init__()
         self.channels = check_count("channels", channels)
-        if check_count("kernel_size", kernel_size) % 2 == 0:
-            raise ValueError(f"kernel_size must be odd, got {kernel_size}")
-        if spatial_dims not in _CONVOLUTIONS:
+        if spatial_dims not in CONV:
             raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
-        bound = 1 / math.sqrt(kernel_size**spatial_dims)
-        size = (channels, *(kernel_size,) * spatial_dims)
-        self.weight = nn.Parameter(torch.empty(size).uniform_(-bound, bound))
-        self.bias = nn.Parameter(torch.empty(channels).uniform_(-bound, bound))
+        if isinstance(kernel_size, Sequence):
+            kernel_size = check_counts("kernel_size", kernel_size, (spatial_dims,))
+        else:
+            kernel_size = (check_count("kernel_size", kernel_size),) * spatial_dims
+        if any(k % 2 == 0 for k in kernel_size):
+            raise ValueError(f"kernel_size must be odd along each axis, got {kernel_size}")
+        padding = tuple(k // 2 for k in kernel_size)
+        self.spatial_dims = spatial_dims
+        self.conv = CONV[spatial_dims](
+            channels, channels, kernel_size, padding=padding, groups=channels, bias=bias
+        )
 
     def forward(self, x: Tensor) -> Tensor:
-        dims = self.weight.ndim - 1
-        check_features("DepthwiseConv", x, self.channels, dims)
-        weight, padding = self.weight[:, None], self.weight.shape[-1] // 2
-        return _CONVOLUTIONS[dims](x, weight, self.bias, padding=padding, groups=self.channels)
+        check_features("DepthwiseConv", x, self.channels, self.spatial_dims)
+        return self.conv(x)

@@ -171,6 +171,8 @@ def split_cases(
     """(training, held out), both sorted; drawn with `seed`.
 
     Held out is a fifth of the cases, at most 40, or with `fold` the fold of that number out of `folds`.
+
+    Raises DataError where there is no such fold.
     """
     by_name = sorted(cases, key=lambda case: case.name)
     order = np.random.default_rng(seed).permutation(len(cases))

@@ -233,7 +233,7 @@ def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
 
 
 def _digest(network: nn.Module, plan: Plan) -> str:
-    """Of the weights, and of what the plan says about segmenting: not of how the network was trained."""
+    """A digest of the weights and of what the plan says about segmenting; training is no part of it."""
     fields = ("modalities", "labels", "regions", "spacing", "crop", "intensity_range", "flips", "network")
     digest = hashlib.sha256(repr([getattr(plan, field) for field in fields]).encode())
     for name, value in network.state_dict().items():

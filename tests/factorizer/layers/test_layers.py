@@ -101,6 +101,24 @@ def test_layer_norm_of_half_precision_is_computed_in_float32(rel):
     assert rel(LayerNorm(8).half()(x), LayerNorm(8)(x.float())) < torch.finfo(torch.float16).eps
 
 
+@pytest.mark.parametrize(("axes", "kernel_size"), [(1, 5), (2, (3, 7)), (3, 3), (3, (1, 3, 5))])
+@pytest.mark.parametrize("bias", [False, True])
+def test_depthwise_conv_is_torchs(axes, kernel_size, bias, rel):
+    """In its parameters, their initial values, and what it computes."""
+    convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
+    torch.manual_seed(0)
+    layer = DepthwiseConv(6, kernel_size, bias, axes)
+    torch.manual_seed(0)
+    padding = kernel_size // 2 if isinstance(kernel_size, int) else tuple(k // 2 for k in kernel_size)
+    theirs = convolution(6, 6, kernel_size, padding=padding, groups=6, bias=bias)
+    assert all(map(torch.equal, layer.parameters(), theirs.parameters()))
+    layer.conv.load_state_dict(theirs.state_dict())
+    x = torch.randn(2, 6, *(9, 8, 7)[:axes])
+    results = (value_and_gradients(module.double(), x.double()) for module in (layer, theirs))
+    for ours, expected in zip(*results, strict=True):
+        assert rel(ours, expected) < 1e-14
+
+
 def test_chains_pass_gradcheck(block_size):
     torch.manual_seed(0)
 
@@ -360,28 +378,14 @@ def test_mixer_decomposes(rel):
     assert rel(mixer(x), y) < 1e-5
 
 
-@pytest.mark.parametrize("size", [(9,), (5, 7), (4, 1, 6)], ids=str)
-@pytest.mark.parametrize("side", [1, 3, 5])
-def test_depthwise_conv_filters_each_channel_by_itself(size, side, rel):
-    conv = randomise(DepthwiseConv(3, side, len(size)).double())
-    x = torch.randn(2, 3, *size, dtype=torch.float64)
-    radius = side // 2
-    padded = F.pad(x, (radius, radius) * len(size))
-    want = conv.bias.reshape(-1, *[1] * len(size)).expand_as(x).clone()
-    for at in torch.cartesian_prod(*[torch.arange(side)] * len(size)).reshape(-1, len(size)).tolist():
-        moved = padded[(..., *(slice(a, a + n) for a, n in zip(at, size, strict=True)))]
-        want += conv.weight[(slice(None), *at)].reshape(-1, *[1] * len(size)) * moved
-    assert rel(conv(x), want) <= 1e-14
-
-
 @pytest.mark.parametrize("fused", [True, False])
 def test_local_filter_comes_before_the_block(fused, rel):
     arguments = {"reshape": (SWMatricize, SWIN)}
     with_filter = randomise(FactorizerBlock(8, (8, 8), local=3, **arguments).double())
     without = FactorizerBlock(8, (8, 8), **arguments).double()
     state = with_filter.state_dict()
-    conv = DepthwiseConv(8, 3, 2).double()
-    conv.load_state_dict({name: state.pop(f"local.{name}") for name in ("weight", "bias")})
+    conv = DepthwiseConv(8, 3, spatial_dims=2).double()
+    conv.load_state_dict({name: state.pop(f"local.{name}") for name in ("conv.weight", "conv.bias")})
     without.load_state_dict(state)  # the rest of a block's weights is what it was
     if not fused:
         force_unfused(with_filter)
@@ -450,6 +454,13 @@ SWIN_MIXER = (8, 8, (8, 8), (SWMatricize, SWIN))
         (lambda: Linear(3, 2)(torch.zeros(1, 3, 5).double()), TypeError, "float32.*got.*float64"),
         (lambda: Linear(3, 2)([1.0]), TypeError, "x must be a tensor, got list"),
         (lambda: LayerNorm(3)(torch.zeros(1, 4, 5)), ValueError, "must have 3 channels.* got 4"),
+        (lambda: DepthwiseConv(0), ValueError, "channels must be at least 1, got 0"),
+        (lambda: DepthwiseConv(3, 4), ValueError, r"kernel_size must be odd.* got \(4, 4, 4\)"),
+        (lambda: DepthwiseConv(3, (3, 3)), ValueError, "kernel_size must have 3 entries"),
+        (lambda: DepthwiseConv(3, 3.0), TypeError, "kernel_size must be an int, got 3.0"),
+        (lambda: DepthwiseConv(3, spatial_dims=4), ValueError, "spatial_dims must be 1, 2 or 3, got 4"),
+        (lambda: DepthwiseConv(3)(torch.zeros(1, 4, 5, 5, 5)), ValueError, "must have 3 channels.* got 4"),
+        (lambda: DepthwiseConv(3)(torch.zeros(1, 3, 5, 5)), ValueError, "3 spatial axes"),
         (lambda: MLP(4, ratio=0), ValueError, "ratio must be positive, got 0"),
         (lambda: MLP(4, dropout=1.0), ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
         (lambda: MLP(4, dropout="0"), TypeError, "dropout must be a number, got '0'"),
@@ -516,10 +527,6 @@ SWIN_MIXER = (8, 8, (8, 8), (SWMatricize, SWIN))
             ValueError,
             "must have 8 channels",
         ),
-        (lambda: DepthwiseConv(4, 2), ValueError, "kernel_size must be odd, got 2"),
-        (lambda: DepthwiseConv(4, 3, 4), ValueError, "spatial_dims must be 1, 2 or 3, got 4"),
-        (lambda: DepthwiseConv(4)(torch.zeros(1, 3, 4, 4, 4)), ValueError, "must have 4 channels"),
-        (lambda: DepthwiseConv(4)(torch.zeros(1, 4, 4, 4)), ValueError, "3 spatial axes"),
         (
             lambda: FactorizerBlock(8, (8, 8), reshape=(SWMatricize, SWIN), local=True),
             TypeError,
