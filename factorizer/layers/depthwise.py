@@ -13,8 +13,8 @@ from .conv import CONV
 class DepthwiseConv(nn.Module):
     """Filters each channel of x (B, channels, S1..Sp) by its own filter, with zeros around x.
 
-    Its parameters are those of torch's convolution of as many groups as channels: in shape, (channels, 1, k1..kp),
-    in how they are initialised, and in the state_dict.
+    Its parameters are those of torch's convolution of as many groups as channels: in shape,
+    (channels, 1, k1..kp), in how they are initialised, and in the state_dict.
 
     Args:
         channels: channels of the input and the output.
