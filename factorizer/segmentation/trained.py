@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -70,7 +70,7 @@ def save_model(model: TrainedModel, path: Path) -> None:
     """Writes a model file, weights in half precision. Raises OSError where it cannot be written."""
     content = {
         "members": [
-            {"plan": asdict(plan), "network": _halved(network.state_dict())}
+            {"plan": _told(plan), "network": _halved(network.state_dict())}
             for network, plan in model.members
         ],
         "mirror": model.mirror,
@@ -119,6 +119,19 @@ def import_model(path: Path, name: str | None = None) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     save_model(model, target)
     return target
+
+
+def _told(plan: Plan) -> dict[str, Any]:
+    """The fields of a plan, and of its recipe, that differ from their defaults, so that a file outlives
+    the coming of new ones."""
+    content = asdict(plan)
+    content["recipe"] = _changed(plan.recipe, content["recipe"])
+    return _changed(plan, content)
+
+
+def _changed(owner: Any, content: Mapping[str, Any]) -> dict[str, Any]:
+    defaults = {field.name: field.default for field in fields(owner)}
+    return {name: value for name, value in content.items() if value != defaults[name]}
 
 
 def _halved(state: Mapping[str, Tensor]) -> dict[str, Any]:
