@@ -37,7 +37,7 @@ from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import read_decathlon, split_cases
 from factorizer.segmentation.files import atomic
 from factorizer.segmentation.inference import FinestHead
-from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.recipe import LEARNING_RATE
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import CropBatches, training_volumes
@@ -132,7 +132,7 @@ def execute(run: Run, data: Path, out: Path) -> None:
     geometries = check_cases(console, task)
     training, inner = split_cases(split_cases(task.cases, SPLIT_SEED)[0], INNER_SEED)
     training = training[: run.cases]
-    plan = run.plan(plan_run(task, geometries, training, inner, steps=run.steps))
+    plan = run.plan(plan_run(task, geometries, training, inner, Wishes(steps=run.steps)))
     volumes = _noisy(training_volumes(plan, training, geometries), run.noise)
     held_out = _noisy(training_volumes(plan, inner, geometries), run.noise)
     trainer = Trainer(

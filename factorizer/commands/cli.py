@@ -192,6 +192,10 @@ def predict(
             help="Average over the mirror images that training drew from. Default: as the model says.",
         ),
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Write over results that were made from other inputs or settings."),
+    ] = False,
     device: Device = None,
 ) -> None:
     """Segment volumes. Cases that are done already are skipped; exit code 1 if one failed."""
@@ -208,6 +212,7 @@ def predict(
             num_iters=num_iters,
             whole=whole,
             mirror=mirror,
+            overwrite=overwrite,
             device=device,
         )
         if any(outcome.failed for outcome in outcomes):

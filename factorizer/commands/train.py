@@ -15,7 +15,7 @@ from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import MeanDice
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.processes import pick_device, process_group
 from factorizer.segmentation.screen import duration, facts
 from factorizer.segmentation.training import Trainer, fit, start_from, step_seconds, within_budget
@@ -57,7 +57,7 @@ def train(
     prepare_folder("out", out)
     geometries = check_cases(console, task)
     training, held_out = split_cases(task.cases, seed, fold)
-    plan = plan_run(task, geometries, training, held_out, steps=steps, seed=seed)
+    plan = plan_run(task, geometries, training, held_out, Wishes(steps=steps), seed=seed)
     checkpoint = out / "checkpoint.pt"
     if init is not None:
         plan = _like(plan, init)

@@ -12,7 +12,7 @@ from torch import nn
 from factorizer.models.build import build_network
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import load_tensors
-from factorizer.segmentation.plan import Plan, read_plan
+from factorizer.segmentation.plan import Plan
 
 
 def read_checkpoint(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
@@ -39,7 +39,7 @@ def read_entry(state: Mapping[str, Any], path: str | Path) -> tuple[Plan, Mappin
             "For weights from elsewhere there is factorizer convert"
         )
     try:
-        return read_plan(state["plan"]), state
+        return Plan(**state["plan"]), state
     except (TypeError, ValueError) as error:
         raise DataError(
             f"{path}: not a checkpoint of this program: its plan is another's ({error})"

@@ -21,13 +21,13 @@ from torch import nn
 
 from factorizer.segmentation.cases import Case, find_cases, read_classes, volumes_in
 from factorizer.segmentation.checkpoint import read_checkpoint
-from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.errors import DataError, FlatImageError
 from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
 from factorizer.segmentation.screen import count, each_case, table
-from factorizer.segmentation.volumes import read_labels, read_nifti
+from factorizer.segmentation.volumes import check_label, read_grid, read_labels
 
 SURFACE_TOLERANCE = 1.0  # mm
 Targets = Mapping[str, Sequence[int]]  # names, each with the label values that it unites
@@ -126,7 +126,7 @@ def evaluate_case(prediction: Path, case: Case, values: Sequence[int], targets: 
         raise DataError(f"{prediction}: there is no label for it")
     labels = read_labels(prediction, values, grid_of=prediction)
     truth = read_labels(case.label, values, grid_of=prediction)
-    spacing = nib.affines.voxel_sizes(nib.load(prediction).affine).tolist()  # type: ignore[attr-defined]
+    spacing = nib.affines.voxel_sizes(read_grid(prediction)[0]).tolist()
     return score_labels(labels, truth, targets, spacing, case.name)
 
 
@@ -193,7 +193,11 @@ class MeanDice:
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
         for case in self.cases[index::processes]:
             assert case.label is not None
-            labels, truth = predictor.segment(case), read_nifti(case.label)[1]
+            truth = check_label(case, list(self.plan.labels))
+            try:
+                labels = predictor.segment(case)
+            except FlatImageError:  # told before the training
+                labels = np.zeros_like(truth)
             for values in self.plan.targets.values():
                 total[0] += dice(np.isin(labels, values), np.isin(truth, values))
                 total[1] += 1
@@ -215,10 +219,10 @@ def evaluate(
     """
     if out.is_dir():
         raise DataError(f"output: {out} is a folder; it must be a file for the scores, such as scores.csv")
-    known, classes = _labels(labels)
+    known, classes, regions = _labels(labels)
     cases = [Case(case.name, case.images, known.get(case.name)) for case in _predictions(predictions)]
     prepare_folder("output", out.resolve().parent)
-    targets, values = _targets(cases, classes, checkpoint)
+    targets, values = _targets(cases, classes, regions, checkpoint)
     outcomes = each_case(
         console, cases, "Comparing", lambda case: evaluate_case(case.image, case, values, targets)
     )
@@ -250,18 +254,19 @@ def _predictions(folder: Path) -> tuple[Case, ...]:
     return cases
 
 
-def _labels(labels: Path) -> tuple[dict[str, Path | None], dict[int, str]]:
-    """The label file of each case, and the names of the label values where they are known."""
+def _labels(labels: Path) -> tuple[dict[str, Path | None], dict[int, str], Targets]:
+    """The label file of each case, the names of the label values and the regions where they are known."""
     listing = labels / "dataset.json" if labels.is_dir() else labels
-    if listing.suffix == ".json" and listing.is_file():
-        return {case.name: case.label for case in find_cases([listing], labelled=True)}, read_classes(listing)
+    if listing.suffix.lower() == ".json" and listing.is_file():
+        known: dict[str, Path | None] = {c.name: c.label for c in find_cases([listing], labelled=True)}
+        return known, *read_classes(listing)
     if not labels.is_dir():
         raise DataError(f"labels: {labels} is no folder and no data list")
-    return {case.name: case.image for case in volumes_in(labels)}, {}
+    return {case.name: case.image for case in volumes_in(labels)}, {}, {}
 
 
 def _targets(
-    cases: Sequence[Case], classes: dict[int, str], checkpoint: Path | None
+    cases: Sequence[Case], classes: dict[int, str], regions: Targets, checkpoint: Path | None
 ) -> tuple[Targets, list[int]]:
     """What is measured, and all the values that a label may have."""
     if checkpoint is not None:
@@ -272,8 +277,8 @@ def _targets(
         for case in cases:
             for path in (case.image, case.label):
                 try:
-                    found |= set() if path is None else set(np.unique(read_nifti(path)[1]).tolist())
+                    found |= set() if path is None else set(np.unique(read_labels(path, None)).tolist())
                 except DataError:
                     continue  # told when its case is compared
         classes = {value: str(value) for value in sorted(map(int, found))}
-    return {name: (value,) for value, name in classes.items() if value}, list(classes)
+    return regions or {name: (value,) for value, name in classes.items() if value}, list(classes)

@@ -10,6 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
@@ -20,13 +21,14 @@ from torch import Tensor, nn
 from factorizer import MatrixFactorization, set_num_iters
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError, check_counts
-from factorizer.segmentation.files import atomic
+from factorizer.segmentation.files import atomic, read_json
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position, pick_device
+from factorizer.segmentation.provenance import differences, made, write_result
 from factorizer.segmentation.screen import Outcome, each_case
 from factorizer.segmentation.trained import load_model
 from factorizer.segmentation.transforms import PreparedCase
-from factorizer.segmentation.volumes import check_image, write_nifti
+from factorizer.segmentation.volumes import on_grid_of
 
 SETTINGS = "settings.json"  # in a folder of results: what they were made with
 
@@ -106,13 +108,15 @@ class Predictor:
         """Mean logits (outputs, X, Y, Z) on the image's own grid."""
         groups: dict[Any, list[tuple[nn.Module, Plan]]] = {}  # one for each way to preprocess the image
         for network, plan in self.models:
-            groups.setdefault((plan.spacing, plan.intensity_range), []).append((network, plan))
+            groups.setdefault((plan.spacing, plan.window), []).append((network, plan))
         total: Any = 0
         for members in groups.values():
             prepared = PreparedCase(members[0][1], case)
             total = total + prepared.to_own_grid(
                 sum(self.run(network, plan, prepared.image) for network, plan in members)  # type: ignore[arg-type]
             )
+        if not total.isfinite().all():
+            raise DataError(f"{case.image}: the network's output for it is not finite")
         return total / len(self.models)
 
     @torch.no_grad()
@@ -193,39 +197,37 @@ def load_predictor(
 
 
 def run_cases(
-    console: Console, predictor: Predictor, cases: Sequence[Case], folder: Path
+    console: Console, predictor: Predictor, cases: Sequence[Case], folder: Path, *, overwrite: bool = False
 ) -> list[Outcome[str]]:
-    """Segments cases into folder/NAME.nii.gz; the results are "done", and "skipped" where the file is there.
+    """Segments cases into folder/NAME.nii.gz; the results are "done" and "skipped".
 
-    A case that cannot be read, or fails otherwise, leaves no file, is told, and the others go on.
+    A case is skipped where its file is there and was made from these very inputs by these networks
+    (`provenance`). Where another file is there the case fails, unless `overwrite`. A case that cannot be
+    read, or fails otherwise, leaves no file, is told, and the others go on.
     folder/settings.json says what the results were made with. Raises DataError where those that are there
-    were made with another network or other settings.
+    were made with another network or other settings, unless `overwrite`.
     """
-    _keep_settings(folder / SETTINGS, predictor.settings())
+    settings = predictor.settings()
+    _keep_settings(folder / SETTINGS, settings, overwrite)
 
     def segment(case: Case) -> str:
         path = folder / f"{case.name}.nii.gz"
-        if path.exists():
+        if not overwrite and made(path, case, settings):
             return "skipped"
-        check_image(case, predictor.plan.modalities)
-        write_nifti(predictor.segment(case), case.image, path)
+        labels = on_grid_of(predictor.segment(case), case.image)
+        write_result(path, case, settings, lambda temporary: nib.save(labels, temporary))
         return "done"
 
     return each_case(console, cases, "Segmenting", segment)
 
 
-def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
+def _keep_settings(path: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Writes what the folder's results are made with, or checks that it is the same as before."""
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: not readable as JSON ({error})") from error
-        if before != settings:
-            changed = [name for name in settings if before.get(name) != settings[name]]
+    if path.exists() and not overwrite:
+        if changed := differences(read_json(path), settings):
             raise DataError(
                 f"output: {path.parent} holds results made with other settings ({', '.join(changed)}); "
-                "give another folder, or delete this one"
+                "give another folder, delete this one, or give --overwrite"
             )
     elif group_position()[0] == 0:
         with atomic(path) as temporary:
@@ -234,7 +236,7 @@ def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def _digest(network: nn.Module, plan: Plan) -> str:
     """A digest of the weights and of what the plan says about segmenting; training is no part of it."""
-    fields = ("modalities", "labels", "regions", "spacing", "crop", "intensity_range", "flips", "network")
+    fields = ("modalities", "labels", "regions", "spacing", "crop", "window", "flips", "network")
     digest = hashlib.sha256(repr([getattr(plan, field) for field in fields]).encode())
     for name, value in network.state_dict().items():
         digest.update(name.encode())

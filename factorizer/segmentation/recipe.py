@@ -8,7 +8,6 @@ plans is `RECIPE`.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +30,6 @@ NETWORK: dict[str, Any] = {
     "local": LOCAL,  # ours, not the paper's
     "num_deep_supr": len(WIDTH) - 1,
 }
-DIVISOR = math.prod(STRIDES)  # of a crop's sides; windows that do not fit are completed with zeros
 MAX_CROP_VOXELS = 64**3
 BATCH_SIZE, LEARNING_RATE, WEIGHT_DECAY = 2, 5e-3, 1e-2
 ROUNDS, MIN_STEPS, MAX_STEPS = 10, 300, 1000  # training sees the voxels of its volumes so many times

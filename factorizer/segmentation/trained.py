@@ -70,8 +70,7 @@ def save_model(model: TrainedModel, path: Path) -> None:
     """Writes a model file, weights in half precision. Raises OSError where it cannot be written."""
     content = {
         "members": [
-            {"plan": _told(plan), "network": _halved(network.state_dict())}
-            for network, plan in model.members
+            {"plan": _told(plan), "network": _halved(network.state_dict())} for network, plan in model.members
         ],
         "mirror": model.mirror,
         "largest_component": list(model.largest_component),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -198,7 +199,12 @@ class Trainer:
                 break
             loss = self.update(image, label)
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {self.step + 1}")
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {self.step + 1}; its crops are of the cases "
+                    f"{', '.join(batches.case_names(self.step))}. Look at the intensities of these, or "
+                    "give a lower "
+                    "--learning-rate"
+                )
             rate = float(self.schedule.get_last_lr()[0])
             self.schedule.step()
             self.losses.append(loss)
@@ -243,11 +249,18 @@ class Trainer:
         """Continue from the checkpoint at `path`. Raises DataError where it is of another plan."""
         plan, state = read_checkpoint(path)
         before, now = (_flat(asdict(p)) for p in (plan, self.plan))
+        way_out = "give another output folder, or delete that file to start anew"
         for name, value in now.items():
+            if name == "notes" or (name == "data" and not (before[name] and value)):
+                continue
+            if name == "data" and before[name] != value:
+                raise DataError(
+                    f"{path}: belongs to a run on other files: the contents of some have changed since; "
+                    f"{way_out}"
+                )
             if before[name] != value:
                 raise DataError(
-                    f"{path}: belongs to a run with {name} = {before[name]!r}, this one has {value!r}; "
-                    "give another output folder, or delete that file to start anew"
+                    f"{path}: belongs to a run with {_difference(name, before[name], value)}; {way_out}"
                 )
         self.result.load_state_dict(state["network"])
         if self._mean is not None:
@@ -330,6 +343,20 @@ def _averaged(decay: float, mean: Tensor, value: Tensor, steps: Tensor | int) ->
 
 def _float(logits: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     return logits.float() if isinstance(logits, Tensor) else [y.float() for y in logits]
+
+
+def _difference(name: str, before: Any, now: Any) -> str:
+    """Two values of a field of the plan, in a few words: of long lists, what they do not share."""
+    long = isinstance(before, tuple) and isinstance(now, tuple) and max(len(before), len(now)) > 4
+    if long and all(isinstance(value, str) for value in (*before, *now)):
+        parts = []
+        for what, some in (("without", set(before) - set(now)), ("with", set(now) - set(before))):
+            if some:
+                parts.append(f"{what} {', '.join(sorted(some)[:3])}{' and others' if len(some) > 3 else ''}")
+        changed = " and ".join(parts) or "in another order"
+        return f"other names in {name}: {len(before)} then, {len(now)} now, {changed}"
+    texts = [textwrap.shorten(repr(value), 200, placeholder=" ...") for value in (before, now)]
+    return f"{name} = {texts[0]}, this one has {texts[1]}"
 
 
 def _flat(plan: dict[str, Any]) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from factorizer.segmentation.figures import component_row, draw_components, draw
 from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.inference import Predictor, load_predictor
 from factorizer.segmentation.measure import versions
-from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.screen import progress
 from factorizer.segmentation.trained import SHIPPED
 from factorizer.segmentation.training import Trainer, fit, within_budget
@@ -72,7 +72,7 @@ def run_demo(
     geometries = check_cases(console, task)
     training, held_out = split_cases(task.cases, SEED)
     shipped = _shipped(console, task, held_out, out / "shipped")
-    plan = plan_run(task, geometries, training, held_out, steps=steps, seed=SEED)
+    plan = plan_run(task, geometries, training, held_out, Wishes(steps=steps), seed=SEED)
     checkpoint = out / "checkpoint.pt"
     if steps is None:
         with console.status("Measuring a training step"):

@@ -13,7 +13,7 @@ from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.checkpoint import load_network
 from factorizer.segmentation.files import load_tensors
 from factorizer.segmentation.inference import Predictor, keep_largest
-from factorizer.segmentation.plan import plan_run
+from factorizer.segmentation.plan import Wishes, plan_run
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import Geometry, write_nifti
@@ -30,7 +30,7 @@ def plan():
     members = tuple(Case(str(i), ()) for i in range(3))
     task = Task("task", ("A",), {0: "background", 4: "a", 7: "b"}, members)
     geometries = {case.name: Geometry((16, 16, 16), (1.0, 1.0, 1.0)) for case in members}
-    return plan_run(task, geometries, members[:2], members[2:], steps=1)
+    return plan_run(task, geometries, members[:2], members[2:], Wishes(steps=1))
 
 
 class Thresholds(nn.Module):
