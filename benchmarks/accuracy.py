@@ -159,7 +159,7 @@ def execute(run: Run, data: Data, out: Path) -> None:
         volumes = training_volumes(plan, data.training, data.geometries)
         batches = CropBatches(plan, volumes)
         trainer.run(batches, checkpoint, lambda step: _progress.put((run, "training", step)))
-    predictor, scores = Predictor([(trainer.network, plan)]), []
+    predictor, scores = Predictor([(trainer.result, plan)]), []
     for number, case in enumerate(data.held_out, 1):
         truth, spacing = check_label(case, list(plan.labels)), data.geometries[case.name].spacing
         scores += score_labels(predictor.segment(case), truth, plan.targets, spacing, case.name)

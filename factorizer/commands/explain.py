@@ -64,7 +64,7 @@ def explain(
         if not labels.is_dir():
             raise DataError(f"labels: {labels} is not a folder")
         cases = tuple(Case(case.name, case.images, label_in(labels, case.name)) for case in cases)
-    prepare_folder("output", out, cases)
+    prepare_folder("output", out, (path for case in cases for path in case.images))
     outcomes = each_case(
         console, cases, "Explaining", lambda case: _explain_case(predictor, chosen, case, out)
     )

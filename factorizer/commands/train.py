@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -11,13 +11,14 @@ from rich.console import Console
 
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import read_decathlon, split_cases
+from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import MeanDice
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.plan import plan_run
+from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.processes import pick_device, process_group
 from factorizer.segmentation.screen import duration, facts
-from factorizer.segmentation.training import Trainer, fit
+from factorizer.segmentation.training import Trainer, fit, start_from, step_seconds, within_budget
 from factorizer.segmentation.transforms import CropBatches, training_volumes
 from factorizer.segmentation.volumes import check_cases
 
@@ -28,6 +29,8 @@ def train(
     out: Path,
     *,
     steps: int | None = None,
+    budget: str = "standard",
+    init: Path | None = None,
     seed: int = 0,
     fold: int | None = None,
     validate_every: int | None = None,
@@ -36,6 +39,10 @@ def train(
     workers: int | None = None,
 ) -> Path:
     """Trains on the Decathlon folder `data` into `out`, or continues the run that is there.
+
+    Where `steps` are not given they are as many as the `budget`, a name of `recipe.BUDGETS`, is enough for
+    by a step that is measured first; a run that is continued keeps its number. `init` is a checkpoint or a
+    model file of one network: the run's network is of its kind, and starts from its weights where they fit.
 
     Writes plan.json, checkpoint.pt, TensorBoard's files under log/ and, where it validates, best.pt.
     Returns the checkpoint. Raises DataError before training for data or an `out` that cannot be used.
@@ -50,12 +57,21 @@ def train(
     prepare_folder("out", out)
     geometries = check_cases(console, task)
     training, held_out = split_cases(task.cases, seed, fold)
-    plan = plan_run(task, geometries, training, held_out, steps=steps, seed=seed)
+    plan = plan_run(task, geometries, training, held_out, Wishes(steps=steps), seed=seed)
     checkpoint = out / "checkpoint.pt"
+    if init is not None:
+        plan = _like(plan, init)
     with process_group():
+        if steps is None:
+            with console.status("Measuring a training step"):
+                plan = within_budget(plan, budget, checkpoint, place)
+        network = build_network(plan.network, plan.seed)
+        if init is not None:
+            copied, others = start_from(network, init)
+            console.print(f"{init}: {copied} tensors start from it, {others} at random", soft_wrap=True)
         trainer = Trainer(
             plan,
-            build_network(plan.network, plan.seed),
+            network,
             device=place,
             log=out / "log",
             validate=MeanDice(plan, held_out, place) if validate_every else None,
@@ -68,7 +84,7 @@ def train(
         if trainer.process_index == 0:
             with atomic(out / "plan.json") as temporary:
                 temporary.write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
-        _announce(console, trainer, out)
+        _announce(console, trainer, out, None if trainer.finished else step_seconds(plan, place))
         if not trainer.finished:
             with console.status(f"Loading {len(training)} volumes"):
                 volumes = training_volumes(plan, training, geometries)
@@ -84,7 +100,17 @@ def train(
     return checkpoint
 
 
-def _announce(console: Console, trainer: Trainer, out: Path) -> None:
+def _like(plan: Plan, init: Path) -> Plan:
+    """The plan with the network of the checkpoint `init`, for the channels and the size of the plan."""
+    try:
+        other = read_checkpoint(init)[0]
+    except FileNotFoundError as error:
+        raise DataError(f"init: there is no {init}") from error
+    own = {name: plan.network[name] for name in ("in_channels", "out_channels", "spatial_size")}
+    return replace(plan, network={**other.network, **own}, init=str(init))
+
+
+def _announce(console: Console, trainer: Trainer, out: Path, seconds: float | None) -> None:
     plan = trainer.plan
     size = " x ".join(str(length) for length in plan.crop)
     spacing = " x ".join(f"{length:.3g}" for length in plan.spacing)
@@ -96,6 +122,9 @@ def _announce(console: Console, trainer: Trainer, out: Path) -> None:
         "network": f"{parameter_count(trainer.network):,} parameters",
         "training": f"{plan.steps} steps of {plan.batch_size} crops",
     }
+    if seconds is not None:
+        left = (plan.steps - trainer.step) * seconds
+        rows["expected"] = f"{duration(left)}, from {seconds:.2f} s for a step"
     if trainer.step:
         rows["resumes"] = f"{trainer.step} steps are done"
     processes, threads = trainer.process_count, torch.get_num_threads()

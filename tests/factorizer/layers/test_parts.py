@@ -6,6 +6,7 @@ from torch import nn
 
 from factorizer import (
     MLP,
+    DepthwiseConv,
     FactMixer,
     FactorizerBlock,
     FactorizerStage,
