@@ -6,7 +6,6 @@ from torch import nn
 
 from factorizer import (
     MLP,
-    DepthwiseConv,
     FactMixer,
     FactorizerBlock,
     FactorizerStage,
