@@ -34,7 +34,7 @@ from torch.nn.functional import pad
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import Case, Task, read_decathlon, split_cases
 from factorizer.segmentation.checkpoint import load_network
-from factorizer.segmentation.evaluation import Score, compare, summarise
+from factorizer.segmentation.evaluation import Score, score_labels, summarise
 from factorizer.segmentation.explanation import best_components
 from factorizer.segmentation.files import atomic
 from factorizer.segmentation.inference import Predictor
@@ -42,7 +42,7 @@ from factorizer.segmentation.measure import side_by_side
 from factorizer.segmentation.plan import Plan, plan_run
 from factorizer.segmentation.screen import progress
 from factorizer.segmentation.training import Trainer
-from factorizer.segmentation.transforms import Crops, augmentation, files_of, preprocessing, training_volumes
+from factorizer.segmentation.transforms import CropBatches, PreparedCase, training_volumes
 from factorizer.segmentation.volumes import Geometry, check_cases, check_label
 
 from .report import table
@@ -157,12 +157,12 @@ def execute(run: Run, data: Data, out: Path) -> None:
         trainer.resume(checkpoint)
     if not trainer.finished:
         volumes = training_volumes(plan, data.training, data.geometries)
-        crops = Crops(volumes, augmentation(plan), plan.batch_size, plan.seed)
-        trainer.run(crops, checkpoint, lambda step: _progress.put((run, "training", step)))
-    predictor, scores = Predictor([(trainer.network, plan)]), []
+        batches = CropBatches(plan, volumes)
+        trainer.run(batches, checkpoint, lambda step: _progress.put((run, "training", step)))
+    predictor, scores = Predictor([(trainer.result, plan)]), []
     for number, case in enumerate(data.held_out, 1):
         truth, spacing = check_label(case, list(plan.labels)), data.geometries[case.name].spacing
-        scores += compare(predictor.segment(case), truth, plan.targets, spacing, case.name)
+        scores += score_labels(predictor.segment(case), truth, plan.targets, spacing, case.name)
         _progress.put((run, "segmenting", number))
     record = {**asdict(run), "scores": [asdict(score) for score in scores]}
     with atomic(folder / "scores.json") as temporary:
@@ -220,7 +220,7 @@ def times(console: Console, names: Iterable[str], data: Data) -> dict[str, dict[
         plan = run.plan(data.plan)
         trainers[name] = Trainer(plan, run.build(plan))
     plan, case = data.plan, data.held_out[0]
-    image = preprocessing(plan, ("image",))(files_of(case))["image"].as_tensor()
+    image = PreparedCase(plan, case).image
     crops = torch.randn(plan.batch_size, len(plan.modalities), *plan.crop)
     label = torch.randint(len(plan.labels), (plan.batch_size, 1, *plan.crop)).float()
 

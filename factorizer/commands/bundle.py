@@ -82,14 +82,12 @@ def train_bundle(
             task = parser.get_parsed_content("task")
             _check_task(task, parser.get_parsed_content("plan"))
             if not checkpoint.exists():
-                geometries = check_cases(console, task)
-                if "geometries" in parser["train#dataset"]:
-                    parser["train#dataset#geometries"] = geometries
+                parser["geometries"] = check_cases(console, task)
             trainer = parser.get_parsed_content("train#trainer")
-            crops = parser.get_parsed_content("train#crops")
+            batches = parser.get_parsed_content("train#crops")
         except RuntimeError as error:  # MONAI's, about the part of the configuration that failed
             raise data_error(error) or error from None
-        fit(console, trainer, crops, checkpoint)
+        fit(console, trainer, batches, checkpoint)
     console.print(f"{trainer.step} steps; network in {checkpoint}", soft_wrap=True)
     return checkpoint
 

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from factorizer.models.build import build_network
+from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import read_decathlon, split_cases
+from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import MeanDice
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.plan import plan_run
-from factorizer.segmentation.processes import pick_device, place, process_group
-from factorizer.segmentation.screen import duration, table
-from factorizer.segmentation.training import Trainer, fit
-from factorizer.segmentation.transforms import Crops, augmentation, training_volumes
+from factorizer.segmentation.plan import Plan, Wishes, plan_run
+from factorizer.segmentation.processes import pick_device, process_group
+from factorizer.segmentation.screen import duration, facts
+from factorizer.segmentation.training import Trainer, fit, start_from, step_seconds, within_budget
+from factorizer.segmentation.transforms import CropBatches, training_volumes
 from factorizer.segmentation.volumes import check_cases
 
 
@@ -28,6 +29,8 @@ def train(
     out: Path,
     *,
     steps: int | None = None,
+    budget: str = "standard",
+    init: Path | None = None,
     seed: int = 0,
     fold: int | None = None,
     validate_every: int | None = None,
@@ -37,43 +40,55 @@ def train(
 ) -> Path:
     """Trains on the Decathlon folder `data` into `out`, or continues the run that is there.
 
+    Where `steps` are not given they are as many as the `budget`, a name of `recipe.BUDGETS`, is enough for
+    by a step that is measured first; a run that is continued keeps its number. `init` is a checkpoint or a
+    model file of one network: the run's network is of its kind, and starts from its weights where they fit.
+
     Writes plan.json, checkpoint.pt, TensorBoard's files under log/ and, where it validates, best.pt.
     Returns the checkpoint. Raises DataError before training for data or an `out` that cannot be used.
     """
-    check_counts(steps=(steps, 1), patience=(patience, 1), workers=(workers, 0))
+    check_counts(
+        steps=(steps, 1), validate_every=(validate_every, 1), patience=(patience, 1), workers=(workers, 0)
+    )
     if patience is not None and not validate_every:
         raise DataError("patience: counts validations, so it needs validate-every")
-    where = pick_device(device)
+    place = pick_device(device)
     task = read_decathlon(data)
     prepare_folder("out", out)
     geometries = check_cases(console, task)
     training, held_out = split_cases(task.cases, seed, fold)
-    plan = plan_run(task, geometries, training, held_out, steps=steps, seed=seed)
+    plan = plan_run(task, geometries, training, held_out, Wishes(steps=steps), seed=seed)
     checkpoint = out / "checkpoint.pt"
+    if init is not None:
+        plan = _like(plan, init)
     with process_group():
+        if steps is None:
+            with console.status("Measuring a training step"):
+                plan = within_budget(plan, budget, checkpoint, place)
+        network = build_network(plan.network, plan.seed)
+        if init is not None:
+            copied, others = start_from(network, init)
+            console.print(f"{init}: {copied} tensors start from it, {others} at random", soft_wrap=True)
         trainer = Trainer(
             plan,
-            build_network(plan.network, plan.seed),
-            device=where,
+            network,
+            device=place,
             log=out / "log",
-            validate=MeanDice(plan, held_out, where) if validate_every else None,
+            validate=MeanDice(plan, held_out, place) if validate_every else None,
             validate_every=validate_every or plan.steps,
             patience=patience,
-            workers=(4 if where.type == "cuda" else 0) if workers is None else workers,
+            workers=(4 if place.type == "cuda" else 0) if workers is None else workers,
         )
         if checkpoint.exists():
             trainer.resume(checkpoint)
-        if place()[0] == 0:
+        if trainer.process_index == 0:
             with atomic(out / "plan.json") as temporary:
                 temporary.write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
-        _announce(console, trainer, out)
+        _announce(console, trainer, out, None if trainer.finished else step_seconds(plan, place))
         if not trainer.finished:
             with console.status(f"Loading {len(training)} volumes"):
                 volumes = training_volumes(plan, training, geometries)
-            crops = Crops(
-                volumes, augmentation(plan), plan.batch_size, plan.seed, trainer.part, trainer.parts
-            )
-            fit(console, trainer, crops, checkpoint)
+            fit(console, trainer, CropBatches(plan, volumes), checkpoint)
     losses = trainer.losses[-20:]
     console.print(
         f"{trainer.step} steps in {duration(trainer.seconds)}; loss {sum(losses) / len(losses):.3f}; "
@@ -85,23 +100,33 @@ def train(
     return checkpoint
 
 
-def _announce(console: Console, trainer: Trainer, out: Path) -> None:
+def _like(plan: Plan, init: Path) -> Plan:
+    """The plan with the network of the checkpoint `init`, for the channels and the size of the plan."""
+    try:
+        other = read_checkpoint(init)[0]
+    except FileNotFoundError as error:
+        raise DataError(f"init: there is no {init}") from error
+    own = {name: plan.network[name] for name in ("in_channels", "out_channels", "spatial_size")}
+    return replace(plan, network={**other.network, **own}, init=str(init))
+
+
+def _announce(console: Console, trainer: Trainer, out: Path, seconds: float | None) -> None:
     plan = trainer.plan
     size = " x ".join(str(length) for length in plan.crop)
     spacing = " x ".join(f"{length:.3g}" for length in plan.spacing)
-    parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
-    rows = table(f"factorizer train: {plan.task}", "", "")
-    rows.columns[1].justify = "left"
-    rows.show_header = False
-    rows.add_row("modalities", ", ".join(plan.modalities))
-    rows.add_row("classes", ", ".join(plan.classes))
-    rows.add_row("cases", f"{len(plan.training)} to train on, {len(plan.held_out)} held out")
-    rows.add_row("spacing, crop", f"{spacing} mm, {size} voxels")
-    rows.add_row("network", f"{parameters:,} parameters")
-    rows.add_row("training", f"{plan.steps} steps of {plan.batch_size} crops")
+    rows = {
+        "modalities": ", ".join(plan.modalities),
+        "classes": ", ".join(plan.classes),
+        "cases": f"{len(plan.training)} to train on, {len(plan.held_out)} held out",
+        "spacing, crop": f"{spacing} mm, {size} voxels",
+        "network": f"{parameter_count(trainer.network):,} parameters",
+        "training": f"{plan.steps} steps of {plan.batch_size} crops",
+    }
+    if seconds is not None:
+        left = (plan.steps - trainer.step) * seconds
+        rows["expected"] = f"{duration(left)}, from {seconds:.2f} s for a step"
     if trainer.step:
-        rows.add_row("resumes", f"{trainer.step} steps are done")
-    threads = torch.get_num_threads()
-    rows.add_row("device", f"{trainer.device}; processes: {trainer.parts}, threads of each: {threads}")
-    rows.add_row("results in", str(out))
-    console.print(rows)
+        rows["resumes"] = f"{trainer.step} steps are done"
+    processes, threads = trainer.process_count, torch.get_num_threads()
+    rows["device"] = f"{trainer.device}; processes: {processes}, threads of each: {threads}"
+    console.print(facts(f"factorizer train: {plan.task}", rows | {"results in": str(out)}))
