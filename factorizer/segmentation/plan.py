@@ -42,7 +42,7 @@ from factorizer.segmentation.recipe import (
     Recipe,
 )
 from factorizer.segmentation.sides import mirrored_axes
-from factorizer.segmentation.volumes import MAX_SPACING, MIN_SPACING, Geometry
+from factorizer.segmentation.volumes import MAX_SPACING, MIN_SPACING, Geometry, digest_of_cases
 
 HEAD_DIM = NETWORK["reshape"][1]["head_dim"]
 RESHAPES = ("swin", "local", "global")
@@ -215,26 +215,30 @@ class Wishes:
             )
 
 
+AS_PLANNED = Wishes()
+
+
 def plan_run(
     task: Task,
     geometries: Mapping[str, Geometry],
     training: Sequence[Case],
     held_out: Sequence[Case],
-    wishes: Wishes = Wishes(),
+    wishes: Wishes = AS_PLANNED,
     *,
     seed: int = 0,
+    resample: str = "",
 ) -> Plan:
     """The plan for a task with this split, and with these geometries by the names of its cases.
 
-    Spacing: the median of the volumes, or what `anisotropy.target_spacing` says. Crop: their median shape at
-    that spacing, each axis rounded up to a multiple of what the network halves it by, then the axis that is
-    longest in mm shortened until at most 64^3 voxels are left; windows that do not divide it are completed
-    with zeros. An axis is halved, and a window extends along it, as far as its voxels are about as fine as the
-    others (`anisotropy`). Steps: so many that training sees 10 times the voxels of its volumes, but at least 300
-    and at most 1000. Left and right are exchanged unless a class is bound to a side (`sides`); front and back,
-    top and bottom never are: anatomy has no such symmetry. A channel of CT is clipped to the window that the
-    labelled voxels of the training cases have in it in the median; others are not. What `wishes` decide is not
-    asked of the data.
+    Spacing: the median of the volumes, or what `anisotropy.target_spacing` says. Crop: their median shape
+    at that spacing, each axis rounded up to a multiple of what the network halves it by, then the axis
+    that is longest in mm shortened until at most 64^3 voxels are left; windows that do not divide it are
+    completed with zeros. An axis is halved, and a window extends along it, as far as its voxels are about
+    as fine as the others (`anisotropy`). Steps: so many that training sees 10 times the voxels of its
+    volumes, but at least 300 and at most 1000. Left and right are exchanged unless a class is bound to a
+    side (`sides`); front and back, top and bottom never are: anatomy has no such symmetry. A channel of
+    CT is clipped to the window that the labelled voxels of the training cases have in it in the median;
+    others are not. What `wishes` decide is not asked of the data.
 
     Raises:
         DataError: a channel is CT, and no training case has a labelled voxel; or a wish that no network fits.
@@ -281,7 +285,7 @@ def plan_run(
         "spatial_size": size,
         **NETWORK,
         "strides": strides,
-        "reshape": _reshape(wishes.network or "swin", patch),
+        "reshape": reshape_for(wishes.network or "swin", patch),
     }
     if wishes.rank is not None:
         network["rank"] = wishes.rank
@@ -309,6 +313,8 @@ def plan_run(
         seed=seed,
         recipe=RECIPE,
         notes=tuple(notes),
+        data=digest_of_cases([*training, *held_out]) if any(c.images for c in training) else "",
+        resample=resample,
     )
 
 
@@ -317,7 +323,7 @@ def _strides(width: tuple[int, ...] | None) -> tuple[int, ...]:
     return STRIDES if width is None else (1,) + (2,) * (len(width) - 1)
 
 
-def _reshape(kind: str, patch: int | tuple[int, ...]) -> tuple[str, dict[str, Any]]:
+def reshape_for(kind: str, patch: int | tuple[int, ...]) -> tuple[str, dict[str, Any]]:
     """How the network's layers cut a volume into windows."""
     name, options = NETWORK["reshape"]
     if kind == "global":

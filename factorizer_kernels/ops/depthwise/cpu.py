@@ -40,7 +40,7 @@ def depthwise_conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight.contiguous()
     shapes = (dy.shape, weight.shape, weight.shape[:1])
-    gradients = [
+    dx, dweight, dbias = gradients = [
         like.new_empty(shape if wanted else (0,))
         for like, shape, wanted in zip((dy, weight, weight), shapes, output_mask, strict=True)
     ]
@@ -49,4 +49,4 @@ def depthwise_conv_backward(
         *(cpu.memory(g) if wanted else NONE for g, wanted in zip(gradients, output_mask, strict=True)),
         cpu.threads(),
     )  # fmt: skip
-    return tuple(gradients)
+    return dx, dweight, dbias
