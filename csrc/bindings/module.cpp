@@ -12,6 +12,7 @@
 namespace factorizer {
 namespace bindings {
 
+void def_depthwise(py::module_& m);
 void def_windows(py::module_& m);
 void def_nmf(py::module_& m);
 
@@ -43,6 +44,7 @@ PYBIND11_MODULE(_native, m) {
              return VolumeArgs{{data, bytes}, stride};
            }),
            py::arg("data"), py::arg("bytes"), py::arg("stride"));
+  def_depthwise(m);
   def_windows(m);
   def_nmf(m);
 }

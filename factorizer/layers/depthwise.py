@@ -6,15 +6,17 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .checks import check_count, check_counts, check_features
+import factorizer_kernels as fk
+
+from .checks import check_count, check_counts, check_features, check_spatial_dims
 from .conv import CONV
 
 
 class DepthwiseConv(nn.Module):
     """Filters each channel of x (B, channels, S1..Sp) by its own filter, with zeros around x.
 
-    Its parameters are those of torch's convolution of as many groups as channels: in shape,
-    (channels, 1, k1..kp), in how they are initialised, and in the state_dict.
+    Its parameters are those of torch's convolution of as many groups as channels: in shape, (channels, 1,
+    k1..kp), in how they are initialised, and in the state_dict.
 
     Args:
         channels: channels of the input and the output.
@@ -23,7 +25,7 @@ class DepthwiseConv(nn.Module):
         spatial_dims: number of spatial axes, 1 to 3.
 
     Raises:
-        ValueError: x has another number of channels or of spatial axes.
+        TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
 
     def __init__(
@@ -31,8 +33,7 @@ class DepthwiseConv(nn.Module):
     ) -> None:
         super().__init__()
         self.channels = check_count("channels", channels)
-        if spatial_dims not in CONV:
-            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
+        check_spatial_dims(spatial_dims)
         if isinstance(kernel_size, Sequence):
             kernel_size = check_counts("kernel_size", kernel_size, (spatial_dims,))
         else:
@@ -46,5 +47,6 @@ class DepthwiseConv(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels, S1..Sp) to the same shape."""
         check_features("DepthwiseConv", x, self.channels, self.spatial_dims)
-        return self.conv(x)
+        return fk.depthwise_conv(x, self.conv.weight[:, 0], self.conv.bias)

@@ -33,6 +33,8 @@ OPERATORS = {
     ),
 }  # fmt: skip
 MAP_OPERATORS = {
+    "depthwise_conv": lambda x: (x, torch.rand(4, 3, 5), torch.rand(4), "cpu"),
+    "depthwise_conv_backward": lambda x: (x, x, torch.rand(4, 3, 5), [True, True, False], "cpu"),
     "sw_matricize": lambda x: (x, 4, [4, 4], [0, 0, 2, 2], True, "cpu"),
     "sw_dematricize": lambda x: (
         torch.rand(4, 8, 4, 16).mT.contiguous().mT, [2, 4, 8, 16], 4, [4, 4], [0, 0, 2, 2], False, "cpu",
@@ -71,10 +73,10 @@ def _value_and_grad(function, x):
 @pytest.mark.parametrize("backend_name", ["cpu", "reference"])
 def test_compile_fullgraph(backend_name):
     """Forward and backward in one graph, and no new one for another batch or another map."""
-    u0, v0 = torch.rand(4, 1), torch.rand(16, 1)
+    u0, v0, weight, bias = torch.rand(4, 1), torch.rand(16, 1), torch.rand(8, 3, 5), torch.rand(8)
 
     def network(x):
-        y = fk.swin_nmf(x * 2, u0, v0, **CUT)
+        y = fk.swin_nmf(fk.depthwise_conv(x * 2, weight, bias), u0, v0, **CUT)
         z = fk.sw_matricize(y, **CUT)
         z = z + fk.nmf(z.relu(), u0, v0, num_iters=2, solver="mu")
         return fk.sw_dematricize(z, y.shape, **CUT).tanh()
@@ -97,9 +99,10 @@ def test_export_and_reload(tmp_path):
             super().__init__()
             self.register_buffer("u0", torch.rand(4, 1))
             self.register_buffer("v0", torch.rand(16, 1))
+            self.weight = torch.nn.Parameter(torch.rand(8, 3, 3))
 
         def forward(self, x):
-            return fk.swin_nmf(x, self.u0, self.v0, **CUT)
+            return fk.swin_nmf(fk.depthwise_conv(x, self.weight), self.u0, self.v0, **CUT)
 
     layer, x = Layer(), torch.rand(2, 8, 8, 8)
     program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1)}})
@@ -131,7 +134,7 @@ def _square_sum(function):
 
 
 def _vmap_cases():
-    """name, function of (x, u0, v0), arguments, where the mapped dimension of 3 is in each."""
+    """name, function of three tensors, arguments, where the mapped dimension of 3 is in each."""
 
     def rand(*shape):
         return torch.rand(shape, dtype=torch.float64)
@@ -155,6 +158,12 @@ def _vmap_cases():
         (maps, rand(8, 1, 4, 2), rand(3, 8, 1, 16, 2)),
         (0, None, 0),
     )
+    conv, weight, bias = fk.depthwise_conv, rand(8, 3, 5), rand(8)
+    yield "depthwise_conv", conv, (maps, weight, bias), (0, None, None)
+    yield "depthwise_conv of x's last", conv, (maps.movedim(0, -1), weight, bias), (4, None, None)
+    yield "depthwise_conv of weight", conv, (maps[0], rand(8, 3, 3, 5), bias), (None, 1, None)
+    yield "depthwise_conv of bias", conv, (maps[0], weight, rand(3, 8)), (None, None, 0)
+    yield "depthwise_conv of all", conv, (maps, rand(3, 8, 3, 5), rand(8, 3)), (0, 0, 1)
 
 
 VMAP_CASES = {name: case for name, *case in _vmap_cases()}
@@ -277,7 +286,7 @@ def test_double_backward_names_the_way(name):
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [*DIFFERENTIABLE, "sw_matricize", "sw_dematricize"])
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE, "sw_matricize", "sw_dematricize", "depthwise_conv"])
 def test_forward_mode_names_the_way(name):
     x, u0, v0 = _nmf_arguments()
     cut = {"head_dim": 6, "patch_size": 20}
@@ -285,6 +294,7 @@ def test_forward_mode_names_the_way(name):
         **{key: partial(function, u0=u0, v0=v0) for key, function in DIFFERENTIABLE.items()},
         "sw_matricize": partial(fk.sw_matricize, **cut),
         "sw_dematricize": lambda x: fk.sw_dematricize(x[:, None], (3, 6, 20), **cut),
+        "depthwise_conv": partial(fk.depthwise_conv, weight=torch.rand(6, 3)),
     }
     function, x = functions[name], x[0]
     with fk.use_backend("cpu"):
@@ -344,7 +354,9 @@ SUBCLASSES = {
 
 
 @pytest.mark.parametrize("backend_name", ["cpu", "reference"])
-@pytest.mark.parametrize("name", ["nmf", "nmf_factors", "sw_matricize", "sw_dematricize", "swin_nmf"])
+@pytest.mark.parametrize(
+    "name", ["depthwise_conv", "nmf", "nmf_factors", "sw_matricize", "sw_dematricize", "swin_nmf"]
+)
 @pytest.mark.parametrize("wrap", SUBCLASSES.values(), ids=SUBCLASSES)
 def test_subclass(wrap, name, backend_name):
     """The same values, as plain tensors, and the same gradients, whichever of the tensors is wrapped."""
@@ -355,6 +367,7 @@ def test_subclass(wrap, name, backend_name):
         partial(fk.sw_dematricize, size=image.shape, **CUT),
     )
     function, inputs = {
+        "depthwise_conv": (fk.depthwise_conv, (image, torch.rand(8, 3, 3), torch.rand(8))),
         "nmf": (partial(fk.nmf, num_iters=2), (torch.rand(3, 4, 16), u0, v0)),
         "nmf_factors": (partial(fk.nmf_factors, num_iters=2), (torch.rand(3, 4, 16), u0, v0)),
         "sw_matricize": (partial(fk.sw_matricize, **CUT), (image,)),

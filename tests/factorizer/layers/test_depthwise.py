@@ -1,4 +1,4 @@
-"""The depthwise convolution as a module; the operator has tests of its own."""
+"""DepthwiseConv: torch's convolution of as many groups as channels."""
 
 import pytest
 import torch
@@ -7,26 +7,41 @@ from torch import nn
 from factorizer import DepthwiseConv
 
 
-def value_and_gradients(module, x):
-    x = x.detach().clone().requires_grad_()
-    y = module(x)
-    weight = torch.sin(torch.arange(y.numel(), dtype=y.dtype)).reshape(y.shape)
-    return [y.detach(), *torch.autograd.grad((y * weight).sum(), [x, *module.parameters()])]
-
-
-@pytest.mark.parametrize(("axes", "kernel_size"), [(1, 5), (2, (3, 7)), (3, 3), (3, (1, 3, 5))])
+@pytest.mark.parametrize(("axes", "kernel_size"), [(1, 5), (2, (3, 7)), (3, 3), (3, (1, 3, 5)), (1, 9)])
 @pytest.mark.parametrize("bias", [False, True])
-def test_depthwise_conv_is_torchs(axes, kernel_size, bias, rel):
-    """In its parameters, their initial values, and what it computes."""
-    convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
+def test_is_torchs(axes, kernel_size, bias, rel):
+    """In its parameters, their initial values, the state_dict, and in what it computes."""
     torch.manual_seed(0)
     layer = DepthwiseConv(6, kernel_size, bias, axes)
     torch.manual_seed(0)
-    padding = kernel_size // 2 if isinstance(kernel_size, int) else tuple(k // 2 for k in kernel_size)
-    theirs = convolution(6, 6, kernel_size, padding=padding, groups=6, bias=bias)
-    assert all(map(torch.equal, layer.parameters(), theirs.parameters()))
+    convolution = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[axes]
+    theirs = convolution(6, 6, kernel_size, padding="same", groups=6, bias=bias)
+    for name, parameter in layer.conv.state_dict().items():
+        assert torch.equal(parameter, theirs.state_dict()[name])
     layer.conv.load_state_dict(theirs.state_dict())
-    x = torch.randn(2, 6, *(9, 8, 7)[:axes])
-    results = (value_and_gradients(module.double(), x.double()) for module in (layer, theirs))
+
+    x = torch.randn(2, 6, *(9, 8, 7)[:axes], dtype=torch.float64)
+    results = []
+    for module in (layer.double(), theirs.double()):
+        leaf = x.clone().requires_grad_()
+        y = module(leaf)
+        results.append((y, *torch.autograd.grad(y.pow(2).sum(), (leaf, *module.parameters()))))
     for ours, expected in zip(*results, strict=True):
         assert rel(ours, expected) < 1e-14
+
+
+@pytest.mark.parametrize(
+    ("build", "error", "message"),
+    [
+        (lambda: DepthwiseConv(0), ValueError, "channels must be at least 1, got 0"),
+        (lambda: DepthwiseConv(3, 4), ValueError, r"kernel_size must be odd.* got \(4, 4, 4\)"),
+        (lambda: DepthwiseConv(3, (3, 3)), ValueError, "kernel_size must have 3 entries"),
+        (lambda: DepthwiseConv(3, 3.0), TypeError, "kernel_size must be an int, got 3.0"),
+        (lambda: DepthwiseConv(3, spatial_dims=4), ValueError, "spatial_dims must be .*, got 4"),
+        (lambda: DepthwiseConv(3)(torch.zeros(1, 4, 5, 5, 5)), ValueError, "must have 3 channels.* got 4"),
+        (lambda: DepthwiseConv(3)(torch.zeros(1, 3, 5, 5)), ValueError, "3 spatial axes"),
+    ],
+)
+def test_refuses(build, error, message):
+    with pytest.raises(error, match=message):
+        build()

@@ -6,7 +6,6 @@ from torch import nn
 
 from factorizer import (
     MLP,
-    DepthwiseConv,
     FactMixer,
     FactorizerBlock,
     FactorizerStage,
@@ -51,13 +50,6 @@ SWIN_MIXER = (8, 8, (8, 8), (SWMatricize, SWIN))
         (lambda: Linear(3, 2)(torch.zeros(1, 3, 5).double()), TypeError, "float32.*got.*float64"),
         (lambda: Linear(3, 2)([1.0]), TypeError, "x must be a tensor, got list"),
         (lambda: LayerNorm(3)(torch.zeros(1, 4, 5)), ValueError, "must have 3 channels.* got 4"),
-        (lambda: DepthwiseConv(0), ValueError, "channels must be at least 1, got 0"),
-        (lambda: DepthwiseConv(3, 4), ValueError, r"kernel_size must be odd.* got \(4, 4, 4\)"),
-        (lambda: DepthwiseConv(3, (3, 3)), ValueError, "kernel_size must have 3 entries"),
-        (lambda: DepthwiseConv(3, 3.0), TypeError, "kernel_size must be an int, got 3.0"),
-        (lambda: DepthwiseConv(3, spatial_dims=4), ValueError, "spatial_dims must be 1, 2 or 3, got 4"),
-        (lambda: DepthwiseConv(3)(torch.zeros(1, 4, 5, 5, 5)), ValueError, "must have 3 channels.* got 4"),
-        (lambda: DepthwiseConv(3)(torch.zeros(1, 3, 5, 5)), ValueError, "3 spatial axes"),
         (lambda: MLP(4, ratio=0), ValueError, "ratio must be positive, got 0"),
         (lambda: MLP(4, dropout=1.0), ValueError, r"dropout must lie in \[0, 1\), got 1.0"),
         (lambda: MLP(4, dropout="0"), TypeError, "dropout must be a number, got '0'"),
