@@ -18,7 +18,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby
@@ -29,7 +29,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from monai.networks.nets import DynUNet, SegResNet, SwinUNETR, UNet
 from rich.console import Console
 from torch import nn
 
@@ -43,7 +42,7 @@ from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import CropBatches, training_volumes
 from factorizer.segmentation.volumes import check_cases
 
-from .accuracy import SPLIT_SEED, SWIN_UNETR_DIVISOR, Padded
+from .accuracy import OTHERS, PUBLISHED, SPLIT_SEED
 from .report import table
 
 INNER_SEED = 1
@@ -55,7 +54,7 @@ _LARGE = ("SWMatricize", {"head_dim": 8, "patch_size": 8, "shifts": (None, 4)})
 # In place of arguments of the default network.
 CHANGES: dict[str, dict[str, Any]] = {
     "default": {},
-    "published parts": {"local": None, "num_deep_supr": 0},
+    "published parts": PUBLISHED,
     "no local filter": {"local": None},
     "local filter of 5": {"local": 5},
     "one head": {"num_deep_supr": 0},
@@ -77,15 +76,6 @@ CHANGES: dict[str, dict[str, Any]] = {
         "strides": (1, 2, 2, 2),
         "decoder_depth": (1, 1, 1),
     },
-}
-# Of MONAI; the numbers that bring their parameters near the default network's, where they have such.
-OTHERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "UNet": lambda i, o: UNet(3, i, o, (16, 32, 64), (2, 2), num_res_units=2),
-    "SegResNet": lambda i, o: SegResNet(3, 16, i, o, blocks_down=(1, 1, 1), blocks_up=(1, 1)),
-    "SwinUNETR": lambda i, o: Padded(SwinUNETR(i, o, feature_size=12, depths=(1,) * 4), SWIN_UNETR_DIVISOR),
-    "DynUNet": lambda i, o: Padded(
-        DynUNet(3, i, o, (3, 3, 3), (1, 2, 2), (2, 2), filters=(16, 32, 64), res_block=True), 4
-    ),
 }
 
 
