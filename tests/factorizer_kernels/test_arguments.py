@@ -39,11 +39,11 @@ NMF_ERRORS = [
     ({"u0": torch.rand(3, 8, 2)}, ValueError, "u0's leading dimensions must broadcast"),
     ({"v0": torch.rand(1, 2, 16, 2)}, ValueError, "v0's leading dimensions must broadcast"),
     ({"u0": U0.to("meta")}, ValueError, r"u0 must be on the device of x \(cpu\), got meta"),
-    ({"num_iters": -1}, ValueError, "num_iters must not be negative, got -1"),
+    ({"num_iters": -1}, ValueError, "num_iters must be at least 0, got -1"),
     ({"num_iters": 2**63}, ValueError, "num_iters must fit in 64 bits"),
     ({"num_iters": 2.0}, TypeError, "num_iters must be an integer, got 2.0"),
     ({"num_iters": True}, TypeError, "num_iters must be an integer"),
-    ({"num_grad_steps": -2}, ValueError, "num_grad_steps must not be negative"),
+    ({"num_grad_steps": -2}, ValueError, "num_grad_steps must be at least 0"),
     ({"num_grad_steps": "1"}, TypeError, "num_grad_steps must be an integer"),
     ({"solver": "als"}, ValueError, r"solver must be one of \('mu', 'hals'\), got 'als'"),
     ({"solver": None}, TypeError, "solver must be one of"),
@@ -87,10 +87,9 @@ CUT_ERRORS = [
 def no_kernel_starts(monkeypatch, request):
     """In this module, but for the tests of the choice of a backend."""
     if "change" in request.fixturenames or "error" in request.fixturenames:
-        for key in registry._KERNELS:
-            monkeypatch.setitem(
-                registry._KERNELS, key, lambda *arguments: pytest.fail("a kernel was started")
-            )
+        for key, kernel in registry._KERNELS.items():
+            stopped = kernel._replace(function=lambda *arguments: pytest.fail("a kernel was started"))
+            monkeypatch.setitem(registry._KERNELS, key, stopped)
 
 
 @pytest.mark.parametrize(("change", "error", "message"), NMF_ERRORS)
@@ -133,10 +132,10 @@ def test_map(x, error, backend):
     [
         (Z[0], MAP.shape, ValueError, r"z must be \(S·B·H"),
         (Z[:1], MAP.shape, ValueError, r"z must have shape \(2, 4, 4, 4\)"),
-        (Z, (1, 8), ValueError, r"size must be \(B, C, S1..Sp\)"),
+        (Z, (1, 8), ValueError, "size must have 3 or 4 or 5 entries"),
         (Z, 8, TypeError, "size must be a sequence of integers"),
-        (Z, (1, 8, 4.0, 4), TypeError, "size must hold integers"),
-        (Z, (1, 8, -4, 4), ValueError, "size must not hold negative"),
+        (Z, (1, 8, 4.0, 4), TypeError, r"size\[2\] must be an integer"),
+        (Z, (1, 8, -4, 4), ValueError, r"size\[2\] must be at least 0, got -4"),
     ],
 )
 def test_dematricize(z, size, error, message, backend):
@@ -148,7 +147,7 @@ def test_dematricize(z, size, error, message, backend):
     ("change", "error", "message"),
     [
         ({"act": "gelu"}, ValueError, r"act must be one of \('relu', None\), got 'gelu'"),
-        ({"act": torch.relu}, ValueError, "act must be one of"),
+        ({"act": torch.relu}, TypeError, "act must be one of"),
         ({"u0": torch.rand(5, 1)}, ValueError, "u0 must have 4 rows"),
         ({"v0": torch.rand(5, 1)}, ValueError, "v0 must have 4 rows"),
         ({"solver": "x"}, ValueError, "solver must be one of"),

@@ -25,11 +25,11 @@ def _layouts(x):
 
 ops = torch.ops.factorizer_kernels
 OPERATORS = {
-    "nmf": lambda x, u0, v0: (x, u0, v0, 3, "hals", 1e-16, "cpu"),
-    "nmf_backward": lambda x, u0, v0: (x, x, u0, v0, 3, "mu", 2, 1e-16, True, "cpu"),
-    "nmf_factors": lambda x, u0, v0: (x, u0, v0, 3, "mu", 1e-16, "cpu"),
+    "nmf": lambda x, u0, v0: (x, u0, v0, 3, "hals", 3, 1e-16, "cpu"),
+    "nmf_backward": lambda x, u0, v0: (x, x, u0, v0, True, 3, "mu", 2, 1e-16, "cpu"),
+    "nmf_factors": lambda x, u0, v0: (x, u0, v0, 3, "mu", 3, 1e-16, "cpu"),
     "nmf_factors_backward": lambda x, u0, v0: (
-        x[..., :2], x.mT[..., :2], x, u0, v0, 3, "mu", 3, 1e-16, False, "cpu",
+        x[..., :2], x.mT[..., :2], x, u0, v0, False, 3, "mu", 3, 1e-16, "cpu",
     ),
 }  # fmt: skip
 MAP_OPERATORS = {
@@ -38,11 +38,12 @@ MAP_OPERATORS = {
         torch.rand(4, 8, 4, 16).mT.contiguous().mT, [2, 4, 8, 16], 4, [4, 4], [0, 0, 2, 2], False, "cpu",
     ),
     "swin_nmf": lambda x: (
-        x, torch.rand(4, 1), torch.rand(16, 1), 4, [4, 4], [0, 0, 2, 2], True, 3, "hals", 1e-16, "cpu",
+        x, torch.rand(4, 1), torch.rand(16, 1), 4, [4, 4], [0, 0, 2, 2], True, 3, "hals", 3, 1e-16,
+        "cpu",
     ),
     "swin_nmf_backward": lambda x: (
-        x, x, torch.rand(4, 1), torch.rand(16, 1), 4, [4, 4], [0, 0, 2, 2], True, 3, "hals", 3, 1e-16,
-        True, "cpu",
+        x, x, torch.rand(4, 1), torch.rand(16, 1), True, 4, [4, 4], [0, 0, 2, 2], True, 3, "hals", 3, 1e-16,
+        "cpu",
     ),
 }  # fmt: skip
 

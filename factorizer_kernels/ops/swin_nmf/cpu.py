@@ -2,49 +2,37 @@
 
 from torch import Tensor
 
-from factorizer_kernels.ops.windows.geometry import matricized_shape
+from factorizer_kernels.ops.nmf.arguments import Options
+from factorizer_kernels.ops.nmf.native import Factors
+from factorizer_kernels.ops.windows.geometry import Windows
+from factorizer_kernels.ops.windows.native import native_windows
 from factorizer_kernels.shared import native as cpu
-from factorizer_kernels.shared import registry
+from factorizer_kernels.shared.registry import kernel
 
 
-def swin_nmf(x: Tensor, u0, v0, head_dim, patch_size, shifts, relu, num_iters, solver, eps) -> Tensor:
+@kernel("swin_nmf", "cpu")
+def swin_nmf(x: Tensor, u0: Tensor, v0: Tensor, head_dim, patch_size, shifts, relu, *options) -> Tensor:
+    windows, chosen = Windows(x.shape, head_dim, patch_size, shifts), Options(*options)
     y = x.new_empty(x.shape)
-    factors = cpu.Factors(u0, v0, matricized_shape(x.shape, head_dim, patch_size, len(shifts))[:2])
-    cut = cpu.windows(x.shape, head_dim, patch_size, shifts)
+    factors = Factors(u0, v0, windows.batch_shape)
     cpu.native.swin_nmf_forward(
-        cpu.DTYPE_CODES[x.dtype], cut, cpu.volume(x), *factors.arguments(), factors.rank,
-        num_iters, solver == "hals", relu, eps, cpu.threads(), y=cpu.memory(y),
+        cpu.DTYPE_CODES[x.dtype], native_windows(windows), cpu.volume(x), *factors.arguments(), factors.rank,
+        chosen.num_iters, chosen.hals, relu, chosen.eps, cpu.threads(), y=cpu.memory(y),
     )  # fmt: skip
     return y
 
 
+@kernel("swin_nmf_backward", "cpu")
 def swin_nmf_backward(
-    dy: Tensor,
-    x: Tensor,
-    u0,
-    v0,
-    head_dim,
-    patch_size,
-    shifts,
-    relu,
-    num_iters,
-    solver,
-    grad_steps,
-    eps,
-    factor_grads,
+    dy: Tensor, x: Tensor, u0: Tensor, v0: Tensor, factor_grads, head_dim, patch_size, shifts, relu, *options
 ) -> tuple[Tensor, Tensor, Tensor]:
+    windows, chosen = Windows(x.shape, head_dim, patch_size, shifts), Options(*options)
     dx = x.new_empty(x.shape)
-    factors = cpu.Factors(u0, v0, matricized_shape(x.shape, head_dim, patch_size, len(shifts))[:2])
+    factors = Factors(u0, v0, windows.batch_shape)
     du0, dv0 = factors.new_grads(factor_grads)
-    cut = cpu.windows(x.shape, head_dim, patch_size, shifts)
     cpu.native.swin_nmf_backward(
-        cpu.DTYPE_CODES[x.dtype], cut, cpu.volume(x), *factors.arguments(), factors.rank,
-        num_iters, grad_steps, solver == "hals", relu, eps, cpu.threads(), dy=cpu.volume(dy),
+        cpu.DTYPE_CODES[x.dtype], native_windows(windows), cpu.volume(x), *factors.arguments(), factors.rank,
+        chosen.num_iters, chosen.grad_steps, chosen.hals, relu, chosen.eps, cpu.threads(), dy=cpu.volume(dy),
         dx=cpu.memory(dx), du0=cpu.memory(du0), dv0=cpu.memory(dv0),
     )  # fmt: skip
     return dx, *factors.grads(du0, dv0, factor_grads)
-
-
-if cpu.native is not None:
-    registry.kernel("swin_nmf", "cpu")(swin_nmf)
-    registry.kernel("swin_nmf_backward", "cpu")(swin_nmf_backward)

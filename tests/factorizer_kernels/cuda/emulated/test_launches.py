@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import factorizer_kernels as fk
-from factorizer_kernels.shared import cuda
+from factorizer_kernels.ops.nmf import cuda
 
 OPTIONS = {"head_dim": 8, "patch_size": 4, "shifts": [None, 2]}
 
@@ -67,9 +67,9 @@ def test_empty_maps_launch_nothing(size, solver, rank, device):
         assert fk.swin_nmf(x, u0, v0, **OPTIONS).shape == size
     windows = (8, [4, 4], [0, 0, 2, 2])
     operators = torch.ops.factorizer_kernels
-    y = operators.swin_nmf(x, u0, v0, *windows, True, 3, solver, 1e-16, "cuda")
+    y = operators.swin_nmf(x, u0, v0, *windows, True, 3, solver, 3, 1e-16, "cuda")
     dx, du0, dv0 = operators.swin_nmf_backward(
-        y, x, u0, v0, *windows, True, 3, solver, 3, 1e-16, True, "cuda"
+        y, x, u0, v0, True, *windows, True, 3, solver, 3, 1e-16, "cuda"
     )
     assert y.shape == dx.shape == size
     assert torch.equal(du0, torch.zeros_like(u0))
