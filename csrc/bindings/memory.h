@@ -15,6 +15,7 @@
 #include <string>
 #include <tuple>
 #include <utility>
+#include <vector>
 
 #include "common/base.h"
 #include "problems/windows.h"
@@ -91,21 +92,28 @@ inline DType dtype(int code) {
 inline i64 element(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 inline i64 compute_element(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
 
-// A map (B, C, S1, S2, S3) of any strides: (address, bytes, strides).
-using VolumeArgs = std::tuple<Address, i64, std::array<i64, 5>>;
+// A map (B, C, S1..Sp), p = 1 to 3, of any strides: (address, bytes, strides).
+using VolumeArgs = std::tuple<Address, i64, std::vector<i64>>;
+
+// With three spatial axes; missing ones come first, of size 1.
 using Extent = std::array<i64, 5>;
 
 inline Volume volume(const char* name, const VolumeArgs& args, const Extent& extent, i64 element) {
-  const auto& [address, bytes, stride] = args;
+  const auto& [address, bytes, strides] = args;
+  if (strides.size() < 3 || strides.size() > 5)
+    refuse(name, "a map with 3 to 5 strides", static_cast<i64>(strides.size()));
+  const int missing = 5 - static_cast<int>(strides.size());
   Volume v;
   i64 last = 0;  // the farthest element
   bool empty = false;
   for (int axis = 0; axis < 5; ++axis) {
     empty = empty || extent[axis] == 0;
     if (extent[axis] <= 1) continue;  // its stride, which may be anything, stays 0
-    v.stride[axis] = stride[axis];
-    if (stride[axis] < 0) throw std::invalid_argument(std::string(name) + " must have no negative stride");
-    last = sum(last, product({extent[axis] - 1, v.stride[axis]}));
+    if (axis >= 2 && axis < 2 + missing) refuse(name, "a map with a stride for every axis", strides.size());
+    const i64 stride = strides[axis < 2 ? axis : axis - missing];
+    if (stride < 0) throw std::invalid_argument(std::string(name) + " must have no negative stride");
+    v.stride[axis] = stride;
+    last = sum(last, product({extent[axis] - 1, stride}));
   }
   v.data = Memory{address, bytes}.holding(name, empty ? 0 : sum(last, 1), element);
   return v;

@@ -14,25 +14,31 @@ namespace factorizer {
 namespace bindings {
 namespace {
 
+NMFOptions options(i64 rank, i64 num_iters, const std::string& solver, i64 grad_steps, bool relu,
+                   double eps) {
+  if (rank < 1) refuse("rank", "at least 1", rank);
+  if (num_iters < 0) refuse("num_iters", "at least 0", num_iters);
+  if (grad_steps < 0 || grad_steps > num_iters) refuse("grad_steps", "0 to num_iters", grad_steps);
+  if (solver != "mu" && solver != "hals")
+    throw std::invalid_argument("solver must be mu or hals, got " + solver);
+  return {rank, num_iters, grad_steps, solver == "hals", relu, eps};
+}
+
 // A problem of problems/nmf.h, checked; the outputs and gradients of a call are not yet in it.
 class NMFProblem {
  public:
   NMFProblem(int dtype_code, std::shared_ptr<WindowsArgs> windows, const VolumeArgs& x, const MemoryArgs& u0,
-             const MemoryArgs& v0, bool shared, i64 rank, i64 num_iters, i64 grad_steps, bool hals, bool relu,
-             double eps)
+             const MemoryArgs& v0, bool shared, const NMFOptions& o)
       : windows_(std::move(windows)) {
-    if (rank < 1) refuse("rank", "at least 1", rank);
-    if (num_iters < 0) refuse("num_iters", "at least 0", num_iters);
-    if (grad_steps < 0 || grad_steps > num_iters) refuse("grad_steps", "0 to num_iters", grad_steps);
     const Windows& w = windows_->windows;
-    const i64 extents = sum(w.head_dim + w.columns(), rank);
-    elements_per_thread_ = product({rank, extents, sum(num_iters, 4)});
-    if (elements_per_thread_ > limit || product({rank, extents, w.num_matrices()}) > limit ||
-        product({rank, extents, w.columns()}) > limit)
+    const i64 extents = sum(w.head_dim + w.columns(), o.rank);
+    elements_per_thread_ = product({o.rank, extents, sum(o.num_iters, 4)});
+    if (elements_per_thread_ > limit || product({o.rank, extents, w.num_matrices()}) > limit ||
+        product({o.rank, extents, w.columns()}) > limit)
       throw std::invalid_argument("rank or num_iters is too large");
     p_.dtype = dtype(dtype_code);
     p_.windows = w;
-    p_.options = {rank, num_iters, grad_steps, hals, relu, eps};
+    p_.options = o;
     p_.threads = 1;
     p_.x = volume("x", x, w, element(p_.dtype));
     p_.u0 = {factor("u0", u0, u_size(), shared), shared ? 0 : u_size()};
@@ -178,16 +184,18 @@ void def_cuda(py::module_& m) {
 }  // namespace
 
 void def_nmf(py::module_& m) {
+  py::class_<NMFOptions>(m, "NMFOptions")
+      .def(py::init(&options), py::kw_only(), py::arg("rank"), py::arg("num_iters"), py::arg("solver"),
+           py::arg("grad_steps"), py::arg("relu"), py::arg("eps"));
   py::class_<NMFProblem>(
       m, "NMFProblem",
       "Every window of x factorised. u0 and v0: (R, head_dim) and (R, columns), shared by all the matrices, "
       "or "
       "one for each, transposed and contiguous. Addresses are kept, the memory is the caller's.")
       .def(py::init<int, std::shared_ptr<WindowsArgs>, const VolumeArgs&, const MemoryArgs&,
-                    const MemoryArgs&, bool, i64, i64, i64, bool, bool, double>(),
-           py::arg("dtype"), py::arg("windows"), py::arg("x"), py::arg("u0"), py::arg("v0"), py::kw_only(),
-           py::arg("shared"), py::arg("rank"), py::arg("num_iters"), py::arg("grad_steps"), py::arg("hals"),
-           py::arg("relu"), py::arg("eps"));
+                    const MemoryArgs&, bool, const NMFOptions&>(),
+           py::arg("dtype"), py::arg("windows"), py::arg("x"), py::arg("u0"), py::arg("v0"),
+           py::arg("shared"), py::arg("options"));
 
   m.def(
       "swin_nmf_forward",
