@@ -4,6 +4,7 @@
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -62,19 +63,17 @@ class Problem(ABC):
         # A view where the leading dimensions are strided as one, else a copy.
         return cls(x.reshape(windows.size), windows, u0, v0, x.shape[:-2], False, Options(*options))
 
+    @property
     @abstractmethod
-    def forward(self, **outputs: tuple[int, int]) -> None:
-        """Write y (of x's shape), or u and v (as ``new_factors`` makes them), given as ``memory`` of each."""
+    def forward(self) -> Callable[..., None]:
+        """The call that writes y (of x's shape), or u and v (as ``new_factors`` makes them).
+
+        It takes the ``memory`` of each, by name.
+        """
 
     @abstractmethod
     def backward(self, factor_grads: bool, **loss) -> tuple[Tensor, Tensor, Tensor]:
         """(dx, du0, dv0) from ``dy``, a volume, or from ``du`` and ``dv``, the memory of gradients like u, v."""
-
-    def product(self) -> Tensor:
-        """y, in x's shape."""
-        y = self.x.new_empty(self.x.shape)
-        self.forward(y=memory(y))
-        return y
 
     def new_factors(self) -> tuple[Tensor, Tensor]:
         """u (..., R, M) and v (..., R, N) for every matrix, empty."""
@@ -98,7 +97,9 @@ def register(backend: str, problem: type[Problem], limit: Limit = no_limit) -> N
 
     @kernel("nmf", backend, limit)
     def nmf(x: Tensor, u0: Tensor, v0: Tensor, *options) -> Tensor:
-        return problem.of_matrices(x, u0, v0, options).product().view(x.shape)
+        y = x.new_empty(x.shape)
+        problem.of_matrices(x, u0, v0, options).forward(y=memory(y))
+        return y
 
     @kernel("nmf_backward", backend, limit)
     def nmf_backward(dy, x: Tensor, u0: Tensor, v0: Tensor, factor_grads: bool, *options):
