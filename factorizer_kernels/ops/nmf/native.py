@@ -29,8 +29,8 @@ class Problem(ABC):
 
     Attributes:
         x: the map (B, C, S1..Sp), of any strides.
-        u0, v0: the first factors, transposed and contiguous: (R, M) and (R, N), shared by all the matrices, or
-            one for each.
+        u0, v0: the first factors, transposed and contiguous: (R, M) and (R, N), shared by all the matrices,
+            or one for each.
         native: the module's description, checked. It holds the addresses of the three.
     """
 
@@ -44,8 +44,8 @@ class Problem(ABC):
             u0, v0 = (factor.expand(*batch_shape, *factor.shape[-2:]) for factor in (u0, v0))
         self.u0, self.v0 = u0.mT.contiguous(), v0.mT.contiguous()
         self.native = native.NMFProblem(
-            DTYPE_CODES[x.dtype], native_windows(windows), volume(x), memory(self.u0), memory(self.v0), shared,
-            native_options(u0.shape[-1], relu, options),
+            DTYPE_CODES[x.dtype], native_windows(windows), volume(x), memory(self.u0), memory(self.v0),
+            shared, native_options(u0.shape[-1], relu, options),
         )  # fmt: skip
 
     @classmethod
@@ -73,7 +73,7 @@ class Problem(ABC):
 
     @abstractmethod
     def backward(self, factor_grads: bool, **loss) -> tuple[Tensor, Tensor, Tensor]:
-        """(dx, du0, dv0) from ``dy``, a volume, or from ``du`` and ``dv``, the memory of gradients like u, v."""
+        """(dx, du0, dv0) from ``dy``, a volume, or from ``du`` and ``dv``, laid out like u and v."""
 
     def new_factors(self) -> tuple[Tensor, Tensor]:
         """u (..., R, M) and v (..., R, N) for every matrix, empty."""
