@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 MODULE = "factorizer_kernels._native"
 
 
@@ -63,5 +62,4 @@ def volume(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
     return *memory(x), x.stride()
 
 
-def threads() -> int:
-    return torch.get_num_threads()
+threads = torch.get_num_threads

@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.native import Problem
-from factorizer_kernels.shared.native import volume
+from factorizer_kernels.shared.native import memory, volume
 from factorizer_kernels.shared.registry import Limit, kernel, no_limit
 
 
@@ -12,7 +12,10 @@ def register(backend: str, problem: type[Problem], limit: Limit = no_limit) -> N
 
     @kernel("swin_nmf", backend, limit)
     def swin_nmf(x: Tensor, u0: Tensor, v0: Tensor, head_dim, patch_size, shifts, relu, *options) -> Tensor:
-        return problem.of_windows(x, u0, v0, head_dim, patch_size, shifts, relu, options).product()
+        y = x.new_empty(x.shape)
+        made = problem.of_windows(x, u0, v0, head_dim, patch_size, shifts, relu, options)
+        made.forward(y=memory(y))
+        return y
 
     @kernel("swin_nmf_backward", backend, limit)
     def swin_nmf_backward(
