@@ -7,6 +7,7 @@ function). ``choice.py`` chooses the backend of a call. ``shared`` is what all f
 """
 
 from factorizer_kernels.choice import Backend, backends, use_backend
+from factorizer_kernels.ops.depthwise.functional import depthwise_conv
 from factorizer_kernels.ops.nmf.functional import nmf, nmf_factors
 from factorizer_kernels.ops.swin_nmf.functional import swin_nmf
 from factorizer_kernels.ops.windows.functional import sw_dematricize, sw_matricize
@@ -14,6 +15,7 @@ from factorizer_kernels.ops.windows.functional import sw_dematricize, sw_matrici
 __all__ = [
     "Backend",
     "backends",
+    "depthwise_conv",
     "nmf",
     "nmf_factors",
     "sw_dematricize",

@@ -18,6 +18,14 @@ MODULE = "factorizer_kernels._native"
 def _why_missing(error: ImportError) -> str:
     if not (isinstance(error, ModuleNotFoundError) and error.name == MODULE):
         return f"the compiled module cannot be loaded: {error}"
+    left_out = Path(__file__).parents[1] / "_left_out.txt"  # written by setup.py
+    if left_out.is_file():
+        reason = left_out.read_text(encoding="utf-8").strip()
+        return (
+            f"the package was built without its compiled module ({reason}): install a C++17 compiler, then "
+            "reinstall with "
+            "`pip install --no-cache-dir --force-reinstall --no-deps`, since pip may have kept the build"
+        )
     root = Path(__file__).parents[2]
     if (root / "CMakeLists.txt").exists():
         return (

@@ -165,6 +165,40 @@ def test_swin_nmf(change, error, message, backend):
         fk.swin_nmf(MAP, arguments.pop("u0"), arguments.pop("v0"), **arguments)
 
 
+FILTERS, OFFSETS = torch.rand(8, 3, 5), torch.rand(8)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": None}, TypeError, "x must be a torch.Tensor, got NoneType"),
+        ({"x": MAP.int()}, TypeError, "x must be float32"),
+        ({"x": MAP[0, 0]}, ValueError, r"x must be \(B, C, S1..Sp\) with p = 1, 2 or 3, got shape \(4, 4\)"),
+        ({"x": MAP[..., None, None]}, ValueError, r"x must be \(B, C, S1..Sp\)"),
+        ({"weight": 3}, TypeError, "weight must be a torch.Tensor, got int"),
+        ({"weight": FILTERS.int()}, TypeError, "weight must be float32"),
+        ({"weight": FILTERS.to_sparse()}, TypeError, "weight must be a dense"),
+        (
+            {"weight": FILTERS[:, None]},
+            ValueError,
+            r"weight must be \(C, k1..kp\), one k for each spatial axis",
+        ),
+        ({"weight": FILTERS[:7]}, ValueError, r"weight must have 8 filters.*got shape \(7, 3, 5\)"),
+        ({"weight": FILTERS[:, :2]}, ValueError, r"weight must have an odd extent.*got shape \(8, 2, 5\)"),
+        ({"weight": FILTERS[:, :0]}, ValueError, r"weight must have an odd extent.*got shape \(8, 0, 5\)"),
+        ({"weight": FILTERS.to("meta")}, ValueError, r"weight must be on the device of x \(cpu\), got meta"),
+        ({"bias": 0.0}, TypeError, "bias must be a torch.Tensor, got float"),
+        ({"bias": OFFSETS.to(torch.complex64)}, TypeError, "bias must be float32"),
+        ({"bias": OFFSETS[0]}, ValueError, r"bias must be \(C\), got shape \(\)"),
+        ({"bias": OFFSETS[:7]}, ValueError, r"bias must have 8 entries.*got shape \(7,\)"),
+        ({"bias": OFFSETS.to("meta")}, ValueError, r"bias must be on the device of x \(cpu\), got meta"),
+    ],
+)
+def test_depthwise_conv(change, error, message, backend):
+    with pytest.raises(error, match=message):
+        fk.depthwise_conv(**{"x": MAP, "weight": FILTERS, "bias": OFFSETS} | change)
+
+
 def test_backends():
     names = [b.name for b in fk.backends()]
     assert names == ["cuda", "triton", "cpu", "reference"]

@@ -282,3 +282,141 @@ def fuzz(operator, per_matrix, changed):
 )
 def test_fuzz(operator, per_matrix, changed):
     fuzz(operator, per_matrix, changed)
+
+
+# --- Depthwise convolution -----------------------------------------------------------------------
+
+
+class ConvCall:
+    """A right call on a 2 x 3 x 4 x 5 x 6 map with filters of 1 x 3 x 5."""
+
+    def __init__(self):
+        size = (2, 3, 4, 5, 6)
+        self.tensors = {
+            "x": torch.rand(size), "dy": torch.rand(size), "weight": torch.rand(3, 15), "bias": torch.rand(3),
+            **{name: torch.full(size, 7.0) for name in ("y", "dx")},
+            "dweight": torch.full((3, 15), 7.0), "dbias": torch.full((3,), 7.0),
+        }  # fmt: skip
+        self.before = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        self.memory = {name: native.memory(tensor) for name, tensor in self.tensors.items()}
+        self.stride = {name: list(self.tensors[name].stride()) for name in ("x", "dy")}
+        self.options = {"dtype": 0, "size": list(size), "kernel": [1, 3, 5], "threads": 2}
+
+    written = Call.written
+
+    def run(self, operator):
+        memory = self.memory
+        x, dy = ((*memory[name], self.stride[name]) for name in ("x", "dy"))
+        if operator == "forward":
+            others = {name: memory[name] for name in ("weight", "bias", "y")}
+            native.native.depthwise_conv_forward(**self.options, x=x, **others)
+        else:
+            others = {name: memory[name] for name in ("weight", "dx", "dweight", "dbias")}
+            native.native.depthwise_conv_backward(**self.options, x=x, dy=dy, **others)
+
+
+CONV_OPERATORS = {
+    "forward": (["x", "weight", "bias"], ["y"]),
+    "backward": (["x", "dy", "weight"], ["dx", "dweight", "dbias"]),
+}
+CONV_MEMORY = [(operator, name) for operator, (ins, outs) in CONV_OPERATORS.items() for name in (*ins, *outs)]
+
+
+@pytest.mark.parametrize("operator", CONV_OPERATORS)
+def test_right_conv(operator):
+    call = ConvCall()
+    call.run(operator)
+    assert call.written() == set(CONV_OPERATORS[operator][1])
+
+
+@pytest.mark.parametrize(("operator", "name"), CONV_MEMORY)
+def test_short_memory_of_conv(operator, name):
+    """One byte too few, or no address, of any argument: the error names it."""
+    call = ConvCall()
+    call.memory[name] = (call.memory[name][0], call.memory[name][1] - 1)
+    with pytest.raises(ValueError, match=f"^{name} needs "):
+        call.run(operator)
+    assert not call.written()
+
+    call = ConvCall()
+    call.memory[name] = (0, call.memory[name][1])
+    with pytest.raises(ValueError, match=f"^{name} needs "):
+        call.run(operator)
+    assert not call.written()
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [("forward", "bias"), ("backward", "dx"), ("backward", "dweight"), ("backward", "dbias")],
+)
+def test_what_a_conv_may_do_without(operator, name):
+    call = ConvCall()
+    call.memory[name] = None
+    call.run(operator)
+    assert call.written() == set(CONV_OPERATORS[operator][1]) - {name}
+
+
+def _wrong_conv(**change):
+    return lambda call: call.options.update(change)
+
+
+WRONG_CONV = {
+    "stride beyond the memory": lambda call: call.stride["x"].__setitem__(4, 2),
+    "stride that overflows": lambda call: call.stride["x"].__setitem__(1, HUGE),
+    "negative stride": lambda call: call.stride["x"].__setitem__(3, -6),
+    "larger map": _wrong_conv(size=[2, 3, 4, 5, 7]),
+    "negative size": _wrong_conv(size=[2, 3, 4, 5, -6]),
+    "map that overflows": _wrong_conv(size=[HUGE, HUGE, 4, 5, 6]),
+    "empty map that overflows": _wrong_conv(size=[0, HUGE, HUGE, 5, 6]),
+    "even kernel": _wrong_conv(kernel=[1, 2, 5]),
+    "large kernel": _wrong_conv(kernel=[1, 3, 9]),
+    "no kernel": _wrong_conv(kernel=[0, 3, 5]),
+    "negative kernel": _wrong_conv(kernel=[1, -3, 5]),
+    "dtype unknown": _wrong_conv(dtype=4),
+    "dtype larger than the memory's": _wrong_conv(dtype=1),
+    "no thread": _wrong_conv(threads=0),
+    "more threads than a system has": _wrong_conv(threads=2**31 - 1),
+}
+
+
+@pytest.mark.parametrize("operator", CONV_OPERATORS)
+@pytest.mark.parametrize("wrong", WRONG_CONV)
+def test_wrong_conv(operator, wrong):
+    call = ConvCall()
+    WRONG_CONV[wrong](call)
+    with pytest.raises(ValueError, match=r"."):
+        call.run(operator)
+    assert not call.written()
+
+
+@st.composite
+def conv_changes(draw):
+    """Up to three arguments of a call changed to anything."""
+    result = []
+    for part in draw(st.lists(st.sampled_from(["memory", "stride", "options"]), min_size=1, max_size=3)):
+        if part == "memory":
+            name = draw(st.sampled_from(sorted(ConvCall().memory)))
+            value = draw(st.one_of(st.just(NONE), st.none(), st.integers(-HUGE, 0)))  # bytes less
+        elif part == "stride":
+            name, value = draw(st.sampled_from(["x", "dy"])), draw(st.lists(NUMBERS, min_size=5, max_size=5))
+        else:
+            name = draw(st.sampled_from(["dtype", "size", "kernel", "threads"]))
+            length = {"size": 5, "kernel": 3}.get(name)
+            value = draw(st.lists(NUMBERS, min_size=length, max_size=length) if length else NUMBERS)
+        result.append((part, name, value))
+    return result
+
+
+@given(st.sampled_from(sorted(CONV_OPERATORS)), conv_changes())
+def test_fuzz_conv(operator, changed):
+    call = ConvCall()
+    for part, name, value in changed:
+        if part == "memory":
+            address, size = call.memory[name] or NONE
+            call.memory[name] = value if value in (None, NONE) else (address, size + value)
+        else:
+            getattr(call, part)[name] = value
+    try:
+        call.run(operator)
+    except (ValueError, TypeError):  # pybind11 raises TypeError where an argument is no 64-bit integer
+        assert not call.written()

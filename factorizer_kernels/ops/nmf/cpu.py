@@ -1,5 +1,8 @@
 """NMF: the calls of the C++ kernels, which factorise windows."""
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.native import Problem, register
@@ -7,8 +10,9 @@ from factorizer_kernels.shared.native import memory, native, threads
 
 
 class CpuProblem(Problem):
-    def forward(self, **outputs) -> None:
-        native.swin_nmf_forward(self.native, threads(), **outputs)
+    @property
+    def forward(self) -> Callable[..., None]:
+        return partial(native.swin_nmf_forward, self.native, threads())
 
     def backward(self, factor_grads: bool, **loss) -> tuple[Tensor, Tensor, Tensor]:
         dx = self.x.new_empty(self.x.shape)

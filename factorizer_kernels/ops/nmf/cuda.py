@@ -1,5 +1,7 @@
 """NMF: the calls of the CUDA kernels, which factorise windows, and what they serve."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -31,7 +33,11 @@ def limit(x: Tensor, sizes: MatrixSizes) -> str | None:
 
 
 class CudaProblem(Problem):
-    def forward(self, **outputs) -> None:
+    @property
+    def forward(self) -> Callable[..., None]:
+        return self._forward
+
+    def _forward(self, **outputs) -> None:
         work = self.floats(native.cuda_plan_forward(self.native, "u" in outputs))
         native.cuda_swin_nmf_forward(self.native, *cuda.target(self.x), memory(work), **outputs)
 

@@ -4,6 +4,7 @@
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import lru_cache
 from math import prod
 from typing import Any
@@ -62,9 +63,13 @@ class Problem(ABC):
         # A view where the leading dimensions are strided as one, else a copy.
         return cls(x.reshape(windows.size), windows, u0, v0, x.shape[:-2], False, Options(*options))
 
+    @property
     @abstractmethod
-    def forward(self, **outputs: tuple[int, int]) -> None:
-        """Write y (of x's shape), or u and v (as ``new_factors`` makes them), given as ``memory`` of each."""
+    def forward(self) -> Callable[..., None]:
+        """The call that writes y (of x's shape), or u and v (as ``new_factors`` makes them).
+
+        It takes the ``memory`` of each, by name.
+        """
 
     @abstractmethod
     def backward(self, factor_grads: bool, **loss) -> tuple[Tensor, Tensor, Tensor]:

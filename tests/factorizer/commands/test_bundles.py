@@ -18,7 +18,7 @@ from factorizer.commands.cli import app
 from factorizer.commands.demo import write_synthetic
 from factorizer.segmentation.checkpoint import read_checkpoint
 
-BUNDLES = Path(__file__).parents[2] / "bundles"
+BUNDLES = Path(__file__).parents[3] / "bundles"
 NAMES = sorted(path.name for path in BUNDLES.iterdir() if path.is_dir())
 TINY = {
     "crop": [16, 16, 16],
@@ -116,6 +116,12 @@ def test_network_in_out(name):
         verify_net_in_out(
             "network_def", **options, **{"_meta_#network_data_format#outputs#pred#num_channels": 9}
         )
+
+
+def test_networks_of_training_and_inference_are_the_same(name):
+    train, inference = (json.loads(Path(file).read_text()) for file in configs(name, "train", "inference"))
+    for key in ("crop", "network_arguments"):
+        assert train[key] == inference[key]
 
 
 def test_train_evaluate_and_infer(name, data, tmp_path):

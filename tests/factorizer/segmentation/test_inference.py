@@ -11,9 +11,11 @@ from torch import nn
 from factorizer.models.build import build_network
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.checkpoint import load_network
-from factorizer.segmentation.inference import Predictor
-from factorizer.segmentation.plan import plan_run
+from factorizer.segmentation.files import load_tensors
+from factorizer.segmentation.inference import Predictor, keep_largest
+from factorizer.segmentation.plan import Wishes, plan_run
 from factorizer.segmentation.training import Trainer
+from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import Geometry, write_nifti
 
 AFFINES = {
@@ -28,7 +30,7 @@ def plan():
     members = tuple(Case(str(i), ()) for i in range(3))
     task = Task("task", ("A",), {0: "background", 4: "a", 7: "b"}, members)
     geometries = {case.name: Geometry((16, 16, 16), (1.0, 1.0, 1.0)) for case in members}
-    return plan_run(task, geometries, members[:2], members[2:], steps=1)
+    return plan_run(task, geometries, members[:2], members[2:], Wishes(steps=1))
 
 
 class Thresholds(nn.Module):
@@ -86,6 +88,35 @@ def test_written_segmentation_has_the_images_header(tmp_path):
     assert len(list(tmp_path.iterdir())) == 2
 
 
+@pytest.mark.parametrize(("spacing", "times"), [((1.0, 1.0, 1.0), 1), ((2.0, 1.0, 1.0), 2)])
+def test_an_ensemble_prepares_a_case_once_for_plans_that_agree(plan, tmp_path, monkeypatch, spacing, times):
+    image = np.random.default_rng(0).gamma(2, 100, (20, 16, 18)).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "image.nii.gz")
+    case = Case("case", (tmp_path / "image.nii.gz",))
+    models = [(Thresholds(), plan), (Thresholds(), replace(plan, spacing=spacing, seed=1))]
+    expected = sum(Predictor([model]).logits(case) for model in models) / 2
+    prepared = []
+
+    class Counted(PreparedCase):
+        def __init__(self, *arguments):
+            prepared.append(arguments)
+            super().__init__(*arguments)
+
+    monkeypatch.setattr("factorizer.segmentation.inference.PreparedCase", Counted)
+    torch.testing.assert_close(Predictor(models).logits(case), expected, rtol=1e-5, atol=1e-5)
+    assert len(prepared) == times
+
+
+def test_a_checkpoint_is_read_once(plan, tmp_path, monkeypatch):
+    Trainer(plan, build_network(plan.network, plan.seed)).save(tmp_path / "checkpoint.pt")
+    read, load = [], load_tensors
+    monkeypatch.setattr(
+        "factorizer.segmentation.checkpoint.load_tensors", lambda path: read.append(path) or load(path)
+    )
+    load_network(tmp_path / "checkpoint.pt")
+    assert read == [tmp_path / "checkpoint.pt"]
+
+
 def test_a_checkpoint_gives_identical_logits(plan, tmp_path):
     trainer = Trainer(plan, build_network(plan.network, plan.seed))
 
@@ -99,7 +130,7 @@ def test_a_checkpoint_gives_identical_logits(plan, tmp_path):
     assert not network.training
     image = torch.randn(1, 1, *plan.crop)
     with torch.no_grad():
-        assert torch.equal(network(image), trainer.network.eval()(image))
+        assert all(map(torch.equal, network(image), trainer.result.eval()(image)))
 
 
 def test_load_network_needs_no_seed_in_common(plan, tmp_path):
@@ -110,3 +141,18 @@ def test_load_network_needs_no_seed_in_common(plan, tmp_path):
     network, _ = load_network(tmp_path / "checkpoint.pt")
     for name, value in trainer.network.state_dict().items():
         assert torch.equal(network.state_dict()[name], value)
+
+
+def test_keep_largest():
+    labels = np.zeros((6, 5, 4), np.uint8)
+    labels[:2, :2, :2] = 1  # eight voxels
+    labels[2, 2, 2] = 1  # a ninth, by its corner
+    labels[4:, 4, 3] = 1  # two apart
+    labels[5, 0, 0] = 2
+    found = keep_largest(labels, [(1,), (2,)])
+    want = labels.copy()
+    want[4:, 4, 3] = 0
+    np.testing.assert_array_equal(found, want)
+    assert (keep_largest(labels, [(1, 2)]) == 2).sum() == 0  # a region's parts are kept together or not
+    assert labels[4, 4, 3] == 1  # what was given is left alone
+    np.testing.assert_array_equal(keep_largest(np.zeros_like(labels), [(1,)]), 0 * labels)

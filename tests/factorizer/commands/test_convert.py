@@ -15,7 +15,7 @@ from factorizer.layers import MatrixFactorization
 from factorizer.models.paper_weights import PAPER_EPS
 from factorizer.segmentation.checkpoint import load_network, read_checkpoint
 
-BUNDLES = Path(__file__).parents[2] / "bundles"
+BUNDLES = Path(__file__).parents[3] / "bundles"
 
 
 def convert(*arguments, code=0):
@@ -106,6 +106,10 @@ def test_what_cannot_be_converted(network, plan, tmp_path):
     assert "not a plan" in convert(tmp_path / "weights.pt", *options, tmp_path / "text.pt", code=2)
     wide = tmp_path / "wide.json"
     wide.write_text(json.dumps(asdict(plan_for(network={"encoder_width": (8, 24)}))))
+    unknown = tmp_path / "unknown.json"
+    unknown.write_text(json.dumps(asdict(plan_for(network={"norm": "GroupNrom"}))))
+    printed = convert(tmp_path / "weights.pt", *options, unknown, code=2)
+    assert "unknown.json: its plan describes no network" in " ".join(printed.split())
     assert "weights do not fit" in convert(tmp_path / "weights.pt", *options, wide, code=2)
     assert "give one of them" in convert(tmp_path / "weights.pt", *options[:2], code=2)
     assert not (tmp_path / "made.pt").exists()

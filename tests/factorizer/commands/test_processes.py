@@ -8,13 +8,7 @@ import pytest
 import torch
 from factorizer_support import checkpoint_for, plan_for
 
-from factorizer.commands.demo import write_synthetic
 from factorizer.segmentation.checkpoint import read_checkpoint
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    return write_synthetic(tmp_path_factory.mktemp("data"), cases=5, shape=(18, 18, 18))
 
 
 def command_line(*arguments, processes=1, fails=False):
@@ -35,10 +29,10 @@ def command_line(*arguments, processes=1, fails=False):
     return done.stdout
 
 
-def test_two_processes_train_as_one(data, tmp_path):
+def test_two_processes_train_as_one(synthetic, tmp_path):
     for processes in (1, 2):
         out = tmp_path / str(processes)
-        options = ["train", data, "--out", out, "--steps", 3, "--validate-every", 3, "--device", "cpu"]
+        options = ["train", synthetic, "--out", out, "--steps", 3, "--validate-every", 3, "--device", "cpu"]
         printed = command_line(*options, processes=processes)
         assert printed.count("results in") == 1
     (one, first), (two, second) = (read_checkpoint(tmp_path / n / "checkpoint.pt") for n in ("1", "2"))
@@ -56,9 +50,17 @@ def test_two_processes_train_as_one(data, tmp_path):
     assert moved < 1e-2
 
 
-def test_inference_splits_the_cases(data, tmp_path):
+def test_inference_splits_the_cases(synthetic, tmp_path):
     checkpoint = checkpoint_for(plan_for(), tmp_path / "checkpoint.pt")
-    options = ["predict", "--checkpoint", checkpoint, "--input", data / "dataset.json", "--device", "cpu"]
+    options = [
+        "predict",
+        "--checkpoint",
+        checkpoint,
+        "--input",
+        synthetic / "dataset.json",
+        "--device",
+        "cpu",
+    ]
     broken = tmp_path / "broken.nii.gz"
     broken.touch()  # the sixth case: the second process's, which is silent
     options += ["--input", broken, "--output", tmp_path / "two"]

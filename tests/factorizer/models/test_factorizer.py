@@ -27,6 +27,8 @@ from factorizer import (
 )
 
 SWIN = (SWMatricize, {"head_dim": 4, "patch_size": 4})
+
+
 SMALL = {
     "in_channels": 2,
     "out_channels": 3,
@@ -44,9 +46,6 @@ def small(spatial_size=(16, 16), reshape=SWIN, seed=0, **kwargs):
 
 def parameter_count(module):
     return sum(p.numel() for p in module.parameters())
-
-
-# --- golden --------------------------------------------------------------------------------------
 
 
 def check_golden(golden, dtype, rel, published_mu):
@@ -98,9 +97,6 @@ def test_golden_block(golden, dtype, backend, rel, published_mu):
 @pytest.mark.golden_kind("model")
 def test_golden_model(golden, dtype, backend, rel, published_mu):
     check_golden(golden, dtype, rel, published_mu)
-
-
-# --- the published interface ---------------------------------------------------------------------
 
 
 def test_arguments_are_the_published_ones():
@@ -237,9 +233,6 @@ def test_importing_is_quiet_and_needs_no_monai():
     assert run.stdout + run.stderr == b""
 
 
-# --- traps of the published code -----------------------------------------------------------------
-
-
 def test_dropout_acts_everywhere_it_is_declared():
     """Nine blocks with three dropouts each, and one after the positional embedding: 28."""
     network = Factorizer(2, 3, (16, 16), encoder_width=(8, 8, 8, 8, 8), reshape=SWIN, dropout=0.5).train()
@@ -302,9 +295,9 @@ def test_autocast_gives_no_nan_where_the_input_is_zero(dtype, solver, backend):
     assert all(p.grad.isfinite().all() for p in network.parameters())
 
 
-# --- sizes ---------------------------------------------------------------------------------------
-
 GLOBAL = (Matricize, {"head_dim": 4, "grid_size": 1})
+
+
 LOCAL = (Matricize, {"head_dim": 4, "patch_size": 4})
 
 
@@ -439,61 +432,6 @@ def test_backward_graph_of_the_reference(rel):
             run(x).square().sum().backward()
             gradients.append([p.grad.clone() for p in network.parameters()])
     assert all(rel(ours, expected) < 1e-4 for ours, expected in zip(*gradients, strict=True))
-
-
-# --- U-net ---------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("size", [(13,), (13, 18), (13, 18, 7), (1, 2, 3)])
-def test_plain_unet(size):
-    network = UNet(**SMALL, spatial_dims=len(size), num_deep_supr=2)
-    fine, coarse = network(torch.randn(2, 2, *size))
-    assert fine.shape == (2, 3, *size)
-    assert coarse.shape == (2, 3, *((s + 1) // 2 for s in size))
-    fine.square().sum().backward()
-    assert all(p.grad.isfinite().all() for p in network.encoder.parameters())
-
-
-def test_unet_hands_its_stages_what_they_need():
-    calls = []
-
-    class Stage(nn.Module):
-        def __init__(self, in_channels, out_channels, spatial_size, depth, tag):
-            super().__init__()
-            calls.append((in_channels, out_channels, spatial_size, depth, tag))
-            self.conv = nn.Conv2d(in_channels, out_channels, 1)
-
-        def forward(self, x):
-            return self.conv(x)
-
-    arguments = {**SMALL, "encoder_depth": (1, 2, 3), "decoder_depth": (4, 5)}
-    UNet(**arguments, spatial_dims=2, spatial_size=(16, 9), block=(Stage, {"tag": "x"}))
-    assert calls == [
-        (8, 8, (16, 12), 1, "x"),
-        (16, 16, (8, 6), 2, "x"),
-        (32, 32, (4, 3), 3, "x"),
-        (32, 16, (8, 6), 4, "x"),
-        (16, 8, (16, 12), 5, "x"),
-    ]
-
-
-def test_skip_comes_before_the_upsampled():
-    network = small()
-    seen = []
-    network.decoder.blocks[1].block.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    skips = []
-    network.encoder.blocks[0].register_forward_hook(lambda _, args, y: skips.append(y))
-    network(torch.randn(1, 2, 16, 16))
-    assert torch.equal(seen[0][:, :8], skips[0])
-
-
-def test_one_level():
-    network = Factorizer(2, 3, (8, 8), (1,), (8,), strides=(1,), decoder_depth=(), reshape=SWIN)
-    assert network(torch.randn(1, 2, 8, 8)).shape == (1, 3, 8, 8)
-    assert "encoder.blocks.0.block.pos_embed.pos" in network.state_dict()
-
-
-# --- refusals ------------------------------------------------------------------------------------
 
 
 def forward(x, **kwargs):

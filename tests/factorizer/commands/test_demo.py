@@ -22,10 +22,10 @@ from factorizer.commands.demo import run_demo, write_synthetic
 from factorizer.segmentation.cases import split_cases
 from factorizer.segmentation.checkpoint import load_network, read_checkpoint
 from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.figures import slice_scores
-from factorizer.segmentation.measure import side_by_side
 
 small_synthetic = partial(write_synthetic, cases=6, shape=(18, 18, 18))
+
+
 RESULTS = {"report.json", "segmentation.png", "components.png", "checkpoint.pt", "predictions"}
 
 
@@ -108,7 +108,7 @@ def test_checkpoint_gives_the_predictions_again(finished):
     assert plan.held_out == tuple(sorted(plan.held_out))
     image = torch.randn(1, 2, *plan.crop)
     with torch.no_grad():
-        assert network(image).shape == (1, 3, *plan.crop)
+        assert network(image)[0].shape == (1, 3, *plan.crop)  # the finest of several heads
 
 
 def test_screen_says_what_is_done_and_that_it_is_synthetic(finished):
@@ -121,7 +121,7 @@ def test_screen_says_what_is_done_and_that_it_is_synthetic(finished):
 
 def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
     out, _ = finished
-    monkeypatch.setattr("factorizer.commands.demo.run.compare", lambda plan: [])
+    monkeypatch.setattr("factorizer.commands.demo.run.time_networks", lambda plan: [])
     monkeypatch.setattr("factorizer.commands.demo.screen.conclude", lambda *args: None)
     monkeypatch.setattr("factorizer.commands.demo.run.fit", None)
     before = json.loads((out / "report.json").read_text())
@@ -216,28 +216,6 @@ def test_out_without_permission(data, tmp_path):
 def test_steps_error(data, tmp_path):
     with pytest.raises(DataError, match="steps: got 0"):
         run_demo(tmp_path, data, steps=0, console=quiet())
-
-
-def test_slices_that_show_every_class_score_highest():
-    labels = np.zeros((5, 6, 7), dtype=int)
-    labels[:4, :4, 1] = 1  # 16 voxels of one class alone, and nothing of the other
-    labels[2, 1:4, 2:5] = 1  # 9 beside 6
-    labels[2, 4:, 2:5] = 2
-    scores = slice_scores(labels, 2)
-    assert [len(axis) for axis in scores] == [5, 6, 7]
-    assert scores[0].argmax() == 2
-    assert scores[0][2] == pytest.approx(np.sqrt(9 + 4) + np.sqrt(6))
-    assert scores[2][1] == pytest.approx(4)
-
-
-def test_side_by_side_interleaves_and_takes_medians():
-    calls = []
-    times = side_by_side(
-        {"a": lambda: calls.append("a"), "b": lambda: (calls.append("b"), time.sleep(0.01))}, 3
-    )
-    assert calls == ["a", "b"] * 4
-    assert 10 <= times["b"] < 100
-    assert times["a"] < times["b"]
 
 
 def test_split_is_the_one_reported(finished):
