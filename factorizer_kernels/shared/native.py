@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-
 MODULE = "factorizer_kernels._native"
 
 
