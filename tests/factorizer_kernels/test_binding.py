@@ -298,7 +298,7 @@ class ConvCall:
             "dweight": torch.full((3, 15), 7.0), "dbias": torch.full((3,), 7.0),
         }  # fmt: skip
         self.before = {name: tensor.clone() for name, tensor in self.tensors.items()}
-        self.memory = {name: cpu.memory(tensor) for name, tensor in self.tensors.items()}
+        self.memory = {name: native.memory(tensor) for name, tensor in self.tensors.items()}
         self.stride = {name: list(self.tensors[name].stride()) for name in ("x", "dy")}
         self.options = {"dtype": 0, "size": list(size), "kernel": [1, 3, 5], "threads": 2}
 
@@ -306,13 +306,13 @@ class ConvCall:
 
     def run(self, operator):
         memory = self.memory
-        x, dy = (cpu.native.Volume(*memory[name], self.stride[name]) for name in ("x", "dy"))
+        x, dy = ((*memory[name], self.stride[name]) for name in ("x", "dy"))
         if operator == "forward":
             others = {name: memory[name] for name in ("weight", "bias", "y")}
-            cpu.native.depthwise_conv_forward(**self.options, x=x, **others)
+            native.native.depthwise_conv_forward(**self.options, x=x, **others)
         else:
             others = {name: memory[name] for name in ("weight", "dx", "dweight", "dbias")}
-            cpu.native.depthwise_conv_backward(**self.options, x=x, dy=dy, **others)
+            native.native.depthwise_conv_backward(**self.options, x=x, dy=dy, **others)
 
 
 CONV_OPERATORS = {
@@ -331,7 +331,7 @@ def test_right_conv(operator):
 
 @pytest.mark.parametrize(("operator", "name"), CONV_MEMORY)
 def test_short_memory_of_conv(operator, name):
-    """One byte too few; and none, which for some means that they are not wanted."""
+    """One byte too few, or no address, of any argument: the error names it."""
     call = ConvCall()
     call.memory[name] = (call.memory[name][0], call.memory[name][1] - 1)
     with pytest.raises(ValueError, match=f"^{name} needs "):
@@ -339,15 +339,21 @@ def test_short_memory_of_conv(operator, name):
     assert not call.written()
 
     call = ConvCall()
-    call.memory[name] = NONE
-    outputs = set(CONV_OPERATORS[operator][1])
-    if name in ("bias", "dx", "dweight", "dbias"):
-        call.run(operator)
-        assert call.written() == outputs - {name}
-        return
+    call.memory[name] = (0, call.memory[name][1])
     with pytest.raises(ValueError, match=f"^{name} needs "):
         call.run(operator)
     assert not call.written()
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [("forward", "bias"), ("backward", "dx"), ("backward", "dweight"), ("backward", "dbias")],
+)
+def test_what_a_conv_may_do_without(operator, name):
+    call = ConvCall()
+    call.memory[name] = None
+    call.run(operator)
+    assert call.written() == set(CONV_OPERATORS[operator][1]) - {name}
 
 
 def _wrong_conv(**change):
@@ -390,7 +396,7 @@ def conv_changes(draw):
     for part in draw(st.lists(st.sampled_from(["memory", "stride", "options"]), min_size=1, max_size=3)):
         if part == "memory":
             name = draw(st.sampled_from(sorted(ConvCall().memory)))
-            value = draw(st.one_of(st.just(NONE), st.integers(-HUGE, 0)))  # bytes less
+            value = draw(st.one_of(st.just(NONE), st.none(), st.integers(-HUGE, 0)))  # bytes less
         elif part == "stride":
             name, value = draw(st.sampled_from(["x", "dy"])), draw(st.lists(NUMBERS, min_size=5, max_size=5))
         else:
@@ -406,8 +412,8 @@ def test_fuzz_conv(operator, changed):
     call = ConvCall()
     for part, name, value in changed:
         if part == "memory":
-            address, size = call.memory[name]
-            call.memory[name] = value if value == NONE else (address, size + value)
+            address, size = call.memory[name] or NONE
+            call.memory[name] = value if value in (None, NONE) else (address, size + value)
         else:
             getattr(call, part)[name] = value
     try:

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from tests_support import defined_operators
 from torch.autograd import forward_ad
 
 import factorizer_kernels as fk
@@ -48,6 +49,10 @@ MAP_OPERATORS = {
         "cpu",
     ),
 }  # fmt: skip
+
+
+def test_the_tables_hold_every_operator():
+    assert OPERATORS.keys() | MAP_OPERATORS.keys() == defined_operators()
 
 
 @pytest.mark.parametrize("name", OPERATORS)
