@@ -67,7 +67,8 @@ def clean(channel: np.ndarray, *, ct: bool) -> np.ndarray | None:
     `plausible_range` are brought back to its ends. Where CT is not, those below it have no data, and become
     0, and so do those above it that are a fill value: of one value, which is 1e5 at least, or found at the
     volume's faces. Outside CT all this only where the standard deviation of the image would otherwise be
-    that of its outliers: heavy tails, such as a tumour's in PET, stay as they are. None where nothing is left.
+    that of its outliers: heavy tails, such as a tumour's in PET, stay as they are. None where nothing is
+    left.
     """
     exact = channel.dtype.kind in "biu"
     data = channel != 0
