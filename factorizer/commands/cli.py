@@ -53,6 +53,13 @@ Whole = Annotated[
     bool, typer.Option("--whole", help="Whole volumes at once, no sliding window: no seams, more memory.")
 ]
 Steps = Annotated[int | None, typer.Option(help="Training steps. Default: derived from the data's size.")]
+Resample = Annotated[
+    str,
+    typer.Option(
+        help="Bring modalities that lie on other grids to that of the first, or of the one of this name. "
+        "Labels stay as they are."
+    ),
+]
 Configs = Annotated[
     list[str] | None,
     typer.Option("--config", help="File of the bundle's configs/ over train.json, such as four_shifts."),
@@ -64,6 +71,17 @@ def _numbers(text: str) -> list[int]:
         return [int(part) for part in text.split(",") if part]
     except ValueError as error:
         raise typer.BadParameter(f"got {text!r}; give whole numbers separated by commas") from error
+
+
+def _lengths(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise typer.BadParameter(f"got {text!r}; give numbers separated by commas") from error
+
+
+def _axes(text: str) -> list[int]:
+    return [] if text == "none" else _numbers(text)
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -104,6 +122,43 @@ def train(
     init: Annotated[
         Path | None, typer.Option(help="Checkpoint or model file to start from, whatever its classes.")
     ] = None,
+    crop: Annotated[
+        Any,
+        typer.Option(
+            help="Voxels of a training crop, such as 96,96,64: right, anterior, superior.", parser=_numbers
+        ),
+    ] = None,
+    spacing: Annotated[
+        Any,
+        typer.Option(help="Voxel size in mm that volumes are brought to, such as 1,1,2.5.", parser=_lengths),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Crops in a step, of all processes together.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, after the warm-up.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="swin, local or global: windows shifted, not shifted, or one window.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of every factorisation.")] = None,
+    width: Annotated[
+        Any,
+        typer.Option(help="Channels of each level, finest first, such as 24,48,96.", parser=_numbers),
+    ] = None,
+    flips: Annotated[
+        Any,
+        typer.Option(
+            help="Axes of mirror images: none, or some of 0 (left-right), 1 (front-back), 2 (bottom-top). "
+            "Default: 0, unless classes are sides.",
+            parser=_axes,
+        ),
+    ] = None,
+    resample: Resample = "",
+    split: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON file {"training": [names], "held_out": [names]}, or nnU-Net\'s splits_final.json.'
+        ),
+    ] = None,
     fold: Annotated[
         str | None,
         typer.Option(
@@ -131,12 +186,24 @@ def train(
     with _errors():
         from factorizer.commands.cross_validation import cross_validate
         from factorizer.commands.train import train as run
+        from factorizer.segmentation.plan import Wishes
         from factorizer.segmentation.screen import console_of_process
 
         every = fold == "all"
         if not every and fold is not None and not fold.isdecimal():
             _fail(f"fold: got {fold!r}; it must be a number from 0 to 4, or all", 2)
         number = None if every or fold is None else int(fold)
+        wishes = Wishes(
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            crop=crop and tuple(crop),
+            spacing=spacing and tuple(spacing),
+            network=network,
+            rank=rank,
+            width=width and tuple(width),
+            flips=None if flips is None else tuple(flips),
+        )
         if bundle is not None:
             if every or init is not None:
                 _fail("fold all, init: are not for a bundle", 2)
@@ -149,7 +216,9 @@ def train(
                 config or (),
                 data,
                 out,
-                steps=steps,
+                wishes,
+                resample=resample,
+                split=split,
                 fold=number,
                 seed=seed,
                 patience=patience,
@@ -161,7 +230,7 @@ def train(
         if config:
             _fail("config: is a file of a bundle, so it needs --bundle", 2)
         options: dict[str, Any] = {
-            "steps": steps,
+            "resample": resample,
             "budget": budget,
             "init": init,
             "seed": seed,
@@ -171,9 +240,11 @@ def train(
             "workers": workers,
         }
         if every:
-            cross_validate(console_of_process(), data, out, **options)
+            if split is not None:
+                _fail("fold all: the folds are drawn, so it takes no --split", 2)
+            cross_validate(console_of_process(), data, out, wishes, **options)
         else:
-            run(console_of_process(), data, out, fold=number, **options)
+            run(console_of_process(), data, out, wishes, split=split, fold=number, **options)
 
 
 @app.command()
@@ -183,6 +254,7 @@ def predict(
     checkpoint: Checkpoints = None,
     model: ModelName = None,
     section: Section = None,
+    resample: Resample = "",
     num_iters: Iterations = None,
     whole: Whole = False,
     mirror: Annotated[
@@ -209,6 +281,7 @@ def predict(
             input,
             output,
             section=section,
+            resample=resample,
             num_iters=num_iters,
             whole=whole,
             mirror=mirror,
@@ -254,6 +327,7 @@ def explain(
         Path | None, typer.Option(help="Folder with NAME.nii.gz. Without labels: the prediction.")
     ] = None,
     section: Section = None,
+    resample: Resample = "",
     num_iters: Iterations = None,
     whole: Whole = False,
     device: Device = None,
@@ -272,6 +346,7 @@ def explain(
             layers=layer or ("shallow", "deep"),
             labels=labels,
             section=section,
+            resample=resample,
             num_iters=num_iters,
             whole=whole,
             device=device,

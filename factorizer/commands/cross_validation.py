@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from factorizer.commands.train import train
-from factorizer.segmentation.cases import Case, read_decathlon, split_cases
+from factorizer.segmentation.cases import Case, on_one_grid, read_decathlon, split_cases
 from factorizer.segmentation.checkpoint import load_network
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.evaluation import (
@@ -27,7 +27,7 @@ from factorizer.segmentation.evaluation import (
 )
 from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.inference import Predictor, keep_largest
-from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.plan import AS_PLANNED, Plan, Wishes
 from factorizer.segmentation.processes import pick_device
 from factorizer.segmentation.screen import count, progress
 from factorizer.segmentation.trained import TrainedModel, save_model
@@ -39,7 +39,16 @@ Variant = tuple[bool, bool]  # mirror images, largest components alone
 VARIANTS: tuple[Variant, ...] = ((False, False), (False, True), (True, False), (True, True))
 
 
-def cross_validate(console: Console, data: Path, out: Path, *, seed: int = 0, **options: Any) -> Path:
+def cross_validate(
+    console: Console,
+    data: Path,
+    out: Path,
+    wishes: Wishes = AS_PLANNED,
+    *,
+    resample: str = "",
+    seed: int = 0,
+    **options: Any,
+) -> Path:
     """Trains the five folds into out/fold-0 to out/fold-4, or continues them, and puts them together.
 
     Each case is segmented by the network that has not seen it, with and without mirror images, with and
@@ -54,7 +63,7 @@ def cross_validate(console: Console, data: Path, out: Path, *, seed: int = 0, **
     """
     if options.get("init") is not None and not Path(options["init"]).exists():
         raise DataError(f"init: there is no {options['init']}")
-    task = read_decathlon(data)
+    task = on_one_grid(read_decathlon(data), resample)
     splits = [split_cases(task.cases, seed, fold)[1] for fold in range(FOLDS)]
     prepare_folder("out", out)
     device = pick_device(options.get("device"))
@@ -62,7 +71,7 @@ def cross_validate(console: Console, data: Path, out: Path, *, seed: int = 0, **
     scores: dict[Variant, list[Score]] = {variant: [] for variant in VARIANTS}
     for fold, held_out in enumerate(splits):
         folder = out / f"fold-{fold}"
-        checkpoint = train(console, data, folder, seed=seed, fold=fold, **options)
+        checkpoint = train(console, data, folder, wishes, resample=resample, seed=seed, fold=fold, **options)
         members.append(load_network(checkpoint))
         found = _scores(console, members[-1:], device, held_out, folder / "scores.json")
         for variant in VARIANTS:

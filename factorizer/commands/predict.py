@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from factorizer.segmentation.cases import find_cases
+from factorizer.segmentation.cases import find_cases, with_grid
 from factorizer.segmentation.files import prepare_folder
 from factorizer.segmentation.inference import load_predictor, run_cases
 from factorizer.segmentation.measure import peak_memory
@@ -22,6 +22,7 @@ def predict(
     out: Path,
     *,
     section: str | None = None,
+    resample: str = "",
     num_iters: int | None = None,
     whole: bool = False,
     mirror: bool | None = None,
@@ -36,7 +37,7 @@ def predict(
     Raises DataError for checkpoints, inputs or an `out` that cannot be used.
     """
     predictor = load_predictor(checkpoints, device=device, num_iters=num_iters, whole=whole, mirror=mirror)
-    cases = find_cases(inputs, section)
+    cases = with_grid(find_cases(inputs, section), predictor.plan.modalities, resample)
     prepare_folder("output", out, (path for case in cases for path in case.images))
     with process_group():  # torchrun stops the other processes where one ends with an error
         index, processes = group_position()

@@ -211,6 +211,64 @@ def split_cases(
     return training, held_out
 
 
+def read_split(path: Path, cases: Sequence[Case], fold: int | None = None) -> tuple[list[Case], list[Case]]:
+    """(training, held out), both sorted, as a JSON file names them.
+
+    The file holds {"training": [names], "held_out": [names]}, or a list of such objects, of which `fold` is
+    one; nnU-Net's "train" and "val" (splits_final.json) are understood. Cases that it does not name are
+    left out.
+
+    Raises DataError where it is of another form, names a case that is not there, or one twice.
+    """
+    content = read_json(path)
+    if isinstance(content, list):
+        number = fold or 0
+        if not 0 <= number < len(content):
+            raise DataError(f"fold: got {number}; {path} has {len(content)} splits, the first is 0")
+        content = content[number]
+    elif fold is not None:
+        raise DataError(f"fold: got {fold}; {path} holds a single split")
+    known = {case.name: case for case in cases}
+    parts = []
+    for keys in (("training", "train"), ("held_out", "val", "validation")):
+        names = next((content[key] for key in keys if isinstance(content, dict) and key in content), None)
+        if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
+            raise DataError(
+                f'{path}: must hold {{"training": [names of cases], "held_out": [names of cases]}}, or a '
+                "list of "
+                "such objects"
+            )
+        if missing := [name for name in names if name not in known]:
+            raise DataError(
+                f"{path}: names {missing[0]!r}, and no case is called that; the first are called "
+                f"{', '.join(sorted(known)[:3])}"
+            )
+        parts.append([known[name] for name in sorted(names)])
+    named = [case.name for part in parts for case in part]
+    if twice := next((name for name in named if named.count(name) > 1), None):
+        raise DataError(f"{path}: names {twice!r} twice; a case is either trained on or held out")
+    return parts[0], parts[1]
+
+
+def on_one_grid(task: Task, resample: str) -> Task:
+    """The task with cases whose modalities are brought to the grid of one of them (`with_grid`)."""
+    return replace(task, cases=with_grid(task.cases, task.modalities, resample))
+
+
+def with_grid(cases: Sequence[Case], modalities: Sequence[str], resample: str) -> tuple[Case, ...]:
+    """The cases, whose modalities are brought to the grid of "first" or of the modality of that name.
+
+    An empty `resample` leaves them alone. Raises DataError where there is no such modality.
+    """
+    if not resample:
+        return tuple(cases)
+    names = [name.lower() for name in modalities]
+    if resample.lower() not in ("first", *names):
+        raise DataError(f"resample: got {resample!r}; it must be first, or one of {', '.join(modalities)}")
+    grid = names.index(resample.lower()) if resample.lower() in names else 0
+    return tuple(replace(case, grid=grid if len(case.images) > 1 else 0, resample=True) for case in cases)
+
+
 def _cases_in_folder(folder: Path) -> list[Case]:
     volumes = volumes_in(folder)
     names = {volume.name for volume in volumes}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,12 +186,15 @@ class MeanDice:
 
     def __init__(self, plan: Plan, cases: Sequence[Case], device: torch.device | str = "cpu") -> None:
         self.plan, self.cases, self.device = plan, cases, torch.device(device)
+        self.watch: Callable[[int, int], None] = lambda done, total: None
 
     def __call__(self, network: nn.Module) -> float:
         index, processes = group_position()
         predictor = Predictor([(network, self.plan)], device=self.device)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for case in self.cases[index::processes]:
+        own = self.cases[index::processes]
+        for done, case in enumerate(own):
+            self.watch(done, len(own))
             assert case.label is not None
             truth = check_label(case, list(self.plan.labels))
             try:
@@ -201,6 +204,7 @@ class MeanDice:
             for values in self.plan.targets.values():
                 total[0] += dice(np.isin(labels, values), np.isin(truth, values))
                 total[1] += 1
+        self.watch(len(own), len(own))
         if processes > 1:
             dist.all_reduce(total)
         return float(total[0] / total[1])

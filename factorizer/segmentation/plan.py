@@ -42,7 +42,7 @@ from factorizer.segmentation.recipe import (
     Recipe,
 )
 from factorizer.segmentation.sides import mirrored_axes
-from factorizer.segmentation.volumes import MAX_SPACING, MIN_SPACING, Geometry
+from factorizer.segmentation.volumes import MAX_SPACING, MIN_SPACING, Geometry, digest_of_cases
 
 HEAD_DIM = NETWORK["reshape"][1]["head_dim"]
 RESHAPES = ("swin", "local", "global")
@@ -215,14 +215,18 @@ class Wishes:
             )
 
 
+AS_PLANNED = Wishes()
+
+
 def plan_run(
     task: Task,
     geometries: Mapping[str, Geometry],
     training: Sequence[Case],
     held_out: Sequence[Case],
-    wishes: Wishes = Wishes(),
+    wishes: Wishes = AS_PLANNED,
     *,
     seed: int = 0,
+    resample: str = "",
 ) -> Plan:
     """The plan for a task with this split, and with these geometries by the names of its cases.
 
@@ -281,7 +285,7 @@ def plan_run(
         "spatial_size": size,
         **NETWORK,
         "strides": strides,
-        "reshape": _reshape(wishes.network or "swin", patch),
+        "reshape": reshape_for(wishes.network or "swin", patch),
     }
     if wishes.rank is not None:
         network["rank"] = wishes.rank
@@ -309,6 +313,8 @@ def plan_run(
         seed=seed,
         recipe=RECIPE,
         notes=tuple(notes),
+        data=digest_of_cases([*training, *held_out]) if any(c.images for c in training) else "",
+        resample=resample,
     )
 
 
@@ -317,7 +323,7 @@ def _strides(width: tuple[int, ...] | None) -> tuple[int, ...]:
     return STRIDES if width is None else (1,) + (2,) * (len(width) - 1)
 
 
-def _reshape(kind: str, patch: int | tuple[int, ...]) -> tuple[str, dict[str, Any]]:
+def reshape_for(kind: str, patch: int | tuple[int, ...]) -> tuple[str, dict[str, Any]]:
     """How the network's layers cut a volume into windows."""
     name, options = NETWORK["reshape"]
     if kind == "global":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import textwrap
 import time
 from collections.abc import Callable
@@ -10,7 +11,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -31,7 +32,7 @@ from factorizer.segmentation.measure import side_by_side
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import gather, group_position
 from factorizer.segmentation.recipe import BUDGETS, MAX_BUDGET_STEPS, MIN_STEPS, Recipe
-from factorizer.segmentation.screen import progress
+from factorizer.segmentation.screen import count, progress
 from factorizer.segmentation.transforms import CropBatches
 
 SAVE_EVERY, SAVE_SECONDS = 20, 30.0  # steps, or seconds and one step, that a killed run loses at most
@@ -102,7 +103,7 @@ class Trainer:
             a score, the same in every process, more is better. The checkpoint with the best one is
             kept beside the last, as best.pt.
         patience: stop after so many validations in a row that were no better than the best before.
-        workers: processes that prepare batches ahead; 0: none.
+        workers: processes that prepare batches ahead, as many as there are cores at most; 0: none.
     """
 
     def __init__(
@@ -119,7 +120,7 @@ class Trainer:
     ) -> None:
         self.plan, self.device, self.log = plan, torch.device(device), log
         self.validate, self.validate_every, self.patience = validate, validate_every, patience
-        self.workers = workers
+        self.workers = min(workers, _cores())
         self.network = network.to(self.device)
         self.parallel: nn.Module = self.network
         self.process_index, self.process_count = group_position()
@@ -314,6 +315,13 @@ def start_from(network: nn.Module, path: str | Path) -> tuple[int, int]:
     return len(fitting), len(own) - len(fitting)
 
 
+@runtime_checkable
+class Watched(Protocol):
+    """A validation that tells how far it is: how many of how many cases are done."""
+
+    watch: Callable[[int, int], None]
+
+
 class _Log:
     """Writes numbers for TensorBoard, or does nothing where there is no folder.
 
@@ -339,6 +347,11 @@ class _Log:
 
 def _averaged(decay: float, mean: Tensor, value: Tensor, steps: Tensor | int) -> Tensor:
     return torch.lerp(mean, value, max(1 - decay, 9 / (10 + int(steps))))
+
+
+def _cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _float(logits: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
@@ -385,4 +398,13 @@ def fit(console: Console, trainer: Trainer, batches: CropBatches, path: Path) ->
                 console.print(f"step {step} of {trainer.plan.steps}, loss {loss:.3f}{score}")
                 told = time.perf_counter()
 
+        if isinstance(trainer.validate, Watched):
+            validation = bar.add_task("Validating", total=None, visible=False)
+
+            def watch(done: int, total: int) -> None:
+                bar.update(validation, completed=done, total=total, visible=done < total)
+                if done == 0 and not console.is_terminal:
+                    console.print(f"step {trainer.step}: validating on {count(total, 'case')}")
+
+            trainer.validate.watch = watch
         trainer.run(batches, path, advance)

@@ -45,7 +45,7 @@ class DepthwiseConvBackward(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, ddx, ddweight, ddbias):
-        # With * for the convolution: <ddx, dx> = <ddx * weight, dy>, <ddweight, dweight> = <x * ddweight, dy>,
+        # * is the convolution. <ddx, dx> = <ddx * weight, dy>, <ddweight, dweight> = <x * ddweight, dy>,
         # <ddbias, dbias> = <ddbias, dy>: in dy they are convolutions, in x and weight their adjoints.
         dy, x, weight = ctx.saved_tensors
         has_dx, has_dweight, has_dbias = ctx.output_mask
