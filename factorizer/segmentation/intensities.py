@@ -66,9 +66,8 @@ def clean(channel: np.ndarray, *, ct: bool) -> np.ndarray | None:
     Voxels beyond ±1e30 have no data, and become 0, for CT the lowest intensity. Others beyond
     `plausible_range` are brought back to its ends. Where CT is not, those below it have no data, and become
     0, and so do those above it that are a fill value: of one value, which is 1e5 at least, or found at the
-    volume's faces. Outside CT all this only where the standard deviation of the image would otherwise be
-    that of its outliers: heavy tails, such as a tumour's in PET, stay as they are. None where nothing is
-    left.
+    volume's faces. Outside CT all this only where the standard deviation of the image would otherwise be that
+    of its outliers: heavy tails, such as a tumour's in PET, stay as they are. None where nothing is left.
     """
     exact = channel.dtype.kind in "biu"
     data = channel != 0
@@ -93,8 +92,8 @@ def clean(channel: np.ndarray, *, ct: bool) -> np.ndarray | None:
     if not ct:
         result[(channel < low) & data] = 0
         above = (channel > high) & data
-        one_value = above.any() and channel[above].min() == channel[above].max() == ends[1]
-        if one_value and (ends[1] >= FILL or _share_of_faces(above) > FACES):
+        alike = above.any() and channel[above].min() == ends[1]
+        if alike and (ends[1] >= FILL or _share_of_faces(above) > FACES):
             result[above] = 0
     elif not exact:
         result[missing] = max(low, float(ends[0]))

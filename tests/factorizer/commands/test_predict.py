@@ -126,7 +126,7 @@ def test_no_input_gets_the_result_of_another(tumour, tmp_path):
     assert "their numbers must be _0000, _0001" in predict(swapped, code=2)
     for k, name in enumerate(("t1ce", "t1", "flair", "t2")):
         files[k] = files[k].rename(tmp_path / "a" / f"scan_{name}.nii.gz")
-    printed = predict(",".join(map(str, files)), code=1)
+    printed = predict(",".join(map(str, files)), "--overwrite", code=1)
     assert "scan_t1ce.nii.gz: is given as FLAIR, and by its name is T1gd" in printed
 
     save_volume(out / "scan.nii.gz", (15, 20, 17))

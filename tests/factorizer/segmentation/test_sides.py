@@ -46,7 +46,7 @@ def test_names_of_sides(names):
         ("upright", "leftover"),
         ("lesion",),
         ("L1", "L2"),
-        ("liver", "river"),
+        ("liver", "spleen"),
         ("anterior", "posterior"),
         ("lesion", "organ"),
         ("ring", "line"),
