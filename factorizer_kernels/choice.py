@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from factorizer_kernels.shared import cuda, native, registry, triton
+from factorizer_kernels.shared.dynamo import constant_while_compiling
 
 
 class Backend(NamedTuple):
@@ -166,12 +167,18 @@ def _why_not(record: _Record, operator: str, x: Tensor, sizes: Any) -> str | Non
 def _why_no_kernel(named: bool) -> str | None:
     """Why a graph that is being recorded can hold no kernel, or None where it can, or none is recorded."""
     tracing = torch.jit.is_tracing()
-    if tracing or torch.compiler.is_exporting():
-        if "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export():
-            return "an ONNX file holds no kernel"
-        if tracing and not named:  # so that the file needs torch alone
-            return "torch.jit.trace records a kernel only where its backend is named"
+    if not tracing and not torch.compiler.is_exporting():
+        return None
+    if _onnx_export():
+        return "an ONNX file holds no kernel"
+    if tracing and not named:  # so that the traced file needs torch alone
+        return "torch.jit.trace records a kernel only where its backend is named"
     return None
+
+
+@constant_while_compiling
+def _onnx_export() -> bool:
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
 def load_kernels(family: str) -> None:

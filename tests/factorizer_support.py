@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from factorizer.commands.cli import app
 from factorizer.models.build import build_network
 from factorizer.segmentation.cases import Case, Task
-from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.volumes import Geometry
 
@@ -45,7 +45,7 @@ def planned(shape=SIZE, spacing=(1.0, 1.0, 1.0), cases=10, labels=None, **option
     members = tuple(Case(f"case_{i}", ()) for i in range(cases))
     task = Task("task", ("A", "B"), labels or {0: "background", 3: "lesion"}, members)
     geometries = {case.name: Geometry(shape, spacing) for case in members}
-    return plan_run(task, geometries, members[:-2], members[-2:], **options)
+    return plan_run(task, geometries, members[:-2], members[-2:], Wishes(**options))
 
 
 def trainer_for(plan, **options):
@@ -63,6 +63,9 @@ class Batches:
 
     def __init__(self, plan):
         self.plan, self.asked = plan, []
+
+    def case_names(self, step):
+        return [f"case of step {step}"]
 
     def __getitem__(self, step):
         self.asked.append(step)

@@ -16,7 +16,7 @@ struct Call {
   Extent extent;
 
   Call(int dtype_code, const Extent& size, const std::array<i64, 3>& kernel, int threads) : extent(size) {
-    if (threads < 1 || threads > max_threads) throw std::invalid_argument("threads out of range");
+    check_threads(threads);
     if (*std::min_element(size.begin(), size.end()) < 0)
       throw std::invalid_argument("size must not be negative");
     for (i64 k : kernel) {
@@ -45,8 +45,8 @@ struct Call {
   void* per_channel(const char* name, const MemoryArgs& args, i64 each) const {
     return memory(args).holding(name, p.channels * each, compute_element(p.dtype));
   }
-  void* optional(const char* name, const MemoryArgs& args, i64 each) const {
-    return memory(args).given() ? per_channel(name, args, each) : nullptr;
+  void* optional(const char* name, const OptionalMemory& args, i64 each) const {
+    return args ? per_channel(name, *args, each) : nullptr;
   }
 };
 
@@ -56,7 +56,7 @@ void def_depthwise(py::module_& m) {
   m.def(
       "depthwise_conv_forward",
       [](int dtype_code, const Extent& size, const std::array<i64, 3>& kernel, const VolumeArgs& x,
-         const MemoryArgs& weight, const MemoryArgs& bias, const MemoryArgs& y, int threads) {
+         const MemoryArgs& weight, const OptionalMemory& bias, const MemoryArgs& y, int threads) {
         Call call(dtype_code, size, kernel, threads);
         DepthwiseConv& p = call.p;
         p.x = call.any("x", x);
@@ -67,19 +67,19 @@ void def_depthwise(py::module_& m) {
         cpu_kernels().depthwise_conv_forward(p);
       },
       py::arg("dtype"), py::arg("size"), py::arg("kernel"), py::arg("x"), py::arg("weight"), py::arg("bias"),
-      py::arg("y"), py::arg("threads"), "Writes y; a null address stands for no bias.");
+      py::arg("y"), py::arg("threads"), "Writes y.");
 
   m.def(
       "depthwise_conv_backward",
       [](int dtype_code, const Extent& size, const std::array<i64, 3>& kernel, const VolumeArgs& dy,
-         const VolumeArgs& x, const MemoryArgs& weight, const MemoryArgs& dx, const MemoryArgs& dweight,
-         const MemoryArgs& dbias, int threads) {
+         const VolumeArgs& x, const MemoryArgs& weight, const OptionalMemory& dx,
+         const OptionalMemory& dweight, const OptionalMemory& dbias, int threads) {
         Call call(dtype_code, size, kernel, threads);
         DepthwiseConv& p = call.p;
         p.dy = call.any("dy", dy);
         p.x = call.any("x", x);
         p.weight = call.per_channel("weight", weight, p.taps());
-        p.dx = memory(dx).given() ? call.map("dx", dx) : nullptr;
+        p.dx = dx ? call.map("dx", *dx) : nullptr;
         p.dweight = call.optional("dweight", dweight, p.taps());
         p.dbias = call.optional("dbias", dbias, 1);
         py::gil_scoped_release release;
@@ -87,7 +87,7 @@ void def_depthwise(py::module_& m) {
       },
       py::arg("dtype"), py::arg("size"), py::arg("kernel"), py::arg("dy"), py::arg("x"), py::arg("weight"),
       py::arg("dx"), py::arg("dweight"), py::arg("dbias"), py::arg("threads"),
-      "Writes those of dx, dweight and dbias that are given.");
+      "Writes those of dx, dweight and dbias that are not None.");
 }
 
 }  // namespace bindings

@@ -1,6 +1,7 @@
 // The cut of a map into windows, checked.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "bindings/memory.h"

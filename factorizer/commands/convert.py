@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,8 +14,8 @@ from factorizer.commands.bundle import bundle_plan
 from factorizer.models.paper_weights import PAPER_EPS, convert_paper_checkpoint
 from factorizer.segmentation.checkpoint import load_weights_into, network_of
 from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.files import load_tensors, prepare_folder
-from factorizer.segmentation.plan import Plan, read_plan
+from factorizer.segmentation.files import load_tensors, prepare_folder, read_json
+from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.training import Trainer
 
 HOLDERS = ("state_dict", "network", "model")  # under which frameworks keep a network's tensors
@@ -65,7 +64,7 @@ def convert(
 
 def _read_plan(path: Path) -> Plan:
     try:
-        return read_plan(json.loads(path.read_text(encoding="utf-8")))
+        return Plan(**read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: not a plan as train writes it ({error})") from error
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from factorizer.segmentation.cases import Case, find_cases
+from factorizer.segmentation.cases import Case, find_cases, with_grid
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.evaluation import label_in
 from factorizer.segmentation.explanation import Agreement, agreements, case_components, find_layers
@@ -44,6 +44,7 @@ def explain(
     layers: Sequence[str],
     labels: Path | None = None,
     section: str | None = None,
+    resample: str = "",
     num_iters: int | None = None,
     whole: bool = False,
     device: str | None = None,
@@ -59,12 +60,12 @@ def explain(
     predictor = load_predictor([checkpoint], device=device, num_iters=num_iters, whole=whole)
     network, plan = predictor.models[0]
     chosen = find_layers(network, plan, layers)
-    cases = find_cases(inputs, section)
+    cases = with_grid(find_cases(inputs, section), predictor.plan.modalities, resample)
     if labels is not None:
         if not labels.is_dir():
             raise DataError(f"labels: {labels} is not a folder")
-        cases = tuple(Case(case.name, case.images, label_in(labels, case.name)) for case in cases)
-    prepare_folder("output", out, cases)
+        cases = tuple(replace(case, label=label_in(labels, case.name)) for case in cases)
+    prepare_folder("output", out, (path for case in cases for path in case.images))
     outcomes = each_case(
         console, cases, "Explaining", lambda case: _explain_case(predictor, chosen, case, out)
     )

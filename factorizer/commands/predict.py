@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from factorizer.segmentation.cases import find_cases
+from factorizer.segmentation.cases import find_cases, with_grid
 from factorizer.segmentation.files import prepare_folder
 from factorizer.segmentation.inference import load_predictor, run_cases
 from factorizer.segmentation.measure import peak_memory
@@ -22,24 +22,26 @@ def predict(
     out: Path,
     *,
     section: str | None = None,
+    resample: str = "",
     num_iters: int | None = None,
     whole: bool = False,
-    mirror: bool = False,
+    mirror: bool | None = None,
+    overwrite: bool = False,
     device: str | None = None,
 ) -> list[Outcome[str]]:
     """Segments the cases that `inputs` name (`find_cases`) into out/NAME.nii.gz.
 
     Where torchrun started several processes each takes its part of the cases. Returns what became of each
-    case, of all processes. Cases whose file is there are skipped (`run_cases`).
+    case, of all processes. Cases that were made from the same inputs are skipped (`run_cases`).
 
     Raises DataError for checkpoints, inputs or an `out` that cannot be used.
     """
     predictor = load_predictor(checkpoints, device=device, num_iters=num_iters, whole=whole, mirror=mirror)
-    cases = find_cases(inputs, section)
-    prepare_folder("output", out, cases)
+    cases = with_grid(find_cases(inputs, section), predictor.plan.modalities, resample)
+    prepare_folder("output", out, (path for case in cases for path in case.images))
     with process_group():  # torchrun stops the other processes where one ends with an error
         index, processes = group_position()
-        own = run_cases(console, predictor, cases[index::processes], out)
+        own = run_cases(console, predictor, cases[index::processes], out, overwrite=overwrite)
         outcomes = gather(own)
     # Only the first process has a screen, and its own failures are told already.
     tell_failures(console, outcomes[len(own) :])

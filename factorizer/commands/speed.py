@@ -83,7 +83,7 @@ def speed(
     network, plan = predictor.models[0]
     cases = find_cases(inputs, section, labelled=True)
     cases = (tuple(case for case in cases if case.name in plan.held_out) or cases)[:max_cases]
-    prepare_folder("output", out, cases)
+    prepare_folder("output", out, (path for case in cases for path in case.images))
     settings = _settings(network, plan, num_iters, ranks)
     warmed = False
 

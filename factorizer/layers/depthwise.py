@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -42,11 +43,11 @@ class DepthwiseConv(nn.Module):
             raise ValueError(f"kernel_size must be odd along each axis, got {kernel_size}")
         padding = tuple(k // 2 for k in kernel_size)
         self.spatial_dims = spatial_dims
-        self.conv = CONV[spatial_dims](
+        self.conv: Any = CONV[spatial_dims](
             channels, channels, kernel_size, padding=padding, groups=channels, bias=bias
         )
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, channels, S1..Sp) to the same shape."""
         check_features("DepthwiseConv", x, self.channels, self.spatial_dims)
-        return fk.depthwise_conv(x, self.conv.weight[:, 0], self.conv.bias)
+        return fk.depthwise_conv(x, self.conv.weight.squeeze(1), self.conv.bias)

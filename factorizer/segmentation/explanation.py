@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -23,6 +22,7 @@ from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.transforms import PreparedCase
+from factorizer.segmentation.volumes import check_image, check_label
 
 
 def mixers(network: nn.Module) -> dict[str, FactMixer]:
@@ -193,17 +193,6 @@ def agreements(
     }
 
 
-def signal_of(case: Case) -> np.ndarray:
-    """Where the image of a case is not zero: (X, Y, Z)."""
-    nonzero = None
-    for path in case.images:
-        voxels = np.asarray(nib.load(path).dataobj) != 0  # type: ignore[attr-defined]
-        voxels = voxels.any(axis=3) if voxels.ndim == 4 else voxels
-        nonzero = voxels if nonzero is None else nonzero | voxels
-    assert nonzero is not None
-    return nonzero
-
-
 def component_agreement(
     predictor: Predictor, layers: Sequence[str], cases: Sequence[Case]
 ) -> dict[str, Tensor]:
@@ -214,8 +203,9 @@ def component_agreement(
     plan = predictor.models[0][1]
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
     for case in cases:
-        components, signal = case_components(predictor, layers, case), signal_of(case)
-        labels = np.asarray(nib.load(case.label).dataobj)  # type: ignore[attr-defined,arg-type]
+        components = case_components(predictor, layers, case)
+        labels = check_label(case, list(plan.labels))
+        signal = (check_image(case, plan.modalities)[1] != 0).any(axis=3)
         for name in layers:
             by_target = agreements(components.on_grid(name), labels, signal, plan)
             found[name].append(torch.tensor([[a.auc for a in row] for row in by_target.values()]))

@@ -172,7 +172,8 @@ def _panels(case: Picture, axis: int, rows: int, columns: int) -> tuple[Figure, 
 
 def _show(ax: Axes, case: Picture, channel: int, axis: int, index: int) -> None:
     image = case.image[channel]
-    low, high = np.quantile(image[image != 0], [0.01, 0.995])
+    signal = image[image != 0]
+    low, high = np.quantile(signal if signal.size else image, [0.01, 0.995])
     plane = np.take(image, index, axis).T
     across, up = (case.spacing[a] for a in range(3) if a != axis)
     ax.imshow(

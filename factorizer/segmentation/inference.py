@@ -10,22 +10,25 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from rich.console import Console
+from scipy import ndimage
 from torch import Tensor, nn
 
 from factorizer import MatrixFactorization, set_num_iters
 from factorizer.segmentation.cases import Case
-from factorizer.segmentation.checkpoint import load_network
 from factorizer.segmentation.errors import DataError, check_counts
-from factorizer.segmentation.files import atomic
+from factorizer.segmentation.files import atomic, read_json
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position, pick_device
+from factorizer.segmentation.provenance import differences, made, write_result
 from factorizer.segmentation.screen import Outcome, each_case
+from factorizer.segmentation.trained import load_model
 from factorizer.segmentation.transforms import PreparedCase
-from factorizer.segmentation.volumes import check_image, write_nifti
+from factorizer.segmentation.volumes import on_grid_of
 
 SETTINGS = "settings.json"  # in a folder of results: what they were made with
 
@@ -52,6 +55,7 @@ class Predictor:
         whole: run over whole volumes at once, instead of windows of the plan's crop, overlapping by
             half, under Gaussian weights.
         mirror: average also over the mirror images along the axes that the plan flips.
+        largest_component: targets of which only the largest connected component is kept.
 
     Raises DataError where two networks do not segment the same.
     """
@@ -63,6 +67,7 @@ class Predictor:
         device: torch.device | str = "cpu",
         whole: bool = False,
         mirror: bool = False,
+        largest_component: Sequence[str] = (),
     ) -> None:
         self.plan = models[0][1]
         for number, (_, plan) in enumerate(models[1:], 2):
@@ -72,6 +77,9 @@ class Predictor:
                     raise DataError(f"checkpoint {number}: {field} = {now!r}; the first one has {was!r}")
         self.models = [(network.to(device).eval(), plan) for network, plan in models]
         self.device, self.whole, self.mirror = torch.device(device), whole, mirror
+        self.largest_component = tuple(largest_component)
+        if unknown := set(largest_component).difference(self.plan.targets):
+            raise DataError(f"largest_component: no target is called {', '.join(sorted(unknown))}")
 
     def settings(self) -> dict[str, Any]:
         """What the results depend on beside the images, as plain data: a digest of each network with its
@@ -84,6 +92,7 @@ class Predictor:
             ],
             "whole": self.whole,
             "mirror": self.mirror,
+            "largest_component": list(self.largest_component),
         }
 
     def segment(self, case: Case) -> np.ndarray:
@@ -92,19 +101,22 @@ class Predictor:
         The logits, not the decisions, are taken back to that grid where it is another than the
         network's.
         """
-        return self.plan.decide(self.logits(case)).numpy()
+        labels = self.plan.decide(self.logits(case)).numpy()
+        return keep_largest(labels, [self.plan.targets[name] for name in self.largest_component])
 
     def logits(self, case: Case) -> Tensor:
         """Mean logits (outputs, X, Y, Z) on the image's own grid."""
         groups: dict[Any, list[tuple[nn.Module, Plan]]] = {}  # one for each way to preprocess the image
         for network, plan in self.models:
-            groups.setdefault((plan.spacing, plan.intensity_range), []).append((network, plan))
+            groups.setdefault((plan.spacing, plan.window), []).append((network, plan))
         total: Any = 0
         for members in groups.values():
             prepared = PreparedCase(members[0][1], case)
             total = total + prepared.to_own_grid(
                 sum(self.run(network, plan, prepared.image) for network, plan in members)  # type: ignore[arg-type]
             )
+        if not total.isfinite().all():
+            raise DataError(f"{case.image}: the network's output for it is not finite")
         return total / len(self.models)
 
     @torch.no_grad()
@@ -135,62 +147,87 @@ class Predictor:
         return (total / len(flips))[0].cpu()
 
 
+def keep_largest(labels: np.ndarray, targets: Sequence[Sequence[int]]) -> np.ndarray:
+    """Label values (X, Y, Z) with those of each target only where its largest connected component is.
+
+    Voxels that share a corner are connected.
+    """
+    labels = labels.copy()
+    for values in targets:
+        mask = np.isin(labels, list(values))
+        components, number = ndimage.label(mask, np.ones((3, 3, 3)))
+        if number > 1:
+            largest = 1 + int(np.bincount(components[mask])[1:].argmax())
+            labels[mask & (components != largest)] = 0
+    return labels
+
+
 def load_predictor(
     checkpoints: Sequence[Path],
     *,
     device: str | None = None,
     num_iters: int | None = None,
     whole: bool = False,
-    mirror: bool = False,
+    mirror: bool | None = None,
 ) -> Predictor:
-    """The networks of the checkpoints, ready to run. Raises DataError where one cannot be used."""
+    """The networks of the checkpoints and model files, ready to run.
+
+    Where `mirror` is None, and for the components that are kept, a model file decides, or where there are
+    several all of them together. Raises DataError where one cannot be used.
+    """
     check_counts(num_iters=(num_iters, 0))
     models = []
     for path in checkpoints:
         try:
-            models.append(load_network(path))
+            models.append(load_model(path))
         except FileNotFoundError as error:
             raise DataError(f"checkpoint: there is no {path}") from error
     if num_iters is not None:
-        for network, _ in models:
-            set_num_iters(network, num_iters)
-    return Predictor(models, device=pick_device(device), whole=whole, mirror=mirror)
+        for model in models:
+            for network, _ in model.members:
+                set_num_iters(network, num_iters)
+    kept = [set(model.largest_component) for model in models]
+    return Predictor(
+        [member for model in models for member in model.members],
+        device=pick_device(device),
+        whole=whole,
+        mirror=all(model.mirror for model in models) if mirror is None else mirror,
+        largest_component=sorted(set.intersection(*kept)),
+    )
 
 
 def run_cases(
-    console: Console, predictor: Predictor, cases: Sequence[Case], folder: Path
+    console: Console, predictor: Predictor, cases: Sequence[Case], folder: Path, *, overwrite: bool = False
 ) -> list[Outcome[str]]:
-    """Segments cases into folder/NAME.nii.gz; the results are "done", and "skipped" where the file is there.
+    """Segments cases into folder/NAME.nii.gz; the results are "done" and "skipped".
 
-    A case that cannot be read, or fails otherwise, leaves no file, is told, and the others go on.
+    A case is skipped where its file is there and was made from these very inputs by these networks
+    (`provenance`). Where another file is there the case fails, unless `overwrite`. A case that cannot be
+    read, or fails otherwise, leaves no file, is told, and the others go on.
     folder/settings.json says what the results were made with. Raises DataError where those that are there
-    were made with another network or other settings.
+    were made with another network or other settings, unless `overwrite`.
     """
-    _keep_settings(folder / SETTINGS, predictor.settings())
+    settings = predictor.settings()
+    _keep_settings(folder / SETTINGS, settings, overwrite)
 
     def segment(case: Case) -> str:
         path = folder / f"{case.name}.nii.gz"
-        if path.exists():
+        if not overwrite and made(path, case, settings):
             return "skipped"
-        check_image(case, predictor.plan.modalities)
-        write_nifti(predictor.segment(case), case.image, path)
+        labels = on_grid_of(predictor.segment(case), case.image)
+        write_result(path, case, settings, lambda temporary: nib.save(labels, temporary))
         return "done"
 
     return each_case(console, cases, "Segmenting", segment)
 
 
-def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
+def _keep_settings(path: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Writes what the folder's results are made with, or checks that it is the same as before."""
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: not readable as JSON ({error})") from error
-        if before != settings:
-            changed = [name for name in settings if before.get(name) != settings[name]]
+    if path.exists() and not overwrite:
+        if changed := differences(read_json(path), settings):
             raise DataError(
                 f"output: {path.parent} holds results made with other settings ({', '.join(changed)}); "
-                "give another folder, or delete this one"
+                "give another folder, delete this one, or give --overwrite"
             )
     elif group_position()[0] == 0:
         with atomic(path) as temporary:
@@ -199,7 +236,7 @@ def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
 
 def _digest(network: nn.Module, plan: Plan) -> str:
     """A digest of the weights and of what the plan says about segmenting; training is no part of it."""
-    fields = ("modalities", "labels", "regions", "spacing", "crop", "intensity_range", "flips", "network")
+    fields = ("modalities", "labels", "regions", "spacing", "crop", "window", "flips", "network")
     digest = hashlib.sha256(repr([getattr(plan, field) for field in fields]).encode())
     for name, value in network.state_dict().items():
         digest.update(name.encode())

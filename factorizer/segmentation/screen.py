@@ -99,6 +99,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
 
+def tell_warning(console: Console, text: str) -> None:
+    """What is allowed, and seldom meant."""
+    console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
 def table(title: str, *columns: str, texts: int = 1) -> Table:
     """A table whose first `texts` columns are text and whose others are numbers."""
     made = Table(title=title, title_justify="left", min_width=min(len(title), 80))

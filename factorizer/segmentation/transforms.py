@@ -5,24 +5,21 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
-from monai.data import CacheDataset, MetaTensor, NibabelReader
+from monai.data import CacheDataset, MetaTensor
 from monai.transforms import (
     ClassesToIndicesd,
     Compose,
     CropForegroundd,
-    EnsureChannelFirstd,
     EnsureTyped,
     Invertd,
-    LoadImaged,
     MapLabelValued,
     MapTransform,
-    NormalizeIntensityd,
     Orientationd,
     RandAdjustContrastd,
     RandAffined,
@@ -31,10 +28,12 @@ from monai.transforms import (
     RandGaussianNoised,
     RandGaussianSmoothd,
     RandScaleIntensityd,
+    RandScaleIntensityFixedMeand,
     RandShiftIntensityd,
+    RandSimulateLowResolutiond,
     RandSpatialCropd,
+    RandZoomd,
     ResampleToMatch,
-    ScaleIntensityRanged,
     Spacingd,
     SpatialPadd,
 )
@@ -42,41 +41,74 @@ from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset
 
 from factorizer.segmentation.cases import Case
-from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.errors import DataError, FlatImageError, data_error
 from factorizer.segmentation.files import load_tensors, save_tensors
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
-from factorizer.segmentation.volumes import Geometry, check_image, check_label
+from factorizer.segmentation.volumes import Geometry, check_image, parts_of, read_labels
 
 CACHE_BYTES = 6 * 2**30  # volumes beyond this are read again at every use
 
 
 def files_of(case: Case) -> dict[str, Any]:
-    """The item that `preprocessing` starts from: paths under "image" and, if there is one, "label"."""
-    images = [str(path) for path in case.images]
-    item: dict[str, Any] = {"image": images[0] if len(images) == 1 else images}
-    return item if case.label is None else item | {"label": str(case.label)}
+    """The item that `preprocessing` starts from: the case under "image", its label's path under "label"."""
+    item: dict[str, Any] = {"image": case}
+    return item if case.label is None else item | {"label": case.label}
 
 
-class CaseReader(NibabelReader):
-    """Reads the files of a case on the grid of the first: `check_image` lets their affines differ by
-    rounding, which MONAI does not."""
+class ReadVolumesd(MapTransform):
+    """Files to volumes (C, X, Y, Z) float32 on the case's grid, as `check_image` and `read_labels` read them.
 
-    def read(self, data: Any, **kwargs: Any) -> Any:
-        files = super().read(data, **kwargs)
-        if not isinstance(files, list):
-            return files
-        return [nib.Nifti1Image(file.dataobj, files[0].affine) for file in files]
+    Labels get the very affine of their image, so that rounding in theirs cannot make resampling give them one
+    voxel more or less.
+    """
+
+    def __init__(self, keys: Sequence[str], plan: Plan) -> None:
+        super().__init__(keys)
+        self.plan = plan
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item, case = dict(data), data["image"]
+        affine, image = check_image(case, self.plan.modalities)
+        for key in self.key_iterator(item):
+            if key == "image":
+                voxels = np.moveaxis(image, 3, 0)
+            else:
+                voxels = read_labels(Path(item[key]), list(self.plan.labels), grid_of=case.image)[None]
+            tensor = torch.from_numpy(np.ascontiguousarray(voxels, dtype=np.float32))
+            item[key] = MetaTensor(tensor, meta={"affine": affine, "original_affine": affine})
+        return item
 
 
-class OneGridd(MapTransform):
-    """Gives labels the very affine of their image, so that rounding in theirs cannot make resampling give
-    them one voxel more or less."""
+class Normalised(MapTransform):
+    """Each channel of an image on a scale of its own.
+
+    A channel with a window (low, high) is clipped to it and brought to [-1, 1]. Another gets the mean 0 and
+    the standard deviation 1 of its nonzero voxels; zeros stay. Sums are float64.
+    """
+
+    def __init__(self, windows: Sequence[tuple[float, float] | None]) -> None:
+        super().__init__("image")
+        self.windows = windows
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
-        for key in self.key_iterator(item):
-            item[key].affine = item["image"].affine
+        channels = []
+        for channel, window in zip(item["image"].as_tensor().double(), self.windows, strict=True):
+            if window is None:
+                signal = channel != 0
+                std, mean = (
+                    torch.std_mean(channel[signal], correction=0)
+                    if signal.any()
+                    else (channel.new_ones(()),) * 2
+                )
+                channels.append(torch.where(signal, (channel - mean) / (std if std > 0 else 1), 0))
+            else:
+                low, high = window
+                channels.append(((channel - low) / (high - low) * 2 - 1).clip(-1, 1))
+        # Within the image, which remembers how it was resampled.
+        item["image"] = item["image"].clone()
+        item["image"].as_tensor().copy_(torch.stack(channels))
         return item
 
 
@@ -86,29 +118,30 @@ def preprocessing(plan: Plan, keys: Sequence[str]) -> Compose:
     Axes run right, anterior, superior, `plan.spacing` mm a voxel, over the smallest box with the
     image's nonzero voxels. `keys` name the files of an item: "image", and label volumes under any
     other name, whose values become class indices 0, 1, ... in the order of `plan.labels`. Each
-    becomes (C, X, Y, Z). Each channel of the image is normalised by the mean and standard deviation
-    of its nonzero voxels or, where the plan has an intensity range, clipped to it and brought to [-1, 1].
+    becomes (C, X, Y, Z). Each channel of the image is normalised as `Normalised` says.
     """
     labels = [key for key in keys if key != "image"]
     transforms: list[Callable[..., Any]] = [
-        LoadImaged(keys, reader=CaseReader),
-        EnsureChannelFirstd(keys),
-        OneGridd(keys),
+        ReadVolumesd(keys, plan),
         Orientationd(keys, axcodes="RAS", labels=None),
         Spacingd(
             keys, pixdim=plan.spacing, mode=["nearest" if key in labels else "bilinear" for key in keys]
         ),
         CropForegroundd(keys, source_key="image", select_fn=_nonzero, allow_smaller=True),
+        Normalised(plan.window),
     ]
-    if plan.intensity_range is None:
-        transforms.append(NormalizeIntensityd("image", nonzero=True, channel_wise=True))
-    else:
-        low, high = plan.intensity_range
-        transforms.append(ScaleIntensityRanged("image", low, high, -1, 1, clip=True))
     values = list(plan.labels)
     if labels and values != list(range(len(values))):
         transforms.append(MapLabelValued(labels, values, list(range(len(values)))))
     return Compose(transforms)
+
+
+def run_steps(steps: Compose, item: Mapping[str, Any]) -> Any:
+    """What transforms make of an item. Raises the DataError of one of them, which MONAI hides."""
+    try:
+        return steps(item)
+    except RuntimeError as error:
+        raise data_error(error) or error from None
 
 
 class PreparedCase:
@@ -120,13 +153,20 @@ class PreparedCase:
 
     Attributes:
         image: (C, X, Y, Z) float32, see `preprocessing`.
+
+    Raises:
+        DataError: see `check_image`; FlatImageError where there is nothing to be seen.
     """
 
     def __init__(self, plan: Plan, case: Case) -> None:
         self.plan, self.case = plan, case
         self._preprocess = preprocessing(plan, ("image",))
-        self._item: dict[str, Any] = self._preprocess(files_of(case))
+        self._item: dict[str, Any] = run_steps(self._preprocess, files_of(case))
         self.image: torch.Tensor = self._item["image"].as_tensor()
+        if bool((self.image == self.image[:, :1, :1, :1]).all()):
+            raise FlatImageError(
+                f"{case.image}: holds a single value in each channel: there is nothing to be seen"
+            )
 
     def to_own_grid(self, values: torch.Tensor) -> torch.Tensor:
         """Values (n, X, Y, Z) on the network's grid to the case's own (n, X', Y', Z'); interpolated
@@ -164,26 +204,50 @@ def augmentation(plan: Plan) -> Compose:
             indices_key="label_cls_indices",
             warn=False,
         )
-    transforms: list[Callable[..., Any]] = [
-        crop,
-        RandAffined(
-            keys,
-            prob=recipe.affine_prob,
-            rotate_range=(math.radians(recipe.rotation),) * 3,
-            scale_range=(recipe.scaling,) * 3,
-            mode=modes,
-            padding_mode=recipe.padding,
+    sigma = recipe.blur_sigma
+    gamma: dict[str, Any] = {"gamma": recipe.gamma, "retain_stats": True}
+    low, high = recipe.zoom
+    # Left out where they never act: so the draws of a plan that was made before them stay what they were.
+    changes: list[tuple[float, Callable[..., Any]]] = [
+        (
+            recipe.affine_prob,
+            partial(
+                RandAffined,
+                keys,
+                rotate_range=(math.radians(recipe.rotation),) * 3,
+                scale_range=(recipe.scaling,) * 3,
+                mode=modes,
+                padding_mode=recipe.padding,
+            ),
         ),
-        RandGaussianNoised("image", prob=recipe.noise_prob, std=recipe.noise_std),
-        RandScaleIntensityd("image", factors=recipe.scale, prob=recipe.scale_prob),
-        RandShiftIntensityd("image", offsets=recipe.shift, prob=recipe.shift_prob),
-        RandAdjustContrastd("image", prob=recipe.gamma_prob, gamma=recipe.gamma, retain_stats=True),
-        *(RandFlipd(keys, prob=recipe.flip_prob, spatial_axis=axis) for axis in plan.flips),
+        (
+            recipe.zoom_prob,
+            partial(
+                RandZoomd,
+                keys,
+                min_zoom=low,
+                max_zoom=high,
+                mode=("trilinear", "nearest"),
+                padding_mode="edge" if recipe.padding == "border" else "constant",
+            ),
+        ),
+        (recipe.noise_prob, partial(RandGaussianNoised, "image", std=recipe.noise_std)),
+        (recipe.blur_prob, partial(RandGaussianSmoothd, "image", sigma, sigma, sigma)),
+        (recipe.scale_prob, partial(RandScaleIntensityd, "image", factors=recipe.scale)),
+        (recipe.shift_prob, partial(RandShiftIntensityd, "image", offsets=recipe.shift)),
+        (
+            recipe.contrast_prob,
+            partial(RandScaleIntensityFixedMeand, "image", factors=recipe.contrast, preserve_range=True),
+        ),
+        (
+            recipe.low_resolution_prob,
+            partial(RandSimulateLowResolutiond, "image", zoom_range=recipe.low_resolution),
+        ),
+        (recipe.gamma_prob, partial(RandAdjustContrastd, "image", **gamma)),
+        (recipe.inverted_gamma_prob, partial(RandAdjustContrastd, "image", **gamma, invert_image=True)),
+        *((recipe.flip_prob, partial(RandFlipd, keys, spatial_axis=axis)) for axis in plan.flips),
     ]
-    if recipe.blur_prob:  # after the noise; the draws of the others do not depend on it
-        sigma = recipe.blur_sigma
-        transforms.insert(3, RandGaussianSmoothd("image", sigma, sigma, sigma, prob=recipe.blur_prob))
-    return Compose(transforms)
+    return Compose([crop, *(change(prob=prob) for prob, change in changes if prob)])
 
 
 def training_volumes(
@@ -243,22 +307,23 @@ class CachedVolumes(Dataset):
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         plan, case = self.plan, self.cases[index]
         files = [str(path.resolve()) for path in (*case.images, case.label) if path is not None]
-        times = [Path(file).stat().st_mtime_ns for file in files]
+        states = [Path(file).stat() for path in files for file in parts_of(Path(path))]
+        times = [(s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for s in states]
         kept = (
             files,
             times,
+            (case.grid, case.resample),
+            plan.modalities,
             plan.labels,
             plan.spacing,
             plan.crop,
-            plan.intensity_range,
+            plan.window,
             plan.recipe.class_voxels,
         )
         path = self.folder / f"{case.name}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:16]}.pt"
         if path.exists():
             return load_tensors(path)
-        check_image(case, plan.modalities)
-        check_label(case, list(plan.labels))
-        item: Any = self.steps(files_of(case))
+        item = run_steps(self.steps, files_of(case))
         volume = {key: convert_to_tensor(item[key]) for key in ("image", "label", "label_cls_indices")}
         save_tensors(volume, path, shared=True)
         return volume
@@ -294,12 +359,21 @@ class CropBatches:
         image, label = (torch.stack([crop[key] for crop in crops]).float() for key in ("image", "label"))
         return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
 
-    def _crop(self, position: int) -> dict[str, torch.Tensor]:
+    def case_names(self, step: int) -> list[str]:
+        """The cases that the crops of a batch come from, all processes' together."""
+        size, names = self.plan.batch_size, self.plan.training
+        places = {self._place(position) for position in range(step * size, (step + 1) * size)}
+        return [names[k] if k < len(names) else f"number {k}" for k in sorted(places)]
+
+    def _place(self, position: int) -> int:
+        """Which volume a crop is of: in every round each comes once."""
         round_, place = divmod(position, len(self.volumes))
-        order = np.random.default_rng([self.plan.seed, round_]).permutation(len(self.volumes))
+        return int(np.random.default_rng([self.plan.seed, round_]).permutation(len(self.volumes))[place])
+
+    def _crop(self, position: int) -> dict[str, torch.Tensor]:
         state = np.random.SeedSequence([self.plan.seed, position]).generate_state(1)[0]
         self.augment.set_random_state(seed=int(state))
-        crop = self.augment(self.volumes[int(order[place])])
+        crop = self.augment(self.volumes[self._place(position)])
         return crop[0] if isinstance(crop, list) else crop
 
 

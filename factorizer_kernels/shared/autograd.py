@@ -1,11 +1,11 @@
 """How an operator is called where something may be differentiated, and what is said where that cannot be.
 
 A family's ``autograd.py`` has a ``torch.autograd.Function`` for each of its operators. Its public function
-goes through :func:`call_function`, its backward pass through :func:`call_backward`.
+goes through :func:`call_function`, its backward pass through :func:`once`.
 """
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -34,22 +34,24 @@ def call_function(name: str, function: type[torch.autograd.Function], *arguments
     return _with_jvp(name, function).apply(*arguments)
 
 
-def call_backward(name: str, operator: Callable, *arguments, fallback: Callable | None = None) -> Any:
-    """Run the operator of a backward pass, for the public function of that name.
+def once(name: str, operator: Callable, fallback: Callable | None = None) -> Callable:
+    """The operator of a backward pass of the public function ``name``, to be called in its place.
+
+    It takes and returns the same, and knows what a second derivative is.
 
     Args:
-        fallback: takes the operator's arguments and returns the same in plain PyTorch: it is what a second
-            derivative goes through. Without it the operator cannot be differentiated again, and a second
-            derivative raises NotImplementedError that names the way out.
+        fallback: takes the operator's arguments and returns the same in plain PyTorch: a second derivative
+            goes through it. Without it a second derivative raises NotImplementedError, which names the way
+            out.
     """
     # Without a graph of the backward pass there is nothing to remember. A compiled graph is differentiated
     # once by construction, and its tracer would run into the error.
     if not torch.is_grad_enabled() or torch.compiler.is_compiling():
-        return operator(*arguments)
-    return _Backward.apply(name, operator, fallback, *arguments)
+        return operator
+    return partial(_Once.apply, name, operator, fallback)
 
 
-class _Backward(torch.autograd.Function):
+class _Once(torch.autograd.Function):
     """(name, operator, fallback, *arguments) -> the outputs of a backward pass's operator."""
 
     generate_vmap_rule = True

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from factorizer_kernels.shared import native as cpu
+from factorizer_kernels.shared.dynamo import constant_while_compiling
 
 native: Any = cpu.native if hasattr(cpu.native, "cuda_architectures") else None
 missing: str | None = None
@@ -16,14 +17,10 @@ if native is None:
     )
 
 
+@constant_while_compiling  # Dynamo cannot trace into the compiled module
 def why_no_code(device: int) -> str | None:
     """Why no kernel runs on the device of this index, or None where they do."""
     return _why_no_code(device)
-
-
-# Dynamo cannot trace into the compiled module. This is torch.compiler.assume_constant_result, which would
-# import Dynamo, and that takes seconds.
-why_no_code._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @cache

@@ -12,8 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factorizer_kernels.shared.maps import three_axes
-
 MODULE = "factorizer_kernels._native"
 
 
@@ -44,8 +42,6 @@ try:
 except ImportError as _error:
     missing = _why_missing(_error)
 
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
-
 
 def _share_torch_threads() -> None:
     # Torch's own OpenMP team does the work, so that two teams never compete for the cores. The symbol is
@@ -58,8 +54,10 @@ def _share_torch_threads() -> None:
     native.set_team_launcher(ctypes.cast(launcher, ctypes.c_void_p).value)
 
 
+DTYPE_CODES: dict[torch.dtype, int] = {}  # what stands for each in the module's calls
 if native is not None:
     _share_torch_threads()
+    DTYPE_CODES = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 
 
 def memory(x: Tensor) -> tuple[int, int]:
@@ -67,10 +65,9 @@ def memory(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), int(x.untyped_storage().nbytes() - x.storage_offset() * x.element_size())
 
 
-def volume(x: Tensor) -> "native.Volume":
-    """A (B, C, S1..Sp) tensor of any strides."""
-    batch, channels, *spatial = x.stride()
-    return native.Volume(*memory(x), (batch, channels, *three_axes(spatial, 0)))
+def volume(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """The memory of a (B, C, S1..Sp) tensor, and its strides."""
+    return *memory(x), x.stride()
 
 
 def threads() -> int:

@@ -51,11 +51,11 @@ def define(name: str, schema: str, fake: Callable, vmap: Callable) -> torch._ops
     return getattr(torch.ops.factorizer_kernels, name).default
 
 
-def _no_limit(x: Tensor, sizes: Any) -> None:
-    return None
+def no_limit(x: Tensor, sizes: Any) -> None:
+    """The limit of a kernel that can run every call."""
 
 
-def kernel(operator: str, backend: str, limit: Limit = _no_limit) -> Callable[[Callable], Callable]:
+def kernel(operator: str, backend: str, limit: Limit = no_limit) -> Callable[[Callable], Callable]:
     """Register the decorated function as the kernel of ``operator`` on ``backend``.
 
     The function takes the operator's arguments without the last one, in the schema's order.

@@ -12,8 +12,9 @@ from tests_support import grads_of
 
 import factorizer_kernels as fk
 
-# Sizes of x and of a filter, for all that the kernel does: rows and planes shorter and longer than a vector
-# and than blocks of them, tiles of the rows, columns and planes of large maps, several maps handed out at once.
+# Sizes of x and of a filter, for all that the kernel does: rows and planes shorter and longer than vectors
+# and than blocks of them, tiles of the rows, columns and planes of large maps, several maps handed out at
+# once.
 CASES = [
     ((2, 3, 48), (3,)),
     ((1, 2, 7), (7,)),

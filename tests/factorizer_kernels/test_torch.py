@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from tests_support import defined_operators
 from torch.autograd import forward_ad
 
 import factorizer_kernels as fk
@@ -50,6 +51,10 @@ MAP_OPERATORS = {
 }  # fmt: skip
 
 
+def test_the_tables_hold_every_operator():
+    assert OPERATORS.keys() | MAP_OPERATORS.keys() == defined_operators()
+
+
 @pytest.mark.parametrize("name", OPERATORS)
 def test_opcheck_nmf(name):
     x, u0, v0 = _nmf_arguments()
@@ -61,6 +66,37 @@ def test_opcheck_nmf(name):
 def test_opcheck_maps(name):
     for layout in _layouts(torch.rand(2, 4, 8, 16)):
         torch.library.opcheck(getattr(ops, name).default, MAP_OPERATORS[name](layout))
+
+
+def _stacked(arguments, mapped):
+    """The arguments with a leading dimension of 3 in the ``mapped`` ones, and where each has it."""
+    generator = torch.Generator().manual_seed(0)
+    scales = 0.5 + torch.rand(3, generator=generator)
+    stacked = [
+        torch.stack([a * scale for scale in scales]) if i in mapped else a for i, a in enumerate(arguments)
+    ]
+    return stacked, tuple(0 if i in mapped else None for i in range(len(arguments)))
+
+
+@pytest.mark.parametrize("name", [*OPERATORS, *MAP_OPERATORS])
+def test_vmap_of_every_operator(name):
+    """Its own rule, with every argument mapped, or one alone, against a loop."""
+    in_maps = name in MAP_OPERATORS
+    arguments = (
+        MAP_OPERATORS[name](torch.rand(2, 4, 8, 16)) if in_maps else OPERATORS[name](*_nmf_arguments())
+    )
+    operator = getattr(ops, name).default
+    tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+    for mapped in (tensors, *([i] for i in tensors)):
+        stacked, dims = _stacked(arguments, mapped)
+        result = torch.func.vmap(operator, dims)(*stacked)
+        loop = [
+            operator(*(a[i] if d == 0 else a for a, d in zip(stacked, dims, strict=True))) for i in range(3)
+        ]
+        if isinstance(result, torch.Tensor):
+            result, loop = (result,), [(t,) for t in loop]
+        for ours, theirs in zip(result, zip(*loop, strict=True), strict=True):
+            torch.testing.assert_close(ours, torch.stack(theirs))
 
 
 def _value_and_grad(function, x):
@@ -110,6 +146,51 @@ def test_export_and_reload(tmp_path):
     reloaded = torch.export.load(tmp_path / "layer.pt2").module()
     other = torch.rand(5, 8, 8, 8)
     torch.testing.assert_close(reloaded(other), layer(other))
+
+
+class Windowed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.u0, self.v0 = (torch.nn.Parameter(torch.rand(n, 1)) for n in (4, 16))
+
+    def forward(self, x):
+        return fk.swin_nmf(x, self.u0, self.v0, num_iters=2, **CUT)
+
+
+def test_traced_graphs_need_torch_alone(tmp_path):
+    """They hold the reference, with its gradient; a kernel only where its backend is named."""
+    layer, x = Windowed(), torch.rand(1, 4, 8, 8)
+    traced = torch.jit.trace(layer, x)
+    traced.save(tmp_path / "traced.pt")
+    assert "factorizer_kernels::" not in str(traced.inlined_graph)
+    reloaded = torch.jit.load(tmp_path / "traced.pt")
+    other = torch.rand(1, 4, 8, 8)
+    torch.testing.assert_close(reloaded(other), layer(other))
+    ours, theirs = (torch.autograd.grad(f(other).square().sum(), f.parameters()) for f in (reloaded, layer))
+    torch.testing.assert_close(ours, theirs)
+    with fk.use_backend("cpu"):
+        with pytest.raises(NotImplementedError, match=r"swin_nmf: trace inside torch.no_grad\(\); or inside"):
+            torch.jit.trace(layer, x)
+        with torch.no_grad():
+            assert "factorizer_kernels::swin_nmf" in str(torch.jit.trace(layer, x).inlined_graph)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "TorchScript"])
+def test_onnx_files_hold_no_kernel(dynamo, tmp_path):
+    """The reference, by itself; where a kernel is named, the error names the way."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    layer, x, path = Windowed(), torch.rand(1, 4, 8, 8), str(tmp_path / "layer.onnx")
+    torch.onnx.export(layer, (x,), path, dynamo=dynamo, verbose=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), layer(x).detach(), rtol=1e-4, atol=1e-5)
+    with (
+        fk.use_backend("cpu"),
+        pytest.raises(Exception, match="an ONNX file holds no kernel; leave the choice"),
+    ):
+        torch.onnx.export(layer, (x,), path, dynamo=dynamo, verbose=False)
 
 
 def _each(function, size, in_dims, arguments):

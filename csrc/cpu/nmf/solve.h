@@ -24,13 +24,12 @@ bool all_elements(const Factor& f, i64 matrices, i64 size, bool positive) {
   return violations == 0;
 }
 
-// Whether rank 1 may be taken by its moments as far as the factors are concerned.
+// Whether rank 1 may be taken by its moments as far as the factors are concerned. steps: the iterations that
+// are run, or differentiated; without any there is nothing to take by them.
 template <class T>
-bool rank_one_applies(const SwinNMF& p) {
+bool rank_one_applies(const SwinNMF& p, i64 steps) {
   const Windows& w = p.windows;
-  // Without an iteration to run, or to differentiate, there is nothing to take by them.
-  if (p.options.rank != 1 || p.options.grad_steps == 0 || w.head_dim > RankOne<T, WindowTiles<T>>::max_rows)
-    return false;
+  if (p.options.rank != 1 || steps == 0 || w.head_dim > RankOne<T, WindowTiles<T>>::max_rows) return false;
   // MU never leaves a zero of u0 or v0; HALS does not look at u0.
   if (!all_elements<T>(p.v0, w.num_matrices(), w.columns(), !p.options.hals)) return false;
   return p.options.hals || all_elements<T>(p.u0, w.num_matrices(), w.head_dim, true);

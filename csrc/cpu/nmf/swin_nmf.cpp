@@ -101,7 +101,7 @@ template <class T, class S>
 void forward(const SwinNMF& p) {
   const Windows& w = p.windows;
   if (w.num_matrices() == 0) return;
-  const bool rank_one = rank_one_applies<T>(p);
+  const bool rank_one = rank_one_applies<T>(p, p.options.num_iters);
   const int threads = threads_for(p);
   if (p.u.data != nullptr) {
     factorize_chunk<T, S>(p, rank_one, {0, w.batch * w.heads}, threads,
@@ -275,7 +275,7 @@ void backward(const SwinNMF& p) {
     return;
   }
   expect_writes(p.dx, w.num_elements() * i64(sizeof(S)));
-  ShiftBackward shift_backward(p, rank_one_applies<T>(p), threads);
+  ShiftBackward shift_backward(p, rank_one_applies<T>(p, p.options.grad_steps), threads);
   // Sums over the shifts are kept in the arithmetic's type.
   constexpr bool direct = sizeof(T) == sizeof(S);
   const Scratch dx_chunk(direct ? 0 : per_chunk * head * sizeof(T));

@@ -6,8 +6,6 @@ from factorizer_kernels.shared import native as cpu
 from factorizer_kernels.shared.maps import three_axes
 from factorizer_kernels.shared.registry import kernel
 
-NONE = (0, 0)  # the memory of what there is not
-
 
 def limit(x: Tensor, kernel_size: tuple[int, ...]) -> str | None:
     """Why the kernels do not run a filter of this size, or None where they do."""
@@ -29,7 +27,7 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     bias = bias if bias is None else bias.contiguous()
     cpu.native.depthwise_conv_forward(
         *_problem(x, weight), cpu.volume(x), cpu.memory(weight),
-        NONE if bias is None else cpu.memory(bias), cpu.memory(y), cpu.threads(),
+        None if bias is None else cpu.memory(bias), cpu.memory(y), cpu.threads(),
     )  # fmt: skip
     return y
 
@@ -40,13 +38,13 @@ def depthwise_conv_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight.contiguous()
     shapes = (dy.shape, weight.shape, weight.shape[:1])
-    gradients = [
+    dx, dweight, dbias = gradients = [
         like.new_empty(shape if wanted else (0,))
         for like, shape, wanted in zip((dy, weight, weight), shapes, output_mask, strict=True)
     ]
     cpu.native.depthwise_conv_backward(
         *_problem(x, weight), cpu.volume(dy), cpu.volume(x), cpu.memory(weight),
-        *(cpu.memory(g) if wanted else NONE for g, wanted in zip(gradients, output_mask, strict=True)),
+        *(cpu.memory(g) if wanted else None for g, wanted in zip(gradients, output_mask, strict=True)),
         cpu.threads(),
     )  # fmt: skip
-    return tuple(gradients)
+    return dx, dweight, dbias

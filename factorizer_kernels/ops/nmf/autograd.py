@@ -8,7 +8,7 @@ from torch import Tensor
 
 from factorizer_kernels.ops.nmf import spec
 from factorizer_kernels.ops.nmf.arguments import Options
-from factorizer_kernels.shared.autograd import call_backward
+from factorizer_kernels.shared.autograd import once
 
 
 def _save(ctx, inputs, *outputs: Tensor) -> None:
@@ -20,9 +20,8 @@ def _save(ctx, inputs, *outputs: Tensor) -> None:
 
 def _backward(ctx, name, operator, *grads: Tensor):
     factor_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-    dx, du0, dv0 = call_backward(
-        name, operator, *grads, *ctx.saved_tensors, factor_grads, *ctx.options, ctx.backend
-    )
+    backward = once(name, operator)
+    dx, du0, dv0 = backward(*grads, *ctx.saved_tensors, factor_grads, *ctx.options, ctx.backend)
     return (dx, du0, dv0, None, None) if factor_grads else (dx, None, None, None, None)
 
 

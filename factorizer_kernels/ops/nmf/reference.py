@@ -15,7 +15,7 @@ def nmf(x: Tensor, u0: Tensor, v0: Tensor, options: Options) -> Tensor:
     """Y = U Vᵀ after the iterations; arithmetic in float32, or float64 for float64."""
     with autocast_disabled(x):
         u, v = _factors(x, u0, v0, options)
-        y = (u @ v.mT).to(x.dtype)
+        y = (u @ v.transpose(-1, -2)).to(x.dtype)
     return y.expand(x.shape)  # with num_iters = 0 shared factors have not been broadcast to the batch
 
 
@@ -60,6 +60,6 @@ def _factors(x: Tensor, u: Tensor, v: Tensor, options: Options) -> tuple[Tensor,
 def _iterate(x: Tensor, u: Tensor, v: Tensor, steps: int, options: Options) -> tuple[Tensor, Tensor]:
     update = UPDATES[options.solver]
     for _ in range(steps):
-        u = update(u, x @ v, v.mT @ v, options.eps)
-        v = update(v, x.mT @ u, u.mT @ u, options.eps)
+        u = update(u, x @ v, v.transpose(-1, -2) @ v, options.eps)
+        v = update(v, x.transpose(-1, -2) @ u, u.transpose(-1, -2) @ u, options.eps)
     return u, v

@@ -5,7 +5,7 @@ import torch
 from factorizer_kernels.ops.nmf.arguments import Options
 from factorizer_kernels.ops.swin_nmf import spec
 from factorizer_kernels.ops.windows.geometry import Windows
-from factorizer_kernels.shared.autograd import call_backward
+from factorizer_kernels.shared.autograd import once
 
 
 class SwinNMF(torch.autograd.Function):
@@ -27,9 +27,8 @@ class SwinNMF(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         factor_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        dx, du0, dv0 = call_backward(
-            "swin_nmf", spec.swin_nmf_backward, dy, *ctx.saved_tensors, factor_grads,
-            *ctx.windows.options, ctx.relu, *ctx.options, ctx.backend,
-        )  # fmt: skip
+        dx, du0, dv0 = once("swin_nmf", spec.swin_nmf_backward)(
+            dy, *ctx.saved_tensors, factor_grads, *ctx.windows.options, ctx.relu, *ctx.options, ctx.backend
+        )
         du0, dv0 = (du0, dv0) if factor_grads else (None, None)
         return dx, du0, dv0, None, None, None, None

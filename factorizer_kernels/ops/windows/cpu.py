@@ -4,28 +4,27 @@ from torch import Tensor
 
 from factorizer_kernels.ops.windows.geometry import Windows
 from factorizer_kernels.ops.windows.native import native_windows
-from factorizer_kernels.shared import native as cpu
+from factorizer_kernels.shared.native import DTYPE_CODES, memory, native, threads, volume
 from factorizer_kernels.shared.registry import kernel
 
 
 @kernel("sw_matricize", "cpu")
 def sw_matricize(x: Tensor, head_dim, patch_size, shifts, mean) -> Tensor:
-    windows = Windows(x.shape, head_dim, patch_size, shifts)
+    windows = Windows(x.shape, head_dim, tuple(patch_size), tuple(shifts))
     z = x.new_empty(windows.matrices_shape)
-    cpu.native.sw_matricize(
-        cpu.DTYPE_CODES[x.dtype], native_windows(windows), cpu.volume(x), cpu.memory(z),
-        1 / windows.num_shifts if mean else 1.0, cpu.threads(),
-    )  # fmt: skip
+    native.sw_matricize(*_arguments(x, windows, z, mean))
     return z
 
 
 @kernel("sw_dematricize", "cpu")
 def sw_dematricize(z: Tensor, size, head_dim, patch_size, shifts, mean) -> Tensor:
-    windows = Windows(size, head_dim, patch_size, shifts)
-    z = z.contiguous()
+    windows = Windows(tuple(size), head_dim, tuple(patch_size), tuple(shifts))
     x = z.new_empty(size)
-    cpu.native.sw_dematricize(
-        cpu.DTYPE_CODES[z.dtype], native_windows(windows), cpu.volume(x), cpu.memory(z),
-        1 / windows.num_shifts if mean else 1.0, cpu.threads(),
-    )  # fmt: skip
+    z = z.contiguous()
+    native.sw_dematricize(*_arguments(x, windows, z, mean))
     return x
+
+
+def _arguments(x: Tensor, windows: Windows, z: Tensor, mean: bool) -> tuple:
+    scale = 1 / windows.num_shifts if mean else 1.0
+    return DTYPE_CODES[x.dtype], native_windows(windows), volume(x), memory(z), scale, threads()

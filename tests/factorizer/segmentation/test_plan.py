@@ -8,7 +8,7 @@ from factorizer_support import plan_for, planned
 
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.plan import Plan, plan_run, read_plan
+from factorizer.segmentation.plan import Plan, plan_run
 from factorizer.segmentation.recipe import RECIPE
 from factorizer.segmentation.volumes import Geometry
 
@@ -16,11 +16,11 @@ from factorizer.segmentation.volumes import Geometry
 @pytest.mark.parametrize(
     ("shape", "crop"),
     [
-        ((35, 50, 36), (32, 48, 32)),  # the nearest multiples of 16
-        ((40, 48, 40), (32, 48, 32)),
-        ((5, 8, 24), (16, 16, 32)),  # never less than one
+        ((35, 50, 36), (36, 52, 36)),  # the next multiples of 4
+        ((40, 48, 40), (40, 48, 40)),
+        ((5, 8, 24), (8, 8, 24)),
         ((240, 240, 155), (64, 64, 64)),  # never more than 64^3 voxels
-        ((320, 320, 20), (128, 128, 16)),
+        ((320, 320, 20), (112, 116, 20)),
     ],
 )
 def test_crop(shape, crop):
@@ -71,7 +71,7 @@ def test_region_errors(regions, words):
 def test_a_plan_survives_json():
     plan = plan_for(
         regions={"core": (2,), "whole": (1, 2)},
-        intensity_range=(-100.0, 300.0),
+        window=(-100.0, 300.0),
         recipe={"noise_std": 0.2},
         flips=(0, 2),
     )
@@ -79,12 +79,17 @@ def test_a_plan_survives_json():
 
 
 def test_a_plan_of_version_0_1_0_is_read():
-    plan = plan_for(intensity_range=(-100.0, 300.0), seed=3)
+    plan = plan_for(window=(-100.0, 300.0), seed=3)
     content = asdict(plan)
-    del content["recipe"]
-    content["window"] = content.pop("intensity_range")
-    assert read_plan(content) == plan
-    assert read_plan(asdict(plan)) == plan
+    for field in ("recipe", "notes", "data", "resample"):
+        del content[field]
+    content["window"] = (-100.0, 300.0)  # one for all channels
+    assert Plan(**content) == plan
+    assert plan.window == ((-100.0, 300.0),) * 2
+    del content["window"]
+    assert Plan(**content).window == (None, None)
+    with pytest.raises(DataError, match=r"window must be None or \(low, high\) for each of the 2 modalities"):
+        plan_for(window=(None, (3.0, 2.0)))
 
 
 @pytest.mark.parametrize(

@@ -181,10 +181,10 @@ def test_labels_are_taken_to_the_networks_grid_as_preprocessing_takes_them(tmp_p
         np.testing.assert_array_equal(prepared.class_indices(label), item["label"].numpy()[0])
 
 
-def test_a_range_of_intensities_clips_and_scales(tmp_path):
+def test_a_window_clips_and_scales(tmp_path):
     image = np.linspace(-1000, 1000, 60, dtype=np.float32).reshape(3, 4, 5)
     nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "image.nii")
-    plan = plan_for(modalities=("CT",), intensity_range=(-100.0, 300.0))
+    plan = plan_for(modalities=("CT",), window=(-100.0, 300.0))
     item = preprocessing(plan, ("image",))(files_of(Case("case", (tmp_path / "image.nii",))))
     expected = np.clip((image + 100) / 200 - 1, -1, 1)
     np.testing.assert_allclose(item["image"].numpy()[0], expected, atol=1e-6)

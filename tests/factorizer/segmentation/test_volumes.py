@@ -43,7 +43,7 @@ def test_unreadable_nifti(folder, kind, content):
         ("labelsTr", lambda x: x[:-1], r"labelsTr/.*shape .* does not match"),
         ("imagesTr", lambda x: x[..., :1], "1 channels; there must be one for each of the 2 modalities"),
         ("imagesTr", lambda x: x[..., 0], "1 channels; there must be one for each of the 2 modalities"),
-        ("imagesTr", lambda x: x[..., None], "has shape"),
+        ("imagesTr", lambda x: np.stack([x, x], -1), "has shape"),
         ("imagesTr", lambda x: np.where(x == x.max(), np.nan, x), "NaN or infinite"),
         ("imagesTr", lambda x: x * 0, "nothing but zeros"),
         ("labelsTr", lambda x: np.where(x == 2, 3, x).astype(np.uint8), "label value 3 has no"),

@@ -9,7 +9,7 @@ from torch import Tensor
 from factorizer_kernels.ops.nmf.arguments import Options
 from factorizer_kernels.ops.windows.geometry import Windows
 
-# The closed form's backward keeps a row of M numbers of each iteration in registers; past a block's largest
+# The identity's backward keeps a row of M numbers of each iteration in registers; past a block's largest
 # size it would not compile.
 MAX_CLOSED_FORM_ITERS = 256
 # Where G = XXᵀ, built row by row, costs less than the iterations that it replaces.
@@ -49,9 +49,9 @@ class Problem(NamedTuple):
 
     @property
     def rank1_closed_form(self) -> bool:
-        """Whether the factors come from sums over the window alone (``rank1``), and that is faster.
+        """Whether the rank-1 identity (``rank1``) holds and is faster: U and V from sums over the window alone.
 
-        They do at rank 1 where x >= 0 for certain: HALS' projections never act.
+        It holds where x >= 0 for certain: HALS' projections never act.
         """
         return (
             self.rank == 1

@@ -1,8 +1,8 @@
 """One window in one program: read once, all the iterations on chip, written once.
 
 A window is an (M, N) block of at most ``MAX_ELEMENTS`` elements in registers, its factors columns beside
-it. Rank 1 of HALS after a ReLU goes by a closed form (``rank1``), everything else iterates
-(``updates``). The backward runs the iterations again; the closed form keeps its T vectors of M in
+it. Rank 1 of HALS after a ReLU goes by the rank-1 identity (``rank1``), everything else iterates
+(``updates``). The backward runs the iterations again; the identity keeps its T vectors of M in
 registers, the iterations keep their factors in a tape, one slot for each program, that stays in the L2
 cache because the programs go on to the next window with the same slot.
 """

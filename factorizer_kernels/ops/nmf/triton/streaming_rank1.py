@@ -1,4 +1,4 @@
-"""Long matrices at rank 1, where the closed form holds: two passes over X, whatever the iterations.
+"""Long matrices at rank 1, where the rank-1 identity holds: two passes over X, whatever the iterations.
 
 The first pass adds up G = XXᵀ, X1, X v0 and v0ᵀv0, strip by strip; one small program for each matrix runs
 all the iterations on them; the second pass computes v and writes y. The backward adds one pass: over X
@@ -201,7 +201,7 @@ def gradient_kernel(
 
 
 def fits(problem: Problem) -> bool:
-    """Whether the closed form holds, and G fits on chip."""
+    """Whether the rank-1 identity holds, and G fits on chip."""
     return problem.rank1_closed_form
 
 
@@ -261,7 +261,7 @@ def backward(
     dx: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See ``resident.backward``; grad_steps >= 1, and the gradient is dy."""
-    assert isinstance(grads, Tensor)  # nmf_factors has no activation, so it never takes the closed form
+    assert isinstance(grads, Tensor)  # nmf_factors has no activation, so it never takes the identity
     dy = grads
     passes = _Passes(problem, x, u0, v0)
     rows = problem.rows
