@@ -10,8 +10,25 @@ LARGEST = {"float32": 3.4028235e38, "float64": 1.7976931348623157e308}
 
 @pytest.mark.parametrize(
     "name",
-    ["CT", "ct", "CTA", "NCCT", "CBCT", "CECT", "HRCT", "LDCT", "CT scan", "ct_0000", "non-contrast CT"]
-    + ["CT (HU)", "Computed Tomography", "low-dose CT", "CTPA", "CTscan", "ctImage"],
+    [
+        "CT",
+        "ct",
+        "CTA",
+        "NCCT",
+        "CBCT",
+        "CECT",
+        "HRCT",
+        "LDCT",
+        "CT scan",
+        "ct_0000",
+        "non-contrast CT",
+        "CT (HU)",
+        "Computed Tomography",
+        "low-dose CT",
+        "CTPA",
+        "CTscan",
+        "ctImage",
+    ],
 )
 def test_names_of_ct(name):
     assert is_ct(name)
@@ -19,8 +36,21 @@ def test_names_of_ct(name):
 
 @pytest.mark.parametrize(
     "name",
-    ["PET", "MRI", "T1ce", "ctp", "CTP CBF", "SUV", "xCT", "ACT", "sector", "FLAIR", "PET (CT-corrected)"]
-    + ["positron emission computed tomography", "CT mask"],
+    [
+        "PET",
+        "MRI",
+        "T1ce",
+        "ctp",
+        "CTP CBF",
+        "SUV",
+        "xCT",
+        "ACT",
+        "sector",
+        "FLAIR",
+        "PET (CT-corrected)",
+        "positron emission computed tomography",
+        "CT mask",
+    ],
 )
 def test_names_of_other_modalities(name):
     assert not is_ct(name)

@@ -107,7 +107,7 @@ def test_every_channel_has_its_own_window():
     plan = plan_run(task, geometries, members[:3], members[3:])
     assert plan.window == ((-101.0, 200.0), None, (50.0, 401.0))
     geometries = {str(i): Geometry((32,) * 3, (1.0,) * 3, (None,) * 3) for i in range(4)}
-    with pytest.raises(DataError, match="no training case has labelled voxels.*CT has no window"):
+    with pytest.raises(DataError, match=r"no training case has labelled voxels.*CT has no window"):
         plan_run(task, geometries, members[:3], members[3:])
 
 
