@@ -133,7 +133,7 @@ def test_train_evaluate_and_infer(name, data, tmp_path):
     assert len(state["losses"]) == 2
     assert (tmp_path / "models" / "best.pt").is_file()
     (train,) = (json.loads(Path(file).read_text()) for file in configs(name, "train"))
-    assert plan.regions == {region: tuple(v) for region, v in train["plan"]["regions"].items()}
+    assert plan.regions == {region: tuple(v) for region, v in train["regions"].items()}
 
     run(config_file=configs(name, "train", "evaluate"), spacing=[2.0, 2.0, 2.0], **options)
     lines = (tmp_path / "predictions" / "scores.csv").read_text().splitlines()
