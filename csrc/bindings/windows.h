@@ -23,7 +23,5 @@ inline Volume volume(const char* name, const VolumeArgs& args, const Windows& w,
   return volume(name, args, Extent{w.batch, w.heads * w.head_dim, w.size[0], w.size[1], w.size[2]}, element);
 }
 
-void def_windows(py::module_& m);
-
 }  // namespace bindings
 }  // namespace factorizer

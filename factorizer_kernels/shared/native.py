@@ -70,5 +70,4 @@ def volume(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
     return *memory(x), x.stride()
 
 
-def threads() -> int:
-    return torch.get_num_threads()
+threads = torch.get_num_threads

@@ -50,8 +50,8 @@ class Call:
     def problem(self):
         module = native.native
         return module.NMFProblem(
-            self.dtype, module.Windows(**self.windows), self.volume("x"), self.memory["u0"], self.memory["v0"],
-            self.shared, module.NMFOptions(**self.options),
+            self.dtype, module.Windows(**self.windows), self.volume("x"), self.memory["u0"],
+            self.memory["v0"], self.shared, module.NMFOptions(**self.options),
         )  # fmt: skip
 
     def run(self, operator):

@@ -190,21 +190,22 @@ class Worker {
     const i64 columns = tile.extent[2], length = round_up<T>(columns);
     const T* first = padded_ + plan_.lead + plan_.reach[1] * plan_.pitch;
     each_row_block(tile.extent[1], [&](i64 row, i64 rows) {
-      // While the filter computes, memory has nothing to do: what is read and written next is asked for.
-      const auto ahead = [&](const Map<const S>& map, i64 planes) {
-        const S* from = map.at(z + planes, tile.begin[1] + row, tile.begin[2]);
-        if (map.stride[2] == 1) prefetch_rows<false>(from, map.stride[1], rows, columns);
+      const i64 y = tile.begin[1] + row, next = z + plan_.reach[0] + 1;
+      S* const to = out.at(z, y, tile.begin[2]);
+      // What is written next, the plane that is read next, and x, which is correlated next.
+      const Ahead ahead[] = {
+          {to + rows * out.stride[1], out.stride[1]},
+          {in.at(next, y, tile.begin[2]), in.stride[1]},
+          x == nullptr ? Ahead(to, 0) : Ahead(x->at(z, y, tile.begin[2]), x->stride[1]),
       };
-      ahead(in, plan_.reach[0] + 1);
-      if (x != nullptr) ahead(*x, 0);
-      S* const to = out.at(z, tile.begin[1] + row, tile.begin[2]);
-      prefetch_rows<true>(to + rows * out.stride[1], out.stride[1], rows, columns);
+      const AheadList list{ahead, in.stride[2] > 1 ? 1 : x == nullptr ? 2 : 3};
+      const T* from = first + row * plan_.pitch;
       if constexpr (std::is_same_v<T, S>) {
         if (columns >= Simd<T>::width) {
-          return filter_(rows, first + row * plan_.pitch, plan_.pitch, taps, to, out.stride[1], columns);
+          return filter_(rows, from, plan_.pitch, taps, to, out.stride[1], columns, list);
         }
       }
-      filter_(rows, first + row * plan_.pitch, plan_.pitch, taps, rows_, length, length);
+      filter_(rows, from, plan_.pitch, taps, rows_, length, length, list);
       write_rows(rows_, length, to, out.stride[1], rows, columns);
     });
   }
@@ -240,7 +241,7 @@ class Worker {
     const Taps<T> taps{offsets_, p_.kernel[1] * p_.kernel[2], weights_, bias_};
     if (out != nullptr) {
       each_row_block(depth, [&](i64 z, i64 planes) {
-        filter_(planes, first + z * plan_.plane, plan_.plane, taps, rows_, plan_.length, plan_.length);
+        filter_(planes, first + z * plan_.plane, plan_.plane, taps, rows_, plan_.length, plan_.length, {});
         for (i64 plane = 0; plane < planes; ++plane) {
           write_rows(rows_ + plane * plan_.length, plan_.pitch, out->at(tile.begin[0] + z + plane, 0, 0), columns,
                      rows, columns);

@@ -4,6 +4,8 @@
 // row, once loaded, serves K rows of the result. The taps along the other axes are a list of offsets.
 #pragma once
 
+#include <cstdint>
+
 #include "cpu/common/simd.h"
 
 namespace factorizer {
@@ -16,6 +18,34 @@ struct Taps {
   i64 count;
   const T* weights;  // count x K
   T bias;
+};
+
+// Rows as many and as long as those that are filtered, which will be wanted soon: they are asked for a few lines at
+// a time, because memory has nothing to do while the filter computes. They need not exist.
+class Ahead {
+ public:
+  template <class S>
+  Ahead(const S* first, i64 step)
+      : first_(reinterpret_cast<std::uintptr_t>(first)), step_(step * i64(sizeof(S))), element_(sizeof(S)) {}
+
+  // The part of `rows` of them that a block of elements from n on stands for.
+  void fetch(i64 rows, i64 n, i64 block) const {
+    const i64 blocks = block * element_ < line ? line / (block * element_) : 1;  // in a line
+    for (i64 row = n / block % blocks; row < rows; row += blocks) {
+      __builtin_prefetch(
+          reinterpret_cast<const void*>(first_ + std::uintptr_t(row * step_ + n * element_)));
+    }
+  }
+
+ private:
+  static constexpr i64 line = 64;
+  std::uintptr_t first_;
+  i64 step_, element_;  // in bytes
+};
+
+struct AheadList {
+  const Ahead* data = nullptr;
+  int count = 0;
 };
 
 // Vectors of sums that are in registers at once: enough to hide the latency of multiply-adds.
@@ -58,10 +88,12 @@ FK_INLINE void filter_block(const T* in, i64 step, const Taps<T>& taps, T* out, 
 
 // Blocks of V vectors; the last one begins before the end of the one before it where the length asks for it.
 template <class T, int K, int R, int V>
-void filter_rows(const T* in, i64 step, const Taps<T>& taps, T* out, i64 out_step, i64 length) {
+void filter_rows(const T* in, i64 step, const Taps<T>& taps, T* out, i64 out_step, i64 length,
+                 AheadList ahead) {
   constexpr i64 block = V * Simd<T>::width;
-  if (V > 1 && length < block) return filter_rows<T, K, R, 1>(in, step, taps, out, out_step, length);
+  if (V > 1 && length < block) return filter_rows<T, K, R, 1>(in, step, taps, out, out_step, length, ahead);
   for (i64 n = 0; n < length; n += block) {
+    for (int i = 0; i < ahead.count; ++i) ahead.data[i].fetch(R, n, block);
     const i64 at = n + block <= length ? n : length - block;
     filter_block<T, K, R, V>(in + at, step, taps, out + at, out_step);
   }
@@ -69,16 +101,17 @@ void filter_rows(const T* in, i64 step, const Taps<T>& taps, T* out, i64 out_ste
 
 template <class T>
 using Filter = void (*)(i64 rows, const T* in, i64 step, const Taps<T>& taps, T* out, i64 out_step,
-                        i64 length);
+                        i64 length, AheadList ahead);
 
 // out[r][n] = bias + the sum over taps j and k of weights[j][k] in[r + k][n + offsets[j]], for r < rows, 8, 4 or 1
 // of them, and n < length, one vector at least.
 template <class T, int K>
-void filter(i64 rows, const T* in, i64 step, const Taps<T>& taps, T* out, i64 out_step, i64 length) {
+void filter(i64 rows, const T* in, i64 step, const Taps<T>& taps, T* out, i64 out_step, i64 length,
+            AheadList ahead) {
   switch (rows) {
-    case 8: return filter_rows<T, K, 8, chains / 8>(in, step, taps, out, out_step, length);
-    case 4: return filter_rows<T, K, 4, chains / 4>(in, step, taps, out, out_step, length);
-    default: return filter_rows<T, K, 1, chains>(in, step, taps, out, out_step, length);
+    case 8: return filter_rows<T, K, 8, chains / 8>(in, step, taps, out, out_step, length, ahead);
+    case 4: return filter_rows<T, K, 4, chains / 4>(in, step, taps, out, out_step, length, ahead);
+    default: return filter_rows<T, K, 1, chains>(in, step, taps, out, out_step, length, ahead);
   }
 }
 

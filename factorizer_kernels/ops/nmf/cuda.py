@@ -11,24 +11,24 @@ from factorizer_kernels.shared import cuda
 from factorizer_kernels.shared.native import DTYPE_CODES, memory
 
 native = cuda.native
-LIMITS = native.CUDA_LIMITS
 
 
 def limit(x: Tensor, sizes: MatrixSizes) -> str | None:
     """Why the kernels cannot factorise these matrices of x, or None where they can."""
+    limits = native.CUDA_LIMITS
     for name, words in (
         ("rank", "rank"), ("rows", "head_dim (rows)"), ("columns", "columns"), ("num_shifts", "shifts")
     ):  # fmt: skip
         value = getattr(sizes, name)
-        if value > LIMITS[name]:
-            return f"it takes {words} up to {LIMITS[name]}, got {value}"
+        if value > limits[name]:
+            return f"it takes {words} up to {limits[name]}, got {value}"
     if x.dtype == torch.float64:
         return "it takes float32, bfloat16 and float16, got float64"
     # While a graph is traced, comparing a size that is left open would bound it; there the module refuses.
     if not torch.compiler.is_compiling():
         windows = sizes.num_shifts * x.numel() // max(sizes.rows * sizes.columns, 1)
-        if windows > LIMITS["windows"] or any(extent > LIMITS["extent"] for extent in x.shape):
-            return f"it takes up to {LIMITS['windows']} windows, and {LIMITS['extent']} voxels along an axis"
+        if windows > limits["windows"] or any(extent > limits["extent"] for extent in x.shape):
+            return f"it takes up to {limits['windows']} windows, and {limits['extent']} voxels along an axis"
     return cuda.why_no_code(x.device.index) if x.is_cuda else None
 
 

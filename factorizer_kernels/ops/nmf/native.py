@@ -25,7 +25,7 @@ def native_options(rank: int, relu: bool, options: Options) -> Any:
 
 
 class Problem(ABC):
-    """Every window of a feature map, factorised from u0 and v0; a subclass for each backend has the calls.
+    """Every window of a feature map, factorised from u0 and v0; each backend has a subclass with its calls.
 
     Attributes:
         x: the map (B, C, S1..Sp), of any strides.
@@ -39,7 +39,7 @@ class Problem(ABC):
     ):
         self.x, self.options, self.batch_shape = x, options, batch_shape
         self.shapes = u0.shape, v0.shape
-        shared = prod(u0.shape[:-2]) == 1 and prod(v0.shape[:-2]) == 1
+        shared = u0.dim() == v0.dim() == 2 or (prod(u0.shape[:-2]) == 1 and prod(v0.shape[:-2]) == 1)
         if not shared:
             u0, v0 = (factor.expand(*batch_shape, *factor.shape[-2:]) for factor in (u0, v0))
         self.u0, self.v0 = u0.mT.contiguous(), v0.mT.contiguous()
@@ -68,19 +68,17 @@ class Problem(ABC):
     def forward(self) -> Callable[..., None]:
         """The call that writes y (of x's shape), or u and v (as ``new_factors`` makes them).
 
-        It takes the ``memory`` of each, by name.
+        It takes the ``memory`` of each, by name. The problem must outlive it.
         """
 
     @abstractmethod
     def backward(self, factor_grads: bool, **loss) -> tuple[Tensor, Tensor, Tensor]:
-        """(dx, du0, dv0) from ``dy``, a volume, or from ``du`` and ``dv``, laid out like u and v."""
+        """(dx, du0, dv0) from ``dy``, a ``volume``, or from ``du`` and ``dv``, the ``memory`` of each."""
 
     def new_factors(self) -> tuple[Tensor, Tensor]:
         """u (..., R, M) and v (..., R, N) for every matrix, empty."""
-        shape = self.batch_shape
-        return self.u0.new_empty((*shape, *self.u0.shape[-2:])), self.v0.new_empty(
-            (*shape, *self.v0.shape[-2:])
-        )
+        u_shape, v_shape = ((*self.batch_shape, *factor.shape[-2:]) for factor in (self.u0, self.v0))
+        return self.u0.new_empty(u_shape), self.v0.new_empty(v_shape)
 
     def factor_grads(self, du0: Tensor, dv0: Tensor) -> tuple[Tensor, Tensor]:
         """Gradients laid out as u0 and v0 here, in the shapes of those given, summed where they broadcast."""
@@ -98,7 +96,8 @@ def register(backend: str, problem: type[Problem], limit: Limit = no_limit) -> N
     @kernel("nmf", backend, limit)
     def nmf(x: Tensor, u0: Tensor, v0: Tensor, *options) -> Tensor:
         y = x.new_empty(x.shape)
-        problem.of_matrices(x, u0, v0, options).forward(y=memory(y))
+        made = problem.of_matrices(x, u0, v0, options)  # a name, since it owns what the call reads
+        made.forward(y=memory(y))
         return y
 
     @kernel("nmf_backward", backend, limit)

@@ -79,7 +79,7 @@ def test_empty_maps_launch_nothing(size, solver, rank, device):
 
 def test_scratch_memory_off_its_multiple(device, monkeypatch):
     """Where a device would stop with a misaligned address, and take the context with it."""
-    monkeypatch.setattr(cuda.Call, "_floats", lambda call, count: torch.empty(count + 1)[1:])
+    monkeypatch.setattr(cuda.CudaProblem, "floats", lambda problem, count: torch.empty(count + 1)[1:])
     with fk.use_backend("cuda"), pytest.raises(ValueError, match="work must lie on a multiple of 16 bytes"):
         fk.swin_nmf(*inputs(), **OPTIONS)
     assert device.launches() == []
