@@ -24,8 +24,8 @@ _ATTENTIONS = (ATTENTION, WINDOW_ATTENTION, SHIFTED_ATTENTION, LINEAR_ATTENTION)
 _ALL = (OURS, RELU, COPY, REFERENCE, *_ATTENTIONS)
 
 # Voxels along an axis of the maps for each --size: the volumes that speed is plotted over, the one that
-# torch.compile joins in on, the images, the volume whose other options are varied; N of the matrices; channels
-# of the maps that are convolved, as a MedNeXt's, and their voxels along an axis.
+# torch.compile joins in on, the images, the volume whose other options are varied; N of the matrices;
+# channels of the maps that are convolved, as a MedNeXt's, and their voxels along an axis.
 _SIZES = {
     "tiny": ((8, 16), 8, (16,), 8, 64, ((4, 8),)),
     "default": ((16, 32, 64, 128), 64, (256, 512), 32, 4096, ((32, 64), (64, 32), (128, 16), (256, 8))),
