@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from matplotlib.figure import Figure
-from monai.networks.nets import SegResNet, SwinUNETR, UNet
+from monai.networks.nets import DynUNet, SegResNet, SwinUNETR, UNet
 from rich.console import Console
 from rich.progress import TaskID
 from torch import Tensor, nn
@@ -49,7 +49,7 @@ from .report import table
 
 SPLIT_SEED = 0
 EXPLAINED = 8  # cases of each part that components are chosen and measured on
-SWIN_UNETR_DIVISOR = 32
+SWIN_UNETR_DIVISOR, DYN_UNET_DIVISOR = 32, 4
 
 
 class Padded(nn.Module):
@@ -65,15 +65,19 @@ class Padded(nn.Module):
         return y[(..., *(slice(m // 2, m // 2 + n) for m, n in zip(missing, x.shape[2:], strict=True)))]
 
 
-# What stands in place of arguments of the plan's network, which is the Swin Factorizer of rank 1.
+# What stands in place of arguments of the plan's network: the parts that the paper has not are left out.
+PUBLISHED: dict[str, Any] = {"local": None, "num_deep_supr": 0}
 FACTORIZERS: dict[str, dict[str, Any]] = {
-    f"{name} Factorizer, rank {rank}": {"rank": rank, **reshape}
-    for name, reshape in (
-        ("Swin", {}),
-        ("Local", {"reshape": ("Matricize", {"head_dim": 8, "patch_size": 4})}),
-        ("Global", {"reshape": ("Matricize", {"head_dim": 8, "grid_size": 1})}),
-    )
-    for rank in (1, 4)
+    "Swin Factorizer, local filter": {},
+    **{
+        f"{name} Factorizer, rank {rank}": {**PUBLISHED, "rank": rank, **reshape}
+        for name, reshape in (
+            ("Swin", {}),
+            ("Local", {"reshape": ("Matricize", {"head_dim": 8, "patch_size": 4})}),
+            ("Global", {"reshape": ("Matricize", {"head_dim": 8, "grid_size": 1})}),
+        )
+        for rank in (1, 4)
+    },
 }
 # Of MONAI, with three stages as the Factorizer has, and the widths that bring their parameters nearest to
 # its. SwinUNETR has five stages whatever it is told, and no narrower ones than these.
@@ -81,6 +85,9 @@ OTHERS: dict[str, Callable[[int, int], nn.Module]] = {
     "SegResNet": lambda i, o: SegResNet(3, 16, i, o, blocks_down=(1, 1, 1), blocks_up=(1, 1)),
     "UNet": lambda i, o: UNet(3, i, o, (16, 32, 64), (2, 2), num_res_units=2),
     "SwinUNETR": lambda i, o: Padded(SwinUNETR(i, o, feature_size=12, depths=(1,) * 4), SWIN_UNETR_DIVISOR),
+    "DynUNet": lambda i, o: Padded(
+        DynUNet(3, i, o, (3, 3, 3), (1, 2, 2), (2, 2), filters=(16, 32, 64), res_block=True), DYN_UNET_DIVISOR
+    ),
 }
 NETWORKS = (*FACTORIZERS, *OTHERS)
 
@@ -159,7 +166,7 @@ def execute(run: Run, data: Data, out: Path) -> None:
         volumes = training_volumes(plan, data.training, data.geometries)
         batches = CropBatches(plan, volumes)
         trainer.run(batches, checkpoint, lambda step: _progress.put((run, "training", step)))
-    predictor, scores = Predictor([(trainer.network, plan)]), []
+    predictor, scores = Predictor([(trainer.result, plan)]), []
     for number, case in enumerate(data.held_out, 1):
         truth, spacing = check_label(case, list(plan.labels)), data.geometries[case.name].spacing
         scores += score_labels(predictor.segment(case), truth, plan.targets, spacing, case.name)

@@ -23,12 +23,15 @@ def _commands() -> None:
 # --- options that several commands have -----------------------------------------------------------
 
 Checkpoints = Annotated[
-    list[Path],
+    list[Path] | None,
     typer.Option(
         "--checkpoint", help="A trained network; several of them are averaged (give the option again)."
     ),
 ]
-Checkpoint = Annotated[Path, typer.Option(help="A trained network.")]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="In place of a checkpoint: a name of `factorizer models`.")
+]
+OneCheckpoint = Annotated[Path | None, typer.Option("--checkpoint", help="A trained network.")]
 Inputs = Annotated[
     list[str],
     typer.Option(
@@ -111,7 +114,14 @@ def train(
         typer.Option(help="MONAI bundle whose recipe to follow, such as bundles/brats_factorizer."),
     ] = None,
     config: Configs = None,
-    steps: Steps = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps, in place of a budget.")] = None,
+    budget: Annotated[
+        str,
+        typer.Option(help="quick, standard or full: 5 minutes, 90 minutes, 8 hours on this machine."),
+    ] = "standard",
+    init: Annotated[
+        Path | None, typer.Option(help="Checkpoint or model file to start from, whatever its classes.")
+    ] = None,
     crop: Annotated[
         Any,
         typer.Option(
@@ -150,7 +160,11 @@ def train(
         ),
     ] = None,
     fold: Annotated[
-        int | None, typer.Option(help="Fold of five to hold out. Default: a fifth of the cases, at most 40.")
+        str | None,
+        typer.Option(
+            help="Fold of five to hold out, or all, for a cross-validation. Default: a fifth of the cases, "
+            "at most 40."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the weights and the crops.")] = 0,
     validate_every: Annotated[
@@ -170,10 +184,15 @@ def train(
     For several GPUs: torchrun --nproc-per-node=N -m factorizer train ...
     """
     with _errors():
+        from factorizer.commands.cross_validation import cross_validate
         from factorizer.commands.train import train as run
         from factorizer.segmentation.plan import Wishes
         from factorizer.segmentation.screen import console_of_process
 
+        every = fold == "all"
+        if not every and fold is not None and not fold.isdecimal():
+            _fail(f"fold: got {fold!r}; it must be a number from 0 to 4, or all", 2)
+        number = None if every or fold is None else int(fold)
         wishes = Wishes(
             steps=steps,
             batch_size=batch_size,
@@ -186,6 +205,9 @@ def train(
             flips=None if flips is None else tuple(flips),
         )
         if bundle is not None:
+            if every or init is not None:
+                _fail("fold all, init: are not for a bundle", 2)
+
             from factorizer.commands.bundle import train_bundle
 
             train_bundle(
@@ -197,7 +219,7 @@ def train(
                 wishes,
                 resample=resample,
                 split=split,
-                fold=fold,
+                fold=number,
                 seed=seed,
                 patience=patience,
                 workers=workers,
@@ -207,34 +229,41 @@ def train(
             return
         if config:
             _fail("config: is a file of a bundle, so it needs --bundle", 2)
-        run(
-            console_of_process(),
-            data,
-            out,
-            wishes,
-            resample=resample,
-            split=split,
-            seed=seed,
-            fold=fold,
-            validate_every=validate_every,
-            patience=patience,
-            device=device,
-            workers=workers,
-        )
+        options: dict[str, Any] = {
+            "resample": resample,
+            "budget": budget,
+            "init": init,
+            "seed": seed,
+            "validate_every": validate_every,
+            "patience": patience,
+            "device": device,
+            "workers": workers,
+        }
+        if every:
+            if split is not None:
+                _fail("fold all: the folds are drawn, so it takes no --split", 2)
+            cross_validate(console_of_process(), data, out, wishes, **options)
+        else:
+            run(console_of_process(), data, out, wishes, split=split, fold=number, **options)
 
 
 @app.command()
 def predict(
-    checkpoint: Checkpoints,
     input: Inputs,
     output: Annotated[Path, typer.Option(help="Folder for NAME.nii.gz, on the grid of each input.")],
+    checkpoint: Checkpoints = None,
+    model: ModelName = None,
     section: Section = None,
     resample: Resample = "",
     num_iters: Iterations = None,
     whole: Whole = False,
     mirror: Annotated[
-        bool, typer.Option("--mirror", help="Average over the mirror images that training drew from.")
-    ] = False,
+        bool | None,
+        typer.Option(
+            "--mirror/--no-mirror",
+            help="Average over the mirror images that training drew from. Default: as the model says.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool,
         typer.Option("--overwrite", help="Write over results that were made from other inputs or settings."),
@@ -248,7 +277,7 @@ def predict(
 
         outcomes = run(
             console_of_process(),
-            checkpoint,
+            _networks(checkpoint, model),
             input,
             output,
             section=section,
@@ -286,9 +315,10 @@ def evaluate(
 
 @app.command()
 def explain(
-    checkpoint: Checkpoint,
     input: Inputs,
     output: Annotated[Path, typer.Option(help="Folder for components, figures and components.csv.")],
+    checkpoint: OneCheckpoint = None,
+    model: ModelName = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(help="shallow, deep, all, or a mixer's name. Default: shallow and deep."),
@@ -310,7 +340,7 @@ def explain(
 
         if run(
             Console(),
-            checkpoint,
+            _networks([checkpoint] if checkpoint else None, model)[0],
             input,
             output,
             layers=layer or ("shallow", "deep"),
@@ -326,9 +356,10 @@ def explain(
 
 @app.command()
 def speed(
-    checkpoint: Checkpoint,
     input: Inputs,
     output: Annotated[Path, typer.Option(help="Folder for speed.csv and speed.png.")],
+    checkpoint: OneCheckpoint = None,
+    model: ModelName = None,
     num_iters: Annotated[
         Any, typer.Option(help="Numbers of iterations, separated by commas.", parser=_numbers)
     ] = "0,1,2,3,5,10",
@@ -346,7 +377,7 @@ def speed(
 
         _, failed = run(
             Console(),
-            checkpoint,
+            _networks([checkpoint] if checkpoint else None, model)[0],
             input,
             output,
             num_iters=num_iters,
@@ -388,7 +419,76 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-# --- ends -----------------------------------------------------------------------------------------
+# --- trained networks -----------------------------------------------------------------------------
+
+models = typer.Typer(help="Trained networks: list them, read their cards, give one away.")
+app.add_typer(models, name="models")
+
+
+@models.callback(invoke_without_command=True)
+def list_models(context: typer.Context) -> None:
+    """List the trained networks that `predict --model` knows."""
+    if context.invoked_subcommand is None:
+        with _errors():
+            from rich.console import Console
+
+            from factorizer.commands.models import show_models
+
+            show_models(Console())
+
+
+@models.command()
+def card(name: Annotated[str, typer.Argument(help="One of `factorizer models`.")]) -> None:
+    """Print what a network was trained on, how well it does, and what it is not for."""
+    with _errors():
+        from rich.console import Console
+
+        from factorizer.commands.models import show_card
+
+        show_card(Console(), name)
+
+
+@models.command()
+def export(
+    checkpoint: Annotated[list[Path], typer.Option(help="A trained network; may be given again.")],
+    output: Annotated[Path, typer.Option(help="The model file, such as mine.pt.")],
+    card: Annotated[Path | None, typer.Option(help="Markdown file that goes into the model file.")] = None,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Predict over mirror images by default.")] = False,
+) -> None:
+    """Write one or several networks as one file, in half precision."""
+    with _errors():
+        from rich.console import Console
+
+        from factorizer.commands.models import export as run
+
+        run(Console(), checkpoint, output, card=card, mirror=mirror)
+
+
+@models.command("import")
+def take(
+    file: Annotated[Path, typer.Argument(help="A model file, or a checkpoint.")],
+    name: Annotated[str | None, typer.Option(help="Default: the file's.")] = None,
+) -> None:
+    """Copy a model file into the folder of one's own, which FACTORIZER_MODELS may name."""
+    with _errors():
+        from rich.console import Console
+
+        from factorizer.commands.models import take as run
+
+        run(Console(), file, name)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def _networks(checkpoints: list[Path] | None, model: str | None) -> list[Path]:
+    """The files that --checkpoint or --model name. Raises DataError unless one of the two is given."""
+    from factorizer.segmentation.errors import DataError
+    from factorizer.segmentation.trained import find_model
+
+    if bool(checkpoints) == (model is not None):
+        raise DataError("checkpoint, model: give one of them")
+    return [find_model(model)] if model is not None else list(checkpoints or ())
 
 
 @contextmanager

@@ -25,7 +25,7 @@ def predict(
     resample: str = "",
     num_iters: int | None = None,
     whole: bool = False,
-    mirror: bool = False,
+    mirror: bool | None = None,
     overwrite: bool = False,
     device: str | None = None,
 ) -> list[Outcome[str]]:

@@ -12,13 +12,14 @@ from rich.console import Console
 
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import on_one_grid, read_decathlon, read_split, split_cases
+from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import MeanDice
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.plan import AS_PLANNED, Wishes, plan_run
+from factorizer.segmentation.plan import AS_PLANNED, Plan, Wishes, plan_run
 from factorizer.segmentation.processes import pick_device, process_group
 from factorizer.segmentation.screen import duration, facts
-from factorizer.segmentation.training import Trainer, fit
+from factorizer.segmentation.training import Trainer, fit, start_from, step_seconds, within_budget
 from factorizer.segmentation.transforms import CropBatches, training_volumes
 from factorizer.segmentation.volumes import check_cases
 
@@ -31,6 +32,8 @@ def train(
     *,
     resample: str = "",
     split: Path | None = None,
+    budget: str = "standard",
+    init: Path | None = None,
     seed: int = 0,
     fold: int | None = None,
     validate_every: int | None = None,
@@ -42,6 +45,10 @@ def train(
 
     `wishes` stand in place of what the data would decide, a `split` file (`read_split`) in place of a drawn
     one; with `resample` modalities on other grids are brought to that of "first", or of the one named.
+
+    Where the wishes name no steps they are as many as the `budget`, a name of `recipe.BUDGETS`, is enough for
+    by a step that is measured first; a run that is continued keeps its number. `init` is a checkpoint or a
+    model file of one network: the run's network is of its kind, and starts from its weights where they fit.
 
     Writes plan.json, checkpoint.pt, TensorBoard's files under log/ and, where it validates, best.pt.
     Returns the checkpoint. Raises DataError before training for data or an `out` that cannot be used.
@@ -60,10 +67,19 @@ def train(
     geometries = check_cases(console, task)
     plan = plan_run(task, geometries, training, held_out, wishes, seed=seed, resample=resample)
     checkpoint = out / "checkpoint.pt"
+    if init is not None:
+        plan = _like(plan, init)
     with process_group():
+        if wishes.steps is None:
+            with console.status("Measuring a training step"):
+                plan = within_budget(plan, budget, checkpoint, place)
+        network = build_network(plan.network, plan.seed)
+        if init is not None:
+            copied, others = start_from(network, init)
+            console.print(f"{init}: {copied} tensors start from it, {others} at random", soft_wrap=True)
         trainer = Trainer(
             plan,
-            build_network(plan.network, plan.seed),
+            network,
             device=place,
             log=out / "log",
             validate=MeanDice(plan, held_out, place) if validate_every else None,
@@ -73,7 +89,7 @@ def train(
         )
         if checkpoint.exists():
             trainer.resume(checkpoint)
-        announce(console, trainer, out)
+        announce(console, trainer, out, None if trainer.finished else step_seconds(plan, place))
         if not trainer.finished:
             with console.status(f"Loading {len(training)} volumes"):
                 volumes = training_volumes(plan, training, geometries)
@@ -89,8 +105,18 @@ def train(
     return checkpoint
 
 
-def announce(console: Console, trainer: Trainer, out: Path) -> None:
-    """Writes out/plan.json, and shows what the plan decided."""
+def _like(plan: Plan, init: Path) -> Plan:
+    """The plan with the network of the checkpoint `init`, for the channels and the size of the plan."""
+    try:
+        other = read_checkpoint(init)[0]
+    except FileNotFoundError as error:
+        raise DataError(f"init: there is no {init}") from error
+    own = {name: plan.network[name] for name in ("in_channels", "out_channels", "spatial_size")}
+    return replace(plan, network={**other.network, **own}, init=str(init))
+
+
+def announce(console: Console, trainer: Trainer, out: Path, seconds: float | None = None) -> None:
+    """Writes out/plan.json, and shows what the plan decided; `seconds`: of a step, where it was measured."""
     plan = trainer.plan
     if trainer.process_index == 0:
         with atomic(out / "plan.json") as temporary:
@@ -119,6 +145,9 @@ def announce(console: Console, trainer: Trainer, out: Path) -> None:
         rows["grid"] = f"modalities are brought to that of {plan.resample}"
     if plan.notes:
         rows["decided"] = "\n".join(plan.notes)
+    if seconds is not None:
+        left = (plan.steps - trainer.step) * seconds
+        rows["expected"] = f"{duration(left)}, from {seconds:.2f} s for a step"
     if trainer.step:
         rows["resumes"] = f"{trainer.step} steps are done"
     processes, threads = trainer.process_count, torch.get_num_threads()

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
-from factorizer_kernels.ops.windows.geometry import Shift, matricized_shape, resolve
+from factorizer_kernels.ops.windows.geometry import Shift, resolve
 
 from .checks import check_counts, check_features
 from .resize import crop_to, pad_to, round_up
@@ -67,9 +67,7 @@ class SWMatricize(nn.Module):
         self._multiple = tuple(multiple) if whole else (multiple,) * len(self.spatial_size)
         fitted = self.fitted_size(self.spatial_size)
         size = (1, self.channels, *fitted)
-        windows = resolve(size, **self.options(fitted))
-        shape = matricized_shape(size, windows.head_dim, windows.patch_size, len(windows.shifts))
-        self.output_size = (None, *shape[1:])
+        self.output_size = (None, *resolve(size, **self.options(fitted)).matrices_shape[1:])
 
     def fitted_size(self, spatial_size: Sequence[int]) -> tuple[int, ...]:
         """The smallest size that holds `spatial_size` and is made of whole windows."""

@@ -20,7 +20,18 @@ def read_checkpoint(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
 
     Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
     """
-    state = load_tensors(path)
+    content = load_tensors(path)
+    members = content.get("members", [content])
+    if len(members) != 1:
+        raise DataError(f"{path}: holds {len(members)} networks; this needs a file with one")
+    return read_entry(members[0], path)
+
+
+def read_entry(state: Mapping[str, Any], path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
+    """The plan and the state of one network of the file at `path`.
+
+    Raises DataError where it is not one of ours.
+    """
     missing = {"plan", "network"}.difference(state)
     if missing:
         raise DataError(
@@ -40,7 +51,14 @@ def load_network(path: str | Path) -> tuple[nn.Module, Plan]:
 
     Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
     """
-    plan, state = read_checkpoint(path)
+    return network_of_entry(*read_checkpoint(path), path)
+
+
+def network_of_entry(plan: Plan, state: Mapping[str, Any], path: str | Path) -> tuple[nn.Module, Plan]:
+    """The network of the plan with the weights of the state, in evaluation mode.
+
+    Raises DataError where the two, from the file at `path`, do not fit.
+    """
     network = network_of(plan, path)
     load_weights_into(network, state["network"], path)
     return network.eval(), plan

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import math
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,7 +14,7 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.distributed as dist
-from monai.metrics import compute_hausdorff_distance
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -28,17 +29,19 @@ from factorizer.segmentation.processes import group_position
 from factorizer.segmentation.screen import count, each_case, table
 from factorizer.segmentation.volumes import check_label, read_grid, read_labels
 
+SURFACE_TOLERANCE = 1.0  # mm
 Targets = Mapping[str, Sequence[int]]  # names, each with the label values that it unites
 
 
 @dataclass(frozen=True)
 class Score:
-    """The agreement of one target in one case; HD95 in mm."""
+    """The agreement of one target in one case; HD95 in mm, surface Dice at `SURFACE_TOLERANCE`."""
 
     case: str
     target: str
     dice: float
     hd95: float
+    surface_dice: float
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
@@ -59,15 +62,46 @@ def hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) ->
     """
     if not prediction.any() or not truth.any():
         return 0.0 if prediction.any() == truth.any() else math.inf
-    # Away from the masks there is no surface: the distance transforms need only their box.
-    box = tuple(slice(int(places.min()), int(places.max()) + 1) for places in np.nonzero(prediction | truth))
-    a, b = (torch.from_numpy(np.pad(mask[box], 1)[None, None]) for mask in (prediction, truth))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.5 to 1.6 about its own argument
+    a, b = _boxed(prediction, truth)
+    with _quiet():
         distance = compute_hausdorff_distance(
             a, b, include_background=True, percentile=95, spacing=list(spacing)
         )
     return float(distance)
+
+
+def surface_dice(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
+    """The share of both masks' surfaces that lies within `SURFACE_TOLERANCE` of the other's.
+
+    1 where both are empty, 0 where one is. The surfaces are those of MONAI's `compute_surface_dice`.
+
+    Args:
+        prediction, truth: boolean masks (X, Y, Z).
+        spacing: mm between voxels along each axis.
+    """
+    if not prediction.any() or not truth.any():
+        return float(prediction.any() == truth.any())
+    a, b = _boxed(prediction, truth)
+    with _quiet():
+        share = compute_surface_dice(
+            a, b, [SURFACE_TOLERANCE], include_background=True, spacing=list(spacing)
+        )
+    return float(share)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what MONAI 1.5 to 1.6 warns of, an argument of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _boxed(prediction: np.ndarray, truth: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two masks, as (1, 1, X, Y, Z), in the box that holds both: elsewhere there is no surface."""
+    box = tuple(slice(int(places.min()), int(places.max()) + 1) for places in np.nonzero(prediction | truth))
+    a, b = (torch.from_numpy(np.pad(mask[box], 1)[None, None]) for mask in (prediction, truth))
+    return a, b
 
 
 def score_labels(
@@ -77,7 +111,8 @@ def score_labels(
     scores = []
     for name, values in targets.items():
         masks = np.isin(prediction, list(values)), np.isin(truth, list(values))
-        scores.append(Score(case, name, dice(*masks), hd95(*masks, spacing)))
+        surface = surface_dice(*masks, spacing)
+        scores.append(Score(case, name, dice(*masks), hd95(*masks, spacing), surface))
     return scores
 
 
@@ -108,6 +143,7 @@ class Summary:
     dice: float
     hd95: float
     infinite: int
+    surface_dice: float
 
 
 def summarise(scores: Iterable[Score]) -> list[Summary]:
@@ -120,7 +156,9 @@ def summarise(scores: Iterable[Score]) -> list[Summary]:
         finite = [score.hd95 for score in members if math.isfinite(score.hd95)]
         mean = sum(finite) / len(finite) if finite else math.nan
         mean_dice = sum(score.dice for score in members) / len(members)
-        summaries.append(Summary(target, len(members), mean_dice, mean, len(members) - len(finite)))
+        mean_surface = sum(score.surface_dice for score in members) / len(members)
+        infinite = len(members) - len(finite)
+        summaries.append(Summary(target, len(members), mean_dice, mean, infinite, mean_surface))
     return summaries
 
 
@@ -128,9 +166,10 @@ def write_scores(path: Path, scores: Iterable[Score]) -> None:
     """One line for each case and target."""
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(("case", "target", "dice", "hd95_mm"))
+        table.writerow(("case", "target", "dice", "hd95_mm", "surface_dice_1mm"))
         for score in scores:
-            table.writerow((score.case, score.target, f"{score.dice:.6f}", f"{score.hd95:.6g}"))
+            values = f"{score.dice:.6f}", f"{score.hd95:.6g}", f"{score.surface_dice:.6f}"
+            table.writerow((score.case, score.target, *values))
 
 
 def label_in(folder: Path, name: str) -> Path:
@@ -203,12 +242,11 @@ def evaluate(
 
 def summary_table(title: str, rows: list[Summary]) -> Table:
     """Means over the cases, a row for each target."""
-    shown = table(title, "target", "Dice", "HD95, mm", "one mask empty")
+    shown = table(title, "target", "Dice", "HD95, mm", "surface Dice, 1 mm", "one mask empty")
     for row in rows:
         finite = row.cases > row.infinite
-        shown.add_row(
-            row.target, f"{row.dice:.4f}", f"{row.hd95:.2f}" if finite else "none", str(row.infinite)
-        )
+        distance = f"{row.hd95:.2f}" if finite else "none"
+        shown.add_row(row.target, f"{row.dice:.4f}", distance, f"{row.surface_dice:.4f}", str(row.infinite))
     return shown
 
 

@@ -15,17 +15,18 @@ import numpy as np
 import torch
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from rich.console import Console
+from scipy import ndimage
 from torch import Tensor, nn
 
 from factorizer import MatrixFactorization, set_num_iters
 from factorizer.segmentation.cases import Case
-from factorizer.segmentation.checkpoint import load_network
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.files import atomic, read_json
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position, pick_device
 from factorizer.segmentation.provenance import differences, made, write_result
 from factorizer.segmentation.screen import Outcome, each_case
+from factorizer.segmentation.trained import load_model
 from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import on_grid_of
 
@@ -54,6 +55,7 @@ class Predictor:
         whole: run over whole volumes at once, instead of windows of the plan's crop, overlapping by
             half, under Gaussian weights.
         mirror: average also over the mirror images along the axes that the plan flips.
+        largest_component: targets of which only the largest connected component is kept.
 
     Raises DataError where two networks do not segment the same.
     """
@@ -65,6 +67,7 @@ class Predictor:
         device: torch.device | str = "cpu",
         whole: bool = False,
         mirror: bool = False,
+        largest_component: Sequence[str] = (),
     ) -> None:
         self.plan = models[0][1]
         for number, (_, plan) in enumerate(models[1:], 2):
@@ -74,6 +77,9 @@ class Predictor:
                     raise DataError(f"checkpoint {number}: {field} = {now!r}; the first one has {was!r}")
         self.models = [(network.to(device).eval(), plan) for network, plan in models]
         self.device, self.whole, self.mirror = torch.device(device), whole, mirror
+        self.largest_component = tuple(largest_component)
+        if unknown := set(largest_component).difference(self.plan.targets):
+            raise DataError(f"largest_component: no target is called {', '.join(sorted(unknown))}")
 
     def settings(self) -> dict[str, Any]:
         """What the results depend on beside the images, as plain data: a digest of each network with its
@@ -86,6 +92,7 @@ class Predictor:
             ],
             "whole": self.whole,
             "mirror": self.mirror,
+            "largest_component": list(self.largest_component),
         }
 
     def segment(self, case: Case) -> np.ndarray:
@@ -94,7 +101,8 @@ class Predictor:
         The logits, not the decisions, are taken back to that grid where it is another than the
         network's.
         """
-        return self.plan.decide(self.logits(case)).numpy()
+        labels = self.plan.decide(self.logits(case)).numpy()
+        return keep_largest(labels, [self.plan.targets[name] for name in self.largest_component])
 
     def logits(self, case: Case) -> Tensor:
         """Mean logits (outputs, X, Y, Z) on the image's own grid."""
@@ -139,26 +147,53 @@ class Predictor:
         return (total / len(flips))[0].cpu()
 
 
+def keep_largest(labels: np.ndarray, targets: Sequence[Sequence[int]]) -> np.ndarray:
+    """Label values (X, Y, Z) with those of each target only where its largest connected component is.
+
+    Voxels that share a corner are connected.
+    """
+    labels = labels.copy()
+    for values in targets:
+        mask = np.isin(labels, list(values))
+        components, number = ndimage.label(mask, np.ones((3, 3, 3)))
+        if number > 1:
+            largest = 1 + int(np.bincount(components[mask])[1:].argmax())
+            labels[mask & (components != largest)] = 0
+    return labels
+
+
 def load_predictor(
     checkpoints: Sequence[Path],
     *,
     device: str | None = None,
     num_iters: int | None = None,
     whole: bool = False,
-    mirror: bool = False,
+    mirror: bool | None = None,
 ) -> Predictor:
-    """The networks of the checkpoints, ready to run. Raises DataError where one cannot be used."""
+    """The networks of the checkpoints and model files, ready to run.
+
+    Where `mirror` is None, and for the components that are kept, a model file decides, or where there are
+    several all of them together. Raises DataError where one cannot be used.
+    """
     check_counts(num_iters=(num_iters, 0))
     models = []
     for path in checkpoints:
         try:
-            models.append(load_network(path))
+            models.append(load_model(path))
         except FileNotFoundError as error:
             raise DataError(f"checkpoint: there is no {path}") from error
     if num_iters is not None:
-        for network, _ in models:
-            set_num_iters(network, num_iters)
-    return Predictor(models, device=pick_device(device), whole=whole, mirror=mirror)
+        for model in models:
+            for network, _ in model.members:
+                set_num_iters(network, num_iters)
+    kept = [set(model.largest_component) for model in models]
+    return Predictor(
+        [member for model in models for member in model.members],
+        device=pick_device(device),
+        whole=whole,
+        mirror=all(model.mirror for model in models) if mirror is None else mirror,
+        largest_component=sorted(set.intersection(*kept)),
+    )
 
 
 def run_cases(

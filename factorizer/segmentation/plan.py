@@ -29,7 +29,6 @@ from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.intensities import is_ct
 from factorizer.segmentation.recipe import (
     BATCH_SIZE,
-    DIVISOR,
     LEARNING_RATE,
     MAX_CROP_VOXELS,
     MAX_STEPS,
@@ -69,6 +68,7 @@ class Plan:
         batch_size: crops in a training step, of all processes together.
         steps, learning_rate, weight_decay: of AdamW, with linear warm-up, then cosine.
         seed: of the first weights, the crops and their augmentation.
+        init: file of the weights that training starts from; empty: random ones.
         notes: sentences about what was decided, and why; nothing depends on them.
         data: a digest of the files that the run is about; empty where it is not known.
         resample: see `Case`: the modality whose grid the others are brought to, "first", or empty.
@@ -96,6 +96,7 @@ class Plan:
     learning_rate: float = LEARNING_RATE
     weight_decay: float = WEIGHT_DECAY
     seed: int = 0
+    init: str = ""
     notes: tuple[str, ...] = ()
     data: str = ""
     resample: str = ""
@@ -230,13 +231,14 @@ def plan_run(
     """The plan for a task with this split, and with these geometries by the names of its cases.
 
     Spacing: the median of the volumes, or what `anisotropy.target_spacing` says. Crop: their median shape at
-    that spacing, each axis rounded to a multiple of what the network halves it by and its windows, then the
-    axis that is longest in mm shortened until at most 64^3 voxels are left. An axis is halved, and a window
-    extends along it, as far as its voxels are about as fine as the others (`anisotropy`). Steps: so many that
-    training sees 10 times the voxels of its volumes, but at least 300 and at most 1000. Left and right are
-    exchanged unless a class is bound to a side (`sides`); front and back, top and bottom never are: anatomy
-    has no such symmetry. A channel of CT is clipped to the window that the labelled voxels of the training
-    cases have in it in the median; others are not. What `wishes` decide is not asked of the data.
+    that spacing, each axis rounded up to a multiple of what the network halves it by, then the axis that is
+    longest in mm shortened until at most 64^3 voxels are left; windows that do not divide it are completed
+    with zeros. An axis is halved, and a window extends along it, as far as its voxels are about as fine as
+    the others (`anisotropy`). Steps: so many that training sees 10 times the voxels of its volumes, but at
+    least 300 and at most 1000. Left and right are exchanged unless a class is bound to a side (`sides`);
+    front and back, top and bottom never are: anatomy has no such symmetry. A channel of CT is clipped to the
+    window that the labelled voxels of the training cases have in it in the median; others are not. What
+    `wishes` decide is not asked of the data.
 
     Raises:
         DataError: a channel is CT, and no training case has a labelled voxel; or a wish that no network fits.
@@ -252,11 +254,11 @@ def plan_run(
     patch = window_for(spacing.tolist(), PATCH)
     if words := in_words(spacing.tolist(), strides, patch):
         notes.append(words)
-    divisor = total_stride(strides) * (DIVISOR // math.prod(STRIDES))
+    divisor = total_stride(strides)
     if wishes.crop:
         crop = np.array(wishes.crop)
     else:
-        crop = np.maximum(np.rint(median / divisor), 1).astype(int) * divisor
+        crop = np.ceil(np.round(median / divisor, 6)).astype(int) * divisor
         while crop.prod() > MAX_CROP_VOXELS:
             longest = np.where(crop > divisor, crop * spacing, 0).argmax()
             crop[longest] -= divisor[longest]

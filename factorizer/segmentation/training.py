@@ -8,25 +8,30 @@ import textwrap
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss
-from monai.optimizers import WarmupCosineSchedule
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
+from factorizer.models.build import build_network
 from factorizer.segmentation.checkpoint import load_weights_into, read_checkpoint
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import save_tensors
+from factorizer.segmentation.measure import side_by_side
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.processes import group_position
+from factorizer.segmentation.processes import gather, group_position
+from factorizer.segmentation.recipe import BUDGETS, MAX_BUDGET_STEPS, MIN_STEPS, Recipe
 from factorizer.segmentation.screen import count, progress
 from factorizer.segmentation.transforms import CropBatches
 
@@ -72,8 +77,18 @@ class SegmentationLoss(nn.Module):
         return self.dice(logits, masks) + binary_cross_entropy_with_logits(logits, masks)
 
 
+def rate_factor(step: int, steps: int, recipe: Recipe) -> float:
+    """The learning rate of step 0, 1, ... of so many, as a share of the plan's."""
+    warm_up = math.ceil(recipe.warm_up * steps)
+    if step < warm_up:
+        return recipe.first_rate + (1 - recipe.first_rate) * step / warm_up
+    start = max(warm_up, steps - round(recipe.decay * steps))
+    progress = (step - start) / max(1, steps - start)
+    return (1 + math.cos(math.pi * min(max(progress, 0), 1))) / 2
+
+
 class Trainer:
-    """A network in training: AdamW, linear warm-up then cosine, Dice and cross-entropy.
+    """A network in training: AdamW, linear warm-up, constant rate, cosine; Dice and cross-entropy.
 
     Step k depends on the state after step k - 1 and on batch k, which is a function of the seed
     and k; so a run that was stopped and continued ends where an unbroken one does. Where a process
@@ -118,12 +133,10 @@ class Trainer:
             betas=plan.recipe.betas,
             eps=plan.recipe.adam_eps,
         )
-        self.schedule = WarmupCosineSchedule(
-            self.optimizer,
-            warmup_steps=math.ceil(plan.recipe.warm_up * plan.steps),
-            t_total=plan.steps,
-            warmup_multiplier=plan.recipe.first_rate,
-        )
+        self.schedule = LambdaLR(self.optimizer, lambda step: rate_factor(step, plan.steps, plan.recipe))
+        self._mean = None
+        if plan.recipe.averaging:
+            self._mean = AveragedModel(self.network, avg_fn=partial(_averaged, plan.recipe.averaging))
         self.loss = SegmentationLoss(plan)
         self.losses: list[float] = []
         self.scores: list[tuple[int, float]] = []  # step and score of each validation
@@ -133,6 +146,11 @@ class Trainer:
     def step(self) -> int:
         """Steps done."""
         return len(self.losses)
+
+    @property
+    def result(self) -> nn.Module:
+        """The network to use: its weights' mean, where the recipe has one."""
+        return self.network if self._mean is None else self._mean.module
 
     @property
     def finished(self) -> bool:
@@ -157,6 +175,8 @@ class Trainer:
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), self.plan.recipe.clip_norm)
         self.optimizer.step()
+        if self._mean is not None:
+            self._mean.update_parameters(self.network)
         loss = loss.detach()
         if self.process_count > 1:
             dist.all_reduce(loss)
@@ -216,7 +236,8 @@ class Trainer:
             return
         state = {
             "plan": asdict(self.plan),
-            "network": self.network.state_dict(),
+            "network": self.result.state_dict(),  # what readers of a checkpoint want
+            "iterate": self.network.state_dict() if self._mean is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "losses": self.losses,
@@ -246,7 +267,10 @@ class Trainer:
             raise DataError(
                 f"{path}: is no run to be continued: it has no {' and no '.join(sorted(missing))}; {way_out}"
             )
-        load_weights_into(self.network, state["network"], path)
+        load_weights_into(self.result, state["network"], path)
+        if self._mean is not None:
+            self.network.load_state_dict(state["iterate"])
+            self._mean.n_averaged.fill_(len(state["losses"]))
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.losses, self.scores = list(state["losses"]), list(state["scores"])
@@ -254,8 +278,45 @@ class Trainer:
 
     def _validate(self) -> float:
         assert self.validate is not None
-        self.scores.append((self.step, self.validate(self.network.eval())))
+        self.scores.append((self.step, self.validate(self.result.eval())))
         return self.scores[-1][1]
+
+
+def step_seconds(plan: Plan, device: torch.device | str = "cpu") -> float:
+    """Median seconds of a training step of a throw-away network, on this machine."""
+    trial = Trainer(plan, build_network(plan.network, plan.seed), device=device)
+    image = torch.ones(plan.batch_size, len(plan.modalities), *plan.crop)
+    label = torch.zeros(plan.batch_size, 1, *plan.crop)
+    return side_by_side({"step": lambda: trial.update(image, label)}, 3)["step"] / 1e3
+
+
+def within_budget(plan: Plan, budget: str, checkpoint: Path, device: torch.device | str = "cpu") -> Plan:
+    """The plan with as many steps as the budget is enough for, or with those of the run at `checkpoint`.
+
+    A step is measured first. Where a process group is there, all processes find the same.
+
+    Raises DataError where `budget` is none of `recipe.BUDGETS`, or the checkpoint cannot be read.
+    """
+    if budget not in BUDGETS:
+        raise DataError(f"budget: got {budget!r}; it must be one of {', '.join(BUDGETS)}")
+    if checkpoint.exists():
+        return replace(plan, steps=read_checkpoint(checkpoint)[0].steps)
+    seconds = max(gather([step_seconds(plan, device)]))
+    return replace(plan, steps=min(max(int(BUDGETS[budget] / seconds), MIN_STEPS), MAX_BUDGET_STEPS))
+
+
+def start_from(network: nn.Module, path: str | Path) -> tuple[int, int]:
+    """Copies the weights of a checkpoint or a model file whose name and shape the network has.
+
+    Returns how many tensors were copied, and how many of the network's were not. Raises FileNotFoundError
+    where there is no such file, DataError where it is not one of ours, or nothing in it fits.
+    """
+    own, given = network.state_dict(), read_checkpoint(path)[1]["network"]
+    fitting = {name: given[name] for name in own if name in given and given[name].shape == own[name].shape}
+    if not fitting:
+        raise DataError(f"{path}: none of its weights fits the network")
+    network.load_state_dict({**own, **fitting})
+    return len(fitting), len(own) - len(fitting)
 
 
 @runtime_checkable
@@ -286,6 +347,10 @@ class _Log:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.close()
+
+
+def _averaged(decay: float, mean: Tensor, value: Tensor, steps: Tensor | int) -> Tensor:
+    return torch.lerp(mean, value, max(1 - decay, 9 / (10 + int(steps))))
 
 
 def _cores() -> int:

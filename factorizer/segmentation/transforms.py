@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,11 @@ from monai.transforms import (
     RandGaussianNoised,
     RandGaussianSmoothd,
     RandScaleIntensityd,
+    RandScaleIntensityFixedMeand,
     RandShiftIntensityd,
+    RandSimulateLowResolutiond,
     RandSpatialCropd,
+    RandZoomd,
     ResampleToMatch,
     Spacingd,
     SpatialPadd,
@@ -200,26 +204,50 @@ def augmentation(plan: Plan) -> Compose:
             indices_key="label_cls_indices",
             warn=False,
         )
-    transforms: list[Callable[..., Any]] = [
-        crop,
-        RandAffined(
-            keys,
-            prob=recipe.affine_prob,
-            rotate_range=(math.radians(recipe.rotation),) * 3,
-            scale_range=(recipe.scaling,) * 3,
-            mode=modes,
-            padding_mode=recipe.padding,
+    sigma = recipe.blur_sigma
+    gamma: dict[str, Any] = {"gamma": recipe.gamma, "retain_stats": True}
+    low, high = recipe.zoom
+    # Left out where they never act: so the draws of a plan that was made before them stay what they were.
+    changes: list[tuple[float, Callable[..., Any]]] = [
+        (
+            recipe.affine_prob,
+            partial(
+                RandAffined,
+                keys,
+                rotate_range=(math.radians(recipe.rotation),) * 3,
+                scale_range=(recipe.scaling,) * 3,
+                mode=modes,
+                padding_mode=recipe.padding,
+            ),
         ),
-        RandGaussianNoised("image", prob=recipe.noise_prob, std=recipe.noise_std),
-        RandScaleIntensityd("image", factors=recipe.scale, prob=recipe.scale_prob),
-        RandShiftIntensityd("image", offsets=recipe.shift, prob=recipe.shift_prob),
-        RandAdjustContrastd("image", prob=recipe.gamma_prob, gamma=recipe.gamma, retain_stats=True),
-        *(RandFlipd(keys, prob=recipe.flip_prob, spatial_axis=axis) for axis in plan.flips),
+        (
+            recipe.zoom_prob,
+            partial(
+                RandZoomd,
+                keys,
+                min_zoom=low,
+                max_zoom=high,
+                mode=("trilinear", "nearest"),
+                padding_mode="edge" if recipe.padding == "border" else "constant",
+            ),
+        ),
+        (recipe.noise_prob, partial(RandGaussianNoised, "image", std=recipe.noise_std)),
+        (recipe.blur_prob, partial(RandGaussianSmoothd, "image", sigma, sigma, sigma)),
+        (recipe.scale_prob, partial(RandScaleIntensityd, "image", factors=recipe.scale)),
+        (recipe.shift_prob, partial(RandShiftIntensityd, "image", offsets=recipe.shift)),
+        (
+            recipe.contrast_prob,
+            partial(RandScaleIntensityFixedMeand, "image", factors=recipe.contrast, preserve_range=True),
+        ),
+        (
+            recipe.low_resolution_prob,
+            partial(RandSimulateLowResolutiond, "image", zoom_range=recipe.low_resolution),
+        ),
+        (recipe.gamma_prob, partial(RandAdjustContrastd, "image", **gamma)),
+        (recipe.inverted_gamma_prob, partial(RandAdjustContrastd, "image", **gamma, invert_image=True)),
+        *((recipe.flip_prob, partial(RandFlipd, keys, spatial_axis=axis)) for axis in plan.flips),
     ]
-    if recipe.blur_prob:  # after the noise; the draws of the others do not depend on it
-        sigma = recipe.blur_sigma
-        transforms.insert(3, RandGaussianSmoothd("image", sigma, sigma, sigma, prob=recipe.blur_prob))
-    return Compose(transforms)
+    return Compose([crop, *(change(prob=prob) for prob, change in changes if prob)])
 
 
 def training_volumes(

@@ -17,7 +17,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from rich.console import Console
-from scipy.ndimage import affine_transform, gaussian_filter  # type: ignore[import-untyped]
+from scipy.ndimage import affine_transform, gaussian_filter
 
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.errors import DataError

@@ -23,17 +23,18 @@ from factorizer.commands.demo import screen
 from factorizer.commands.demo.synthetic import NOTICE, write_synthetic
 from factorizer.commands.demo.timing import kernel_backend, time_networks
 from factorizer.models.build import build_network, parameter_count
-from factorizer.segmentation.cases import Case, read_decathlon, split_cases
+from factorizer.segmentation.cases import Case, Task, read_decathlon, split_cases
 from factorizer.segmentation.errors import check_counts
 from factorizer.segmentation.evaluation import Score, evaluate_case, summarise
 from factorizer.segmentation.explanation import best_components, case_components
 from factorizer.segmentation.figures import component_row, draw_components, draw_segmentations, picture
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.inference import Predictor
+from factorizer.segmentation.inference import Predictor, load_predictor
 from factorizer.segmentation.measure import versions
 from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.screen import progress
-from factorizer.segmentation.training import Trainer, fit
+from factorizer.segmentation.trained import SHIPPED
+from factorizer.segmentation.training import Trainer, fit, within_budget
 from factorizer.segmentation.transforms import CropBatches, PreparedCase, training_volumes
 from factorizer.segmentation.volumes import Geometry, check_cases, check_label, read_nifti, write_nifti
 
@@ -51,10 +52,12 @@ def run_demo(
     """Train on the Decathlon folder `data`, or on made-up volumes, and write everything into `out`.
 
     Where `out` holds the checkpoint of the same run, it continues from there. `steps`: training
-    steps, by default as many as `plan_run` finds right for the data.
+    steps, by default as many as the budget "quick" is enough for. Where a shipped model segments what the
+    data has labels of, it does so with the held-out cases first.
 
-    Writes report.json, segmentation.png, components.png, checkpoint.pt, predictions/NAME.nii.gz
-    and, without `data`, the volumes themselves under data/. Returns the report.
+    Writes report.json, segmentation.png, components.png, checkpoint.pt, predictions/NAME.nii.gz,
+    shipped/NAME.nii.gz where a shipped model fits, and, without `data`, the volumes themselves under
+    data/. Returns the report.
 
     Raises DataError, before training, for data or an `out` that cannot be used.
     """
@@ -68,9 +71,13 @@ def run_demo(
             task = read_decathlon(write_synthetic(out / "data", seed=SEED))
     geometries = check_cases(console, task)
     training, held_out = split_cases(task.cases, SEED)
+    shipped = _shipped(console, task, held_out, out / "shipped")
     plan = plan_run(task, geometries, training, held_out, Wishes(steps=steps), seed=SEED)
-    trainer = Trainer(plan, build_network(plan.network, plan.seed))
     checkpoint = out / "checkpoint.pt"
+    if steps is None:
+        with console.status("Measuring a training step"):
+            plan = within_budget(plan, "quick", checkpoint)
+    trainer = Trainer(plan, build_network(plan.network, plan.seed))
     if checkpoint.exists():
         trainer.resume(checkpoint)
     seconds_before = trainer.seconds
@@ -90,7 +97,7 @@ def run_demo(
         with console.status(f"Loading {len(training)} volumes"):
             volumes = training_volumes(plan, training, geometries)
         fit(console, trainer, CropBatches(plan, volumes), checkpoint)
-    predictor = Predictor([(trainer.network, plan)])
+    predictor = Predictor([(trainer.result, plan)])
     scores = _segment(console, predictor, held_out, out / "predictions")
     with console.status("Comparing components with the truth"):
         components = _explain(predictor, training, held_out)
@@ -118,6 +125,7 @@ def run_demo(
             "networks": [asdict(speed) for speed in speeds],
         },
         "components": components,
+        "shipped": shipped,
         "loss": {"first": trainer.losses[0], "last": trainer.losses[-1]},
         "split": {"training": plan.training, "held_out": plan.held_out},
         "settings": asdict(plan),
@@ -127,6 +135,32 @@ def run_demo(
         temporary.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
     screen.conclude(console, report, out)
     return report
+
+
+def _shipped(console: Console, task: Task, cases: Sequence[Case], folder: Path) -> dict[str, Any] | None:
+    """Segments the cases with the shipped model for what the task labels: its name, time and Dice.
+
+    Cases that the model was trained on are left out. None where no model fits, or no case is left.
+    """
+    for path in sorted(SHIPPED.glob("*.pt")):
+        predictor = load_predictor([path], device="cpu")
+        plan = predictor.plan
+        seen = {name for _, member in predictor.models for name in member.training}
+        unseen = [case for case in cases if case.name not in seen]
+        if (plan.modalities, plan.labels) != (task.modalities, task.labels) or not unseen:
+            continue
+        start = time.perf_counter()
+        prepare_folder("out", folder)
+        scores = _segment(console, predictor, unseen, folder)
+        found = {
+            "model": path.stem,
+            "cases": len(unseen),
+            "seconds": round(time.perf_counter() - start, 2),
+            "dice": _mean({row.target: row.dice for row in summarise(itertools.chain(*scores.values()))}),
+        }
+        screen.tell_shipped(console, found, folder)
+        return found
+    return None
 
 
 def _expected_seconds(plan: Plan, steps_done: int, held_out: Sequence[Geometry]) -> float:

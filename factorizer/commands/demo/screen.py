@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.screen import duration, facts, table
+from factorizer.segmentation.screen import count, duration, facts, table
 
 
 def announce(
@@ -42,11 +42,21 @@ def announce(
     console.print(facts("factorizer demo", rows | {"results in": str(out)}))
 
 
+def tell_shipped(console: Console, found: dict[str, Any], folder: Path) -> None:
+    """What the shipped model made of the held-out cases."""
+    dice = ", ".join(f"{name} {value:.3f}" for name, value in found["dice"].items())
+    console.print(
+        f"The shipped model {found['model']!r} segmented {count(found['cases'], 'case')} that it has not "
+        f"seen in {duration(found['seconds'])}: Dice {dice}; in {folder}. Now a training from the start:",
+        soft_wrap=True,
+    )
+
+
 def conclude(console: Console, report: dict[str, Any], out: Path) -> None:
     """The tables of Dice and of times, and where everything is."""
     synthetic = " SYNTHETIC" if report["synthetic"] else ""
-    count = len(report["split"]["held_out"])
-    shown = table(f"Dice, held-out{synthetic} cases: {count}", "class", "mean", "lowest", "highest")
+    cases = len(report["split"]["held_out"])
+    shown = table(f"Dice, held-out{synthetic} cases: {cases}", "class", "mean", "lowest", "highest")
     for name, mean in report["dice"].items():
         values = [value for case in report["dice_per_case"].values() if (value := case[name]) is not None]
         lowest, highest = (min(values), max(values)) if values else (None, None)

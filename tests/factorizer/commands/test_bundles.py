@@ -78,11 +78,11 @@ def data(name, tmp_path):
     (metadata,) = configs(name, "metadata")
     tensors = json.loads(Path(metadata).read_text())["network_data_format"]
     modalities = tensors["inputs"]["image"]["channel_def"]
-    (plan,) = (json.loads(Path(file).read_text()) for file in configs(name, "train"))
+    (labels,) = (json.loads(Path(file).read_text())["labels"] for file in configs(name, "train"))
     rng, training = np.random.default_rng(0), []
     for case in range(4):
         label = np.zeros((17, 18, 16), np.uint8)
-        for depth, value in enumerate(map(int, list(plan["labels"])[1:])):
+        for depth, value in enumerate(map(int, list(labels)[1:])):
             label[4 + depth : 13 - depth, 5:12, 4:11] = value
         image = label[..., None] + rng.gamma(2, 0.3, (*label.shape, len(modalities)))
         for folder, volume in (("images", image.astype(np.float32)), ("labels", label)):
@@ -90,7 +90,7 @@ def data(name, tmp_path):
             file = nib.Nifti1Image(volume, np.diag([2.0, 2, 2, 1]))
             nib.save(file, tmp_path / "data" / folder / f"case_{case}.nii.gz")
         training.append({"image": f"images/case_{case}.nii.gz", "label": f"labels/case_{case}.nii.gz"})
-    content = {"modality": modalities, "labels": plan["labels"], "training": training, "test": ["other.nii"]}
+    content = {"modality": modalities, "labels": labels, "training": training, "test": ["other.nii"]}
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(content))
     return tmp_path / "data"
 

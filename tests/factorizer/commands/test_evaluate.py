@@ -31,7 +31,10 @@ def test_evaluate_classes(tmp_path):
     _, rows = evaluate(tmp_path, prediction, truth)
     assert float(rows["1"]["dice"]) == pytest.approx(2 * 2 / 6)
     assert float(rows["1"]["hd95_mm"]) == pytest.approx(0.9 * 3)  # 95 % of the way from 0, 0 to 3 mm
+    # Two voxels of three lie on the other's surface, the third 3 mm away.
+    assert float(rows["1"]["surface_dice_1mm"]) == pytest.approx(2 / 3)
     assert (float(rows["2"]["dice"]), float(rows["2"]["hd95_mm"])) == (0, np.inf)
+    assert float(rows["2"]["surface_dice_1mm"]) == 0
 
 
 def test_evaluate_regions_and_empty_masks(tumour, tmp_path):
@@ -41,6 +44,7 @@ def test_evaluate_regions_and_empty_masks(tumour, tmp_path):
     prediction[1, 1, 1] = 2
     printed, rows = evaluate(tmp_path, prediction, truth, "--checkpoint", tumour)
     assert (float(rows["ET"]["dice"]), float(rows["ET"]["hd95_mm"])) == (1, 0)  # both empty
+    assert [float(rows[region]["surface_dice_1mm"]) for region in ("ET", "TC", "WT")] == [1, 0, 1]
     assert (float(rows["TC"]["dice"]), float(rows["TC"]["hd95_mm"])) == (0, np.inf)
     assert (float(rows["WT"]["dice"]), float(rows["WT"]["hd95_mm"])) == (1, 0)
     assert "one mask empty" in printed

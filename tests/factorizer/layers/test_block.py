@@ -7,6 +7,7 @@ from torch import nn
 
 from factorizer import (
     NMF,
+    DepthwiseConv,
     FactMixer,
     FactorizerBlock,
     FactorizerStage,
@@ -189,6 +190,23 @@ def test_mixer_decomposes(rel):
     assert v.shape == (2 * 2 * 2, 4, 16, 2)
     y = mixer.out_proj(mixer.reshape.inverse_forward(u @ v.mT))
     assert rel(mixer(x), y) < 1e-5
+
+
+@pytest.mark.parametrize("fused", [True, False])
+def test_local_filter_comes_before_the_block(fused, rel):
+    torch.manual_seed(0)
+    arguments = {"reshape": (SWMatricize, SWIN)}
+    with_filter = FactorizerBlock(8, (8, 8), local=3, **arguments).double()
+    without = FactorizerBlock(8, (8, 8), **arguments).double()
+    state = with_filter.state_dict()
+    conv = DepthwiseConv(8, 3, spatial_dims=2).double()
+    conv.load_state_dict({name: state.pop(f"local.{name}") for name in ("conv.weight", "conv.bias")})
+    without.load_state_dict(state)  # the rest of a block's weights is what it was
+    if not fused:
+        force_unfused(with_filter)
+        force_unfused(without)
+    x = torch.randn(2, 8, 8, 8, dtype=torch.float64)
+    assert rel(with_filter(x), without(x + conv(x))) <= 1e-14
 
 
 def test_stage_adapts_channels_and_embeds_positions():

@@ -12,7 +12,7 @@ from factorizer.models.build import build_network
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.checkpoint import load_network
 from factorizer.segmentation.files import load_tensors
-from factorizer.segmentation.inference import Predictor
+from factorizer.segmentation.inference import Predictor, keep_largest
 from factorizer.segmentation.plan import Wishes, plan_run
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import PreparedCase
@@ -130,7 +130,7 @@ def test_a_checkpoint_gives_identical_logits(plan, tmp_path):
     assert not network.training
     image = torch.randn(1, 1, *plan.crop)
     with torch.no_grad():
-        assert torch.equal(network(image), trainer.network.eval()(image))
+        assert all(map(torch.equal, network(image), trainer.result.eval()(image)))
 
 
 def test_load_network_needs_no_seed_in_common(plan, tmp_path):
@@ -141,3 +141,18 @@ def test_load_network_needs_no_seed_in_common(plan, tmp_path):
     network, _ = load_network(tmp_path / "checkpoint.pt")
     for name, value in trainer.network.state_dict().items():
         assert torch.equal(network.state_dict()[name], value)
+
+
+def test_keep_largest():
+    labels = np.zeros((6, 5, 4), np.uint8)
+    labels[:2, :2, :2] = 1  # eight voxels
+    labels[2, 2, 2] = 1  # a ninth, by its corner
+    labels[4:, 4, 3] = 1  # two apart
+    labels[5, 0, 0] = 2
+    found = keep_largest(labels, [(1,), (2,)])
+    want = labels.copy()
+    want[4:, 4, 3] = 0
+    np.testing.assert_array_equal(found, want)
+    assert (keep_largest(labels, [(1, 2)]) == 2).sum() == 0  # a region's parts are kept together or not
+    assert labels[4, 4, 3] == 1  # what was given is left alone
+    np.testing.assert_array_equal(keep_largest(np.zeros_like(labels), [(1,)]), 0 * labels)

@@ -1,16 +1,20 @@
 """The training loop, and the checkpoint it continues from."""
 
-from dataclasses import asdict
+import itertools
+from dataclasses import asdict, replace
 
 import pytest
 import torch
 from factorizer_support import Batches, checkpoint_for, plan_for, planned, trainer_for
+from monai.optimizers import WarmupCosineSchedule
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 
+from factorizer.models.build import build_network
 from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.recipe import Recipe
-from factorizer.segmentation.training import SegmentationLoss, Trainer
+from factorizer.segmentation.training import SegmentationLoss, Trainer, rate_factor, start_from
 
 
 def test_training_learns(tmp_path):
@@ -45,6 +49,71 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(tmp_path, monkey
     torch.testing.assert_close(resumed.losses, unbroken.losses, rtol=1e-5, atol=1e-6)
     for name, value in unbroken.network.state_dict().items():
         torch.testing.assert_close(resumed.network.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_result_is_the_mean_of_the_weights(tmp_path):
+    plan = planned(steps=30)
+    plan = replace(plan, recipe=replace(plan.recipe, averaging=0.6))
+    trainer, batches = trainer_for(plan), Batches(plan)
+    mean = None
+    for step in range(30):
+        trainer.update(*batches[step])
+        trainer.schedule.step()
+        trainer.losses.append(0.0)
+        now = {name: value.clone() for name, value in trainer.network.state_dict().items()}
+        if mean is None:  # the mean of one is the one
+            mean = now
+        else:
+            weight = max(0.4, 9 / (10 + step))
+            mean = {name: value + weight * (now[name] - value) for name, value in mean.items()}
+    result = trainer.result.state_dict()
+    assert not all(torch.equal(result[name], now[name]) for name in now)
+    for name, value in mean.items():
+        torch.testing.assert_close(result[name], value, rtol=1e-5, atol=1e-6)
+    trainer.save(tmp_path / "checkpoint.pt")
+    state = read_checkpoint(tmp_path / "checkpoint.pt")[1]
+    for name, value in now.items():
+        assert torch.equal(state["network"][name], result[name])  # what readers of a checkpoint get
+        assert torch.equal(state["iterate"][name], value)
+
+
+def test_learning_rate():
+    recipe = Recipe(warm_up=0.1, first_rate=0.2, decay=0.5)
+    rates = [rate_factor(step, 100, recipe) for step in range(101)]
+    assert rates[0] == 0.2
+    assert rates[5] == pytest.approx(0.6)
+    assert set(rates[10:51]) == {1.0}
+    assert rates[75] == pytest.approx(0.5)
+    assert rates[100] == 0
+    assert all(a > b for a, b in itertools.pairwise(rates[50:]))
+
+
+def test_learning_rate_of_the_former_recipe_is_that_of_monai():
+    recipe, optimizer = Recipe(), torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = WarmupCosineSchedule(optimizer, warmup_steps=5, t_total=100, warmup_multiplier=0.1)
+    for step in range(100):
+        assert rate_factor(step, 100, recipe) == pytest.approx(schedule.get_last_lr()[0], abs=1e-12)
+        optimizer.step()
+        schedule.step()
+
+
+def test_start_from_copies_what_fits(tmp_path):
+    source = trainer_for(planned(steps=1))
+    source.save(tmp_path / "source.pt")
+    plan = planned(steps=1, labels={0: "background", 1: "a", 2: "b"})
+    network = build_network(plan.network, seed=1)
+    heads = {name: value.clone() for name, value in network.state_dict().items() if "heads" in name}
+    copied, others = start_from(network, tmp_path / "source.pt")
+    assert others == len(heads) > 0
+    assert copied + others == len(network.state_dict())
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, heads.get(name, source.network.state_dict().get(name)))
+
+
+def test_start_from_refuses_a_network_of_which_nothing_fits(tmp_path):
+    trainer_for(planned(steps=1)).save(tmp_path / "source.pt")
+    with pytest.raises(DataError, match="none of its weights fits"):
+        start_from(nn.Linear(3, 3), tmp_path / "source.pt")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
