@@ -38,7 +38,7 @@ def test_every_backend_has_kernels_for_all_of_a_family_or_for_none(family, backe
 
 
 def test_every_entry_of_the_module_is_called_wrongly():
-    """By test_binding.py and the calls that it shares, or, of those for CUDA, by the emulated kernels' tests."""
+    """By test_binding.py and the calls that it shares; those for CUDA by the emulated kernels' tests."""
     if native.native is None:
         pytest.skip(native.missing)
     here = Path(__file__).parent
