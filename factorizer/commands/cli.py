@@ -268,6 +268,12 @@ def predict(
         bool,
         typer.Option("--overwrite", help="Write over results that were made from other inputs or settings."),
     ] = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Draw each case: three planes through the largest structure.")
+    ] = False,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Write the ml of each class and case to statistics.csv.")
+    ] = False,
     device: Device = None,
 ) -> None:
     """Segment volumes. Cases that are done already are skipped; exit code 1 if one failed."""
@@ -286,6 +292,8 @@ def predict(
             whole=whole,
             mirror=mirror,
             overwrite=overwrite,
+            preview=preview,
+            statistics=statistics,
             device=device,
         )
         if any(outcome.failed for outcome in outcomes):
@@ -302,6 +310,13 @@ def evaluate(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Names the classes, and the regions that are measured.")
     ] = None,
+    preview: Annotated[
+        bool,
+        typer.Option(
+            "--preview",
+            help="Draw each case beside the scores, over its image where --labels is a data list.",
+        ),
+    ] = False,
 ) -> None:
     """Dice and HD95 of each class and case; exit code 1 if a case failed."""
     with _errors():
@@ -309,7 +324,7 @@ def evaluate(
 
         from factorizer.segmentation.evaluation import evaluate as run
 
-        if run(Console(), predictions, labels, output, checkpoint):
+        if run(Console(), predictions, labels, output, checkpoint, preview=preview):
             raise typer.Exit(1)
 
 
@@ -324,7 +339,14 @@ def explain(
         typer.Option(help="shallow, deep, all, or a mixer's name. Default: shallow and deep."),
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="Folder with NAME.nii.gz. Without labels: the prediction.")
+        Path | None,
+        typer.Option(
+            help="Folder with NAME.nii.gz, Decathlon folder, or data list. Without labels: the prediction."
+        ),
+    ] = None,
+    background: Annotated[
+        str | None,
+        typer.Option(help="Modality under the figures. Default: the one that shows the classes best."),
     ] = None,
     section: Section = None,
     resample: Resample = "",
@@ -349,6 +371,7 @@ def explain(
             resample=resample,
             num_iters=num_iters,
             whole=whole,
+            background=background,
             device=device,
         ):
             raise typer.Exit(1)

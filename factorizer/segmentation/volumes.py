@@ -36,6 +36,7 @@ GRID_FIELDS = (
 GRID_TOLERANCE = 1e-2  # mm, and a fifth of a voxel at most, between the places that two files give to a voxel
 MILLIMETRES = {1: 1e3, 2: 1.0, 3: 1e-3}  # of NIfTI's units; a file that says none means mm
 MIN_SPACING, MAX_SPACING = 0.01, 100.0  # mm; no scanner's beyond
+MAP_STEPS = 4095  # from 0 to the largest value of maps in a file
 LABEL_ROUNDING = 0.05  # a label's distance from a whole number, at most, where the file's steps are coarse
 
 
@@ -242,6 +243,18 @@ def write_nifti(voxels: np.ndarray, like: Path, path: Path) -> None:
     """
     with atomic(path) as temporary:
         nib.save(on_grid_of(voxels, like), temporary)
+
+
+def write_maps(maps: np.ndarray, like: Path, path: Path) -> np.ndarray:
+    """Write maps (n, X, Y, Z), none negative, on the grid of `like`, as (X, Y, Z, n) in steps of a 4095th of
+    the largest value: a quarter of the file that floats make. Returns them as the file has them."""
+    slope = np.float32(float(maps.max()) / MAP_STEPS or 1.0)
+    steps = np.rint(maps / slope).astype(np.uint16)
+    volume = on_grid_of(np.moveaxis(steps, 0, -1), like)
+    volume.header.set_slope_inter(slope, 0)
+    with atomic(path) as temporary:
+        nib.save(volume, temporary)
+    return steps * slope
 
 
 def on_grid_of(voxels: np.ndarray, like: Path) -> nib.Nifti1Image:

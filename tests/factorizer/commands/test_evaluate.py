@@ -94,3 +94,35 @@ def test_evaluate_finds_labels_beside_a_list_of_unlabelled_cases(tmp_path):
         assert "1 of 3 labels have no prediction" in run_command("evaluate", *options)
         rows = [line.split(",")[:3] for line in (tmp_path / "scores.csv").read_text().splitlines()]
         assert rows[1:] == [[f"case_000{n}", target, "1.000000"] for n in range(2)]
+
+
+def test_evaluate_draws_over_the_image_that_a_list_names(tumour, tmp_path):
+    truth = np.zeros((8, 8, 8), np.uint8)
+    truth[2:5, 2:6, 2:5] = 1
+    evaluate(tmp_path, truth, truth, "--preview")
+    plain = (tmp_path / "scores_previews" / "case.png").stat().st_size
+    image = np.random.default_rng(0).gamma(2, 100, truth.shape).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.diag([1.0, 2, 3, 1])), tmp_path / "case.nii.gz")
+    content = {
+        "labels": {"0": "background", "1": "lesion"},
+        "modality": {"0": "T1"},
+        "training": [
+            {"image": "case.nii.gz", "label": "t/case.nii.gz"},
+            {"image": "no.nii.gz", "label": "t/no.nii.gz"},
+        ],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    options = [
+        "--predictions",
+        tmp_path / "p",
+        "--labels",
+        tmp_path,
+        "--output",
+        tmp_path / "s.csv",
+        "--preview",
+    ]
+    run_command("evaluate", *options)
+    assert (tmp_path / "s_previews" / "case.png").stat().st_size > 1.2 * plain
+    (tmp_path / "case.nii.gz").write_bytes(b"broken")
+    assert "case: no picture: " in run_command("evaluate", *options, "--preview")
+    assert "lesion" in (tmp_path / "s.csv").read_text()

@@ -1,6 +1,7 @@
 """factorizer explain: components, their ranking and figures."""
 
 import csv
+import json
 
 import nibabel as nib
 import numpy as np
@@ -55,4 +56,35 @@ def test_explain_writes_components_and_ranks_them(tumour, tmp_path, monkeypatch)
     run_command(*options, "--layer", "deep", "--output", tmp_path / "without")
     assert len(prepared) == 1
     assert "prediction" in (tmp_path / "without" / "components.csv").read_text()
+    stored = nib.load(tmp_path / "without" / "odd_deep.nii.gz")
+    assert stored.get_data_dtype() == np.uint16
+    assert "background: got 'PD'; it must be one of" in run_command(
+        *options, "--background", "PD", "--output", out, code=2
+    )
     assert "no 'nowhere'" in run_command(*options, "--layer", "nowhere", "--output", out, code=2)
+
+
+def test_explain_takes_lists_and_calls_empty_what_is(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "a")
+    four_modalities(tmp_path / "in", "b")
+    nib.save(nib.Nifti1Image(np.zeros((15, 20, 17), np.uint8), np.eye(4)), tmp_path / "a_seg.nii.gz")
+    entry = {"name": "a", "image": [f"in/a_{k:04d}.nii.gz" for k in range(4)], "label": "a_seg.nii.gz"}
+    (tmp_path / "list.json").write_text(json.dumps({"training": [entry]}))
+    options = ["explain", "--checkpoint", tumour, "--input", tmp_path / "in", "--layer", "deep"]
+    printed = run_command(
+        *options,
+        "--labels",
+        tmp_path / "list.json",
+        "--output",
+        tmp_path / "out",
+        "--background",
+        "t1GD",
+        code=1,
+    )
+    assert "a: the label is empty: no component can agree with it" in printed
+    assert "b: failed:" in printed
+    assert "has no label for it" in printed
+    with (tmp_path / "out" / "components.csv").open() as file:
+        assert {row["compared_with"] for row in csv.DictReader(file)} == {"label is empty"}
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a.png"}
+    assert "no folder and no data list" in run_command(*options, "--labels", tmp_path / "typo", code=2)
