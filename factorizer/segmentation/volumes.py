@@ -25,7 +25,7 @@ from factorizer.segmentation.files import atomic, digest_of
 from factorizer.segmentation.intensities import clean, is_ct, window_of
 from factorizer.segmentation.names import PAIRED, places_by_name
 from factorizer.segmentation.recipe import RANGE_QUANTILES
-from factorizer.segmentation.screen import count, progress, tell_warning
+from factorizer.segmentation.screen import count, log_lines, progress, tell_warning
 
 # What a NIfTI header says about the grid, beside the voxel sizes. Its other fields (dtype, scaling, intent,
 # description) are about the image's intensities and do not hold for what is written on its grid.
@@ -36,6 +36,7 @@ GRID_FIELDS = (
 GRID_TOLERANCE = 1e-2  # mm, and a fifth of a voxel at most, between the places that two files give to a voxel
 MILLIMETRES = {1: 1e3, 2: 1.0, 3: 1e-3}  # of NIfTI's units; a file that says none means mm
 MIN_SPACING, MAX_SPACING = 0.01, 100.0  # mm; no scanner's beyond
+ALIKE, ALIKE_SAMPLE = 1 - 1e-4, 2**18  # correlation of a volume with its copy; by so many voxels
 MAP_STEPS = 4095  # from 0 to the largest value of maps in a file
 LABEL_ROUNDING = 0.05  # a label's distance from a whole number, at most, where the file's steps are coarse
 
@@ -52,7 +53,7 @@ class Geometry:
         sides: for each of them, from where to where its voxels lie from left (-1) to right (1) in the
             nonzero part: their 5 and 95 percentiles.
         constant: channels that hold a single value.
-        identical: pairs of channels with the same voxels.
+        identical: pairs of channels with the same voxels, but for a factor and an offset.
         digest: of the files' contents.
     """
 
@@ -102,7 +103,7 @@ def check_case(task: Task, case: Case) -> Geometry:
             if value
         },
         tuple(k for k, channel in enumerate(channels) if channel.min() == channel.max()),
-        tuple((a, b) for a, b in pairs if np.array_equal(channels[a], channels[b])),
+        tuple((a, b) for a, b in pairs if _alike(channels[a], channels[b])),
         digest_of_case(case),
     )
 
@@ -290,27 +291,34 @@ def parts_of(path: Path) -> list[Path]:
     ]
 
 
-def check_cases(console: Console, task: Task) -> dict[str, Geometry]:
-    """The geometry of each case of a task; what looks wrong is told.
+def check_cases(console: Console, task: Task, training: Iterable[Case] | None = None) -> dict[str, Geometry]:
+    """The geometry of each case of a task; what looks wrong is told. `training`: the cases to learn from,
+    where they are not all.
 
     Raises DataError for the first case that cannot be used.
     """
-    geometries = {}
+    geometries: dict[str, Geometry] = {}
+    tell = log_lines(console)
     with progress(console) as bar:
         for case in bar.track(task.cases, description="Checking volumes"):
             geometries[case.name] = check_case(task, case)
-    for warning in doubts(task, geometries):
+            tell(f"checked {len(geometries)} of {count(len(task.cases), 'case')}")
+    for warning in doubts(task, geometries, [case.name for case in training or task.cases]):
         tell_warning(console, warning)
     return geometries
 
 
-def doubts(task: Task, geometries: Mapping[str, Geometry]) -> list[str]:
-    """Sentences about what is allowed, and seldom meant: each names the cases."""
+def doubts(task: Task, geometries: Mapping[str, Geometry], training: Sequence[str]) -> list[str]:
+    """Sentences about what is allowed, and seldom meant: each names the cases. `training`: names of those
+    that are learned from."""
     found = []
     for value, name in task.labels.items():
-        if value and not any(value in geometry.labelled for geometry in geometries.values()):
+        having = [case for case, geometry in geometries.items() if value in geometry.labelled]
+        if value and not set(having).intersection(training):
+            others = f", but only {_some(having)}" if having else ""
             found.append(
-                f"no case has a voxel of {name!r} (label value {value}): nothing can be learned about it"
+                f"no training case has a voxel of {name!r} (label value {value}){others}: nothing can be "
+                "learned about it"
             )
     empty = [name for name, geometry in geometries.items() if not geometry.sides]
     if 2 * len(empty) > len(geometries):
@@ -333,6 +341,15 @@ def doubts(task: Task, geometries: Mapping[str, Geometry]) -> list[str]:
         if digest and len(names) > 1:
             found.append(f"these cases hold the same files: {_some(names)}")
     return found
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two channels are the same volume, on another scale too (a copy in other units, or rounded)."""
+    if np.array_equal(one, other):
+        return True
+    step = max(1, one.size // ALIKE_SAMPLE)
+    samples = np.stack([one.reshape(-1)[::step], other.reshape(-1)[::step]]).astype(np.float64)
+    return bool((samples.std(axis=1) > 0).all() and np.corrcoef(samples)[0, 1] > ALIKE)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -281,11 +281,17 @@ def test_doubts_are_told_before_training(synthetic):
     task = read_decathlon(synthetic)
     task = replace(task, labels={**task.labels, 3: "necrosis"})
     geometries = {case.name: check_case(task, case) for case in task.cases}
-    assert doubts(task, geometries) == [
-        "no case has a voxel of 'necrosis' (label value 3): nothing can be learned about it"
+    names = list(geometries)
+    learned = "nothing can be learned about it"
+    assert doubts(task, geometries, names) == [
+        f"no training case has a voxel of 'necrosis' (label value 3): {learned}"
+    ]
+    held_out = geometries | {names[0]: replace(geometries[names[0]], labelled={0: 9, 3: 1})}
+    assert doubts(task, held_out, names[1:]) == [
+        f"no training case has a voxel of 'necrosis' (label value 3), but only {names[0]}: {learned}"
     ]
     odd = [replace(g, sides={}, constant=(1,), identical=((0, 1),), digest="d") for g in geometries.values()]
-    told = " ".join(doubts(task, dict(zip(geometries, odd, strict=True))))
+    told = " ".join(doubts(task, dict(zip(names, odd, strict=True)), names))
     for words in (
         "the label map is empty in 5 of 5 cases: synthetic_001, ",
         "contrast B holds a single value in 5 cases",
@@ -293,3 +299,19 @@ def test_doubts_are_told_before_training(synthetic):
         "these cases hold the same files: synthetic_001, ",
     ):
         assert words in told
+
+
+def test_a_copy_of_a_modality_is_seen_on_another_scale_too(tmp_path):
+    rng = np.random.default_rng(0)
+    first = rng.gamma(5, 100, (12, 12, 12)).astype(np.float32)
+    label = (first > 500).astype(np.uint8)
+    others = {"copy": np.rint(first * 0.5 + 3), "other": first + rng.normal(0, 50, first.shape)}
+    found = {}
+    for name, second in others.items():
+        for part, voxels in (("0000", first), ("0001", second.astype(np.int16)), ("label", label)):
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / f"{name}_{part}.nii.gz")
+        images = tuple(tmp_path / f"{name}_{k:04d}.nii.gz" for k in range(2))
+        case = Case(name, images, tmp_path / f"{name}_label.nii.gz")
+        task = Task("task", ("A", "B"), {0: "background", 1: "lesion"}, (case,))
+        found[name] = check_case(task, case).identical
+    assert found == {"copy": ((0, 1),), "other": ()}
