@@ -53,6 +53,10 @@ Whole = Annotated[
     bool, typer.Option("--whole", help="Whole volumes at once, no sliding window: no seams, more memory.")
 ]
 Steps = Annotated[int | None, typer.Option(help="Training steps. Default: derived from the data's size.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Write over results that were made from other inputs or settings."),
+]
 Resample = Annotated[
     str,
     typer.Option(
@@ -264,10 +268,7 @@ def predict(
             help="Average over the mirror images that training drew from. Default: as the model says.",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Write over results that were made from other inputs or settings."),
-    ] = False,
+    overwrite: Overwrite = False,
     preview: Annotated[
         bool, typer.Option("--preview", help="Draw each case: three planes through the largest structure.")
     ] = False,
@@ -350,6 +351,7 @@ def explain(
     ] = None,
     section: Section = None,
     resample: Resample = "",
+    overwrite: Overwrite = False,
     num_iters: Iterations = None,
     whole: Whole = False,
     device: Device = None,
@@ -372,6 +374,7 @@ def explain(
             num_iters=num_iters,
             whole=whole,
             background=background,
+            overwrite=overwrite,
             device=device,
         ):
             raise typer.Exit(1)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import torch
 from rich.console import Console
@@ -26,9 +27,10 @@ from factorizer.segmentation.figures import component_row, draw_components, pict
 from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.inference import Predictor, load_predictor
 from factorizer.segmentation.intensities import body
+from factorizer.segmentation.provenance import made, write_result
 from factorizer.segmentation.screen import count, each_case, table, tell_warning
 from factorizer.segmentation.transforms import PreparedCase
-from factorizer.segmentation.volumes import check_image, check_label, write_maps, write_nifti
+from factorizer.segmentation.volumes import check_image, check_label, doubts_of_sides, on_grid_of, write_maps
 
 EMPTY = {"label": "label is empty", "prediction": "prediction is empty"}
 
@@ -58,6 +60,7 @@ def explain(
     num_iters: int | None = None,
     whole: bool = False,
     background: str | None = None,
+    overwrite: bool = False,
     device: str | None = None,
 ) -> int:
     """Writes for each case out/NAME_LAYER.nii.gz (X, Y, Z, component) on the image's grid,
@@ -65,7 +68,8 @@ def explain(
 
     A component is compared with the label of its case, in the data list of the inputs or in `labels`
     (`known_labels`), or without one with the prediction. The figure lies over the modality `background`, or
-    the one in which the classes stand out best. Returns how many cases failed.
+    the one in which the classes stand out best. Where results of other inputs are there under its name, a
+    case fails, unless `overwrite`. Returns how many cases failed.
 
     Raises DataError for a checkpoint, inputs, layers, labels, a background or an `out` that cannot be used.
     """
@@ -79,10 +83,14 @@ def explain(
         unknown = Case("", ())
         cases = tuple(replace(case, label=known.get(case.name, unknown).label) for case in cases)
     prepare_folder("output", out, (path for case in cases for path in case.images))
+    for doubt in doubts_of_sides(cases):
+        tell_warning(console, doubt)
 
     def work(case: Case) -> list[Row]:
         if labels is not None and case.label is None:
             raise DataError(f"{labels}: has no label for it")
+        if not overwrite:
+            made(out / f"{case.name}_prediction.nii.gz", case, {})
         rows = _explain_case(predictor, chosen, case, out, channel)
         if rows and rows[0].reference in EMPTY.values():
             tell_warning(console, f"{case.name}: the {rows[0].reference}: no component can agree with it")
@@ -110,6 +118,10 @@ def _explain_case(
     reference = compared if labels.any() else EMPTY[compared]
     signal = body(image, plan.modalities) | (labels != 0)
     components = case_components(predictor, list(layers.values()), case, prepared)
+    volume = on_grid_of(prediction, case.image)
+    # The first that is written, so that what comes after it never lies beside another input's.
+    result = out / f"{case.name}_prediction.nii.gz"
+    write_result(result, case, {}, lambda temporary: nib.save(volume, temporary))
     rows, shown, maps = [], [], np.zeros(0)
     for name, layer in layers.items():
         path = out / f"{case.name}_{name}.nii.gz"
@@ -118,7 +130,6 @@ def _explain_case(
         for target, of_maps in found.items():
             rows += [Row(case.name, name, m, target, reference, a) for m, a in enumerate(of_maps)]
         shown.append(component_row(name, components.maps[layer], map(_best_map, found, found.values())))
-    write_nifti(prediction, case.image, out / f"{case.name}_prediction.nii.gz")
     if channel is None:
         masks = [np.isin(labels, list(values)) for values in plan.targets.values()]
         if not labels.any():  # where the components of the last layer are high

@@ -27,6 +27,7 @@ from factorizer.segmentation.files import atomic, prepare_folder, read_json
 from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
+from factorizer.segmentation.provenance import made_from_others
 from factorizer.segmentation.screen import count, each_case, table, tell_warning
 from factorizer.segmentation.volumes import check_label, read_grid, read_labels
 
@@ -243,6 +244,10 @@ def evaluate(
 
     def compare(case: Case) -> list[Score]:
         scores = evaluate_case(case.image, case, values, targets)
+        if case.name in known and made_from_others(case.image, known[case.name]):
+            tell_warning(
+                console, f"{case.name}: {case.image} was made from other files than the case's in {labels}"
+            )
         if preview:
             dices = {score.target: f"Dice {score.dice:.3f}" for score in scores}
             try:

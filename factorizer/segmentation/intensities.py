@@ -128,7 +128,7 @@ def body(image: np.ndarray, modalities: Sequence[str]) -> np.ndarray:
 
 def _body_in(channel: np.ndarray, *, ct: bool) -> np.ndarray | None:
     """The voxels (X, Y, Z) of one channel that are no air; None where it shows none."""
-    if ct:
+    if ct and channel.min() < AIR_CT:
         inside = _without_specks(channel > AIR_CT)
         return inside if inside.any() else None
     signal = channel != 0

@@ -36,6 +36,7 @@ GRID_FIELDS = (
 GRID_TOLERANCE = 1e-2  # mm, and a fifth of a voxel at most, between the places that two files give to a voxel
 MILLIMETRES = {1: 1e3, 2: 1.0, 3: 1e-3}  # of NIfTI's units; a file that says none means mm
 MIN_SPACING, MAX_SPACING = 0.01, 100.0  # mm; no scanner's beyond
+MAX_LABEL = 2**31  # beyond it not every whole number has a float of its own, nor a class
 ALIKE, ALIKE_SAMPLE = 1 - 1e-4, 2**18  # correlation of a volume with its copy; by so many voxels
 MAP_STEPS = 4095  # from 0 to the largest value of maps in a file
 LABEL_ROUNDING = 0.05  # a label's distance from a whole number, at most, where the file's steps are coarse
@@ -204,13 +205,14 @@ def read_labels(path: Path, values: Sequence[int] | None, *, grid_of: Path | Non
     whole = np.rint(found.astype(np.float64))
     apart = np.abs(found.astype(np.float64) - whole)
     wrong = found[apart > np.maximum(_precision(path, voxels) * np.maximum(np.abs(whole), 1), _step(path))]
+    wrong = np.union1d(wrong, found[np.abs(whole) > MAX_LABEL])
     if values is not None:
         unknown = found[~np.isin(whole, list(values))]
         wrong = np.union1d(wrong, unknown)
     if len(wrong):
         number = repr(wrong[0].item()).removesuffix(".0")
         known = "" if values is None else f"; there are classes for {list(values)}"
-        reason = "has no class" if values is not None else "is not a whole number"
+        reason = "has no class" if values is not None else "is not a whole number below 2^31"
         raise DataError(f"{path}: label value {number} {reason}{known}")
     smallest = np.uint8 if len(whole) and 0 <= whole.min() <= whole.max() <= 255 else np.int64
     return whole.astype(smallest)[place].reshape(labels.shape)
@@ -334,12 +336,50 @@ def doubts(task: Task, geometries: Mapping[str, Geometry], training: Sequence[st
         if same:
             which = f"{task.modalities[a]} and {task.modalities[b]}"
             found.append(f"{which} are the same volume in {count(len(same), 'case')}: {_some(same)}")
+    for kind in ("label", "images"):
+        by_path: dict[object, list[str]] = {}
+        for case in task.cases:
+            by_path.setdefault(getattr(case, kind), []).append(case.name)
+        for path, names in by_path.items():
+            if path and len(names) > 1:
+                found.append(f"these cases have the same {kind} file: {_some(names)}")
+    found.extend(doubts_of_sides(task.cases))
     by_digest: dict[str, list[str]] = {}
     for name, geometry in geometries.items():
         by_digest.setdefault(geometry.digest, []).append(name)
     for digest, names in by_digest.items():
         if digest and len(names) > 1:
             found.append(f"these cases hold the same files: {_some(names)}")
+    return found
+
+
+def doubts_of_sides(cases: Iterable[Case]) -> list[str]:
+    """Sentences about files whose headers do not agree with themselves on which side is left, or do not say
+    it; they name the cases. Files that cannot be read are told elsewhere."""
+    silent, two = [], []
+    for case in cases:
+        try:
+            header = _load(case.image).header
+            known = [form for form in (header.get_sform(coded=True), header.get_qform(coded=True)) if form[1]]
+            directions = {nib.aff2axcodes(affine) for affine, _ in known}
+        except (DataError, ValueError, nib.spatialimages.HeaderDataError):
+            continue
+        if not known:
+            silent.append(case.name)
+        elif len(directions) > 1:
+            two.append(case.name)
+    found = []
+    if silent:
+        found.append(
+            f"the header does not say which side is left (sform_code and qform_code are 0) in "
+            f"{count(len(silent), 'case')}, and the first axis is taken to run from right to left: "
+            f"{_some(silent)}"
+        )
+    if two:
+        found.append(
+            f"sform and qform give the axes different directions in {count(len(two), 'case')}, and the sform "
+            f"is believed: {_some(two)}"
+        )
     return found
 
 

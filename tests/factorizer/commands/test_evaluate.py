@@ -7,7 +7,7 @@ import re
 import nibabel as nib
 import numpy as np
 import pytest
-from factorizer_support import run_command
+from factorizer_support import four_modalities, run_command
 
 
 def evaluate(tmp_path, prediction, truth, *options, code=0):
@@ -126,3 +126,17 @@ def test_evaluate_draws_over_the_image_that_a_list_names(tumour, tmp_path):
     (tmp_path / "case.nii.gz").write_bytes(b"broken")
     assert "case: no picture: " in run_command("evaluate", *options, "--preview")
     assert "lesion" in (tmp_path / "s.csv").read_text()
+
+
+def test_evaluate_tells_of_a_segmentation_of_another_scan(tumour, tmp_path):
+    four_modalities(tmp_path / "a", "scan")
+    four_modalities(tmp_path / "b", "scan", seed=1)
+    run_command("predict", "--checkpoint", tumour, "--input", tmp_path / "a", "--output", tmp_path / "p")
+    nib.save(nib.load(tmp_path / "p" / "scan.nii.gz"), tmp_path / "label.nii.gz")
+    for folder, told in (("a", False), ("b", True)):
+        images = [f"{folder}/scan_{k:04d}.nii.gz" for k in range(4)]
+        entry = {"name": "scan", "image": images, "label": "label.nii.gz"}
+        (tmp_path / "list.json").write_text(json.dumps([entry]))
+        options = ["--predictions", tmp_path / "p", "--labels", tmp_path / "list.json"]
+        printed = run_command("evaluate", *options, "--output", tmp_path / "s.csv")
+        assert ("was made from other files" in printed) == told

@@ -26,7 +26,7 @@ def test_explain_writes_components_and_ranks_them(tumour, tmp_path, monkeypatch)
     assert "best Dice" in printed
     assert {path.name for path in out.iterdir()} == {
         *("components.csv", "odd.png", "odd_prediction.nii.gz"),
-        *("odd_shallow.nii.gz", "odd_deep.nii.gz"),
+        *("odd_shallow.nii.gz", "odd_deep.nii.gz", "made_from"),
     }
     deep = nib.load(out / "odd_deep.nii.gz")
     np.testing.assert_allclose(deep.affine, ODD)
@@ -71,16 +71,8 @@ def test_explain_takes_lists_and_calls_empty_what_is(tumour, tmp_path):
     entry = {"name": "a", "image": [f"in/a_{k:04d}.nii.gz" for k in range(4)], "label": "a_seg.nii.gz"}
     (tmp_path / "list.json").write_text(json.dumps({"training": [entry]}))
     options = ["explain", "--checkpoint", tumour, "--input", tmp_path / "in", "--layer", "deep"]
-    printed = run_command(
-        *options,
-        "--labels",
-        tmp_path / "list.json",
-        "--output",
-        tmp_path / "out",
-        "--background",
-        "t1GD",
-        code=1,
-    )
+    options += ["--output", tmp_path / "out", "--background", "t1GD"]
+    printed = run_command(*options, "--labels", tmp_path / "list.json", code=1)
     assert "a: the label is empty: no component can agree with it" in printed
     assert "b: failed:" in printed
     assert "has no label for it" in printed
@@ -88,3 +80,17 @@ def test_explain_takes_lists_and_calls_empty_what_is(tumour, tmp_path):
         assert {row["compared_with"] for row in csv.DictReader(file)} == {"label is empty"}
     assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a.png"}
     assert "no folder and no data list" in run_command(*options, "--labels", tmp_path / "typo", code=2)
+
+
+def test_explain_writes_over_no_other_case(tumour, tmp_path):
+    four_modalities(tmp_path / "a", "scan")
+    four_modalities(tmp_path / "b", "scan", seed=1)
+    options = ["explain", "--checkpoint", tumour, "--layer", "deep", "--output", tmp_path / "out", "--input"]
+    run_command(*options, tmp_path / "a")
+    before = (tmp_path / "out" / "scan_deep.nii.gz").read_bytes()
+    printed = run_command(*options, tmp_path / "b", code=1)
+    assert "scan: failed:" in printed
+    assert "was made from other inputs" in printed
+    assert (tmp_path / "out" / "scan_deep.nii.gz").read_bytes() == before
+    run_command(*options, tmp_path / "b", "--overwrite")
+    assert (tmp_path / "out" / "scan_deep.nii.gz").read_bytes() != before

@@ -15,7 +15,9 @@ from factorizer.segmentation.volumes import (
     check_image,
     check_label,
     doubts,
+    doubts_of_sides,
     on_grid_of,
+    read_labels,
     write_nifti,
 )
 
@@ -315,3 +317,36 @@ def test_a_copy_of_a_modality_is_seen_on_another_scale_too(tmp_path):
         task = Task("task", ("A", "B"), {0: "background", 1: "lesion"}, (case,))
         found[name] = check_case(task, case).identical
     assert found == {"copy": ((0, 1),), "other": ()}
+
+
+def test_headers_that_do_not_say_which_side_is_left(tmp_path):
+    voxels, affine = np.ones((4, 5, 6), np.uint8), np.diag([-1.0, 1, 1, 1])
+    images = {name: nib.Nifti1Image(voxels, affine) for name in ("silent", "two", "sform", "qform")}
+    images["silent"] = nib.Nifti1Image(voxels, None)
+    images["two"].set_qform(np.eye(4), 1)
+    images["two"].set_sform(affine, 1)
+    images["qform"].set_qform(affine, 1)
+    images["qform"].set_sform(None, 0)
+    for name, image in images.items():
+        nib.save(image, tmp_path / f"{name}.nii.gz")
+    names = [*images, "missing"]
+    found = doubts_of_sides([Case(name, (tmp_path / f"{name}.nii.gz",)) for name in names])
+    assert [text.split()[-1] for text in found] == ["silent", "two"]
+    assert "sform_code and qform_code are 0" in found[0]
+    assert "the sform is believed" in found[1]
+
+
+def test_two_cases_with_one_label_file_are_told(synthetic):
+    task = read_decathlon(synthetic)
+    first, second, *others = task.cases
+    task = replace(task, cases=(first, replace(second, label=first.label), *others))
+    geometries = {case.name: check_case(task, case) for case in task.cases[2:]}
+    assert doubts(task, geometries, list(geometries)) == [
+        f"these cases have the same label file: {first.name}, {second.name}"
+    ]
+
+
+def test_a_label_beyond_every_class_is_refused(tmp_path):
+    nib.save(nib.Nifti1Image(np.full((2, 2, 2), 1e20, np.float32), np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(DataError, match="is not a whole number below"):
+        read_labels(tmp_path / "a.nii.gz", None)
