@@ -25,7 +25,7 @@ from factorizer.segmentation.explanation import (
 )
 from factorizer.segmentation.figures import component_row, draw_components, picture
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.inference import Predictor, load_predictor
+from factorizer.segmentation.inference import Predictor, check_finite, load_predictor
 from factorizer.segmentation.intensities import body
 from factorizer.segmentation.provenance import made, write_result
 from factorizer.segmentation.screen import count, each_case, table, tell_warning
@@ -113,6 +113,7 @@ def _explain_case(
     truth = None if case.label is None else check_label(case, list(plan.labels))
     prepared = PreparedCase(plan, case)
     logits = predictor.run(network, plan, prepared.image)
+    check_finite(logits, case)
     prediction = plan.decide(prepared.to_own_grid(logits)).numpy()
     labels, compared = (prediction, "prediction") if truth is None else (truth, "label")
     reference = compared if labels.any() else EMPTY[compared]
@@ -122,7 +123,8 @@ def _explain_case(
     # The first that is written, so that what comes after it never lies beside another input's.
     result = out / f"{case.name}_prediction.nii.gz"
     write_result(result, case, {}, lambda temporary: nib.save(volume, temporary))
-    rows, shown, maps = [], [], np.zeros(0)
+    rows, shown = [], []
+    maps = np.zeros((0, *labels.shape), np.float32)
     for name, layer in layers.items():
         path = out / f"{case.name}_{name}.nii.gz"
         maps = write_maps(components.on_grid(layer).numpy(), case.image, path)
@@ -133,7 +135,7 @@ def _explain_case(
     if channel is None:
         masks = [np.isin(labels, list(values)) for values in plan.targets.values()]
         if not labels.any():  # where the components of the last layer are high
-            masks = [of_map > np.quantile(of_map[signal], 0.95) for of_map in maps]
+            masks = [maps[k] > np.quantile(maps[k][signal], 0.95) for k in range(len(maps))]
         channel = clearest_channel(image, masks, signal)
     title = (
         f"{plan.task}: NMF components over {plan.modalities[channel]}, {case.name}; bright: much of it; "

@@ -307,8 +307,9 @@ def _modalities(labels: Path, checkpoint: Path | None) -> tuple[str, ...] | None
         return read_checkpoint(checkpoint)[0].modalities
     listing = labels / "dataset.json" if labels.is_dir() else labels
     content = read_json(listing) if listing.is_file() else None
-    named = isinstance(content, dict) and {"modality", "channel_names"}.intersection(content)
-    return read_modalities(listing, content) if named else None
+    if not isinstance(content, dict) or not {"modality", "channel_names"}.intersection(content):
+        return None
+    return read_modalities(listing, content)
 
 
 def _targets(

@@ -115,8 +115,7 @@ class Predictor:
             total = total + prepared.to_own_grid(
                 sum(self.run(network, plan, prepared.image) for network, plan in members)  # type: ignore[arg-type]
             )
-        if not total.isfinite().all():
-            raise DataError(f"{case.image}: the network's output for it is not finite")
+        check_finite(total, case)
         return total / len(self.models)
 
     @torch.no_grad()
@@ -160,6 +159,12 @@ def keep_largest(labels: np.ndarray, targets: Sequence[Sequence[int]]) -> np.nda
             largest = 1 + int(np.bincount(components[mask])[1:].argmax())
             labels[mask & (components != largest)] = 0
     return labels
+
+
+def check_finite(logits: Tensor, case: Case) -> None:
+    """Raises DataError where a network's output for a case is not finite: it decides nothing."""
+    if not logits.isfinite().all():
+        raise DataError(f"{case.image}: the network's output for it is not finite")
 
 
 def load_predictor(

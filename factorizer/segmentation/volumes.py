@@ -389,7 +389,7 @@ def _alike(one: np.ndarray, other: np.ndarray) -> bool:
         return True
     step = max(1, one.size // ALIKE_SAMPLE)
     samples = np.stack([one.reshape(-1)[::step], other.reshape(-1)[::step]]).astype(np.float64)
-    return bool((samples.std(axis=1) > 0).all() and np.corrcoef(samples)[0, 1] > ALIKE)
+    return bool((samples.std(axis=1) > 0).all() and float(np.corrcoef(*samples)[0, 1]) > ALIKE)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -412,10 +412,11 @@ def _load(path: Path) -> Any:
     except Exception as error:  # a broken file makes nibabel, zlib or numpy raise one of a dozen
         raise DataError(f"{path}: not readable as NIfTI ({str(error) or type(error).__name__})") from error
     if not isinstance(file.header, nib.Nifti1Header):
+        analyze = isinstance(file.header, nib.AnalyzeHeader)
+        sides = "it does not say which side is left. Convert it" if analyze else "convert it"
         raise DataError(
-            f"{path}: is {type(file).__name__}, no NIfTI: it does not say which side is left. Convert it "
-            "to NIfTI "
-            "with a program that knows where it came from"
+            f"{path}: is {type(file).__name__}, no NIfTI: {sides} to NIfTI with a program that knows where "
+            "it came from"
         )
     return file
 

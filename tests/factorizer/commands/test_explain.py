@@ -94,3 +94,13 @@ def test_explain_writes_over_no_other_case(tumour, tmp_path):
     assert (tmp_path / "out" / "scan_deep.nii.gz").read_bytes() == before
     run_command(*options, tmp_path / "b", "--overwrite")
     assert (tmp_path / "out" / "scan_deep.nii.gz").read_bytes() != before
+
+
+def test_a_network_whose_output_is_not_finite_explains_nothing(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "a")
+    state = torch.load(tumour, weights_only=True)
+    state["network"] = {name: value * float("nan") for name, value in state["network"].items()}
+    torch.save(state, tmp_path / "nan.pt")
+    options = ["--checkpoint", tmp_path / "nan.pt", "--input", tmp_path / "in", "--output", tmp_path / "out"]
+    assert "output for it is not finite" in run_command("explain", *options, "--layer", "deep", code=1)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"components.csv"}

@@ -156,6 +156,11 @@ def test_checkpoints_that_cannot_be_used(tumour, tmp_path):
     assert "its weights do not fit the network" in run_command(
         "predict", *options, tmp_path / "mixed.pt", code=2
     )
+    for content in ({"members": 3}, {"members": [3]}, {"members": []}):
+        torch.save(content, tmp_path / "members.pt")
+        for command in ("predict", "explain"):
+            printed = run_command(command, *options[1:], tmp_path / "members.pt", code=2)
+            assert "members.pt: not a model file: its members are" in printed
     for content in ({"plan": {"a": 1}, "network": {}}, {"plan": 3, "network": 1}, {"state_dict": {}}):
         torch.save(content, tmp_path / "alien.pt")
         assert "alien.pt: not a checkpoint of this program" in run_command(
