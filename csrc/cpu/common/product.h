@@ -1,0 +1,327 @@
+// The product of a small matrix with long columns, for a tile of columns that lies in cache:
+//
+//   multiply(w, in, out, length, start)     out (rows x length) = W in, W (rows x depth), in (depth x length)
+//   multiply(wᵀ, ...)                       Wᵀ dY: the same, of weights taken with their strides swapped
+//   multiply_by_transpose(a, b, ...)        out (rows x columns) += A Bᵀ, both with `length` columns: dY Xᵀ
+//
+// One microkernel does all of it: some rows of `out` by some vectors of columns are held in registers while
+// it goes along the depth. What is guaranteed:
+//   - Every element of `out` is one sum over the depth, in order, in blocks of at most `depth_block`; it does
+//     not depend on which columns or rows are computed beside it, so tiles can be cut and shared at will.
+//   - `length` is a multiple of the vector width (round_up<T>); what lies past the true columns is computed
+//     along with them. Memory needs no alignment. Nothing outside the rows and columns that are named is
+//     touched.
+//   - No allocation, no threads: the caller brings the memory and cuts the columns. 64 to 256 columns are a
+//     good tile, 32 rows and more are what registers are used well with.
+//   - Rows of a tile should lie an odd number of cache lines apart (tile_stride): at a power of two they fall
+//     into a few sets of the cache and evict one another.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "../rows.h"
+#include "scalar_types.h"
+
+namespace factorizer {
+namespace FK_ISA {
+
+// --- Weights ---------------------------------------------------------------------------------
+
+// The registers' tile: at most max_height rows of `out`, of two vectors each, or more where the rows are few.
+#if defined(__AVX512F__)
+constexpr i64 max_height = 12;
+#elif defined(__aarch64__)
+constexpr i64 max_height = 8;
+#elif defined(__AVX__)
+constexpr i64 max_height = 6;
+#else
+constexpr i64 max_height = 4;
+#endif
+constexpr i64 register_tile = 2 * max_height;
+
+// Columns of W that one go of the microkernel takes: its part of `in` stays in the first-level cache.
+constexpr i64 depth_block = 256;
+
+// Panels of W that stay in the second-level cache while the columns of a tile pass: 128 KB at the full depth.
+constexpr i64 panel_group = 128 / max_height;
+
+// A cut into as few pieces of at most `largest` as there can be, at least one; their sizes differ by one at
+// most.
+struct Pieces {
+  i64 total, count;
+
+  static Pieces of(i64 total, i64 largest) {
+    return {total, total > largest ? (total + largest - 1) / largest : 1};
+  }
+  i64 begin(i64 i) const {
+    const i64 size = total / count, longer = total % count;
+    return i * size + (i < longer ? i : longer);
+  }
+  i64 size(i64 i) const { return total / count + (i < total % count ? 1 : 0); }
+  i64 largest() const { return (total + count - 1) / count; }
+};
+
+// W as the microkernel reads it: where it lies with any strides, or packed in panels of some rows, in which
+// the coefficients stand in the order of their use. A view: the memory is the caller's.
+template <class T>
+struct Weights {
+  const T* data;
+  i64 rows, depth;
+  i64 row, column;  // strides; of no meaning where packed
+  bool packed;
+
+  // In place: good for weights that are used for few columns only.
+  static Weights in_place(const T* w, i64 rows, i64 depth, i64 row, i64 column) {
+    return {w, rows, depth, row, column, false};
+  }
+
+  // The elements that pack() writes: every coefficient once.
+  static i64 packed_size(i64 rows, i64 depth) { return rows * depth; }
+
+  // W[r, k] = w[r * row + k * column] to `memory`, converted from S. Swap the strides for Wᵀ.
+  template <class S>
+  static Weights pack(const S* w, i64 rows, i64 depth, i64 row, i64 column, T* memory) {
+    const Pieces blocks = Pieces::of(depth, depth_block), panels = Pieces::of(rows, max_height);
+    T* to = memory;
+    for (i64 block = 0; block < blocks.count; ++block) {
+      for (i64 panel = 0; panel < panels.count; ++panel) {
+        const S* from = w + panels.begin(panel) * row + blocks.begin(block) * column;
+        const i64 height = panels.size(panel);
+        for (i64 k = 0; k < blocks.size(block); ++k) {
+          for (i64 p = 0; p < height; ++p) *to++ = T(to_compute(from[p * row + k * column]));
+        }
+      }
+    }
+    return {memory, rows, depth, 1, 0, true};
+  }
+
+  // The coefficients of rows [first_row, + height) from column first_k on.
+  struct Panel {
+    const T* data;
+    i64 row, column;
+  };
+  Panel panel(i64 first_row, i64 height, i64 first_k, i64 block_depth) const {
+    if (!packed) return {data + first_row * row + first_k * column, row, column};
+    return {data + first_k * rows + first_row * block_depth, 1, height};
+  }
+};
+
+// --- The microkernel -------------------------------------------------------------------------
+
+// What the product is added to: nothing, or what `out` holds; and a number for each row.
+template <class T>
+struct Start {
+  bool accumulate = false;
+  const T* bias = nullptr;
+};
+
+template <int H, int V, class T>
+inline void multiply_block(const typename Weights<T>::Panel& w, i64 depth, Rows<const T> in, Rows<T> out,
+                           bool accumulate, const T* bias) {
+  constexpr i64 width = Simd<T>::width;
+  Vec<T> sums[H][V];
+  if (accumulate) {
+#pragma GCC unroll 16
+    for (int p = 0; p < H; ++p) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sums[p][v] = load(out[p] + v * width);
+    }
+  } else {
+#pragma GCC unroll 16
+    for (int p = 0; p < H; ++p) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sums[p][v] = Vec<T>{};
+    }
+  }
+  if (bias != nullptr) {
+#pragma GCC unroll 16
+    for (int p = 0; p < H; ++p) {
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sums[p][v] += bias[p];
+    }
+  }
+  // One pointer for three rows: x86 addresses take a register times 0, 1 and 2.
+  constexpr int pointers = (H + 2) / 3;
+  const T* coefficients[pointers];
+#pragma GCC unroll 16
+  for (int i = 0; i < pointers; ++i) coefficients[i] = w.data + 3 * i * w.row;
+  const T* x = in.data;
+#pragma GCC unroll 1
+  for (i64 k = 0; k < depth; ++k) {
+    Vec<T> xs[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) xs[v] = load(x + v * width);
+#pragma GCC unroll 16
+    for (int p = 0; p < H; ++p) {
+      const T coefficient = coefficients[p / 3][p % 3 * w.row];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sums[p][v] += coefficient * xs[v];
+    }
+    x += in.stride;
+#pragma GCC unroll 16
+    for (int i = 0; i < pointers; ++i) coefficients[i] += w.column;
+  }
+#pragma GCC unroll 16
+  for (int p = 0; p < H; ++p) {
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store(out[p] + v * width, sums[p][v]);
+  }
+}
+
+// One panel of W by V vectors of columns.
+template <int V, class T, int H = max_height>
+FK_INLINE void multiply_panel(i64 height, const typename Weights<T>::Panel& w, i64 depth, Rows<const T> in,
+                              Rows<T> out, bool accumulate, const T* bias) {
+  if constexpr (H > 0) {
+    if (height == H) {
+      if constexpr (H * V <= register_tile) multiply_block<H, V, T>(w, depth, in, out, accumulate, bias);
+    } else {
+      multiply_panel<V, T, H - 1>(height, w, depth, in, out, accumulate, bias);
+    }
+  }
+}
+
+// --- W times a tile --------------------------------------------------------------------------
+
+template <int V, class T>
+void multiply_columns(const Weights<T>& w, Pieces panels, Rows<const T> in, Rows<T> out, i64 length,
+                      Start<T> start) {
+  constexpr i64 step = V * Simd<T>::width;
+  const Pieces blocks = Pieces::of(w.depth, depth_block);
+  const i64 whole = length / step * step;
+  for (i64 block = 0; block < blocks.count; ++block) {
+    const i64 first_k = blocks.begin(block), depth = blocks.size(block);
+    const bool accumulate = start.accumulate || block > 0;
+    const T* bias = block > 0 ? nullptr : start.bias;
+    // So many panels of W stay in the second-level cache while the columns pass.
+    for (i64 first = 0; first < panels.count; first += panel_group) {
+      const i64 last = first + panel_group < panels.count ? first + panel_group : panels.count;
+      const auto columns = [&](i64 n, auto vectors) {
+        for (i64 i = first; i < last; ++i) {
+          const i64 row = panels.begin(i), height = panels.size(i);
+          multiply_panel<decltype(vectors)::value, T>(
+              height, w.panel(row, height, first_k, depth), depth, {in[first_k] + n, in.stride},
+              {out[row] + n, out.stride}, accumulate, bias == nullptr ? nullptr : bias + row);
+        }
+      };
+      for (i64 n = 0; n < whole; n += step) columns(n, std::integral_constant<int, V>{});
+      for (i64 n = whole; n < length; n += Simd<T>::width) columns(n, std::integral_constant<int, 1>{});
+    }
+  }
+}
+
+// out (rows x length) = W in (+ out) (+ bias), in (depth x length).
+template <class T>
+void multiply(const Weights<T>& w, Rows<const T> in, Rows<T> out, i64 length, Start<T> start = {}) {
+  const Pieces panels = Pieces::of(w.rows, max_height);
+  constexpr i64 quarter = register_tile / 4, third = register_tile / 3;
+  if (panels.largest() <= quarter) {
+    multiply_columns<4>(w, panels, in, out, length, start);
+  } else if (panels.largest() <= third) {
+    multiply_columns<3>(w, panels, in, out, length, start);
+  } else {
+    multiply_columns<2>(w, panels, in, out, length, start);
+  }
+}
+
+// --- The product with a transpose ------------------------------------------------------------
+
+template <int S, class V, int... I>
+FK_INLINE V exchanged(V a, V b, bool upper, std::integer_sequence<int, I...>) {
+  constexpr int width = sizeof...(I);
+#if defined(__clang__)
+  return upper ? __builtin_shufflevector(a, b, ((I & S) ? width + I : I + S)...)
+               : __builtin_shufflevector(a, b, ((I & S) ? width + I - S : I)...);
+#else
+  using Lane = std::conditional_t<sizeof(a[0]) == 4, std::int32_t, std::int64_t>;
+  typedef Lane Mask __attribute__((vector_size(sizeof(V))));
+  return upper ? __builtin_shuffle(a, b, Mask{((I & S) ? width + I : I + S)...})
+               : __builtin_shuffle(a, b, Mask{((I & S) ? width + I - S : I)...});
+#endif
+}
+
+// Transposes a square of vectors: the blocks of S x S lanes off the diagonal change places, S = width/2 .. 1.
+template <class T, int S = int(Simd<T>::width) / 2>
+FK_INLINE void transpose_square(Vec<T> (&rows)[Simd<T>::width]) {
+  if constexpr (S > 0) {
+    constexpr std::make_integer_sequence<int, int(Simd<T>::width)> lanes{};
+#pragma GCC unroll 16
+    for (int i = 0; i < int(Simd<T>::width); ++i) {
+      if (i & S) continue;
+      const Vec<T> a = rows[i], b = rows[i + S];
+      rows[i] = exchanged<S>(a, b, false, lanes);
+      rows[i + S] = exchanged<S>(a, b, true, lanes);
+    }
+    transpose_square<T, S / 2>(rows);
+  }
+}
+
+// to[n, q] = from_q[n] for q < rows and zero up to `stride`, a multiple of the width, as is length.
+template <class T>
+void transpose_tile(Rows<const T> from, i64 rows, i64 length, T* to, i64 stride) {
+  constexpr i64 width = Simd<T>::width;
+  for (i64 q = 0; q < stride; q += width) {
+    for (i64 n = 0; n < length; n += width) {
+      Vec<T> square[width];
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) square[i] = q + i < rows ? load(from[q + i] + n) : Vec<T>{};
+      transpose_square<T>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) store(to + (n + i) * stride + q, square[i]);
+    }
+  }
+}
+
+// out (rows x columns) (+)= A Bᵀ, with A (rows x length) and B (columns x length). B is transposed on the
+// way, a work that A's rows share: let B be the one of fewer rows. out's rows hold round_up(columns)
+// elements. first_row(column): rows before it are left alone.
+template <class T, class FirstRow>
+void multiply_by_transpose(i64 rows, Rows<const T> a, i64 columns, Rows<const T> b, i64 length, Rows<T> out,
+                           bool accumulate, FirstRow first_row) {
+  constexpr i64 step = 2 * Simd<T>::width;
+  alignas(64) T transposed[depth_block * step];
+  for (i64 n = 0; n < length; n += depth_block) {
+    const i64 depth = length - n < depth_block ? length - n : depth_block;
+    for (i64 q = 0; q < columns; q += step) {
+      const i64 count = columns - q < step ? columns - q : step, first = first_row(q);
+      const i64 vectors = round_up<T>(count);
+      transpose_tile<T>({b[q] + n, b.stride}, count, depth, transposed, vectors);
+      multiply<T>(Weights<T>::in_place(a[first] + n, rows - first, depth, a.stride, 1), {transposed, vectors},
+                  {out[first] + q, out.stride}, vectors, {accumulate || n > 0});
+    }
+  }
+}
+
+template <class T>
+void multiply_by_transpose(i64 rows, Rows<const T> a, i64 columns, Rows<const T> b, i64 length, Rows<T> out,
+                           bool accumulate) {
+  multiply_by_transpose(rows, a, columns, b, length, out, accumulate, [](i64) { return i64{0}; });
+}
+
+// out (rows x rows) (+)= A Aᵀ, its elements on and below the diagonal; what lies above is undefined until
+// mirror().
+template <class T>
+void multiply_by_own_transpose(i64 rows, Rows<const T> a, i64 length, Rows<T> out, bool accumulate) {
+  multiply_by_transpose(rows, a, rows, a, length, out, accumulate, [](i64 column) { return column; });
+}
+
+template <class T>
+void mirror(i64 rows, Rows<T> out) {
+  for (i64 p = 0; p < rows; ++p) {
+    for (i64 q = p + 1; q < rows; ++q) out[p][q] = out[q][p];
+  }
+}
+
+// --- Tiles -----------------------------------------------------------------------------------
+
+// Elements from one row to the next of a tile in scratch memory: an odd number of cache lines.
+template <class T>
+constexpr i64 tile_stride(i64 length) {
+  constexpr i64 line = 64 / i64(sizeof(T));
+  return ((length + line - 1) / line | 1) * line;
+}
+
+}  // namespace FK_ISA
+}  // namespace factorizer
