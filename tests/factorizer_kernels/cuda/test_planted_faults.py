@@ -1,7 +1,4 @@
-"""Runs the tests in ``emulated``: the CUDA kernels' own sources, compiled for the CPU.
-
-In a process of its own. And plants faults into copies of the sources, each of which those tests must find.
-"""
+"""Faults planted into copies of the CUDA kernels' sources: the tests in ``emulated`` must find each."""
 
 import os
 import shutil
@@ -10,47 +7,25 @@ import sys
 from pathlib import Path
 
 import pytest
-from cuda_emulation.build import COMPILER, build
+from cuda_emulation.build import CSRC, build, missing
 
 import factorizer_kernels as fk
 
 pytest.importorskip("pybind11")
 
 HERE = Path(__file__).parent
-CSRC = HERE.parents[2] / "csrc"
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which(COMPILER[0]) is None, reason=f"no C++ compiler ({COMPILER[0]})"),
-    pytest.mark.skipif(not CSRC.is_dir(), reason="the sources are not here"),
-]
+pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
 
-def run(module: Path, test: str = "", *arguments: str) -> subprocess.CompletedProcess:
+def run(module: Path, test: str) -> subprocess.CompletedProcess:
     path = [str(Path(fk.__file__).parents[1]), str(HERE.parents[1])]
     environment = {
         **os.environ, "PYTHONPATH": os.pathsep.join(path), "FACTORIZER_KERNELS_EMULATED": str(module),
     }  # fmt: skip
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-p",
-        "cuda_emulation.replace_native",
-        "-q",
-        f"{HERE / 'emulated'}{test}",
-        *arguments,
-    ]
+    plugin = ["-p", "cuda_emulation.replace_native"]
+    command = [sys.executable, "-m", "pytest", *plugin, "-q", f"{HERE / 'emulated'}{test}"]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-
-
-@pytest.mark.parametrize(
-    "marker", ["not slow", pytest.param("slow", marks=pytest.mark.slow)], ids=["main", "slow"]
-)
-def test_emulated(marker, tmp_path):
-    build(CSRC, tmp_path / "_native.so")
-    done = run(tmp_path / "_native.so", "", "-m", marker)
-    print(done.stdout)
-    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # What is broken: the file, the text and what it becomes, the test that must fail, and words of its failure.
