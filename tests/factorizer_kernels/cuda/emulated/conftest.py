@@ -5,7 +5,6 @@ put in the installed one's place; here the backend "cuda" is made to serve CPU t
 """
 
 import ctypes
-import importlib
 import os
 from pathlib import Path
 
@@ -13,7 +12,8 @@ import nested
 import pytest
 from cuda_emulation.build import CSRC, build, missing
 
-from factorizer_kernels import _native_cuda
+from factorizer_kernels import choice
+from factorizer_kernels.shared import cuda
 
 MODULE = os.environ.get("FACTORIZER_KERNELS_EMULATED")
 
@@ -58,13 +58,10 @@ class Device:
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
     """Lets ``use_backend("cuda")`` serve CPU tensors."""
-    backends = importlib.import_module(
-        "factorizer_kernels.backends"
-    )  # the package's attribute is the function
     emulated = Device()
-    monkeypatch.setitem(backends._DEVICES, "cuda", "cpu")
-    monkeypatch.setattr(_native_cuda, "target", lambda x: (emulated.index, emulated.stream))
-    monkeypatch.setattr(_native_cuda, "processors", lambda x: 1)
-    monkeypatch.setitem(backends._PROBES, "cuda", lambda: backends.Backend("cuda", True, "emulated"))
+    monkeypatch.setitem(choice._DEVICES, "cuda", "cpu")
+    monkeypatch.setattr(cuda, "target", lambda x: (emulated.index, emulated.stream))
+    monkeypatch.setattr(cuda, "processors", lambda x: 1)
+    monkeypatch.setitem(choice._PROBES, "cuda", lambda: choice.Backend("cuda", True, "emulated"))
     emulated.launches()
     return emulated
