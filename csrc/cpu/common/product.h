@@ -52,10 +52,10 @@ constexpr i64 panel_group = 128 / max_height;
 
 // A cut into as few pieces of at most `largest` as there can be, at least one; their sizes differ by one at
 // most.
-struct Pieces {
+struct Parts {
   i64 total, count;
 
-  static Pieces of(i64 total, i64 largest) {
+  static Parts of(i64 total, i64 largest) {
     return {total, total > largest ? (total + largest - 1) / largest : 1};
   }
   i64 begin(i64 i) const {
@@ -67,8 +67,8 @@ struct Pieces {
 };
 
 // The panels of rows that W is cut into.
-inline Pieces panels_of(i64 rows, i64 depth) {
-  return Pieces::of(rows, depth < short_depth ? short_height : max_height);
+inline Parts panels_of(i64 rows, i64 depth) {
+  return Parts::of(rows, depth < short_depth ? short_height : max_height);
 }
 
 // W as the microkernel reads it: where it lies with any strides, or packed in panels of some rows, in which
@@ -91,7 +91,7 @@ struct Weights {
   // W[r, k] = w[r * row + k * column] to `memory`, converted from S. Swap the strides for Wᵀ.
   template <class S>
   static Weights pack(const S* w, i64 rows, i64 depth, i64 row, i64 column, T* memory) {
-    const Pieces blocks = Pieces::of(depth, depth_block), panels = panels_of(rows, depth);
+    const Parts blocks = Parts::of(depth, depth_block), panels = panels_of(rows, depth);
     T* to = memory;
     for (i64 block = 0; block < blocks.count; ++block) {
       for (i64 panel = 0; panel < panels.count; ++panel) {
@@ -196,10 +196,10 @@ FK_INLINE void multiply_panel_of(i64 height, const typename Weights<T>::Panel& w
 // --- W times a tile --------------------------------------------------------------------------
 
 template <int V, class T>
-void multiply_columns(const Weights<T>& w, Pieces panels, Rows<const T> in, Rows<T> out, i64 length,
+void multiply_columns(const Weights<T>& w, Parts panels, Rows<const T> in, Rows<T> out, i64 length,
                       Start<T> start) {
   constexpr i64 step = V * Simd<T>::width;
-  const Pieces blocks = Pieces::of(w.depth, depth_block);
+  const Parts blocks = Parts::of(w.depth, depth_block);
   const i64 whole = length / step * step;
   const i64 block_bytes = blocks.largest() * step * i64(sizeof(T));
   const i64 chunk = block_bytes < chunk_bytes ? chunk_bytes / block_bytes * step : step;
@@ -227,7 +227,7 @@ void multiply_columns(const Weights<T>& w, Pieces panels, Rows<const T> in, Rows
 // out (rows x length) = W in (+ out) (+ bias), in (depth x length).
 template <class T>
 void multiply(const Weights<T>& w, Rows<const T> in, Rows<T> out, i64 length, Start<T> start = {}) {
-  const Pieces panels = panels_of(w.rows, w.depth);
+  const Parts panels = panels_of(w.rows, w.depth);
   const i64 sums = w.depth < short_depth ? 2 * short_height + 1 : 2 * max_height;
   switch (panels.largest() > 0 ? sums / panels.largest() : 0) {
     case 0: return;
