@@ -9,7 +9,7 @@ from torch import Tensor
 from factorizer_kernels.shared import native as cpu
 from factorizer_kernels.shared.registry import Matrices
 
-# One window in one block, four columns and all the rows in each thread; csrc/cuda/kernels.h has the same.
+# One window in one block, four columns and all the rows in each thread; csrc/cuda/windows/limits.h agrees.
 MAX_ROWS = 8
 MAX_COLUMNS = 1024
 MAX_RANK = 8

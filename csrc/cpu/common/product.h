@@ -22,8 +22,8 @@
 #include <type_traits>
 #include <utility>
 
-#include "../rows.h"
-#include "scalar_types.h"
+#include "cpu/common/rows.h"
+#include "common/scalar_types.h"
 
 namespace factorizer {
 namespace FK_ISA {

@@ -8,9 +8,10 @@
 // symmetric, its rows gram_stride(rank) apart.
 #pragma once
 
-#include "../common/product.h"
-#include "../memory.h"
-#include "factor_update.h"
+#include "cpu/common/product.h"
+#include "cpu/common/memory.h"
+#include "math/factor_update.h"
+#include "problems/nmf.h"
 
 namespace factorizer {
 namespace FK_ISA {
@@ -161,7 +162,7 @@ void hals_blocks_backward(i64 rank, T eps, Rows<const T> gram, Rows<const T> f_n
 
 // out = the updated factor; it may be f itself. work: rank rows of scratch.
 template <class T>
-void update(const Options& o, Rows<const T> gram, Rows<const T> f, Rows<const T> c, Rows<T> out, Rows<T> work,
+void update(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, Rows<const T> c, Rows<T> out, Rows<T> work,
             i64 valid, i64 length) {
   const T eps = T(o.eps);
   if (o.rank <= lane_rank) {
@@ -198,7 +199,7 @@ void update(const Options& o, Rows<const T> gram, Rows<const T> f, Rows<const T>
 // The adjoint. In: df = the gradient of f_new; dc = c (HALS does not look at it). Out: df = the gradient of f, dc =
 // that of c, and dgram (+)= what symmetric_gram_gradient() wants. work: rank rows of scratch.
 template <class T>
-void update_backward(const Options& o, Rows<const T> gram, Rows<const T> f, Rows<const T> f_new, Rows<T> dc,
+void update_backward(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, Rows<const T> f_new, Rows<T> dc,
                      Rows<T> df, Rows<T> work, Rows<T> dgram, bool accumulate, i64 length) {
   const T eps = T(o.eps);
   const i64 rank = o.rank;
@@ -255,7 +256,7 @@ void update_backward(const Options& o, Rows<const T> gram, Rows<const T> f, Rows
 
 // dD + dDᵀ of update_backward's dgram, in place: what D's gradient is multiplied with is symmetric.
 template <class T>
-void symmetric_gram_gradient(const Options& o, Rows<T> dgram) {
+void symmetric_gram_gradient(const NMFOptions& o, Rows<T> dgram) {
   for (i64 j = 0; j < o.rank; ++j) {
     for (i64 r = 0; r <= j; ++r) {
       dgram[j][r] = o.hals ? -dgram[j][r] : dgram[j][r] + dgram[r][j];
