@@ -14,14 +14,15 @@
 //     touched.
 //   - No allocation, no threads: the caller brings the memory and cuts the columns. 64 to 256 columns are a
 //     good tile, 32 rows and more are what registers are used well with.
-//   - Rows of a tile should lie an odd number of cache lines apart (tile_stride): at a power of two they fall
-//     into a few sets of the cache and evict one another.
+//   - Rows of a tile should lie an odd number of cache lines apart (row_stride): at a power of two they fall into a
+//     few sets of the cache and evict one another.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 #include <utility>
 
+#include "cpu/common/cache.h"
 #include "cpu/common/rows.h"
 #include "common/scalar_types.h"
 
@@ -44,12 +45,13 @@ constexpr i64 max_height = 4, short_height = 4;
 constexpr i64 short_depth = 64;
 
 // Columns of W that one go of the microkernel takes: what it reads of `in`, at most depth_block x two vectors
-// or chunk_bytes, stays in the first-level cache while the panels of W pass.
+// or slice_bytes, stays in the first-level cache while the panels of W pass.
 constexpr i64 depth_block = 256;
-constexpr i64 chunk_bytes = 16 << 10;
+constexpr i64 slice_bytes = first_level_bytes / 2;
 
-// Panels of W that stay in the second-level cache while the columns of a tile pass: 128 KB at the full depth.
-constexpr i64 panel_group = 128 / max_height;
+// Panels of W that stay in the second-level cache while the columns of a tile pass.
+template <class T>
+constexpr i64 panel_group = second_level_bytes / 2 / (depth_block * max_height * i64(sizeof(T)));
 
 // A cut into as few parts of at most `largest` as there can be, at least one; their sizes differ by one at
 // most.
@@ -203,13 +205,13 @@ void multiply_columns(const Weights<T>& w, Parts panels, Rows<const T> in, Rows<
   const Parts blocks = Parts::of(w.depth, depth_block);
   const i64 whole = length / step * step;
   const i64 block_bytes = blocks.largest() * step * i64(sizeof(T));
-  const i64 chunk = block_bytes < chunk_bytes ? chunk_bytes / block_bytes * step : step;
+  const i64 chunk = block_bytes < slice_bytes ? slice_bytes / block_bytes * step : step;
   for (i64 block = 0; block < blocks.count; ++block) {
     const i64 first_k = blocks.begin(block), depth = blocks.size(block);
     const bool accumulate = start.accumulate || block > 0;
     const T* bias = block > 0 ? nullptr : start.bias;
-    for (i64 first = 0; first < panels.count; first += panel_group) {
-      const i64 last = first + panel_group < panels.count ? first + panel_group : panels.count;
+    for (i64 first = 0; first < panels.count; first += panel_group<T>) {
+      const i64 last = first + panel_group<T> < panels.count ? first + panel_group<T> : panels.count;
       const auto columns = [&](i64 n, i64 count, auto vectors) {
         for (i64 i = first; i < last; ++i) {
           const i64 row = panels.begin(i), height = panels.size(i);
@@ -409,15 +411,6 @@ void mirror(i64 rows, Rows<T> out) {
   for (i64 p = 0; p < rows; ++p) {
     for (i64 q = p + 1; q < rows; ++q) out[p][q] = out[q][p];
   }
-}
-
-// --- Tiles -----------------------------------------------------------------------------------
-
-// Elements from one row to the next of a tile in scratch memory: an odd number of cache lines.
-template <class T>
-constexpr i64 tile_stride(i64 length) {
-  constexpr i64 line = 64 / i64(sizeof(T));
-  return ((length + line - 1) / line | 1) * line;
 }
 
 }  // namespace FK_ISA

@@ -43,7 +43,7 @@ void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int t
   const Windows& w = p.windows;
   const i64 u_size = p.options.rank * w.head_dim, v_size = p.options.rank * w.columns();
   const StripPlan plan = StripPlan::make<T>(w, chunk.count, w.num_shifts);
-  WindowTiles<T> tiles_like{w.head_dim, w.columns(), {}, {}, {}, false};
+  WindowTiles<T> tiles_like{w.head_dim, w.columns(), {}, {}, false};
   const StripMemory<T> memory(w, plan.per_strip, solver_memory<T>(p.options, tiles_like, rank_one, false),
                               plan.per_strip * v_size, threads);
   const i64 stride = memory.window_stride();
@@ -55,7 +55,7 @@ void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int t
     const i64 first = matrix_index(w, strip, chunk.begin, chunk.count);
     T* v = out.maps ? memory.other(worker) : out.v + first * v_size;
     for (i64 i = 0; i < strip.num_windows; ++i) {
-      WindowTiles<T> tiles{w.head_dim, w.columns(), {x.data + i * stride, x.stride}, {}, {}, false};
+      WindowTiles<T> tiles{w.head_dim, w.columns(), {x.data + i * stride, x.stride}, {}, false};
       const i64 matrix = matrix_of_batch(w, chunk, strip.shift, first + i);
       factorize<T>(p.options, tiles, rank_one, memory.solver(worker), factor_of<T>(p.u0, matrix),
                    factor_of<T>(p.v0, matrix), out.u + (first + i) * u_size, v + i * v_size);
@@ -81,7 +81,7 @@ void factorize_long(const SwinNMF& p, bool rank_one, const Chunk& chunk, int thr
       factorize<T>(p.options, tiles, rank_one, memory.data(), factor_of<T>(p.u0, matrix),
                    factor_of<T>(p.v0, matrix), out.u + local * u_size, v);
       if (!out.maps) continue;
-      tiles.each([&](i64 tile, int) { write_map(p, chunk, tiles.strip(tile), v + tiles.begin(tile), out); });
+      tiles.each([&](i64 tile, i64, int) { write_map(p, chunk, tiles.strip(tile), v + tiles.begin(tile), out); });
     }
   }
 }
@@ -193,7 +193,7 @@ class StripsBackward {
         const i64 at = i * memory_.window_stride(), local = first + i - before;
         const i64 matrix = matrix_of_batch(w, chunk, shift, first + i);
         const Rows<T> x_window{x.data + at, x.stride}, dy_window{dy.data + at, dy.stride};
-        WindowTiles<T> tiles{w.head_dim, w.columns(), x_window, dy_window, dy_window, p_.options.relu};
+        WindowTiles<T> tiles{w.head_dim, w.columns(), x_window, dy_window, p_.options.relu};
         factorize_backward<T>(p_.options, tiles, rank_one_, memory_.solver(worker),
                               factor_of<T>(p_.u0, matrix), factor_of<T>(p_.v0, matrix),
                               factor_or_null<T>(p_.du, matrix), factor_or_null<T>(p_.dv, matrix),
@@ -206,7 +206,7 @@ class StripsBackward {
 
  private:
   static i64 solver_bytes(const SwinNMF& p, bool rank_one) {
-    WindowTiles<T> tiles{p.windows.head_dim, p.windows.columns(), {}, {}, {}, false};
+    WindowTiles<T> tiles{p.windows.head_dim, p.windows.columns(), {}, {}, false};
     return solver_memory<T>(p.options, tiles, rank_one, true);
   }
   void read(const Volume& volume, const Strip& strip, bool relu, T scale, Rows<T> to) const {

@@ -233,9 +233,9 @@ void update_backward(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, R
     const GramBlock<T> block(gram, 0, rank);
     with_lane_rank(rank, [&](auto constant) {
       each_lane<T>(length, [&](i64 n) {
-        const HeldRows<T> held(constant, LaneRows<const T>(f, n));
+        const LaneRows<const T> fs(f, n), news(f_new, n);
         LaneRows<T> dfs(df, n), dcs(dc, n), dqs(work, n);
-        mu_update_backward<T>(constant, eps, block.data, held, LaneRows<const T>(f_new, n), dcs, dfs, dcs, dqs);
+        mu_update_backward<T>(constant, eps, block.data, fs, news, dcs, dfs, dcs, dqs);
       });
     });
   } else {

@@ -167,5 +167,17 @@ void add_strip(const Windows& w, const Strip& s, Rows<const T> buffer, i64 windo
   });
 }
 
+// volume = buffer[window][channel], rounded to the storage type.
+template <class T, class S>
+void write_strip(const Windows& w, const Strip& s, Rows<const T> buffer, i64 window_stride, Head<S> volume) {
+  if constexpr (std::is_same_v<S, T>) {
+    add_strip<T>(w, s, buffer, window_stride, false, volume);
+  } else {
+    each_pair(w, s, volume, buffer, window_stride, [&](S* to, const T* from, auto length) {
+      transform(length, from, Constant<1>{}, to, [](T value) { return Storage<S>::from(value); });
+    });
+  }
+}
+
 }  // namespace FK_ISA
 }  // namespace factorizer
