@@ -204,7 +204,7 @@ void multiply_columns(const Weights<T>& w, Parts panels, Rows<const T> in, Rows<
   constexpr i64 step = V * Simd<T>::width;
   const Parts blocks = Parts::of(w.depth, depth_block);
   const i64 whole = length / step * step;
-  const i64 block_bytes = blocks.largest() * step * i64(sizeof(T));
+  const i64 block_bytes = (blocks.largest() + 1) * step * i64(sizeof(T));
   const i64 chunk = block_bytes < slice_bytes ? slice_bytes / block_bytes * step : step;
   for (i64 block = 0; block < blocks.count; ++block) {
     const i64 first_k = blocks.begin(block), depth = blocks.size(block);

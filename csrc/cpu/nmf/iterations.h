@@ -8,6 +8,7 @@
 
 #include "cpu/common/memory.h"
 #include "cpu/common/product.h"
+#include "cpu/nmf/tiles.h"
 #include "cpu/nmf/updates.h"
 #include "problems/nmf.h"
 
@@ -15,11 +16,11 @@ namespace factorizer {
 namespace FK_ISA {
 
 // The solver; its constructor takes the memory that it needs from the arena.
-template <class T, class Tiles>
+template <class T>
 class Iterations {
  public:
   // backward: keep the differentiated iterations' factors.
-  Iterations(const NMFOptions& o, Tiles& tiles, bool backward, Arena& arena)
+  Iterations(const NMFOptions& o, Tiles<T>& tiles, bool backward, Arena& arena)
       : o_(o),
         tiles_(tiles),
         rank_(o.rank),
@@ -54,9 +55,10 @@ class Iterations {
   Rows<T> du() const { return {du_, rows_}; }
   Rows<T> dv(i64 tile) const { return tile_row(tile, 2 * kept_ + 1); }
 
-  // y = a tile's columns of Y.
-  void multiply_by_u(i64 tile, Rows<T> y) const {
-    multiply<T>(Weights<T>::in_place(u().data, tiles_.rows, rank_, 1, rows_), v(tile), y, tiles_.length(tile));
+  void write_y(i64 tile, int worker) const {
+    const Weights<T> u = Weights<T>::in_place(this->u().data, tiles_.rows, rank_, 1, rows_);
+    multiply<T>(u, v(tile), tiles_.y(tile, worker), tiles_.length(tile));
+    tiles_.write_y(tile, worker);
   }
 
   // done(tile, worker) is called for each tile when its last V is there.
@@ -111,10 +113,10 @@ class Iterations {
     tiles_.each([&](i64 tile, i64, int worker) {
       const i64 length = tiles_.length(tile);
       if (reaches_v0) add_gradient_through_a(0, da_first, tile, tiles_.x(tile, worker));
-      tiles_.write_dx(tile, worker, [&](Rows<T> dx) {
-        multiply<T>(da, tile_row(tile, 0), dx, length);
-        multiply<T>(u, tile_row(tile, kept_ + 1), dx, length, {true});
-      });
+      const Rows<T> dx = tiles_.dx(tile, worker);
+      multiply<T>(da, tile_row(tile, 0), dx, length);
+      multiply<T>(u, tile_row(tile, kept_ + 1), dx, length, {true});
+      tiles_.write_dx(tile, worker);
     });
   }
 
@@ -265,7 +267,7 @@ class Iterations {
   }
 
   const NMFOptions o_;
-  Tiles& tiles_;
+  Tiles<T>& tiles_;
   const i64 rank_, kept_, first_;
   const i64 gram_stride_, rows_, stride_, tile_rows_;  // rows_, stride_: from one row of U, of a tile to the next
   const i64 u_parts_;

@@ -4,6 +4,7 @@
 
 #include "cpu/common/memory.h"
 #include "cpu/common/product.h"
+#include "cpu/nmf/tiles.h"
 #include "math/rank_one.h"
 #include "problems/nmf.h"
 
@@ -14,13 +15,13 @@ namespace FK_ISA {
 enum class Sign { known, nonnegative, positive };
 
 // The solver; its constructor takes the memory that it needs from the arena.
-template <class T, class Tiles>
+template <class T>
 class RankOne {
  public:
   // The M x M sums pay while they cost no more than some iterations.
   static constexpr i64 max_rows = 32;
 
-  RankOne(const NMFOptions& o, Tiles& tiles, bool backward, Arena& arena)
+  RankOne(const NMFOptions& o, Tiles<T>& tiles, bool backward, Arena& arena)
       : o_(o),
         tiles_(tiles),
         m_(tiles.rows),
@@ -43,9 +44,10 @@ class RankOne {
   Rows<T> dv(i64 tile) const { return {dv_ + tiles_.begin(tile), columns_}; }
   double u(i64 m) const { return trace().u[o_.num_iters * m_ + m]; }
 
-  // y = a tile's columns of Y; once forward() calls done().
-  void multiply_by_u(i64 tile, Rows<T> y) const {
-    multiply<T>(Weights<T>::in_place(u_row(), m_, 1, 1, 1), v(tile), y, tiles_.length(tile));
+  // Once forward() calls done().
+  void write_y(i64 tile, int worker) const {
+    multiply<T>(Weights<T>::in_place(u_row(), m_, 1, 1, 1), v(tile), tiles_.y(tile, worker), tiles_.length(tile));
+    tiles_.write_y(tile, worker);
   }
 
   // False where X has not the sign it must have, or where eps matters to MU: then the iterations must be run.
@@ -138,10 +140,10 @@ class RankOne {
       const i64 length = tiles_.length(tile);
       const Rows<const T> x = tiles_.x(tile, worker);
       const Rows<T> dv_tile = this->dv(tile);
-      tiles_.write_dx(tile, worker, [&](Rows<T> dx) {
-        multiply<T>(Weights<T>::in_place(w, m_, m_, stride, 1), x, dx, length);
-        multiply<T>(Weights<T>::in_place(w + m_, m_, added, stride, 1), dv_tile, dx, length, {true});
-      });
+      const Rows<T> dx = tiles_.dx(tile, worker);
+      multiply<T>(Weights<T>::in_place(w, m_, m_, stride, 1), x, dx, length);
+      multiply<T>(Weights<T>::in_place(w + m_, m_, added, stride, 1), dv_tile, dx, length, {true});
+      tiles_.write_dx(tile, worker);
       if (reaches_v0) {
         const Rows<const T> v0_tile{v0_row() + tiles_.begin(tile), 0};
         multiply<T>(Weights<T>::in_place(w + m_ + 2, 1, m_, 0, stride), x, dv_tile, length);
@@ -177,7 +179,7 @@ class RankOne {
   }
 
   const NMFOptions o_;
-  Tiles& tiles_;
+  Tiles<T>& tiles_;
   const i64 m_, row_, columns_;  // row_, columns_: M and N padded
   const OrderedSums<T> sums_;
   double *trace_memory_, *moments_, *work_, *gradient_memory_ = nullptr, *totals_ = nullptr;

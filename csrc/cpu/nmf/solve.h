@@ -1,6 +1,9 @@
 // One matrix, given as tiles (tiles.h): which solver it takes, and the solver's call, forward and backward.
 #pragma once
 
+#include <memory>
+#include <vector>
+
 #include "cpu/nmf/iterations.h"
 #include "cpu/nmf/rank_one.h"
 #include "cpu/nmf/tiles.h"
@@ -29,7 +32,7 @@ template <class T>
 bool rank_one_applies(const SwinNMF& p) {
   const Windows& w = p.windows;
   // Without an iteration to run, or to differentiate, there is nothing to take by them.
-  if (p.options.rank != 1 || p.options.grad_steps == 0 || w.head_dim > RankOne<T, WindowTiles<T>>::max_rows)
+  if (p.options.rank != 1 || p.options.grad_steps == 0 || w.head_dim > RankOne<T>::max_rows)
     return false;
   // MU never leaves a zero of u0 or v0; HALS does not look at u0.
   if (!all_elements<T>(p.v0, w.num_matrices(), w.columns(), !p.options.hals)) return false;
@@ -43,8 +46,8 @@ inline Sign needed_sign(const NMFOptions& o, bool backward) {
 }
 
 // The factors of one matrix, to u (rank x M) and v (rank x N); where these are null Y to the tiles.
-template <class T, class Tiles>
-void factorize(const NMFOptions& o, Tiles& tiles, bool rank_one, void* memory, const T* u0, const T* v0, T* u,
+template <class T>
+void factorize(const NMFOptions& o, Tiles<T>& tiles, bool rank_one, void* memory, const T* u0, const T* v0, T* u,
                T* v) {
   Arena arena(memory);
   const auto write_v = [&](i64 tile, Rows<const T> rows) {
@@ -52,28 +55,28 @@ void factorize(const NMFOptions& o, Tiles& tiles, bool rank_one, void* memory, c
       copy<T>(rows[r], tiles.valid(tile), v + r * tiles.columns + tiles.begin(tile));
   };
   if (rank_one) {
-    RankOne<T, Tiles> solver(o, tiles, false, arena);
+    RankOne<T> solver(o, tiles, false, arena);
     const bool done = solver.forward(v0, needed_sign(o, false), [&](i64 tile, int worker) {
       if (v != nullptr) return write_v(tile, solver.v(tile));
-      tiles.write_y(tile, worker, [&](Rows<T> y) { solver.multiply_by_u(tile, y); });
+      solver.write_y(tile, worker);
     });
     if (done) {
       for (i64 m = 0; u != nullptr && m < tiles.rows; ++m) u[m] = T(solver.u(m));
       return;
     }
   }
-  Iterations<T, Tiles> solver(o, tiles, false, arena);
+  Iterations<T> solver(o, tiles, false, arena);
   solver.forward(u0, v0, [&](i64 tile, int worker) {
     if (v != nullptr) return write_v(tile, solver.v(tile));
-    tiles.write_y(tile, worker, [&](Rows<T> y) { solver.multiply_by_u(tile, y); });
+    solver.write_y(tile, worker);
   });
   for (i64 r = 0; u != nullptr && r < o.rank; ++r) copy<T>(solver.u()[r], tiles.rows, u + r * tiles.rows);
 }
 
 // dX to the tiles; du0 and dv0 (where not null) to (rank x M) and (rank x N). du and dv are null for a loss
 // of Y.
-template <class T, class Tiles>
-void factorize_backward(const NMFOptions& o, Tiles& tiles, bool rank_one, void* memory, const T* u0,
+template <class T>
+void factorize_backward(const NMFOptions& o, Tiles<T>& tiles, bool rank_one, void* memory, const T* u0,
                         const T* v0, const T* du, const T* dv, T* du0, T* dv0) {
   const i64 rows = tiles.rows, columns = tiles.columns;
   const bool reaches_factors = o.grad_steps == o.num_iters;
@@ -95,7 +98,7 @@ void factorize_backward(const NMFOptions& o, Tiles& tiles, bool rank_one, void* 
     }
   };
   if (rank_one) {
-    RankOne<T, Tiles> solver(o, tiles, true, arena);
+    RankOne<T> solver(o, tiles, true, arena);
     if (solver.forward(v0, needed_sign(o, true), [](i64, int) {})) {
       solver.backward(du, dv);
       // U is updated first: u0 has no part in it.
@@ -103,7 +106,7 @@ void factorize_backward(const NMFOptions& o, Tiles& tiles, bool rank_one, void* 
       return;
     }
   }
-  Iterations<T, Tiles> solver(o, tiles, true, arena);
+  Iterations<T> solver(o, tiles, true, arena);
   solver.forward(u0, v0, [](i64, int) {});
   if (du == nullptr) {
     solver.start_backward();
@@ -115,13 +118,55 @@ void factorize_backward(const NMFOptions& o, Tiles& tiles, bool rank_one, void* 
                      [&](i64 tile) { return solver.dv(tile); });
 }
 
-template <class T, class Tiles>
-i64 solver_memory(const NMFOptions& o, Tiles& tiles, bool rank_one, bool backward) {
+template <class T>
+i64 solver_memory(const NMFOptions& o, Tiles<T>& tiles, bool rank_one, bool backward) {
   Arena arena(nullptr);
-  if (rank_one) RankOne<T, Tiles>(o, tiles, backward, arena);
-  Iterations<T, Tiles>(o, tiles, backward, arena);
+  if (rank_one) RankOne<T>(o, tiles, backward, arena);
+  Iterations<T>(o, tiles, backward, arena);
   return arena.used();
 }
+
+// Long matrices of a problem: side by side, each by one worker, where they are many; else one after another, each
+// by all the workers. The result is the same.
+template <class T, class S>
+class LongMatrices {
+ public:
+  // backward: with the memory that it needs. At most `most` matrices are worked on at a time.
+  LongMatrices(const SwinNMF& p, bool rank_one, bool backward, i64 most, int threads) {
+    add(p, rank_one, backward, 1);
+    const i64 bytes = memory_bytes_ * threads;
+    if (most >= 4 * threads && bytes <= most_bytes) {
+      for (int worker = 1; worker < threads; ++worker) add(p, rank_one, backward, 1);
+    } else if (threads > 1) {
+      tiles_.clear();
+      memory_.clear();
+      add(p, rank_one, backward, threads);
+    }
+  }
+
+  int workers() const { return static_cast<int>(tiles_.size()); }
+
+  // f(matrix, worker, tiles, memory) for so many matrices.
+  template <class F>
+  void each(i64 matrices, F&& f) {
+    parallel_for(matrices, workers(), [&](i64 matrix, int worker) {
+      f(matrix, worker, *tiles_[worker], memory_[worker]->data());
+    });
+  }
+
+ private:
+  static constexpr i64 most_bytes = i64(256) << 20;
+
+  void add(const SwinNMF& p, bool rank_one, bool backward, int threads) {
+    tiles_.push_back(std::make_unique<LongTiles<T, S>>(p, threads));
+    memory_bytes_ = solver_memory<T>(p.options, *tiles_.back(), rank_one, backward);
+    memory_.push_back(std::make_unique<Scratch>(memory_bytes_));
+  }
+
+  i64 memory_bytes_ = 0;
+  std::vector<std::unique_ptr<LongTiles<T, S>>> tiles_;
+  std::vector<std::unique_ptr<Scratch>> memory_;
+};
 
 }  // namespace FK_ISA
 }  // namespace factorizer
