@@ -12,6 +12,8 @@
 namespace factorizer {
 namespace bindings {
 
+void def_depthwise(py::module_& m);
+void def_product(py::module_& m);
 void def_windows(py::module_& m);
 void def_nmf(py::module_& m);
 
@@ -38,11 +40,11 @@ PYBIND11_MODULE(_native, m) {
   m.def("cuda_versions", &fk::cuda::versions,
         "(driver, runtime) as in 13000; the driver's is 0 where there is none.");
 #endif
-  py::class_<VolumeArgs>(m, "Volume")
-      .def(py::init([](Address data, fk::i64 bytes, std::array<fk::i64, 5> stride) {
-             return VolumeArgs{{data, bytes}, stride};
-           }),
-           py::arg("data"), py::arg("bytes"), py::arg("stride"));
+  py::dict dtypes;
+  for (const DTypeName& known : dtype_names) dtypes[known.name] = static_cast<int>(known.dtype);
+  m.attr("DTYPES") = dtypes;  // torch's name of each, and the number that stands for it in every call
+  def_depthwise(m);
+  def_product(m);
   def_windows(m);
   def_nmf(m);
 }

@@ -38,7 +38,7 @@ WindowsArgs::WindowsArgs(i64 batch, i64 heads, i64 head_dim, std::array<i64, 3> 
 }
 
 void def_windows(py::module_& m) {
-  py::class_<WindowsArgs>(m, "Windows")
+  py::class_<WindowsArgs, std::shared_ptr<WindowsArgs>>(m, "Windows")
       .def(py::init<i64, i64, i64, std::array<i64, 3>, std::array<i64, 3>, std::vector<i64>>(),
            py::arg("batch"), py::arg("heads"), py::arg("head_dim"), py::arg("size"), py::arg("patch"),
            py::arg("shifts"));
@@ -48,7 +48,7 @@ void def_windows(py::module_& m) {
         name,
         [kernel](int dtype_code, const WindowsArgs& windows, const VolumeArgs& x, const MemoryArgs& z,
                  double scale, int threads) {
-          if (threads < 1 || threads > max_threads) throw std::invalid_argument("threads out of range");
+          check_threads(threads);
           const Windows& w = windows.windows;
           const DType type = dtype(dtype_code);
           void* matrices = memory(z).holding("z", w.num_shifts * w.num_elements(), element(type));

@@ -1,6 +1,7 @@
 // The cut of a map into windows, checked.
 #pragma once
 
+#include <memory>
 #include <vector>
 
 #include "bindings/memory.h"
@@ -21,8 +22,6 @@ struct WindowsArgs {
 inline Volume volume(const char* name, const VolumeArgs& args, const Windows& w, i64 element) {
   return volume(name, args, Extent{w.batch, w.heads * w.head_dim, w.size[0], w.size[1], w.size[2]}, element);
 }
-
-void def_windows(py::module_& m);
 
 }  // namespace bindings
 }  // namespace factorizer

@@ -9,7 +9,7 @@ namespace factorizer {
 struct NMFOptions {
   i64 rank;
   i64 num_iters;
-  i64 grad_steps;  // <= num_iters
+  i64 grad_steps;  // <= num_iters; of the backward alone
   bool hals;       // else MU
   bool relu;       // act on x before the factorisation
   double eps;

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers.checks import check_count, check_counts, check_features, without_metadata
+from ..layers.checks import check_count, check_counts, check_features, check_spatial_dims, plain_tensor
 from ..layers.conv import CONV, CONV_TRANSPOSE, ConvStage
 from ..layers.parts import Part, build
 from ..layers.pointwise import check_dtype
@@ -27,6 +27,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        """x (B, C, S1..Sp) to the features of each level, finest first."""
         features = []
         for block in self.blocks:
             x = block(x)
@@ -43,6 +44,7 @@ class EncoderBlock(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, S1..Sp) to (B, width, ceil(S1 / stride)..)."""
         return self.block(self.downsample(x))
 
 
@@ -57,6 +59,7 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
+        """The encoder's features, finest first, to the output of each level, finest first."""
         x = features.pop()
         outputs: list[Tensor] = []
         for block in self.blocks:
@@ -74,6 +77,7 @@ class DecoderBlock(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """x (B, C, S1..Sp) and the finer skip (B, width, T1..Tp) to (B, width, T1..Tp)."""
         return self.block(torch.cat([skip, self.upsample(x)], 1))
 
 
@@ -131,9 +135,7 @@ class UNet(nn.Module):
         super().__init__()
         self.in_channels = check_count("in_channels", in_channels)
         self.out_channels = check_count("out_channels", out_channels)
-        if spatial_dims not in CONV:
-            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
-        self.spatial_dims = spatial_dims
+        self.spatial_dims = check_spatial_dims(spatial_dims)
         encoder_width = check_counts("encoder_width", encoder_width, range(1, 33))
         levels = len(encoder_width)
         encoder_depth = check_counts("encoder_depth", encoder_depth, (levels,))
@@ -191,9 +193,10 @@ class UNet(nn.Module):
         self.num_deep_supr = num_heads
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """x (B, in_channels, S1..Sp) to logits (B, out_channels, S1..Sp), or a list of those of each head."""
         check_features(type(self).__name__, x, self.in_channels, self.spatial_dims)
         check_dtype(x, next(self.parameters()))
-        x = without_metadata(x)
+        x = plain_tensor(x)
         size = x.shape[2:]
         x = pad_to(x, round_up(size, self._strides[-1]))
         outputs = self.decoder(self.encoder(self.stem(x)))

@@ -6,6 +6,14 @@ import torch
 from factorizer.layers.factorization import Solver
 
 
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory):
+    """A Decathlon folder of five small made-up cases, to be read only."""
+    from factorizer.commands.demo import write_synthetic
+
+    return write_synthetic(tmp_path_factory.mktemp("synthetic"), cases=5, shape=(18, 18, 18))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
     """The tensors here are small: threads would only wait for one another. Other folders keep theirs."""

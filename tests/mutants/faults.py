@@ -87,12 +87,12 @@ FAULTS = (
     ),
     Fault(
         "autograd: the adjoint lacks the mean over the shifts", "factorizer_kernels/ops/windows/autograd.py",
-        "return apply(SWMatricize, dx, *ctx.options)",
-        "return apply(SWMatricize, dx, ctx.options[0], False, ctx.options[2])",
+        'return call_function("sw_dematricize", SWMatricize, dx, *ctx.options)',
+        'return call_function("sw_dematricize", SWMatricize, dx, ctx.options[0], False, ctx.options[2])',
     ),
     Fault(
-        "vmap: copies and mapped dimension change places", "factorizer_kernels/shared/vmap.py",
-        "z.unflatten(1, (copies, -1)).transpose(0, 1).flatten(0, 2)", "z.flatten(0, 1)", SETTINGS,
+        "vmap: copies and mapped dimension change places", "factorizer_kernels/ops/windows/spec.py",
+        "z.unflatten(1, (num_shifts, -1)).transpose(0, 1).flatten(0, 2)", "z.flatten(0, 1)", SETTINGS,
     ),
     Fault(
         "reference: eps above MU's fraction line too", "factorizer_kernels/ops/nmf/reference.py",
@@ -117,7 +117,7 @@ FAULTS = (
     ),
     Fault(
         "Triton: dy's mean over the copies is missing", _TRITON + "resident.py",
-        "dy_block *= 3.0 / len(SHIFTS)  # the mean over the copies", "dy_block *= 1.0", TRITON,
+        "dy_block *= 1.0 / len(SHIFTS)  # the mean over the shifts", "dy_block *= 1.0", TRITON,
     ),
     Fault(
         "Triton, long matrices: the last column of V is not written", _TRITON + "streaming.py",

@@ -17,8 +17,8 @@ constexpr i64 spread_bytes = first_level_bytes / 2;  // of u along a line
 constexpr i64 most_terms = 8;                        // of y that are added up in registers
 
 // Where the factors of a chunk of heads go: u of every matrix to `u`, in the matrices' order from the chunk's
-// first on; v likewise, or, for composing y, voxel by voxel to maps (head, shift, rank, voxels). Null: nowhere,
-// each matrix' product goes to y at once.
+// first on; v likewise, or, for composing y, voxel by voxel to maps (head, shift, rank, voxels). Null:
+// nowhere, each matrix' product goes to y at once.
 template <class T>
 struct FactorsOut {
   T* u = nullptr;

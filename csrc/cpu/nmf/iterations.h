@@ -2,8 +2,8 @@
 // over tiles of its columns (tiles.h).
 //
 // A pass over the tiles updates V and leaves, for the next update of U, each section's share of A = X V and
-// B = VᵀV. U is updated by parts of its rows. Factors lie transposed, rank rows; those of V tile by tile, all that
-// belongs to a tile side by side.
+// B = VᵀV. U is updated by parts of its rows. Factors lie transposed, rank rows; those of V tile by tile, all
+// that belongs to a tile side by side.
 #pragma once
 
 #include "cpu/common/memory.h"
@@ -83,7 +83,8 @@ class Iterations {
       const i64 length = tiles_.length(tile);
       const Rows<const T> dy = tiles_.dy(tile, worker);
       multiply<T>(u, dy, dv(tile), length);
-      multiply_by_transpose<T>(tiles_.rows, dy, rank_, v(tile), length, a_share(section), continues(tile, section));
+      multiply_by_transpose<T>(tiles_.rows, dy, rank_, v(tile), length, a_share(section),
+                               continues(tile, section));
     });
     tiles_.parallel(u_parts_, [&](i64 part, int worker) { add_shares(part, worker, du(), false); });
   }
@@ -99,7 +100,8 @@ class Iterations {
   void backward() {
     for (i64 t = o_.num_iters; t > first_; --t) {
       const Weights<T> da = weights_of_a(t + 1);
-      tiles_.each([&](i64 tile, i64 section, int worker) { backward_pass_of_v(t, da, tile, section, worker); });
+      tiles_.each(
+          [&](i64 tile, i64 section, int worker) { backward_pass_of_v(t, da, tile, section, worker); });
       u_step_backward(t);
     }
     // dX = sum_t dA_tᵀ V_{t-1} + U_tᵀ dC_t, in two products over all the iterations at once.
@@ -112,11 +114,12 @@ class Iterations {
                                 packs() ? rest + depth * tiles_.rows : nullptr);
     tiles_.each([&](i64 tile, i64, int worker) {
       const i64 length = tiles_.length(tile);
-      if (reaches_v0) add_gradient_through_a(0, da_first, tile, tiles_.x(tile, worker));
+      const Rows<const T> x = tiles_.x(tile, worker);
+      if (reaches_v0) add_gradient_through_a(0, da_first, tile, x);
       const Rows<T> dx = tiles_.dx(tile, worker);
       multiply<T>(da, tile_row(tile, 0), dx, length);
       multiply<T>(u, tile_row(tile, kept_ + 1), dx, length, {true});
-      tiles_.write_dx(tile, worker);
+      tiles_.write_dx(tile, worker, x);
     });
   }
 
@@ -130,7 +133,8 @@ class Iterations {
   Rows<T> a_at(i64 t) const { return {a_ + step(t) * rank_ * rows_, rows_}; }
   Rows<T> b_at(i64 t) const { return {b_ + step(t) * rank_ * gram_stride_, gram_stride_}; }
   Rows<T> d_at(i64 t) const { return {d_ + step(t) * rank_ * gram_stride_, gram_stride_}; }
-  // What belongs to a tile, rank rows each: V of each slot, C of each step (in the backward its gradient), dV.
+  // What belongs to a tile, rank rows each: V of each slot, C of each step (in the backward its gradient),
+  // dV.
   Rows<T> tile_row(i64 tile, i64 index) const {
     return {v_ + (tile * tile_rows_ + index * rank_) * stride_, stride_};
   }
@@ -269,7 +273,8 @@ class Iterations {
   const NMFOptions o_;
   Tiles<T>& tiles_;
   const i64 rank_, kept_, first_;
-  const i64 gram_stride_, rows_, stride_, tile_rows_;  // rows_, stride_: from one row of U, of a tile to the next
+  const i64 gram_stride_, rows_, stride_,
+      tile_rows_;  // rows_, stride_: from one row of U, of a tile to the next
   const i64 u_parts_;
   const OrderedSums<T> sums_, u_sums_;
   i64 scratch_size_;

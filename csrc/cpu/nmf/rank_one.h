@@ -46,7 +46,8 @@ class RankOne {
 
   // Once forward() calls done().
   void write_y(i64 tile, int worker) const {
-    multiply<T>(Weights<T>::in_place(u_row(), m_, 1, 1, 1), v(tile), tiles_.y(tile, worker), tiles_.length(tile));
+    multiply<T>(Weights<T>::in_place(u_row(), m_, 1, 1, 1), v(tile), tiles_.y(tile, worker),
+                tiles_.length(tile));
     tiles_.write_y(tile, worker);
   }
 
@@ -63,7 +64,8 @@ class RankOne {
       const Rows<const T> x = tiles_.x(tile, worker);
       T* share = sums_.share(tile);
       multiply_by_transpose<T>(m_, x, m_, x, length, {share, row_}, false, Wanted::lower);
-      multiply_by_transpose<T>(2, {ones_row() + begin, columns_}, m_, x, length, {share + m_ * row_, row_}, false);
+      multiply_by_transpose<T>(2, {ones_row() + begin, columns_}, m_, x, length, {share + m_ * row_, row_},
+                               false);
       const Rows<const T> v0_tile{v0_row() + begin, 0};
       multiply_by_transpose<T>(1, v0_tile, 1, v0_tile, length, {share + (m_ + 2) * row_, row_}, false);
     });
@@ -143,7 +145,7 @@ class RankOne {
       const Rows<T> dx = tiles_.dx(tile, worker);
       multiply<T>(Weights<T>::in_place(w, m_, m_, stride, 1), x, dx, length);
       multiply<T>(Weights<T>::in_place(w + m_, m_, added, stride, 1), dv_tile, dx, length, {true});
-      tiles_.write_dx(tile, worker);
+      tiles_.write_dx(tile, worker, x);
       if (reaches_v0) {
         const Rows<const T> v0_tile{v0_row() + tiles_.begin(tile), 0};
         multiply<T>(Weights<T>::in_place(w + m_ + 2, 1, m_, 0, stride), x, dv_tile, length);

@@ -27,13 +27,12 @@ bool all_elements(const Factor& f, i64 matrices, i64 size, bool positive) {
   return violations == 0;
 }
 
-// Whether rank 1 may be taken by its moments as far as the factors are concerned.
+// Whether rank 1 may be taken by its moments as far as the factors are concerned. steps: the iterations that
+// are run, or differentiated; without any there is nothing to take by them.
 template <class T>
-bool rank_one_applies(const SwinNMF& p) {
+bool rank_one_applies(const SwinNMF& p, i64 steps) {
   const Windows& w = p.windows;
-  // Without an iteration to run, or to differentiate, there is nothing to take by them.
-  if (p.options.rank != 1 || p.options.grad_steps == 0 || w.head_dim > RankOne<T>::max_rows)
-    return false;
+  if (p.options.rank != 1 || steps == 0 || w.head_dim > RankOne<T>::max_rows) return false;
   // MU never leaves a zero of u0 or v0; HALS does not look at u0.
   if (!all_elements<T>(p.v0, w.num_matrices(), w.columns(), !p.options.hals)) return false;
   return p.options.hals || all_elements<T>(p.u0, w.num_matrices(), w.head_dim, true);
@@ -47,8 +46,8 @@ inline Sign needed_sign(const NMFOptions& o, bool backward) {
 
 // The factors of one matrix, to u (rank x M) and v (rank x N); where these are null Y to the tiles.
 template <class T>
-void factorize(const NMFOptions& o, Tiles<T>& tiles, bool rank_one, void* memory, const T* u0, const T* v0, T* u,
-               T* v) {
+void factorize(const NMFOptions& o, Tiles<T>& tiles, bool rank_one, void* memory, const T* u0, const T* v0,
+               T* u, T* v) {
   Arena arena(memory);
   const auto write_v = [&](i64 tile, Rows<const T> rows) {
     for (i64 r = 0; r < o.rank; ++r)
@@ -126,8 +125,8 @@ i64 solver_memory(const NMFOptions& o, Tiles<T>& tiles, bool rank_one, bool back
   return arena.used();
 }
 
-// Long matrices of a problem: side by side, each by one worker, where they are many; else one after another, each
-// by all the workers. The result is the same.
+// Long matrices of a problem: side by side, each by one worker, where they are many; else one after another,
+// each by all the workers. The result is the same.
 template <class T, class S>
 class LongMatrices {
  public:

@@ -84,7 +84,8 @@ void factorize_long(const SwinNMF& p, bool rank_one, const Chunk& chunk, int thr
     factorize<T>(p.options, tiles, rank_one, memory, factor_of<T>(p.u0, matrix), factor_of<T>(p.v0, matrix),
                  out.u_of(local, u_size), v);
     if (!out.maps) return;
-    tiles.each([&](i64 tile, i64, int) { write_map(p, chunk, tiles.strip(tile), v + tiles.begin(tile), out); });
+    tiles.each(
+        [&](i64 tile, i64, int) { write_map(p, chunk, tiles.strip(tile), v + tiles.begin(tile), out); });
   });
 }
 
@@ -103,7 +104,7 @@ template <class T, class S>
 void forward(const SwinNMF& p) {
   const Windows& w = p.windows;
   if (w.num_matrices() == 0) return;
-  const bool rank_one = rank_one_applies<T>(p);
+  const bool rank_one = rank_one_applies<T>(p, p.options.num_iters);
   const int threads = threads_for(p);
   const Chunk all{0, w.batch * w.heads};
   if (p.u.data != nullptr) {
@@ -232,7 +233,8 @@ class LongBackward {
   LongBackward(const SwinNMF& p, bool rank_one, int threads)
       : p_(p),
         rank_one_(rank_one),
-        matrices_(p, rank_one, true, heads_per_chunk(p.windows, sizeof(T)) * p.windows.num_windows(), threads) {}
+        matrices_(p, rank_one, true, heads_per_chunk(p.windows, sizeof(T)) * p.windows.num_windows(),
+                  threads) {}
 
   void run(const Chunk& chunk, i64 shift, T* dx, const FactorGrads<T>& du0, const FactorGrads<T>& dv0) {
     const Windows& w = p_.windows;
@@ -276,7 +278,7 @@ void backward(const SwinNMF& p) {
     return;
   }
   expect_writes(p.dx, w.num_elements() * i64(sizeof(S)));
-  ShiftBackward shift_backward(p, rank_one_applies<T>(p), threads);
+  ShiftBackward shift_backward(p, rank_one_applies<T>(p, p.options.grad_steps), threads);
   // Sums over the shifts are kept in the arithmetic's type.
   constexpr bool direct = sizeof(T) == sizeof(S);
   const Scratch dx_chunk(direct ? 0 : per_chunk * head * sizeof(T));

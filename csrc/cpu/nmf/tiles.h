@@ -1,8 +1,8 @@
 // Where a solver finds the matrix X (rows x columns) that it factorises: tiles of its columns.
 //
 // A window is one tile that lies in cache; a long matrix is many, worked on in parallel and read anew in each
-// pass. Sums over columns are formed section by section, each some consecutive tiles, and added in the sections'
-// order, so that the result does not depend on the number of threads.
+// pass. Sums over columns are formed section by section, each some consecutive tiles, and added in the
+// sections' order, so that the result does not depend on the number of threads.
 #pragma once
 
 #include "cpu/common/cache.h"
@@ -24,7 +24,8 @@ class Tiles {
   const Parts sections;     // of them
   const int workers;
 
-  virtual i64 begin(i64 tile) const = 0;  // its first column; all but the last tile are multiples of the width
+  virtual i64 begin(
+      i64 tile) const = 0;  // its first column; all but the last tile are multiples of the width
   virtual i64 valid(i64 tile) const = 0;  // its columns
   virtual i64 max_valid() const = 0;
   i64 length(i64 tile) const { return round_up<T>(valid(tile)); }
@@ -43,15 +44,16 @@ class Tiles {
     parallel_for(tasks, workers, f);
   }
 
-  // A tile's columns of X, and of dY (for a loss of Y), zero in the padding. A worker has one of each at a time.
+  // A tile's columns of X, and of dY (for a loss of Y), zero in the padding. A worker has one of each at a
+  // time.
   virtual Rows<const T> x(i64 tile, int worker) = 0;
   virtual Rows<const T> dy(i64 tile, int worker) = 0;
   // Where Y's columns are put together once X's are not needed any more, and what is then done with them;
-  // likewise dX and dY, while X is what x() gave last.
+  // likewise dX and dY. x: what x(tile, worker) gave.
   virtual Rows<T> y(i64 tile, int worker) = 0;
   virtual void write_y(i64 tile, int worker) = 0;
   virtual Rows<T> dx(i64 tile, int worker) = 0;
-  virtual void write_dx(i64 tile, int worker) = 0;
+  virtual void write_dx(i64 tile, int worker, Rows<const T> x) = 0;
 
  protected:
   Tiles(i64 rows, i64 columns, i64 count, const Parts& sections, int workers)
@@ -81,8 +83,8 @@ class WindowTiles final : public Tiles<T> {
   Rows<T> y(i64, int) override { return x_; }
   void write_y(i64, int) override {}
   Rows<T> dx(i64, int) override { return dy_; }
-  void write_dx(i64, int) override {
-    if (relu_) this->mask(x_, dy_, this->columns);
+  void write_dx(i64, int, Rows<const T> x) override {
+    if (relu_) this->mask(x, dy_, this->columns);
   }
 
  private:
@@ -90,11 +92,11 @@ class WindowTiles final : public Tiles<T> {
   const bool relu_;
 };
 
-// How the columns of one long matrix are cut: tiles of whole lines (a line: a window's voxels along the last axis),
-// or of parts of a line; all but the last a multiple of the vector width.
+// How the columns of one long matrix are cut: tiles of whole lines (a line: a window's voxels along the last
+// axis), or of parts of a line; all but the last a multiple of the vector width.
 struct LongCut {
-  i64 line, num_lines;       // of the window
-  i64 tile_lines, voxels;    // of a tile: so many lines, or of one line so many voxels
+  i64 line, num_lines;     // of the window
+  i64 tile_lines, voxels;  // of a tile: so many lines, or of one line so many voxels
   i64 tiles_per_line, count;
   Parts sections;
 
@@ -137,7 +139,9 @@ struct LongCut {
     return section < needed ? needed : section;
   }
 
-  i64 begin(i64 tile) const { return tile / tiles_per_line * tile_lines * line + tile % tiles_per_line * voxels; }
+  i64 begin(i64 tile) const {
+    return tile / tiles_per_line * tile_lines * line + tile % tiles_per_line * voxels;
+  }
   // The tile as a strip of the window.
   Strip strip(const Strip& window, i64 tile) const {
     Strip s = window;
@@ -160,9 +164,11 @@ Head<S> y_head(const SwinNMF& p, i64 bh) {
 template <class T, class S>
 class LongTiles final : public Tiles<T> {
  public:
-  LongTiles(const SwinNMF& p, int threads) : LongTiles(p, threads, LongCut::make<T>(p.windows, p.options.rank)) {}
+  LongTiles(const SwinNMF& p, int threads)
+      : LongTiles(p, threads, LongCut::make<T>(p.windows, p.options.rank)) {}
 
-  // Which window of the volume; its head's dx, to be written (shift 0) or added to, where the backward is asked for.
+  // Which window of the volume; its head's dx, to be written (shift 0) or added to, where the backward is
+  // asked for.
   void select(const Strip& window, const Head<T>& dx = {}) {
     window_ = window;
     dx_ = dx;
@@ -176,7 +182,9 @@ class LongTiles final : public Tiles<T> {
   }
   i64 max_valid() const override { return cut_.tile_lines * cut_.voxels; }
 
-  Rows<const T> x(i64 tile, int worker) override { return read(p_.x, tile, worker, 0, p_.options.relu, T(1)); }
+  Rows<const T> x(i64 tile, int worker) override {
+    return read(p_.x, tile, worker, 0, p_.options.relu, T(1));
+  }
   Rows<const T> dy(i64 tile, int worker) override {
     return read(p_.dy, tile, worker, 1, false, T(1) / T(p_.windows.num_shifts));
   }
@@ -185,9 +193,9 @@ class LongTiles final : public Tiles<T> {
     write_strip<T, S>(p_.windows, strip(tile), buffer(worker, 0), 0, y_head<S>(p_, window_.bh));
   }
   Rows<T> dx(i64, int worker) override { return buffer(worker, 1); }
-  void write_dx(i64 tile, int worker) override {
+  void write_dx(i64 tile, int worker, Rows<const T> x) override {
     const Rows<T> out = buffer(worker, 1);
-    if (p_.options.relu) this->mask(buffer(worker, 0), out, valid(tile));
+    if (p_.options.relu) this->mask(x, out, valid(tile));
     add_strip<T>(p_.windows, strip(tile), out, 0, window_.shift > 0, dx_);
   }
 
@@ -205,8 +213,8 @@ class LongTiles final : public Tiles<T> {
   }
   Rows<const T> read(const Volume& volume, i64 tile, int worker, i64 index, bool relu, T scale) const {
     const Rows<T> to = buffer(worker, index);
-    read_strip<S, T>(p_.windows, strip(tile), head_of<const S>(volume, p_.windows, window_.bh), relu, scale, to,
-                     0);
+    read_strip<S, T>(p_.windows, strip(tile), head_of<const S>(volume, p_.windows, window_.bh), relu, scale,
+                     to, 0);
     clear_padding(this->rows, to, valid(tile), this->length(tile));
     return to;
   }

@@ -1,15 +1,15 @@
 // One update of a factor, and its adjoint, for a tile of its columns.
 //
-// The arithmetic is factor_update.h's. Up to `lane_rank` it goes lane by lane, all in registers. Above, most of it
-// are products of the Gram matrix with the tile: MU's denominator is one; HALS, where each component needs
-// those before it, takes lane_rank components at a time, of which the others' part is a product.
+// The arithmetic is factor_update.h's. Up to `lane_rank` it goes lane by lane, all in registers. Above, most
+// of it are products of the Gram matrix with the tile: MU's denominator is one; HALS, where each component
+// needs those before it, takes lane_rank components at a time, of which the others' part is a product.
 //
 // A tile is `rank` rows of `length` columns, a multiple of the vector width, zero from `valid` on. `gram` is
 // symmetric, its rows gram_stride(rank) apart.
 #pragma once
 
-#include "cpu/common/product.h"
 #include "cpu/common/memory.h"
+#include "cpu/common/product.h"
 #include "math/factor_update.h"
 #include "problems/nmf.h"
 
@@ -103,13 +103,14 @@ inline void each_component_block(i64 rank, bool reverse, F&& f) {
   }
 }
 
-// out (+)= the part that components [from, to) have in what the Gram matrix makes of `f` in rows [first, + count).
+// out (+)= the part that components [from, to) have in what the Gram matrix makes of `f` in rows [first, +
+// count).
 template <class T>
 inline void multiply_components(Rows<const T> gram, i64 first, i64 count, i64 from, i64 to, Rows<const T> f,
                                 Rows<T> out, i64 length, bool accumulate) {
   if (accumulate && from == to) return;
-  multiply<T>(Weights<T>::in_place(gram[first] + from, count, to - from, gram.stride, 1), {f[from], f.stride}, out,
-              length, {accumulate});
+  multiply<T>(Weights<T>::in_place(gram[first] + from, count, to - from, gram.stride, 1), {f[from], f.stride},
+              out, length, {accumulate});
 }
 
 template <class T>
@@ -153,7 +154,8 @@ void hals_blocks_backward(i64 rank, T eps, Rows<const T> gram, Rows<const T> f_n
     if (first == 0) return;
     multiply_components<T>(gram, first, count, 0, first, dc, work, length, false);
     for (i64 r = 0; r < count; ++r) {
-      each_lane<T>(length, [&](i64 n) { store(df[first + r] + n, load(df[first + r] + n) - load(work[r] + n)); });
+      each_lane<T>(length,
+                   [&](i64 n) { store(df[first + r] + n, load(df[first + r] + n) - load(work[r] + n)); });
     }
   });
 }
@@ -162,8 +164,8 @@ void hals_blocks_backward(i64 rank, T eps, Rows<const T> gram, Rows<const T> f_n
 
 // out = the updated factor; it may be f itself. work: rank rows of scratch.
 template <class T>
-void update(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, Rows<const T> c, Rows<T> out, Rows<T> work,
-            i64 valid, i64 length) {
+void update(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, Rows<const T> c, Rows<T> out,
+            Rows<T> work, i64 valid, i64 length) {
   const T eps = T(o.eps);
   if (o.rank <= lane_rank) {
     const GramBlock<T> block(gram, 0, o.rank);
@@ -196,11 +198,11 @@ void update(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, Rows<const
   clear_padding(o.rank, out, valid, length);
 }
 
-// The adjoint. In: df = the gradient of f_new; dc = c (HALS does not look at it). Out: df = the gradient of f, dc =
-// that of c, and dgram (+)= what symmetric_gram_gradient() wants. work: rank rows of scratch.
+// The adjoint. In: df = the gradient of f_new; dc = c (HALS does not look at it). Out: df = the gradient of
+// f, dc = that of c, and dgram (+)= what symmetric_gram_gradient() wants. work: rank rows of scratch.
 template <class T>
-void update_backward(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, Rows<const T> f_new, Rows<T> dc,
-                     Rows<T> df, Rows<T> work, Rows<T> dgram, bool accumulate, i64 length) {
+void update_backward(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, Rows<const T> f_new,
+                     Rows<T> dc, Rows<T> df, Rows<T> work, Rows<T> dgram, bool accumulate, i64 length) {
   const T eps = T(o.eps);
   const i64 rank = o.rank;
   if (o.hals) {
@@ -217,8 +219,8 @@ void update_backward(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, R
     } else {
       hals_blocks_backward<T>(rank, eps, gram, f_new, df, dc, work, length);
     }
-    // dD_jr = - sum (j <= r ? F+_j : F_j) dC_r. Of dD + dDᵀ the lower triangle, negative, the diagonal once more:
-    // there F+ stands for F.
+    // dD_jr = - sum (j <= r ? F+_j : F_j) dC_r. Of dD + dDᵀ the lower triangle, negative, the diagonal once
+    // more: there F+ stands for F.
     multiply_by_transpose<T>(rank, f, rank, dc, length, dgram, accumulate, Wanted::lower);
     multiply_by_transpose<T>(rank, dc, rank, f_new, length, dgram, true, Wanted::lower);
     for (i64 r = 0; r < rank; ++r) {

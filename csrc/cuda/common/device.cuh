@@ -1,6 +1,8 @@
 // What every device file starts from.
 #pragma once
 
+#include <cuda_runtime.h>
+
 #include "common/base.h"
 
 #define FK_DEVICE __device__ __forceinline__

@@ -18,9 +18,9 @@ constexpr i64 programs_per_processor = 4;  // blocks of the backward that share 
 void check_served(const SwinNMF& p) {
   const Windows& w = p.windows;
   bool served = p.dtype != DType::float64 && w.head_dim <= max_rows && w.columns() <= max_columns &&
-                p.options.rank <= max_rank && w.num_shifts <= max_shifts && w.num_matrices() <= 0x7fffffff;
-  served = served && p.options.num_iters <= 0x7fffffff;           // an int counts them
-  for (i64 size : w.size) served = served && size <= 0x3fffffff;  // a voxel and a shift add up
+                p.options.rank <= max_rank && w.num_shifts <= max_shifts && w.num_matrices() <= max_windows;
+  served = served && p.options.num_iters <= 0x7fffffff;  // an int counts them
+  for (i64 size : w.size) served = served && size <= max_extent;
   if (!served) throw std::invalid_argument("the backend 'cuda' does not serve this problem");
 }
 

@@ -205,6 +205,9 @@ def make_solvers(solver: SolverSpec) -> list[Solver]:
     Args:
         solver: one of `SOLVERS`, with "-0" or "-1" after it to update U or V alone; a `Solver`
             class; a pair (class, keywords); or a sequence of these.
+
+    Raises:
+        TypeError, ValueError: solver is none of these; or see the solver's class.
     """
     if isinstance(solver, str):
         name, _, factor = solver.partition("-")
