@@ -138,40 +138,40 @@ def choose(operator: str, x: Tensor, sizes: Any = None) -> str:
         ValueError: the backend of :func:`use_backend` does not run this call; the message says why.
     """
     name = getattr(_choice, "name", None)
-    if name not in (None, "reference") and (reason := _why_not(_RECORDS[name], operator, x, sizes)):
-        others = [r.name for r in _RECORDS.values() if _why_not(r, operator, x, sizes) is None]
+    if name not in (None, "reference") and (reason := _why_not(_RECORDS[name], operator, x, sizes, name)):
+        others = [r.name for r in _RECORDS.values() if _why_not(r, operator, x, sizes, name) is None]
         raise ValueError(
             f"backend {name!r} does not run {operator} here: {reason}; "
             f"leave the choice open, or take one of {tuple(others)}"
         )
     if x.numel() == 0:
         return "reference"
-    return name or next(r.name for r in _RECORDS.values() if _why_not(r, operator, x, sizes) is None)
+    if name is not None:
+        return name
+    return next(r.name for r in _RECORDS.values() if _why_not(r, operator, x, sizes, None) is None)
 
 
-def _why_not(record: _Record, operator: str, x: Tensor, sizes: Any) -> str | None:
+def _why_not(record: _Record, operator: str, x: Tensor, sizes: Any, named: str | None) -> str | None:
     """Why the backend does not run the operator on x, or None where it does."""
     if record.name == "reference":
         return None
-    named = getattr(_choice, "name", None) == record.name
-    devices = record.devices
-    if devices is not None and named:
-        devices += record.devices_by_name
+    by_name = record.name == named
+    devices = record.devices and record.devices + (record.devices_by_name if by_name else ())
     if devices is not None and x.device.type not in devices:
         return f"x is on {x.device}"
     if (kernel := registry.find(operator, record.name)) is None:
         return f"it has no {operator}"
-    return _why_no_kernel(named) or kernel.limit(x, sizes)
+    return _why_no_kernel(by_name) or kernel.limit(x, sizes)
 
 
-def _why_no_kernel(named: bool) -> str | None:
+def _why_no_kernel(by_name: bool) -> str | None:
     """Why a graph that is being recorded can hold no kernel, or None where it can, or none is recorded."""
     tracing = torch.jit.is_tracing()
     if not tracing and not torch.compiler.is_exporting():
         return None
     if _onnx_export():
         return "an ONNX file holds no kernel"
-    if tracing and not named:  # so that the traced file needs torch alone
+    if tracing and not by_name:  # so that the traced file needs torch alone
         return "torch.jit.trace records a kernel only where its backend is named"
     return None
 

@@ -77,6 +77,8 @@ def test_runs_and_reports(tmp_path):
         ("swin_nmf", "numbers and volume and ours and not 20", 2),
         ("swin_nmf_backward", "numbers and volume and ours and not 20", 1),
         ("nmf", "numbers and matrix and ours", 2),
+        ("depthwise_conv", "numbers and depthwise and ours", 2),
+        ("depthwise_conv_backward", "numbers and depthwise and ours", 1),
     ],
 )
 def test_a_wrong_kernel_gets_no_time(operator, selection, caught, tmp_path):
@@ -152,6 +154,7 @@ def test_accuracy_study(tmp_path):
 def test_study(tmp_path):
     """Changes on an inner fold, with and without the factorisation; a second call trains nothing anew."""
     pytest.importorskip("monai")
+    from benchmarks.study import main
     from factorizer.commands.demo import write_synthetic
 
     data = write_synthetic(tmp_path / "data", cases=6, shape=(18, 18, 18))
@@ -167,8 +170,7 @@ def test_study(tmp_path):
     rows = (out / "study.md").read_text().splitlines()
     assert sum("| -" in row for row in rows if "UNet" in row) == 1
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
-    assert python("benchmarks.study", data, "--out", out, *options).returncode == 0
+    main(data, out, ["default", "UNet"], seeds=1, steps=5, jobs=1)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # what is done is not done again
-    process = python("benchmarks.study", data, "--change", "nothing")
-    assert process.returncode == 2
-    assert "nothing" in process.stderr
+    with pytest.raises(typer.BadParameter, match="nothing"):
+        main(data, out, ["nothing"])

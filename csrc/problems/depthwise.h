@@ -6,9 +6,9 @@
 namespace factorizer {
 
 // y[b, c, p] = bias[c] + sum_t weight[c, t] x[b, c, p + t - k / 2], x being zero outside of the map, and its
-// backward. x and dy are of `dtype` and of any strides; y and dx are of `dtype` and contiguous; weight (channels,
-// k1, k2, k3), bias (channels) and their gradients are contiguous and of the arithmetic's type (float, or double
-// for float64). 1-D and 2-D maps have leading axes of size 1, along which k is 1.
+// backward. x and dy are of `dtype` and of any strides; y and dx are of `dtype` and contiguous; weight
+// (channels, k1, k2, k3), bias (channels) and their gradients are contiguous and of the arithmetic's type
+// (float, or double for float64). 1-D and 2-D maps have leading axes of size 1, along which k is 1.
 struct DepthwiseConv {
   DType dtype;
   i64 batch, channels;

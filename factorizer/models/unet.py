@@ -49,7 +49,7 @@ class EncoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Levels from coarse to fine; returns the output of each, finest first.
+    """Levels from coarse to fine; returns the output of each and the coarsest features, finest first.
 
     Consumes the list of the encoder's features, so that each is freed as soon as it is used.
     """
@@ -60,12 +60,10 @@ class Decoder(nn.Module):
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
         """The encoder's features, finest first, to the output of each level, finest first."""
-        x = features.pop()
-        outputs: list[Tensor] = []
+        outputs = [features.pop()]
         for block in self.blocks:
-            x = block(x, features.pop())
-            outputs.insert(0, x)
-        return outputs or [x]
+            outputs.insert(0, block(outputs[0], features.pop()))
+        return outputs
 
 
 class DecoderBlock(nn.Module):
@@ -107,7 +105,7 @@ class UNet(nn.Module):
         upsample: part, called as downsample. Default: transposed convolution.
         head: part, called with (channels, out_channels, kernel_size=1). Default: convolution.
         num_deep_supr: deep supervision: False or 0 for one head and a tensor, n for n heads on the
-            n finest decoder levels and a list of their logits, finest first; True for three.
+            n finest levels and a list of their logits, finest first; True for three.
         bottleneck: part for the stage of the coarsest level; `block` where None.
 
     Raises:
@@ -178,10 +176,10 @@ class UNet(nn.Module):
             num_heads = DEEP_SUPERVISION_HEADS if num_deep_supr else 0
         else:
             num_heads = check_count("num_deep_supr", num_deep_supr, 0)
-        if num_heads > max(len(decoder), 1):
+        if num_heads > levels:
             raise ValueError(
-                f"num_deep_supr must be at most {max(len(decoder), 1)}, one head for each decoder "
-                f"level, got {num_deep_supr} (True stands for {DEEP_SUPERVISION_HEADS})"
+                f"num_deep_supr must be at most {levels}, one head for each level, got {num_deep_supr} "
+                f"(True stands for {DEEP_SUPERVISION_HEADS})"
             )
         heads = [
             build("head", head, encoder_width[i], out_channels, kernel_size=1) for i in range(num_heads or 1)

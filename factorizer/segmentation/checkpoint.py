@@ -40,7 +40,7 @@ def read_entry(state: Mapping[str, Any], path: str | Path) -> tuple[Plan, Mappin
         )
     try:
         return Plan(**state["plan"]), state
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise DataError(
             f"{path}: not a checkpoint of this program: its plan is another's ({error})"
         ) from error
@@ -68,7 +68,7 @@ def network_of(plan: Plan, path: str | Path) -> nn.Module:
     """The plan's network, untrained. Raises DataError where the plan, from `path`, describes none."""
     try:
         return build_network(plan.network, plan.seed)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise DataError(f"{path}: its plan describes no network of this family ({error})") from error
 
 
@@ -86,6 +86,6 @@ def load_weights_into(network: nn.Module, state: Mapping[str, Any], path: str | 
     """Loads the weights that were read from `path`. Raises DataError where they are another network's."""
     try:
         network.load_state_dict(state)
-    except RuntimeError as error:  # with a line for each of the tensors
+    except (RuntimeError, TypeError, AttributeError) as error:  # with a line for each of the tensors
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise DataError(f"{path}: its weights do not fit the network ({reason})") from error

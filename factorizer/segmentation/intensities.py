@@ -17,6 +17,9 @@ NO_DATA = 1e30  # no scanner's intensity; squares of more than 1.8e19 are beyond
 REACH = 10.0  # fill values and outliers lie so many times the spread of the others away from them
 SPREAD_QUANTILES = (0.005, 0.995)
 INFLUENCE = 1.5  # outliers count as such where they make the standard deviation so many times as large
+HOUNSFIELD = 32768.0  # no CT is beyond, metal included
+FILL = 1e5  # more than 16 bits hold
+FACES = 0.01  # share of the voxels on the volume's faces; structures of the body seldom lie there
 MAX_GAPS, MIN_DISTINCT = 8, 8
 SAMPLE = 2**20  # voxels that quantiles are taken from, at most
 
@@ -61,9 +64,10 @@ def clean(channel: np.ndarray, *, ct: bool) -> np.ndarray | None:
     """A channel (X, Y, Z) as float32 in which every voxel that is not 0 has an intensity of the image.
 
     Voxels beyond ±1e30 have no data, and become 0, for CT the lowest intensity. Others beyond
-    `plausible_range` are brought back to its ends; below it, and where CT is not, to 0 (no data).
-    Outside CT both only where the standard deviation of the image would otherwise be that of its
-    outliers: heavy tails, such as a tumour's in PET, stay as they are. None where nothing is left.
+    `plausible_range` are brought back to its ends. Where CT is not, those below it have no data, and become
+    0, and so do those above it that are a fill value: of one value, which is 1e5 at least, or found at the
+    volume's faces. Outside CT all this only where the standard deviation of the image would otherwise be that
+    of its outliers: heavy tails, such as a tumour's in PET, stay as they are. None where nothing is left.
     """
     exact = channel.dtype.kind in "biu"
     data = channel != 0
@@ -76,7 +80,9 @@ def clean(channel: np.ndarray, *, ct: bool) -> np.ndarray | None:
     values = channel[data].astype(np.float64)
     ends = np.array([values.min(), values.max()])  # which a sample may miss
     low, high = plausible_range(np.concatenate([values[:: max(1, len(values) // SAMPLE)], ends]))
-    if not ct and (ends[0] < low or ends[1] > high):
+    if ct:  # a window cuts off the rest
+        low, high = min(low, -HOUNSFIELD), max(high, HOUNSFIELD)
+    elif ends[0] < low or ends[1] > high:
         core = values[(values >= low) & (values <= high)]
         if not len(core) or values.std() <= INFLUENCE * core.std():
             low, high = float(ends[0]), float(ends[1])
@@ -85,8 +91,12 @@ def clean(channel: np.ndarray, *, ct: bool) -> np.ndarray | None:
     result[data] = np.clip(values, low, high)
     if not ct:
         result[(channel < low) & data] = 0
+        above = (channel > high) & data
+        alike = above.any() and channel[above].min() == ends[1]
+        if alike and (ends[1] >= FILL or _share_of_faces(above) > FACES):
+            result[above] = 0
     elif not exact:
-        result[missing] = max(low, float(values[values >= low].min(initial=low)))
+        result[missing] = max(low, float(ends[0]))
     return (result / scale).astype(np.float32)
 
 
@@ -94,6 +104,11 @@ def window_of(values: np.ndarray, quantiles: Sequence[float]) -> tuple[float, fl
     """The quantiles of labelled intensities that CT is clipped to; None where they are one value."""
     low, high = np.quantile(values.astype(np.float64), quantiles).tolist()
     return (low, high) if high > low else None
+
+
+def _share_of_faces(mask: np.ndarray) -> float:
+    faces = [mask.take(end, axis) for axis in range(mask.ndim) for end in (0, -1)]
+    return float(np.mean([face.mean() for face in faces]))
 
 
 def _scale(low: float, high: float) -> float:

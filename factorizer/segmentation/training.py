@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from factorizer.models.build import build_network
-from factorizer.segmentation.checkpoint import read_checkpoint
+from factorizer.segmentation.checkpoint import load_weights_into, read_checkpoint
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import save_tensors
 from factorizer.segmentation.measure import side_by_side
@@ -263,7 +263,11 @@ class Trainer:
                 raise DataError(
                     f"{path}: belongs to a run with {_difference(name, before[name], value)}; {way_out}"
                 )
-        self.result.load_state_dict(state["network"])
+        if missing := {"optimizer", "schedule", "losses", "scores", "seconds"}.difference(state):
+            raise DataError(
+                f"{path}: is no run to be continued: it has no {' and no '.join(sorted(missing))}; {way_out}"
+            )
+        load_weights_into(self.result, state["network"], path)
         if self._mean is not None:
             self.network.load_state_dict(state["iterate"])
             self._mean.n_averaged.fill_(len(state["losses"]))

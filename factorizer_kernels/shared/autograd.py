@@ -26,7 +26,7 @@ def call_function(name: str, function: type[torch.autograd.Function], *arguments
         return function.apply(*arguments)
     if not _differentiated(arguments):
         return function.forward(*arguments)  # apply's own bookkeeping takes as long as a small kernel
-    if torch._C._is_tracing():
+    if torch.jit.is_tracing():
         raise NotImplementedError(
             f"torch.jit.trace cannot keep the gradient of the kernels of {name}: trace inside "
             f"torch.no_grad(); or {_WAY_OUT} can be traced"

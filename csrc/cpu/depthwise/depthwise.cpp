@@ -1,12 +1,13 @@
 // depthwise_conv on the CPU.
 //
-// A task is a tile of one map. Planes of the map that is filtered (x; in the backward dy) are copied to a buffer
-// that fits the cache, padded with zeros and in the arithmetic's type, so that the inner loops know no edges.
-// Large maps stream through it: it is a ring of as many planes as the filter is deep, and rows are filtered. Of
-// small maps it holds the whole depth, and a plane is filtered as one long row, the gaps between its rows included.
+// A task is a tile of one map. Planes of the map that is filtered (x; in the backward dy) are copied to a
+// buffer that fits the cache, padded with zeros and in the arithmetic's type, so that the inner loops know no
+// edges. Large maps stream through it: it is a ring of as many planes as the filter is deep, and rows are
+// filtered. Of small maps it holds the whole depth, and a plane is filtered as one long row, the gaps between
+// its rows included.
 //
-// The backward streams dy: dx is dy filtered by the mirrored weights, and the weights' gradients are what x and
-// the shifted dy have in common, tile by tile; the tiles' shares are added up in their order.
+// The backward streams dy: dx is dy filtered by the mirrored weights, and the weights' gradients are what x
+// and the shifted dy have in common, tile by tile; the tiles' shares are added up in their order.
 #include <type_traits>
 #include <vector>
 
@@ -93,9 +94,9 @@ class Worker {
     }
   }
 
-  // Where each tap lies among the packed ones, of which those across the rows are side by side; and, for these, the
-  // way from a voxel to the first voxel across its row that they see. In a ring it depends on where the first plane
-  // lies.
+  // Where each tap lies among the packed ones, of which those across the rows are side by side; and, for
+  // these, the way from a voxel to the first voxel across its row that they see. In a ring it depends on
+  // where the first plane lies.
   void set_taps() {
     const i64* k = p_.kernel;
     i64* packed = packed_;
@@ -150,7 +151,9 @@ class Worker {
     store(to, load(to) + sum_rows(plane_at(slot), plan_.pitch, rows, count));
   }
 
-  T total(i64 packed) const { return lane_sum(totals_ + packed * Simd<T>::width, Constant<Simd<T>::width>{}); }
+  T total(i64 packed) const {
+    return lane_sum(totals_ + packed * Simd<T>::width, Constant<Simd<T>::width>{});
+  }
 
   // Filters `in` to `out`, unless that is null, and correlates x with it.
   void run(const Tile& tile, const Map<const S>& in, void* out, bool correlates) {
@@ -168,10 +171,11 @@ class Worker {
     const i64 reach = plan_.reach[0], end = tile.begin[0] + tile.extent[0];
     i64 read = std::max<i64>(0, tile.begin[0] - reach);
     for (i64 z = tile.begin[0], phase = 0; z < end; ++z, phase = phase + 1 < k[0] ? phase + 1 : 0) {
-      const auto slot = [&](i64 plane) {  // planes z - reach to z + reach lie one after another from `phase` on
-        const i64 at = phase + plane - (z - reach);
-        return at < k[0] ? at : at - k[0];
-      };
+      const auto slot =
+          [&](i64 plane) {  // planes z - reach to z + reach lie one after another from `phase` on
+            const i64 at = phase + plane - (z - reach);
+            return at < k[0] ? at : at - k[0];
+          };
       for (; read <= std::min(p_.size[0] - 1, z + reach); ++read) read_plane(tile, in, read, slot(read));
       // Planes outside of the map are left out.
       const i64 first = std::max<i64>(0, reach - z), last = std::min(k[0], p_.size[0] - z + reach);
@@ -190,21 +194,22 @@ class Worker {
     const i64 columns = tile.extent[2], length = round_up<T>(columns);
     const T* first = padded_ + plan_.lead + plan_.reach[1] * plan_.pitch;
     each_row_block(tile.extent[1], [&](i64 row, i64 rows) {
-      // While the filter computes, memory has nothing to do: what is read and written next is asked for.
-      const auto ahead = [&](const Map<const S>& map, i64 planes) {
-        const S* from = map.at(z + planes, tile.begin[1] + row, tile.begin[2]);
-        if (map.stride[2] == 1) prefetch_rows<false>(from, map.stride[1], rows, columns);
+      const i64 y = tile.begin[1] + row, next = z + plan_.reach[0] + 1;
+      S* const to = out.at(z, y, tile.begin[2]);
+      // What is written next, the plane that is read next, and x, which is correlated next.
+      const Ahead ahead[] = {
+          {to + rows * out.stride[1], out.stride[1]},
+          {in.at(next, y, tile.begin[2]), in.stride[1]},
+          x == nullptr ? Ahead(to, 0) : Ahead(x->at(z, y, tile.begin[2]), x->stride[1]),
       };
-      ahead(in, plan_.reach[0] + 1);
-      if (x != nullptr) ahead(*x, 0);
-      S* const to = out.at(z, tile.begin[1] + row, tile.begin[2]);
-      prefetch_rows<true>(to + rows * out.stride[1], out.stride[1], rows, columns);
+      const AheadList list{ahead, in.stride[2] > 1 ? 1 : x == nullptr ? 2 : 3};
+      const T* from = first + row * plan_.pitch;
       if constexpr (std::is_same_v<T, S>) {
         if (columns >= Simd<T>::width) {
-          return filter_(rows, first + row * plan_.pitch, plan_.pitch, taps, to, out.stride[1], columns);
+          return filter_(rows, from, plan_.pitch, taps, to, out.stride[1], columns, list);
         }
       }
-      filter_(rows, first + row * plan_.pitch, plan_.pitch, taps, rows_, length, length);
+      filter_(rows, from, plan_.pitch, taps, rows_, length, length, list);
       write_rows(rows_, length, to, out.stride[1], rows, columns);
     });
   }
@@ -240,20 +245,21 @@ class Worker {
     const Taps<T> taps{offsets_, p_.kernel[1] * p_.kernel[2], weights_, bias_};
     if (out != nullptr) {
       each_row_block(depth, [&](i64 z, i64 planes) {
-        filter_(planes, first + z * plan_.plane, plan_.plane, taps, rows_, plan_.length, plan_.length);
+        filter_(planes, first + z * plan_.plane, plan_.plane, taps, rows_, plan_.length, plan_.length, {});
         for (i64 plane = 0; plane < planes; ++plane) {
-          write_rows(rows_ + plane * plan_.length, plan_.pitch, out->at(tile.begin[0] + z + plane, 0, 0), columns,
-                     rows, columns);
+          write_rows(rows_ + plane * plan_.length, plan_.pitch, out->at(tile.begin[0] + z + plane, 0, 0),
+                     columns, rows, columns);
         }
       });
     }
     if (x != nullptr) {
       for (i64 z = 0; z < depth; ++z) {
-        read_rows(x->at(tile.begin[0] + z, 0, 0), x->stride[1], x->stride[2], x_ + z * plan_.length, plan_.pitch,
-                  rows, columns);
+        read_rows(x->at(tile.begin[0] + z, 0, 0), x->stride[1], x->stride[2], x_ + z * plan_.length,
+                  plan_.pitch, rows, columns);
         add_rows(plan_.reach[0] + z, 1, (rows - 1) * plan_.pitch + columns);
       }
-      correlate_(depth, x_, plan_.length, first, plan_.plane, taps.offsets, taps.count, plan_.length, totals_);
+      correlate_(depth, x_, plan_.length, first, plan_.plane, taps.offsets, taps.count, plan_.length,
+                 totals_);
     }
   }
 

@@ -1,8 +1,10 @@
 // The two inner loops of a depthwise convolution, on rows that lie a fixed step apart.
 //
-// A row is a row of a map, or a whole plane of it. Of the filter's axes one runs across the rows: a vector of one
-// row, once loaded, serves K rows of the result. The taps along the other axes are a list of offsets.
+// A row is a row of a map, or a whole plane of it. Of the filter's axes one runs across the rows: a vector of
+// one row, once loaded, serves K rows of the result. The taps along the other axes are a list of offsets.
 #pragma once
+
+#include <cstdint>
 
 #include "cpu/common/simd.h"
 
@@ -16,6 +18,33 @@ struct Taps {
   i64 count;
   const T* weights;  // count x K
   T bias;
+};
+
+// Rows as many and as long as those that are filtered, which will be wanted soon: they are asked for a few
+// lines at a time, because memory has nothing to do while the filter computes. They need not exist.
+class Ahead {
+ public:
+  template <class S>
+  Ahead(const S* first, i64 step)
+      : first_(reinterpret_cast<std::uintptr_t>(first)), step_(step * i64(sizeof(S))), element_(sizeof(S)) {}
+
+  // The part of `rows` of them that a block of elements from n on stands for.
+  void fetch(i64 rows, i64 n, i64 block) const {
+    const i64 blocks = block * element_ < line ? line / (block * element_) : 1;  // in a line
+    for (i64 row = n / block % blocks; row < rows; row += blocks) {
+      __builtin_prefetch(reinterpret_cast<const void*>(first_ + std::uintptr_t(row * step_ + n * element_)));
+    }
+  }
+
+ private:
+  static constexpr i64 line = 64;
+  std::uintptr_t first_;
+  i64 step_, element_;  // in bytes
+};
+
+struct AheadList {
+  const Ahead* data = nullptr;
+  int count = 0;
 };
 
 // Vectors of sums that are in registers at once: enough to hide the latency of multiply-adds.
@@ -58,10 +87,12 @@ FK_INLINE void filter_block(const T* in, i64 step, const Taps<T>& taps, T* out, 
 
 // Blocks of V vectors; the last one begins before the end of the one before it where the length asks for it.
 template <class T, int K, int R, int V>
-void filter_rows(const T* in, i64 step, const Taps<T>& taps, T* out, i64 out_step, i64 length) {
+void filter_rows(const T* in, i64 step, const Taps<T>& taps, T* out, i64 out_step, i64 length,
+                 AheadList ahead) {
   constexpr i64 block = V * Simd<T>::width;
-  if (V > 1 && length < block) return filter_rows<T, K, R, 1>(in, step, taps, out, out_step, length);
+  if (V > 1 && length < block) return filter_rows<T, K, R, 1>(in, step, taps, out, out_step, length, ahead);
   for (i64 n = 0; n < length; n += block) {
+    for (int i = 0; i < ahead.count; ++i) ahead.data[i].fetch(R, n, block);
     const i64 at = n + block <= length ? n : length - block;
     filter_block<T, K, R, V>(in + at, step, taps, out + at, out_step);
   }
@@ -69,21 +100,22 @@ void filter_rows(const T* in, i64 step, const Taps<T>& taps, T* out, i64 out_ste
 
 template <class T>
 using Filter = void (*)(i64 rows, const T* in, i64 step, const Taps<T>& taps, T* out, i64 out_step,
-                        i64 length);
+                        i64 length, AheadList ahead);
 
-// out[r][n] = bias + the sum over taps j and k of weights[j][k] in[r + k][n + offsets[j]], for r < rows, 8, 4 or 1
-// of them, and n < length, one vector at least.
+// out[r][n] = bias + the sum over taps j and k of weights[j][k] in[r + k][n + offsets[j]], for r < rows, 8, 4
+// or 1 of them, and n < length, one vector at least.
 template <class T, int K>
-void filter(i64 rows, const T* in, i64 step, const Taps<T>& taps, T* out, i64 out_step, i64 length) {
+void filter(i64 rows, const T* in, i64 step, const Taps<T>& taps, T* out, i64 out_step, i64 length,
+            AheadList ahead) {
   switch (rows) {
-    case 8: return filter_rows<T, K, 8, chains / 8>(in, step, taps, out, out_step, length);
-    case 4: return filter_rows<T, K, 4, chains / 4>(in, step, taps, out, out_step, length);
-    default: return filter_rows<T, K, 1, chains>(in, step, taps, out, out_step, length);
+    case 8: return filter_rows<T, K, 8, chains / 8>(in, step, taps, out, out_step, length, ahead);
+    case 4: return filter_rows<T, K, 4, chains / 4>(in, step, taps, out, out_step, length, ahead);
+    default: return filter_rows<T, K, 1, chains>(in, step, taps, out, out_step, length, ahead);
   }
 }
 
-// Calls f(row, rows) for blocks of 8, 4 or 1 rows that make up all of them. Where it is cheaper, the last block
-// begins before the end of the one before it.
+// Calls f(row, rows) for blocks of 8, 4 or 1 rows that make up all of them. Where it is cheaper, the last
+// block begins before the end of the one before it.
 template <class F>
 inline void each_row_block(i64 rows, F&& f) {
   i64 row = 0;
@@ -147,20 +179,19 @@ template <class T>
 using Correlate = void (*)(i64 rows, const T* x, i64 x_step, const T* dy, i64 step, const i64* offsets,
                            i64 count, i64 length, T* totals);
 
-// totals[j][k] += the sum over r < rows and n < length of x[r][n] dy[r + k][n + offsets[j]], lane by lane: a total
-// is a vector; length is a multiple of its width. The sums of one call are added up before they join the totals.
+// totals[j][k] += the sum over r < rows and n < length of x[r][n] dy[r + k][n + offsets[j]], lane by lane: a
+// total is a vector; length is a multiple of its width. The sums of one call are added up before they join
+// the totals.
 template <class T, int K>
 void correlate(i64 rows, const T* x, i64 x_step, const T* dy, i64 step, const i64* offsets, i64 count,
                i64 length, T* totals) {
   constexpr int D = K <= 3 ? 3 : K == 5 ? 2 : 1;  // offsets whose sums are in registers at once
   i64 j = 0;
   for (; j + D <= count; j += D) {
-    correlate_taps<T, K, D>(rows, x, x_step, dy, step, offsets + j, length,
-                            totals + j * K * Simd<T>::width);
+    correlate_taps<T, K, D>(rows, x, x_step, dy, step, offsets + j, length, totals + j * K * Simd<T>::width);
   }
   for (; j < count; ++j) {
-    correlate_taps<T, K, 1>(rows, x, x_step, dy, step, offsets + j, length,
-                            totals + j * K * Simd<T>::width);
+    correlate_taps<T, K, 1>(rows, x, x_step, dy, step, offsets + j, length, totals + j * K * Simd<T>::width);
   }
 }
 

@@ -1,7 +1,6 @@
 // Rows of maps, read into the arithmetic's type and written from it.
 #pragma once
 
-#include <cstdint>
 #include <type_traits>
 
 #include "common/scalar_types.h"
@@ -77,17 +76,6 @@ inline Vec<T> sum_rows(const T* from, i64 step, i64 rows, i64 count) {
     total += row;
   }
   return total;
-}
-
-// A hint, of addresses that need not exist: count elements of each of some rows.
-template <bool Write, class S>
-inline void prefetch_rows(S* first, i64 stride, i64 rows, i64 count) {
-  for (i64 r = 0; r < rows; ++r) {
-    const auto begin = reinterpret_cast<std::uintptr_t>(first) + std::uintptr_t(r * stride * i64(sizeof(S)));
-    for (i64 byte = 0; byte < count * i64(sizeof(S)); byte += 64) {
-      __builtin_prefetch(reinterpret_cast<const void*>(begin + std::uintptr_t(byte)), Write);
-    }
-  }
 }
 
 }  // namespace FK_ISA

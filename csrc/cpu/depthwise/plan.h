@@ -42,8 +42,8 @@ Plan plan_of(const DepthwiseConv& p) {
   const i64 plane = (rows + p.kernel[1] - 1) * pitch;
   const i64 held = second_level_bytes / 2 / (bytes * plane) - (p.kernel[0] - 1);
   const i64 by_rows = rows * round_up<T>(columns);
-  plan.deep = p.kernel[0] > 1 && p.size[0] >= 4 && held >= std::min<i64>(p.size[0], 8) &&
-              8 * length < 7 * by_rows;
+  plan.deep =
+      p.kernel[0] > 1 && p.size[0] >= 4 && held >= std::min<i64>(p.size[0], 8) && 8 * length < 7 * by_rows;
   if (plan.deep) {
     if (held < p.size[0]) tile[0] = held / 8 * 8;
     plan.pitch = pitch;
@@ -79,11 +79,12 @@ struct Tile {
     if (plan.num_tiles() == 1) {
       std::fill(begin, begin + 3, 0);
       std::copy(p.size, p.size + 3, extent);
-    } else for (int axis = 2; axis >= 0; --axis) {
-      begin[axis] = index % plan.tiles[axis] * plan.tile[axis];
-      extent[axis] = std::min(plan.tile[axis], p.size[axis] - begin[axis]);
-      index /= plan.tiles[axis];
-    }
+    } else
+      for (int axis = 2; axis >= 0; --axis) {
+        begin[axis] = index % plan.tiles[axis] * plan.tile[axis];
+        extent[axis] = std::min(plan.tile[axis], p.size[axis] - begin[axis]);
+        index /= plan.tiles[axis];
+      }
     sample = index % p.batch;
     channel = index / p.batch;
   }

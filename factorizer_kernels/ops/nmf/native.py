@@ -68,7 +68,7 @@ class Problem(ABC):
     def forward(self) -> Callable[..., None]:
         """The call that writes y (of x's shape), or u and v (as ``new_factors`` makes them).
 
-        It takes the ``memory`` of each, by name.
+        It takes the ``memory`` of each, by name. The problem must outlive it.
         """
 
     @abstractmethod
@@ -96,7 +96,8 @@ def register(backend: str, problem: type[Problem], limit: Limit = no_limit) -> N
     @kernel("nmf", backend, limit)
     def nmf(x: Tensor, u0: Tensor, v0: Tensor, *options) -> Tensor:
         y = x.new_empty(x.shape)
-        problem.of_matrices(x, u0, v0, options).forward(y=memory(y))
+        made = problem.of_matrices(x, u0, v0, options)  # a name, since it owns what the call reads
+        made.forward(y=memory(y))
         return y
 
     @kernel("nmf_backward", backend, limit)

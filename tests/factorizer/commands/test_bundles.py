@@ -77,11 +77,11 @@ def data(name, tmp_path):
     (metadata,) = configs(name, "metadata")
     tensors = json.loads(Path(metadata).read_text())["network_data_format"]
     modalities = tensors["inputs"]["image"]["channel_def"]
-    (plan,) = (json.loads(Path(file).read_text())["plan"] for file in configs(name, "train"))
+    (labels,) = (json.loads(Path(file).read_text())["labels"] for file in configs(name, "train"))
     rng, training = np.random.default_rng(0), []
     for case in range(4):
         label = np.zeros((17, 18, 16), np.uint8)
-        for depth, value in enumerate(map(int, list(plan["labels"])[1:])):
+        for depth, value in enumerate(map(int, list(labels)[1:])):
             label[4 + depth : 13 - depth, 5:12, 4:11] = value
         image = label[..., None] + rng.gamma(2, 0.3, (*label.shape, len(modalities)))
         for folder, volume in (("images", image.astype(np.float32)), ("labels", label)):
@@ -89,7 +89,7 @@ def data(name, tmp_path):
             file = nib.Nifti1Image(volume, np.diag([2.0, 2, 2, 1]))
             nib.save(file, tmp_path / "data" / folder / f"case_{case}.nii.gz")
         training.append({"image": f"images/case_{case}.nii.gz", "label": f"labels/case_{case}.nii.gz"})
-    content = {"modality": modalities, "labels": plan["labels"], "training": training, "test": ["other.nii"]}
+    content = {"modality": modalities, "labels": labels, "training": training, "test": ["other.nii"]}
     (tmp_path / "data" / "dataset.json").write_text(json.dumps(content))
     return tmp_path / "data"
 
@@ -133,7 +133,7 @@ def test_train_evaluate_and_infer(name, data, tmp_path):
     assert len(state["losses"]) == 2
     assert (tmp_path / "models" / "best.pt").is_file()
     (train,) = (json.loads(Path(file).read_text()) for file in configs(name, "train"))
-    assert plan.regions == {region: tuple(v) for region, v in train["plan"]["regions"].items()}
+    assert plan.regions == {region: tuple(v) for region, v in train["regions"].items()}
 
     run(config_file=configs(name, "train", "evaluate"), spacing=[2.0, 2.0, 2.0], **options)
     lines = (tmp_path / "predictions" / "scores.csv").read_text().splitlines()

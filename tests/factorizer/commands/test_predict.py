@@ -1,12 +1,23 @@
 """factorizer predict: label maps, cases and checkpoints that cannot be used."""
 
 import errno
+import os
 import re
+import shutil
 
 import nibabel as nib
 import numpy as np
 import torch
-from factorizer_support import MODALITIES, ODD, TUMOUR, checkpoint_for, four_modalities, plan_for, run_command
+from factorizer_support import (
+    MODALITIES,
+    ODD,
+    TUMOUR,
+    checkpoint_for,
+    four_modalities,
+    plan_for,
+    run_command,
+    save_volume,
+)
 
 
 def test_predict_four_modalities_of_any_orientation(tumour, tmp_path):
@@ -14,7 +25,7 @@ def test_predict_four_modalities_of_any_orientation(tumour, tmp_path):
     four_modalities(tmp_path / "in", "odd", affine=ODD)
     run_command("predict", "--checkpoint", tumour, "--input", tmp_path / "in", "--output", tmp_path / "out")
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"straight.nii.gz", "odd.nii.gz", "settings.json"}
+    assert written == {"straight.nii.gz", "odd.nii.gz", "settings.json", "made_from"}
     for name, affine in (("straight", np.eye(4)), ("odd", ODD)):
         labels = nib.load(tmp_path / "out" / f"{name}.nii.gz")
         assert labels.shape == (15, 20, 17)
@@ -42,7 +53,9 @@ def test_cases_that_fail_are_named_and_the_others_go_on(tumour, tmp_path):
     assert re.search(r"apart: failed: .*apart_0001.nii.gz: lies on another grid", printed)
     assert re.search(r"absent: failed: .*absent.nii.gz: there is no such file", printed)
     assert "1 segmented" in printed
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"good.nii.gz", "settings.json"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("good.nii.gz", "settings.json", "made_from"),
+    }
     before = (tmp_path / "out" / "good.nii.gz").stat().st_mtime_ns
     printed = run_command("predict", *options, *inputs, code=1)
     assert "0 segmented, 1 were there, 4 failed" in printed
@@ -77,7 +90,52 @@ def test_a_full_disk_leaves_nothing_half_written(tumour, tmp_path, monkeypatch):
     monkeypatch.setattr("factorizer.segmentation.volumes.nib.save", full)
     options = ["--checkpoint", tumour, "--input", tmp_path / "in", "--output", tmp_path / "out"]
     assert re.search(r"No space left on device: '.*case.nii.gz'", run_command("predict", *options, code=1))
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"settings.json", "made_from"}
+    assert not list((tmp_path / "out" / "made_from").iterdir())
+
+
+def test_no_input_gets_the_result_of_another(tumour, tmp_path):
+    """A result counts only where it was made from these very inputs, and is what was made."""
+    for name, seed in (("a", 1), ("b", 2)):
+        four_modalities(tmp_path / name, "scan", seed=seed)
+    out, again = tmp_path / "out", "0 segmented, 1 were there, 0 failed"
+
+    def predict(inputs, *options, code=0):
+        return run_command(
+            *("predict", "--checkpoint", tumour, "--input", inputs, "--output", out), *options, code=code
+        )
+
+    predict(tmp_path / "a")
+    first = (out / "scan.nii.gz").read_bytes()
+    assert again in predict(tmp_path / "a")
+    assert "made from other inputs" in predict(tmp_path / "b", code=1)
+    assert (out / "scan.nii.gz").read_bytes() == first
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    assert again in predict(tmp_path / "moved")  # the content counts, wherever it lies
+
+    path = tmp_path / "a" / "scan_0002.nii.gz"
+    times = path.stat()
+    path.write_bytes((tmp_path / "b" / "scan_0002.nii.gz").read_bytes())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "made from other inputs" in predict(tmp_path / "a", code=1)
+    assert "1 segmented" in predict(tmp_path / "a", "--overwrite")
+    assert again in predict(tmp_path / "a")
+
+    files = [tmp_path / "a" / f"scan_000{k}.nii.gz" for k in range(4)]
+    swapped = ",".join(str(files[k]) for k in (1, 0, 2, 3))
+    assert "their numbers must be _0000, _0001" in predict(swapped, code=2)
+    for k, name in enumerate(("t1ce", "t1", "flair", "t2")):
+        files[k] = files[k].rename(tmp_path / "a" / f"scan_{name}.nii.gz")
+    printed = predict(",".join(map(str, files)), "--overwrite", code=1)
+    assert "scan_t1ce.nii.gz: is given as FLAIR, and by its name is T1gd" in printed
+
+    save_volume(out / "scan.nii.gz", (15, 20, 17))
+    assert "was changed since it was made" in predict(tmp_path / "moved", code=1)
+    (out / "made_from" / "scan.json").unlink()
+    assert "nothing says what it was made from" in predict(tmp_path / "moved", code=1)
+    assert "made with other settings (whole)" in predict(tmp_path / "moved", "--whole", code=2)
+    assert "1 segmented" in predict(tmp_path / "moved", "--whole", "--overwrite")
+    assert "1 segmented" in predict(tmp_path / "moved", "--overwrite")
 
 
 def test_checkpoints_that_cannot_be_used(tumour, tmp_path):
@@ -95,6 +153,14 @@ def test_checkpoints_that_cannot_be_used(tumour, tmp_path):
     assert "its weights do not fit the network" in run_command(
         "predict", *options, tmp_path / "mixed.pt", code=2
     )
+    for content in ({"plan": {"a": 1}, "network": {}}, {"plan": 3, "network": 1}, {"state_dict": {}}):
+        torch.save(content, tmp_path / "alien.pt")
+        assert "alien.pt: not a checkpoint of this program" in run_command(
+            "predict", *options, tmp_path / "alien.pt", code=2
+        )
+    state["plan"]["network"] = {**state["plan"]["network"], "solver": "newton"}
+    torch.save(state, tmp_path / "solver.pt")
+    assert "its plan describes no network" in run_command("predict", *options, tmp_path / "solver.pt", code=2)
     assert not (tmp_path / "out").exists()
 
 

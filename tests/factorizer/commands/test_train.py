@@ -16,7 +16,9 @@ def test_train_predict_evaluate(synthetic, tmp_path, monkeypatch):
     options = ["train", synthetic, "--out", out, "--steps", 4, "--validate-every", 2]
     printed = run_command(*options)
     assert "4 to train on, 1 held out" in printed
-    assert re.search(r"step 3 of 4, loss [\d.]+, Dice [\d.]+ step 4 of 4", printed)
+    assert re.search(
+        r"step 3 of 4, loss [\d.]+, Dice [\d.]+ step 4: validating on 1 case step 4 of 4", printed
+    )
     assert {"checkpoint.pt", "best.pt", "plan.json", "log"} == {path.name for path in out.iterdir()}
     assert list((out / "log").iterdir())
     plan, state = read_checkpoint(out / "checkpoint.pt")

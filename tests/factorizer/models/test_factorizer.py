@@ -259,7 +259,7 @@ def test_each_dropout_changes_the_result(index):
     assert torch.equal(network(x), network(x))
 
 
-@pytest.mark.parametrize(("argument", "heads"), [(True, 3), (3, 3), (1, 1), (2, 2)])
+@pytest.mark.parametrize(("argument", "heads"), [(True, 3), (3, 3), (1, 1), (2, 2), (5, 5)])
 def test_deep_supervision_has_the_heads_that_are_asked_for(argument, heads):
     network = Factorizer(2, 3, (16, 16), encoder_width=(8,) * 5, reshape=SWIN, num_deep_supr=argument)
     outputs = network(torch.randn(2, 2, 16, 16))
@@ -465,7 +465,7 @@ def forward(x, **kwargs):
         (lambda: small(strides=(1, 2, (2, 2, 2))), ValueError, r"strides\[2\] must have 2 entries"),
         (lambda: small(decoder_depth=(1, 1, 1)), ValueError, "decoder_depth must have 2 entries"),
         (lambda: small(encoder_depth=(1, 1, 0)), ValueError, r"encoder_depth\[2\] must be at least"),
-        (lambda: small(num_deep_supr=True), ValueError, "num_deep_supr must be at most 2"),
+        (lambda: small(num_deep_supr=4), ValueError, "num_deep_supr must be at most 3"),
         (lambda: small(num_deep_supr=-1), ValueError, "num_deep_supr must be at least 0, got -1"),
         (lambda: small(num_deep_supr=1.5), TypeError, "num_deep_supr must be an int, got 1.5"),
         (lambda: small(stem="conv"), TypeError, "stem must be a class, or a pair"),

@@ -8,8 +8,17 @@ import numpy as np
 import pytest
 from factorizer_support import save_volume
 
-from factorizer.segmentation.cases import Case, find_cases, read_classes, read_decathlon, split_cases
+from factorizer.segmentation.cases import (
+    Case,
+    Task,
+    find_cases,
+    read_classes,
+    read_decathlon,
+    read_split,
+    split_cases,
+)
 from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.tumours import brats_classes
 from factorizer.segmentation.volumes import check_case, check_image
 
 
@@ -325,3 +334,54 @@ def test_data_list_errors(tmp_path, content, words):
     (tmp_path / "list.json").write_text(content)
     with pytest.raises(DataError, match=words):
         find_cases([tmp_path / "list.json"])
+
+
+def test_a_split_of_ones_own(tmp_path):
+    cases = [Case(name, ()) for name in "abcde"]
+    path = tmp_path / "split.json"
+
+    def split(content, fold=None):
+        path.write_text(json.dumps(content))
+        return [[case.name for case in part] for part in read_split(path, cases, fold)]
+
+    assert split({"training": ["c", "a"], "held_out": ["b"]}) == [["a", "c"], ["b"]]
+    splits = [{"train": ["a", "b"], "val": ["c"]}, {"train": ["c", "d"], "val": ["a"]}]
+    assert split(splits, 1) == [["c", "d"], ["a"]]
+    assert split(splits) == [["a", "b"], ["c"]]
+    for content, fold, words in (
+        ({"training": ["a", "x"], "held_out": ["b"]}, None, "names 'x', and no case is called that"),
+        ({"training": ["a", "b"], "held_out": ["b"]}, None, "names 'b' twice"),
+        ({"training": ["a"]}, None, "must hold"),
+        ({"training": [], "held_out": ["b"]}, None, "must hold"),
+        (splits, 2, "fold: got 2; .* has 2 splits"),
+        ({"training": ["a"], "held_out": ["b"]}, 0, "holds a single split"),
+    ):
+        with pytest.raises(DataError, match=words):
+            split(content, fold)
+
+
+def test_brain_tumours_in_every_numbering():
+    def classes(labels, regions=None):
+        return brats_classes(Task("t", ("A",) * 4, labels, (), regions or {}))
+
+    wanted = {
+        "edema, non-enhancing, enhancing": (
+            {1: "edema", 2: "non-enhancing tumor", 3: "enhancing tumour"},
+            1,
+            2,
+            3,
+        ),
+        "BraTS 2018": ({1: "NCR/NET", 2: "ED", 4: "ET"}, 2, 1, 4),
+        "by its values": ({1: "a", 2: "b", 4: "c"}, 2, 1, 4),
+        "BraTS 2023": ({1: "necrotic core", 2: "peritumoral edema", 3: "enhancing"}, 2, 1, 3),
+    }
+    for labels, edema, core, enhancing in wanted.values():
+        found, regions = classes({0: "background", **labels})
+        assert found[edema] == "edema"
+        assert regions["ET"] == (enhancing,)
+        assert regions["TC"] == tuple(sorted((core, enhancing)))
+        assert regions["WT"] == tuple(sorted((edema, core, enhancing)))
+    given = {"WT": (1, 2), "TC": (2,)}
+    assert classes({0: "background", 1: "x", 2: "y"}, given)[1] == given
+    with pytest.raises(DataError, match="their names must say which value is edema"):
+        classes({0: "background", 1: "a", 2: "b", 3: "c"})

@@ -1,14 +1,16 @@
 """From a task's volumes to a plan, and what a plan refuses."""
 
 import json
+import math
 from dataclasses import asdict
 
 import pytest
 from factorizer_support import plan_for, planned
 
+from factorizer.models.build import build_network
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.recipe import RECIPE
 from factorizer.segmentation.volumes import Geometry
 
@@ -45,6 +47,68 @@ def test_crop_is_planned_at_the_median_spacing():
 def test_sided(names, sided):
     labels = {0: "background", **dict(enumerate(names, 1))}
     assert planned(labels=labels).flips == (() if sided else (0,))
+
+
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [
+        ({"steps": 0}, "steps: got 0"),
+        ({"batch_size": 0}, "batch-size: got 0"),
+        ({"rank": 0}, "rank: got 0"),
+        ({"learning_rate": 0.0}, "learning-rate: got 0"),
+        ({"learning_rate": math.nan}, "learning-rate: got nan"),
+        ({"crop": (32, 32)}, "crop: got 32,32"),
+        ({"crop": (32, 32, 4)}, "voxels from 8"),
+        ({"spacing": (1.0, 1.0, 0.0)}, "spacing: got 1,1,0"),
+        ({"spacing": (1.0, 1.0, math.nan)}, "spacing: got 1,1,nan"),
+        ({"network": "unet"}, "one of swin, local, global"),
+        ({"width": (24, 50)}, "multiples of 8"),
+        ({"width": (24,)}, "2 to 8 numbers"),
+        ({"flips": (0, 3)}, "flips: got 0,3"),
+        ({"flips": (0, 0)}, "flips: got 0,0"),
+    ],
+)
+def test_wishes_that_no_run_can_have(wishes, words):
+    with pytest.raises(DataError, match=words):
+        Wishes(**wishes)
+
+
+def test_wishes_stand_in_place_of_the_data():
+    wishes = {
+        "steps": 7,
+        "batch_size": 3,
+        "learning_rate": 1e-3,
+        "crop": (24, 16, 8),
+        "spacing": (2.0, 2.0, 2.0),
+        "rank": 2,
+        "width": (8, 16),
+        "flips": (0, 2),
+    }
+    plan = planned(**wishes, labels={0: "background", 1: "left lung", 2: "right lung"})
+    for name in ("steps", "batch_size", "learning_rate", "crop", "spacing", "flips"):
+        assert getattr(plan, name) == wishes[name]
+    assert plan.network["rank"] == 2
+    assert plan.network["encoder_width"] == (8, 16)
+    assert plan.network["spatial_size"] == (24, 16, 8)
+    assert plan.notes == ("flips: left and right are exchanged: as was asked for",)
+    shifted, local, whole = (planned(network=name, width=(8, 16)) for name in ("swin", "local", "global"))
+    assert shifted.network["reshape"][1]["shifts"] == (None, 2)
+    assert local.network["reshape"] == ("Matricize", {"head_dim": 8, "patch_size": 4})
+    assert whole.network["reshape"] == ("Matricize", {"head_dim": 8, "grid_size": 1})
+    for plan in (shifted, local, whole):
+        build_network(plan.network, 0)
+
+
+def test_every_channel_has_its_own_window():
+    members = tuple(Case(str(i), ()) for i in range(4))
+    task = Task("task", ("CT", "PET", "CTA"), {0: "background", 1: "a"}, members)
+    windows = [((-100.0 - i, 200.0), (0.0, 9.0), (50.0, 400.0 + i)) for i in range(4)]
+    geometries = {str(i): Geometry((32,) * 3, (1.0,) * 3, window) for i, window in enumerate(windows)}
+    plan = plan_run(task, geometries, members[:3], members[3:])
+    assert plan.window == ((-101.0, 200.0), None, (50.0, 401.0))
+    geometries = {str(i): Geometry((32,) * 3, (1.0,) * 3, (None,) * 3) for i in range(4)}
+    with pytest.raises(DataError, match=r"no training case has labelled voxels.*CT has no window"):
+        plan_run(task, geometries, members[:3], members[3:])
 
 
 def test_steps_follow_the_data_within_bounds():

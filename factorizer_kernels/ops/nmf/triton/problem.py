@@ -49,7 +49,7 @@ class Problem(NamedTuple):
 
     @property
     def rank1_closed_form(self) -> bool:
-        """Whether the rank-1 identity (``rank1``) holds and is faster: U and V from sums over the window alone.
+        """Whether the rank-1 identity (``rank1``) holds, and is faster.
 
         It holds where x >= 0 for certain: HALS' projections never act.
         """
