@@ -149,7 +149,7 @@ class Windows(OperatorProblem):
 
 @dataclass(frozen=True)
 class Matrices(OperatorProblem):
-    """``nmf`` of a batch of nonnegative matrices (B, M, N); u0 and v0 are shared by them, or each has its own."""
+    """``nmf`` of a batch of nonnegative matrices (B, M, N); u0 and v0 are shared, or each has its own."""
 
     own_factors: bool = False
 

@@ -1,9 +1,9 @@
 """Where the NMF kernels lose to plain PyTorch: ``python -m benchmarks.sweep``.
 
 Walks a grid of batch, M, N, rank, solver, iterations, shared and own factors, forward and backward: first the
-named points, then the rest of the grid in an order drawn from the seed, as far as the time goes. At every point
-the kernels' result is checked against float64, then they and the reference run in turn in one process. Prints a
-line for every point at which the reference over ours is below `--show`, and a summary by rank.
+named points, then the rest of the grid in an order drawn from the seed, as far as the time goes. At every
+point the kernels' result is checked against float64; then they and the reference run in turn in one process.
+Prints a line for every point at which the reference over ours is below `--show`, and a summary by rank.
 """
 
 from __future__ import annotations
@@ -135,7 +135,9 @@ def main(
     console.print(f"\nreference over ours, {threads} threads: rank, mode: points, below 1, least, median")
     for (rank, mode), values in sorted(ratios.items()):
         below = sum(value < 1 for value in values)
-        console.print(f"{rank:4} {mode:17} {len(values):4} {below:4} {min(values):6.2f} {median(values):6.2f}")
+        console.print(
+            f"{rank:4} {mode:17} {len(values):4} {below:4} {min(values):6.2f} {median(values):6.2f}"
+        )
     if failed:
         raise typer.Exit(1)
 
