@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -28,14 +29,12 @@ void expect(bool condition, const char* what, double value) {
   std::printf("FAILED: %s (%g)\n", what, value);
 }
 
-template <class T>
-constexpr double tolerance = sizeof(T) == 4 ? 1e-6 : 1e-14;
-
-// Of a sum of products of numbers in (-1, 1).
+// Of a sum of so many products of numbers in (-1, 1): each addition rounds a partial sum, which grows with
+// the root of their number.
 template <class T>
 void expect_close(double value, double expected, i64 terms, const char* what) {
   const double error = std::fabs(value - expected);
-  expect(error <= tolerance<T> * (1 + std::sqrt(static_cast<double>(terms))), what, error);
+  expect(error <= double(std::numeric_limits<T>::epsilon()) * double(terms + 2), what, error);
 }
 
 std::mt19937 generator(3);
@@ -176,7 +175,11 @@ void check_whole(i64 batch, i64 rows, i64 depth, i64 columns, i64 spread) {
         }
       }
       const double error = std::fabs(out[r * depth + k] - expected);
-      expect(error <= 4 * tolerance<T> * (1 + std::sqrt(norm)), "a product with a transpose", error);
+      // y is made of x: partial sums may grow as their number of terms.
+      const double terms = double(batch * columns), size = std::sqrt(norm * terms);
+      const double bound =
+          2 * std::numeric_limits<T>::epsilon() * (size + std::fabs(expected) * std::sqrt(terms));
+      expect(error <= bound, "a product with a transpose", error);
       expect(out[r * depth + k] == out_again[r * depth + k], "the same bits for any number of threads", 0);
     }
   }

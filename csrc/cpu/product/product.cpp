@@ -106,6 +106,7 @@ void multiply_all(const Multiply& p) {
 template <class T, class S>
 void multiply_all_by_transpose(const MultiplyByTranspose& p) {
   constexpr i64 least_tiles = 4, most_sections = 64, most_bytes = i64(64) << 20;
+  constexpr i64 least_tasks = 16, group_rows = 32;
   if (p.rows == 0 || p.depth == 0) return;
   const int threads = p.batch * p.columns * p.rows * p.depth < serial_operations ? 1 : p.threads;
   const i64 tiles = (p.columns + depth_block - 1) / depth_block, all_tiles = p.batch * tiles;
@@ -114,8 +115,11 @@ void multiply_all_by_transpose(const MultiplyByTranspose& p) {
   i64 most = most_bytes / bytes < most_sections ? most_bytes / bytes : most_sections;
   if (most * least_tiles > all_tiles) most = all_tiles / least_tiles;
   const Parts sections = Parts::of(all_tiles, most > 1 ? (all_tiles + most - 1) / most : all_tiles);
-  const i64 wanted = 2 * threads / sections.count, panels = panels_of(p.rows, depth_block).count;
-  const Parts groups = Parts::of(p.rows, (p.rows + 1) / (wanted < 1 ? 1 : wanted < panels ? wanted : panels));
+  // Rows are shared out where there are few sections, by the sizes alone: how a sum is formed depends on how
+  // many rows there are beside it.
+  const i64 wanted = (least_tasks + sections.count - 1) / sections.count, most_groups = p.rows / group_rows;
+  const i64 cuts = wanted < most_groups ? wanted : most_groups;
+  const Parts groups = Parts::of(p.rows, cuts > 1 ? (p.rows + cuts - 1) / cuts : p.rows);
 
   const i64 stride = row_stride<T>(depth_block);
   const bool in_place = p.depth <= 2 * Simd<T>::width;  // A is read once, and B a few times
