@@ -391,7 +391,7 @@ template <class T>
 void multiply_by_transpose(i64 rows, Rows<const T> a, i64 columns, Rows<const T> b, i64 length, Rows<T> out,
                            bool accumulate, Wanted wanted = Wanted::all) {
   constexpr i64 width = Simd<T>::width, step = 2 * width;
-  if (columns < width || rows < width / 2 || (columns == width && rows <= 2 * width))
+  if (columns < width || rows < width / 2 || (columns <= step && rows <= step))
     return multiply_by_dots(rows, a, columns, b, length, out, accumulate, wanted);
   alignas(64) T transposed[depth_block * step];
   for (i64 n = 0; n < length; n += depth_block) {

@@ -90,7 +90,8 @@ class RankOne {
     tiles_.each([&](i64 tile, i64, int worker) {
       const Rows<T> v = this->v(tile);
       multiply<T>(Weights<T>::in_place(w, 1, m_, 0, 1), tiles_.x(tile, worker), v, tiles_.length(tile));
-      for (i64 n = 0; n < tiles_.valid(tile); ++n) v[0][n] += constant;
+      const i64 valid = tiles_.valid(tile);
+      for (i64 n = 0; n < valid; ++n) v[0][n] += constant;
       done(tile, worker);
     });
     return true;
@@ -158,11 +159,11 @@ class RankOne {
   bool has_sign(Sign sign) {
     tiles_.each([&](i64 tile, i64, int worker) {
       const Rows<const T> x = tiles_.x(tile, worker);
+      const i64 valid = tiles_.valid(tile);
       int violations = 0;
       for (i64 m = 0; m < m_; ++m) {
         const T* row = x[m];
-        for (i64 n = 0; n < tiles_.valid(tile); ++n)
-          violations |= sign == Sign::positive ? !(row[n] > 0) : row[n] < 0;
+        for (i64 n = 0; n < valid; ++n) violations |= sign == Sign::positive ? !(row[n] > 0) : row[n] < 0;
       }
       sums_.share(tile)[0] = T(violations);
     });
