@@ -86,6 +86,7 @@ def swin_nmf_backward(
     windows = Windows(x.shape, head_dim, patch_size, shifts)
     problem = problem_of(windows, u0, relu, Options(*options))
     # Shifts are summed in the arithmetic's precision, not in a half-precision dx.
+    dy = dy.contiguous()  # of y.sum() it has strides of 0, and would be read element by element
     dx = x.new_empty(x.shape, dtype=x.dtype if problem.num_shifts == 1 else u0.dtype)
     du0, dv0 = backward(
         problem, factor_grads, spatial_3d(x), u0, v0, windows.batch_shape, spatial_3d(dy), spatial_3d(dx)

@@ -204,7 +204,7 @@ def gradient_kernel(
         block = load_map(x, x_strides, window, sizes, m, n, u_tape, M, N, PATCH)
         if RELU:
             block = relu(block)
-            grad_x = tl.where(block > 0, grad_x, 0.0)
+            grad_x = tl.where(block <= 0, 0.0, grad_x)  # NaN keeps its gradient, as in torch
         grad_a, grad_b = load_sums(grad_sums_tape, at, m, M, RANK)
         start = load_columns(v_tape, at * (RANK * N) + n, N, n < N, RANK)
         grad = load_columns(grad_v, at * (RANK * N) + n, N, n < N, RANK)

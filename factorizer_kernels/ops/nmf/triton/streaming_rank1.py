@@ -192,7 +192,7 @@ def gradient_kernel(
         start = load_vector(v0, at * N, n, N) if FROM_V0 else rank1.column_of_v(block, w_start, e_start, n, N)
         grad_v = tl.sum(dy_block * row[:, None], axis=0)
         grad_x = rank1.map_gradient(block, w, grad_v, grad_a, start, both_g, grad_r, m, M)
-        grad_x = tl.where(block > 0, grad_x, 0.0)
+        grad_x = tl.where(block <= 0, 0.0, grad_x)  # NaN keeps its gradient, as in torch
         if copy > 0:
             grad_x += load_map(dx, dx_strides, window, sizes, m, n, u, M, N, PATCH)
         store_map(dx, dx_strides, window, sizes, m, n, grad_x, M, N, PATCH)
