@@ -12,8 +12,8 @@ struct alignas(W * sizeof(S)) Pack {
   S at[W];
 };
 
-// Calls f with the data of a map, as numbers of its dtype: a branch around everything that f does, so that
-// all of its loads can be under way before the first of them is converted.
+// Calls f with the data of a map, as numbers of its dtype: inside, every load and conversion is that dtype's
+// own.
 template <class F>
 FK_DEVICE void with_storage(void* data, DType dtype, F&& f) {
   if (dtype == DType::float32) {
@@ -27,8 +27,13 @@ FK_DEVICE void with_storage(void* data, DType dtype, F&& f) {
 
 // W neighbours, on a multiple of their size.
 template <int W, class S>
+FK_DEVICE Pack<W, S> pack_at(const S* from) {
+  return *reinterpret_cast<const Pack<W, S>*>(from);
+}
+
+template <int W, class S>
 FK_DEVICE void read(const S* from, float (&to)[W]) {
-  const Pack<W, S> pack = *reinterpret_cast<const Pack<W, S>*>(from);
+  const Pack<W, S> pack = pack_at<W>(from);
   FK_UNROLL
   for (int c = 0; c < W; ++c) to[c] = to_compute(pack.at[c]);
 }

@@ -23,25 +23,24 @@ FK_DEVICE u32 column_of(const DeviceWindows& windows, int k, int c) {
 }
 
 // x = the chunks first, first + 1, ...; zero where there is no row or no column.
+//
+// Everything is read before the first number is converted: a conversion between the reads of two chunks would
+// wait for the first, once for each chunk.
 template <int K>
 FK_DEVICE void load_tile(const DeviceWindows& windows, const Window& window, const Map& map, int first,
                          float (&x)[K][max_rows][chunk]) {
   with_storage(map.data, map.dtype, [&](auto* data) {
     const auto* base = data + DeviceWindows::origin(window, map);
+    Pack<chunk, std::decay_t<decltype(*data)>> packs[K][max_rows] = {};  // of zeros in every dtype
     FK_UNROLL
     for (int k = 0; k < K; ++k) {
-      FK_UNROLL
-      for (int m = 0; m < max_rows; ++m) {
-        FK_UNROLL
-        for (int c = 0; c < chunk; ++c) x[k][m][c] = 0.0f;
-      }
       if (windows.wide) {
         const u32 n = column_of(windows, first + k, 0);
         if (n >= windows.columns) continue;
         const auto* from = base + windows.offset(window, n, map);
         FK_UNROLL
         for (int m = 0; m < max_rows; ++m) {
-          if (m < windows.rows) read(from + m * map.stride[1], x[k][m]);
+          if (m < windows.rows) packs[k][m] = pack_at<chunk>(from + m * map.stride[1]);
         }
         continue;
       }
@@ -52,8 +51,16 @@ FK_DEVICE void load_tile(const DeviceWindows& windows, const Window& window, con
         const auto* from = base + windows.offset(window, n, map);
         FK_UNROLL
         for (int m = 0; m < max_rows; ++m) {
-          if (m < windows.rows) x[k][m][c] = to_compute(from[m * map.stride[1]]);
+          if (m < windows.rows) packs[k][m].at[c] = from[m * map.stride[1]];
         }
+      }
+    }
+    FK_UNROLL
+    for (int k = 0; k < K; ++k) {
+      FK_UNROLL
+      for (int m = 0; m < max_rows; ++m) {
+        FK_UNROLL
+        for (int c = 0; c < chunk; ++c) x[k][m][c] = to_compute(packs[k][m].at[c]);
       }
     }
   });

@@ -1,11 +1,12 @@
 """Compile the Triton kernels for a GPU that is not there, and print what they use.
 
-    python compile_variants.py CAPABILITY [--slow] [--record]
+    python compile_variants.py CAPABILITY [--slow] [--record] [--only CASE]
 
 Runs the operators on CPU tensors with every launch replaced by a compilation for the given compute
 capability, so that the variants are those of real calls. Prints a table as JSON: for each case and
-kernel the largest number of registers, bytes of shared memory and bytes of stack (spills) of its cubins.
-With --record the table is written to resources.json beside this file, as the bound for the tests.
+kernel the largest number of registers, bytes of shared memory and bytes of stack (spills) of its cubins, and
+of those that COUNTED names the instructions in the machine code, by class. With --record the table is written
+to resources.json beside this file, as the bound for the tests.
 """
 
 import json
@@ -97,6 +98,32 @@ SLOW_CASES = {
 }
 
 
+# The cases that most calls are, and the classes of their instructions by the names' beginnings.
+COUNTED = ("swin hals 1", "swin hals 1 one copy bfloat16")
+CLASSES = {
+    "all": ("",),
+    "fp32": ("FADD", "FMUL", "FFMA", "FSEL", "FSET", "FMNMX"),
+    "special": ("MUFU",),
+    "shuffle": ("SHFL",),
+    "global": ("LDG", "STG"),
+    "shared": ("LDS", "STS"),
+    "local": ("LDL", "STL"),
+    "barrier": ("BAR",),
+}
+
+
+def instructions(cubin: bytes) -> dict[str, int]:
+    """The instructions in a cubin, by class, as they stand: a loop's count once."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "-sass", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    # As in "        /*0a30*/              @!P0 FFMA R12, R4, R5, R12 ;"
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing, re.MULTILINE)
+    return {of: sum(name.startswith(starts) for name in names) for of, starts in CLASSES.items()}
+
+
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack) of a cubin's one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -109,8 +136,11 @@ def registers_and_stack(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def table(capability: int, cases: dict) -> dict[str, list[int]]:
-    """{capability / case / kernel: [registers, shared memory, stack]}, the largest of its variants."""
+def table(capability: int, cases: dict) -> dict[str, list]:
+    """{capability / case / kernel: [registers, shared memory, stack]}, the largest of its variants.
+
+    Of COUNTED cases a dictionary of :func:`instructions` is the fourth.
+    """
     compiled = []
     run = JITFunction.run
 
@@ -121,7 +151,7 @@ def table(capability: int, cases: dict) -> dict[str, list[int]]:
 
     JITFunction.run = compile_only
     driver.set_active(AbsentDevice(capability))
-    found: dict[str, list[int]] = {}
+    found: dict[str, list] = {}
     try:
         for case, call in cases.items():
             compiled.clear()
@@ -130,7 +160,13 @@ def table(capability: int, cases: dict) -> dict[str, list[int]]:
                 key = f"sm_{capability} / {case} / {name}"
                 registers, stack = registers_and_stack(kernel.asm["cubin"])
                 used = (registers, kernel.metadata.shared, stack)
-                found[key] = [max(a, b) for a, b in zip(found.get(key, used), used, strict=True)]
+                before = found.get(key, used)
+                found[key] = [max(a, b) for a, b in zip(before[:3], used, strict=True)]
+                if case in COUNTED:
+                    counts = instructions(kernel.asm["cubin"])
+                    if len(before) > 3:
+                        counts = {of: max(count, before[3][of]) for of, count in counts.items()}
+                    found[key].append(counts)
     finally:
         JITFunction.run = run
     return found
@@ -139,11 +175,14 @@ def table(capability: int, cases: dict) -> dict[str, list[int]]:
 def main() -> None:
     capability = sys.argv[1]
     cases = SLOW_CASES if "--slow" in sys.argv else CASES
+    if "--only" in sys.argv:
+        case = sys.argv[sys.argv.index("--only") + 1]
+        cases = {case: cases[case]}
     result = table(int(capability), cases)
     if "--record" in sys.argv:
         recorded = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
         recorded.update(result)
-        lines = [f'  "{variant}": {used}' for variant, used in sorted(recorded.items())]
+        lines = [f'  "{variant}": {json.dumps(used)}' for variant, used in sorted(recorded.items())]
         temporary = RESOURCES.with_suffix(".tmp")
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         os.replace(temporary, RESOURCES)
