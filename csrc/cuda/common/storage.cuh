@@ -25,15 +25,35 @@ FK_DEVICE void with_storage(void* data, DType dtype, F&& f) {
   }
 }
 
+// W neighbours as they lie in memory, in words: taken as numbers of 16 bits they would be split where they
+// are read, and each read waited for there.
+template <int W, class S>
+struct __attribute__((may_alias)) alignas(W * sizeof(S)) Words {
+  static constexpr int in_word = 4 / sizeof(S);
+  u32 at[W / in_word];
+
+  FK_DEVICE static Words read(const S* from) { return *reinterpret_cast<const Words*>(from); }
+  FK_DEVICE float number(int c) const {
+    if constexpr (in_word == 1) {
+      return bit_cast<float>(at[c]);
+    } else {
+      return to_compute(S{static_cast<std::uint16_t>(at[c / 2] >> (c % 2 * 16))});
+    }
+  }
+  // Of words that are zero.
+  FK_DEVICE void put(int c, S number) {
+    if constexpr (in_word == 1) {
+      at[c] = bit_cast<u32>(number);
+    } else {
+      at[c / 2] |= u32{number.bits} << (c % 2 * 16);
+    }
+  }
+};
+
 // W neighbours, on a multiple of their size.
 template <int W, class S>
-FK_DEVICE Pack<W, S> pack_at(const S* from) {
-  return *reinterpret_cast<const Pack<W, S>*>(from);
-}
-
-template <int W, class S>
 FK_DEVICE void read(const S* from, float (&to)[W]) {
-  const Pack<W, S> pack = pack_at<W>(from);
+  const Pack<W, S> pack = *reinterpret_cast<const Pack<W, S>*>(from);
   FK_UNROLL
   for (int c = 0; c < W; ++c) to[c] = to_compute(pack.at[c]);
 }

@@ -31,7 +31,8 @@ FK_DEVICE void load_tile(const DeviceWindows& windows, const Window& window, con
                          float (&x)[K][max_rows][chunk]) {
   with_storage(map.data, map.dtype, [&](auto* data) {
     const auto* base = data + DeviceWindows::origin(window, map);
-    Pack<chunk, std::decay_t<decltype(*data)>> packs[K][max_rows] = {};  // of zeros in every dtype
+    using Chunk = Words<chunk, std::decay_t<decltype(*data)>>;
+    Chunk words[K][max_rows] = {};  // zeros, in every dtype
     FK_UNROLL
     for (int k = 0; k < K; ++k) {
       if (windows.wide) {
@@ -40,7 +41,7 @@ FK_DEVICE void load_tile(const DeviceWindows& windows, const Window& window, con
         const auto* from = base + windows.offset(window, n, map);
         FK_UNROLL
         for (int m = 0; m < max_rows; ++m) {
-          if (m < windows.rows) packs[k][m] = pack_at<chunk>(from + m * map.stride[1]);
+          if (m < windows.rows) words[k][m] = Chunk::read(from + m * map.stride[1]);
         }
         continue;
       }
@@ -51,7 +52,7 @@ FK_DEVICE void load_tile(const DeviceWindows& windows, const Window& window, con
         const auto* from = base + windows.offset(window, n, map);
         FK_UNROLL
         for (int m = 0; m < max_rows; ++m) {
-          if (m < windows.rows) packs[k][m].at[c] = from[m * map.stride[1]];
+          if (m < windows.rows) words[k][m].put(c, from[m * map.stride[1]]);
         }
       }
     }
@@ -60,7 +61,7 @@ FK_DEVICE void load_tile(const DeviceWindows& windows, const Window& window, con
       FK_UNROLL
       for (int m = 0; m < max_rows; ++m) {
         FK_UNROLL
-        for (int c = 0; c < chunk; ++c) x[k][m][c] = to_compute(packs[k][m].at[c]);
+        for (int c = 0; c < chunk; ++c) x[k][m][c] = words[k][m].number(c);
       }
     }
   });
