@@ -28,7 +28,7 @@ FK_DEVICE void with_storage(void* data, DType dtype, F&& f) {
 // W neighbours as they lie in memory, in words: taken as numbers of 16 bits they would be split where they
 // are read, and each read waited for there.
 template <int W, class S>
-struct __attribute__((may_alias)) alignas(W * sizeof(S)) Words {
+struct alignas(W * sizeof(S)) Words {
   static constexpr int in_word = 4 / sizeof(S);
   u32 at[W / in_word];
 
