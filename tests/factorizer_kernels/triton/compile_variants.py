@@ -25,6 +25,9 @@ from triton.runtime.jit import JITFunction
 
 import factorizer_kernels as fk  # noqa: F401  (registers the operators)
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from machine_code import instructions
+
 OPERATORS = torch.ops.factorizer_kernels
 RESOURCES = Path(__file__).with_name("resources.json")
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -98,30 +101,18 @@ SLOW_CASES = {
 }
 
 
-# The cases that most calls are, and the classes of their instructions by the names' beginnings.
+# The cases that most calls are: their instructions are counted too.
 COUNTED = ("swin hals 1", "swin hals 1 one copy bfloat16")
-CLASSES = {
-    "all": ("",),
-    "fp32": ("FADD", "FMUL", "FFMA", "FSEL", "FSET", "FMNMX"),
-    "special": ("MUFU",),
-    "shuffle": ("SHFL",),
-    "global": ("LDG", "STG"),
-    "shared": ("LDS", "STS"),
-    "local": ("LDL", "STL"),
-    "barrier": ("BAR",),
-}
 
 
-def instructions(cubin: bytes) -> dict[str, int]:
-    """The instructions in a cubin, by class, as they stand: a loop's count once."""
+def instructions_of(cubin: bytes) -> dict[str, int]:
+    """The instructions in a cubin, by class."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         command = [CUOBJDUMP, "-sass", file.name]
         listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    # As in "        /*0a30*/              @!P0 FFMA R12, R4, R5, R12 ;"
-    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", listing, re.MULTILINE)
-    return {of: sum(name.startswith(starts) for name in names) for of, starts in CLASSES.items()}
+    return instructions(listing)
 
 
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
@@ -139,7 +130,7 @@ def registers_and_stack(cubin: bytes) -> tuple[int, int]:
 def table(capability: int, cases: dict) -> dict[str, list]:
     """{capability / case / kernel: [registers, shared memory, stack]}, the largest of its variants.
 
-    Of COUNTED cases a dictionary of :func:`instructions` is the fourth.
+    Of COUNTED cases a dictionary of ``machine_code.instructions`` is the fourth.
     """
     compiled = []
     run = JITFunction.run
@@ -163,7 +154,7 @@ def table(capability: int, cases: dict) -> dict[str, list]:
                 before = found.get(key, used)
                 found[key] = [max(a, b) for a, b in zip(before[:3], used, strict=True)]
                 if case in COUNTED:
-                    counts = instructions(kernel.asm["cubin"])
+                    counts = instructions_of(kernel.asm["cubin"])
                     if len(before) > 3:
                         counts = {of: max(count, before[3][of]) for of, count in counts.items()}
                     found[key].append(counts)
