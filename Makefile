@@ -12,7 +12,7 @@ CPP := csrc tests/cpp tests/cuda_emulation
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
 .NOTPARALLEL:
-.PHONY: help demo test nightly mutants coverage bench gpu docs lint format sanitize clean
+.PHONY: help demo test nightly mutants coverage bench gpu wheel docs lint format sanitize clean
 .PRECIOUS: .venv/.installed-%
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make coverage                   lines and branches of factorizer_kernels that the tests run"
 	@echo "make bench [SIZE=paper]         the benchmarks, and their page in docs/benchmarks"
 	@echo "make gpu                        tests, training and benchmarks on a card, 8 minutes, one report"
+	@echo "make wheel                      the wheels of this platform, checked and tried, in dist"
 	@echo "make docs                       the documentation's site, in build/site"
 	@echo "make lint | format              check, or rewrite, the sources' style"
 	@echo "make sanitize                   the C++ tests under $(SANITIZERS) sanitizers"
@@ -51,6 +52,9 @@ bench: .venv/.installed-bench
 
 gpu: .venv/.installed-bench
 	$(BIN)/python -m benchmarks.gpu $(ARGS)
+
+wheel: .venv/.installed-wheel
+	$(BIN)/python packaging/wheels.py $(ARGS)
 
 docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict --quiet
