@@ -73,9 +73,9 @@ def _captions(
     ml = {key: volumes(values, affine, targets) for key, values in labels.items()}
     lines = []
     for name in targets:
-        truth = f", {ml['label'][name]:.3g} ml in the label" if "label" in ml else ""
+        truth = f", {ml['label'][name]:.4g} ml in the label" if "label" in ml else ""
         more = f", {words[name]}" if name in words else ""
-        lines.append(f"{name}: {ml['prediction'][name]:.3g} ml{truth}{more}")
+        lines.append(f"{name}: {ml['prediction'][name]:.4g} ml{truth}{more}")
     return lines
 
 
