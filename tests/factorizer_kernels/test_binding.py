@@ -351,3 +351,61 @@ def test_fuzz_conv(operator, changed):
         call.run(operator)
     except (ValueError, TypeError):  # pybind11 raises TypeError where an argument is no 64-bit integer
         assert not call.written()
+
+
+class Product:
+    """Right calls of the products: W (4, 3), x (2, 3, 9), y (2, 4, 9), and the sum of y xᵀ (4, 3)."""
+
+    def __init__(self):
+        shapes = {"w": (4, 3), "x": (2, 3, 9), "y": (2, 4, 9), "out": (4, 3)}
+        self.tensors = {name: torch.rand(shape) for name, shape in shapes.items()}
+        self.before = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        self.memory = {name: native.memory(tensor) for name, tensor in self.tensors.items()}
+        self.sizes, self.x_strides, self.threads = (2, 4, 3, 9), (27, 9), 1
+
+    def run(self, name):
+        memory, x, y = self.memory, (self.memory["x"], self.x_strides), (self.memory["y"], (36, 9))
+        if name == "multiply":
+            native.native.multiply(0, self.sizes, memory["w"], (3, 1), *x, *y, self.threads)
+        else:
+            native.native.multiply_by_transpose(0, self.sizes, *y, *x, memory["out"], self.threads)
+
+    def refused(self, name, match):
+        with pytest.raises(ValueError, match=match):
+            self.run(name)
+        assert all(torch.equal(self.tensors[key], self.before[key]) for key in self.tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "short", "argument"),
+    [
+        ("multiply", "w", "w"),
+        ("multiply", "x", "x"),
+        ("multiply", "y", "y"),
+        ("multiply_by_transpose", "y", "a"),
+        ("multiply_by_transpose", "x", "b"),
+        ("multiply_by_transpose", "out", "out"),
+    ],
+)
+def test_products_with_short_memory(name, short, argument):
+    call = Product()
+    call.run(name)
+    call = Product()
+    call.memory[short] = (call.memory[short][0], call.memory[short][1] - 1)
+    call.refused(name, f"^{argument} needs")
+
+
+@pytest.mark.parametrize("name", ["multiply", "multiply_by_transpose"])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"sizes": (2, 4, -3, 9)}, "sizes"),
+        ({"sizes": (2**40, 2**20, 3, 9)}, "too large"),
+        ({"x_strides": (27, -9)}, "negative stride"),
+        ({"threads": 0}, "threads"),
+    ],
+)
+def test_products_with_wrong_numbers(name, change, match):
+    call = Product()
+    vars(call).update(change)
+    call.refused(name, match)
