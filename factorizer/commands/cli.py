@@ -275,6 +275,9 @@ def predict(
     statistics: Annotated[
         bool, typer.Option("--statistics", help="Write the ml of each class and case to statistics.csv.")
     ] = False,
+    probabilities: Annotated[
+        bool, typer.Option("--probabilities", help="Write those of each voxel, float16, to NAME.npz.")
+    ] = False,
     device: Device = None,
 ) -> None:
     """Segment volumes. Cases that are done already are skipped; exit code 1 if one failed."""
@@ -295,6 +298,7 @@ def predict(
             overwrite=overwrite,
             preview=preview,
             statistics=statistics,
+            probabilities=probabilities,
             device=device,
         )
         if any(outcome.failed for outcome in outcomes):

@@ -240,7 +240,8 @@ def _show(ax: Axes, case: Picture, channel: int, axis: int, index: int) -> None:
 def _overlay(ax: Axes, plane: np.ndarray, num_classes: int, fill: float) -> None:
     """Classes of a slice as outlines, and as a colour of opacity `fill`."""
     limits = ax.get_xlim(), ax.get_ylim()
-    for k in range(1, num_classes + 1):
+    areas = {k: int((plane == k).sum()) for k in range(1, num_classes + 1)}
+    for k in sorted(areas, key=lambda k: -areas[k]):  # so that an outline that two share is the inner one's
         mask, colour = (plane == k).T, COLOURS[(k - 1) % len(COLOURS)]
         if not mask.any():
             continue

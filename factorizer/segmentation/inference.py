@@ -7,6 +7,7 @@ import itertools
 import json
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from factorizer.segmentation.provenance import differences, made, write_result
 from factorizer.segmentation.screen import Outcome, each_case
 from factorizer.segmentation.trained import load_model
 from factorizer.segmentation.transforms import PreparedCase
-from factorizer.segmentation.volumes import on_grid_of
+from factorizer.segmentation.volumes import on_grid_of, read_grid
 
 SETTINGS = "settings.json"  # in a folder of results: what they were made with
 
@@ -101,7 +102,11 @@ class Predictor:
         The logits, not the decisions, are taken back to that grid where it is another than the
         network's.
         """
-        labels = self.plan.decide(self.logits(case)).numpy()
+        return self.decide(self.logits(case))
+
+    def decide(self, logits: Tensor) -> np.ndarray:
+        """Logits (outputs, ...) to label values (...), uint8."""
+        labels = self.plan.decide(logits).numpy()
         return keep_largest(labels, [self.plan.targets[name] for name in self.largest_component])
 
     def logits(self, case: Case) -> Tensor:
@@ -208,6 +213,7 @@ def run_cases(
     folder: Path,
     *,
     overwrite: bool = False,
+    probabilities: bool = False,
     then: Callable[[Case, Path], object] = lambda case, path: None,
 ) -> list[Outcome[str]]:
     """Segments cases into folder/NAME.nii.gz; the results are "done" and "skipped".
@@ -216,6 +222,7 @@ def run_cases(
     (`provenance`). Where another file is there the case fails, unless `overwrite`. A case that cannot be
     read, or fails otherwise, leaves no file, is told, and the others go on. `then` is called with each case
     and its file, also where that was there.
+    With `probabilities` folder/probabilities/NAME.npz has those of every output (`write_probabilities`).
     folder/settings.json says what the results were made with. Raises DataError where those that are there
     were made with another network or other settings, unless `overwrite`.
     """
@@ -224,14 +231,34 @@ def run_cases(
 
     def segment(case: Case) -> str:
         path = folder / f"{case.name}.nii.gz"
-        skipped = not overwrite and made(path, case, settings)
+        maps = folder / "probabilities" / f"{case.name}.npz"
+        there = not overwrite and made(path, case, settings)
+        skipped = there and (not probabilities or made(maps, case, settings))
         if not skipped:
-            labels = on_grid_of(predictor.segment(case), case.image)
+            logits = predictor.logits(case)
+            labels = on_grid_of(predictor.decide(logits), case.image)
+            if not probabilities:
+                maps.unlink(missing_ok=True)  # of another result
             write_result(path, case, settings, lambda temporary: nib.save(labels, temporary))
+            if probabilities:
+                maps.parent.mkdir(exist_ok=True)
+                write = partial(write_probabilities, predictor.plan, logits, read_grid(case.image)[0])
+                write_result(maps, case, settings, write)
         then(case, path)
         return "skipped" if skipped else "done"
 
     return each_case(console, cases, "Segmenting", segment)
+
+
+def write_probabilities(plan: Plan, logits: Tensor, affine: np.ndarray, path: Path) -> None:
+    """Writes what logits (outputs, X, Y, Z) say as a NumPy archive.
+
+    It holds "probabilities", float16, of that shape; "names" of the outputs, those of the regions (each for
+    itself) or of the labels, background first (together 1); and "affine", voxels to mm.
+    """
+    values = logits.sigmoid() if plan.regions else logits.softmax(0)
+    names = np.array(list(plan.regions) or list(plan.labels.values()))
+    np.savez_compressed(path, probabilities=values.numpy().astype(np.float16), names=names, affine=affine)
 
 
 def _keep_settings(path: Path, settings: dict[str, Any], overwrite: bool) -> None:

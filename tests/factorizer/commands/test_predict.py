@@ -2,6 +2,7 @@
 
 import csv
 import errno
+import json
 import os
 import re
 import shutil
@@ -13,6 +14,7 @@ import torch
 from factorizer_support import (
     MODALITIES,
     ODD,
+    REGIONS,
     TUMOUR,
     checkpoint_for,
     four_modalities,
@@ -28,7 +30,14 @@ def test_predict_four_modalities_of_any_orientation(tumour, tmp_path):
     four_modalities(tmp_path / "in", "odd", affine=ODD)
     run_command("predict", "--checkpoint", tumour, "--input", tmp_path / "in", "--output", tmp_path / "out")
     written = {path.name for path in (tmp_path / "out").iterdir()}
-    assert written == {"straight.nii.gz", "odd.nii.gz", "settings.json", "made_from"}
+    assert written == {"straight.nii.gz", "odd.nii.gz", "settings.json", "made_from", "report.json"}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [(case["name"], case["result"], len(case["inputs"])) for case in report["cases"]] == [
+        ("odd", "done", 4),
+        ("straight", "done", 4),
+    ]
+    assert report["versions"]["torch"]
+    assert report["device"] == "cpu"
     for name, affine in (("straight", np.eye(4)), ("odd", ODD)):
         labels = nib.load(tmp_path / "out" / f"{name}.nii.gz")
         assert labels.shape == (15, 20, 17)
@@ -57,7 +66,7 @@ def test_cases_that_fail_are_named_and_the_others_go_on(tumour, tmp_path):
     assert re.search(r"absent: failed: .*absent.nii.gz: there is no such file", printed)
     assert "1 segmented" in printed
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        *("good.nii.gz", "settings.json", "made_from"),
+        *("good.nii.gz", "settings.json", "made_from", "report.json"),
     }
     before = (tmp_path / "out" / "good.nii.gz").stat().st_mtime_ns
     printed = run_command("predict", *options, *inputs, code=1)
@@ -93,7 +102,11 @@ def test_a_full_disk_leaves_nothing_half_written(tumour, tmp_path, monkeypatch):
     monkeypatch.setattr("factorizer.segmentation.volumes.nib.save", full)
     options = ["--checkpoint", tumour, "--input", tmp_path / "in", "--output", tmp_path / "out"]
     assert re.search(r"No space left on device: '.*case.nii.gz'", run_command("predict", *options, code=1))
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"settings.json", "made_from"}
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "settings.json",
+        "made_from",
+        "report.json",
+    }
     assert not list((tmp_path / "out" / "made_from").iterdir())
 
 
@@ -159,7 +172,7 @@ def test_checkpoints_that_cannot_be_used(tumour, tmp_path):
     for content in ({"members": 3}, {"members": [3]}, {"members": []}):
         torch.save(content, tmp_path / "members.pt")
         for command in ("predict", "explain"):
-            printed = run_command(command, *options[1:], tmp_path / "members.pt", code=2)
+            printed = run_command(command, *options, tmp_path / "members.pt", code=2)
             assert "members.pt: not a model file: its members are" in printed
     for content in ({"plan": {"a": 1}, "network": {}}, {"plan": 3, "network": 1}, {"state_dict": {}}):
         torch.save(content, tmp_path / "alien.pt")
@@ -199,3 +212,23 @@ def test_predict_draws_and_measures(tumour, tmp_path):
     assert (out / "previews" / "a.png").exists()
     run_command(*options, "--overwrite", "--no-mirror")
     assert not (out / "previews" / "a.png").exists()  # it may be another result's
+
+
+def test_predict_writes_probabilities(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "a", affine=ODD)
+    out = tmp_path / "out"
+    options = ["predict", "--checkpoint", tumour, "--input", tmp_path / "in", "--output", out]
+    run_command(*options)
+    run_command(*options, "--probabilities")
+    file = out / "probabilities" / "a.npz"
+    content = np.load(file)
+    assert content["names"].tolist() == list(REGIONS)
+    assert content["probabilities"].dtype == np.float16
+    np.testing.assert_allclose(content["affine"], ODD)
+    voxels = np.asarray(nib.load(out / "a.nii.gz").dataobj)
+    inside = content["probabilities"][list(REGIONS).index("WT")].astype(np.float32)
+    assert ((inside > 0.5) <= (voxels > 0)).all()
+    assert ((inside < 0.499) <= (voxels != 1)).all()
+    assert "1 were there" in run_command(*options, "--probabilities")
+    run_command(*options, "--overwrite", "--no-mirror")
+    assert not file.exists()
