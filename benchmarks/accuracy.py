@@ -31,16 +31,19 @@ from rich.progress import TaskID
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from factorizer.commands.train import check_cases
-from factorizer.data import Case, Geometry, Task, atomic, check_label, read_decathlon, split_cases
-from factorizer.demo.timing import parameter_count, side_by_side
-from factorizer.evaluation import Score, compare, summarise
-from factorizer.explanation import best_components
-from factorizer.inference import Predictor, load_network
-from factorizer.planning import Plan, build_network, plan_run
-from factorizer.screen import progress
-from factorizer.training import Trainer
-from factorizer.transforms import Crops, augmentation, files_of, preprocessing, training_volumes
+from factorizer.models.build import build_network, parameter_count
+from factorizer.segmentation.cases import Case, Task, read_decathlon, split_cases
+from factorizer.segmentation.checkpoint import load_network
+from factorizer.segmentation.evaluation import Score, compare, summarise
+from factorizer.segmentation.explanation import best_components
+from factorizer.segmentation.files import atomic
+from factorizer.segmentation.inference import Predictor
+from factorizer.segmentation.measure import side_by_side
+from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.screen import progress
+from factorizer.segmentation.training import Trainer
+from factorizer.segmentation.transforms import Crops, augmentation, files_of, preprocessing, training_volumes
+from factorizer.segmentation.volumes import Geometry, check_cases, check_label
 
 from .report import table
 

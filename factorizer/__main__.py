@@ -1,5 +1,5 @@
 """`python -m factorizer`, and so `torchrun -m factorizer`: the command line."""
 
-from factorizer.cli import main
+from factorizer.commands.cli import main
 
 main()

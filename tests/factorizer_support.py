@@ -1,7 +1,8 @@
 """Helpers for the tests of `factorizer`: small plans, and the networks that they ask for."""
 
-from factorizer.planning import Plan, build_network
-from factorizer.training import Trainer
+from factorizer.models.build import build_network
+from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.training import Trainer
 
 SIZE = (16, 16, 16)
 

@@ -13,16 +13,16 @@ ROOT = Path(__file__).parents[1]
 
 # A kernel off by a thousandth, as a pytest plugin: too little to be seen, too much to be right.
 BROKEN = """
-from factorizer_kernels import _ops
+from factorizer_kernels.shared import registry
 
 def pytest_configure():
-    kernel = _ops._KERNELS["{operator}", "cpu"]
+    kernel = registry._KERNELS["{operator}", "cpu"]
 
     def wrong(*args):
         out = kernel(*args)
         return (out[0] * 1.001, *out[1:]) if isinstance(out, tuple) else out * 1.001
 
-    _ops._KERNELS["{operator}", "cpu"] = wrong
+    registry._KERNELS["{operator}", "cpu"] = wrong
 """
 
 
@@ -122,7 +122,7 @@ def test_accuracy_study(tmp_path):
     """Two networks on one split; a second call trains nothing anew; the tables are those of the scores."""
     pytest.importorskip("monai")
     from benchmarks.accuracy import main
-    from factorizer.demo import write_synthetic
+    from factorizer.commands.demo import write_synthetic
 
     data, out = write_synthetic(tmp_path / "data", cases=5, shape=(20, 20, 20)), tmp_path / "out"
     networks = ["UNet", "Local Factorizer, rank 1"]

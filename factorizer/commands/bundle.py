@@ -9,10 +9,13 @@ from typing import Any
 from monai.bundle import ConfigParser
 from rich.console import Console
 
-from factorizer.commands.train import check_cases, check_counts, fit
-from factorizer.data import DataError, Task, data_error, prepare_folder
-from factorizer.planning import Plan
-from factorizer.processes import pick_device, process_group
+from factorizer.segmentation.cases import Task
+from factorizer.segmentation.errors import DataError, check_counts, data_error
+from factorizer.segmentation.files import prepare_folder
+from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.processes import pick_device, process_group
+from factorizer.segmentation.training import fit
+from factorizer.segmentation.volumes import check_cases
 
 
 def read_bundle(folder: Path, configs: Sequence[str] = (), **changes: Any) -> ConfigParser:

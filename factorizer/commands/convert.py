@@ -11,12 +11,13 @@ from typing import Any
 
 from rich.console import Console
 
-from factorizer.checkpoint import PAPER_EPS, convert_paper_checkpoint
 from factorizer.commands.bundle import bundle_plan
-from factorizer.data import DataError, prepare_folder
-from factorizer.planning import Plan, build_network
-from factorizer.tensors import fill, load_tensors
-from factorizer.training import Trainer
+from factorizer.models.paper_weights import PAPER_EPS, convert_paper_checkpoint
+from factorizer.segmentation.checkpoint import fill, network_of
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import load_tensors, prepare_folder
+from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.training import Trainer
 
 HOLDERS = ("state_dict", "network", "model")  # under which frameworks keep a network's tensors
 
@@ -33,7 +34,7 @@ def convert(
     """Writes the weights of `source` as a checkpoint of the plan: of plan.json, or of a bundle.
 
     Weights do not tell spacing, classes or windows: the plan does. The number of heads is taken from
-    the weights. In the names of the paper's time (`factorizer.checkpoint`) the solvers get the eps of
+    the weights. In the names of the paper's time (`paper_weights`) the solvers get the eps of
     that time. Raises DataError where source or plan cannot be read, or the two do not fit.
     """
     if (plan is None) == (bundle is None):
@@ -50,7 +51,7 @@ def convert(
     heads = {name.split(".")[1] for name in state if name.startswith("heads.")}
     network["num_deep_supr"] = len(heads)
     found = replace(found, network=network)
-    made = build_network(found.network, found.seed)
+    made = network_of(found, plan or bundle)  # type: ignore[arg-type]
     fill(made, state, source)
     prepare_folder("output", out.resolve().parent)
     Trainer(found, made).save(out)

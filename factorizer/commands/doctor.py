@@ -14,7 +14,7 @@ from rich.console import Console
 from torch import Tensor
 
 import factorizer_kernels as fk
-from factorizer.screen import table
+from factorizer.segmentation.screen import table
 
 PACKAGES = ("factorizer-kernels", "torch", "numpy", "triton", "monai", "nibabel", "scipy", "tensorboard")
 WINDOWS = {"head_dim": 8, "patch_size": 8, "shifts": [None, 4]}

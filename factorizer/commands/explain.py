@@ -11,22 +11,15 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from factorizer.commands.predict import load_predictor
-from factorizer.data import (
-    Case,
-    DataError,
-    atomic,
-    check_image,
-    check_label,
-    find_cases,
-    prepare_folder,
-    write_nifti,
-)
-from factorizer.evaluation import label_in
-from factorizer.explanation import Agreement, agreements, case_components, find_layers
-from factorizer.figures import draw_components, picture
-from factorizer.inference import Predictor, failure
-from factorizer.screen import count, progress, table, tell_failure
+from factorizer.segmentation.cases import Case, find_cases
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.evaluation import label_in
+from factorizer.segmentation.explanation import Agreement, agreements, case_components, find_layers
+from factorizer.segmentation.figures import draw_components, picture
+from factorizer.segmentation.files import atomic, prepare_folder
+from factorizer.segmentation.inference import Predictor, failure, load_predictor
+from factorizer.segmentation.screen import count, progress, table, tell_failure
+from factorizer.segmentation.volumes import check_image, check_label, write_nifti
 
 MAPS_SHOWN = 4
 

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from factorizer import set_num_iters
-from factorizer.data import Case, DataError, atomic, find_cases, prepare_folder
-from factorizer.inference import Outcome, Predictor, load_network, peak_memory, segment_cases
-from factorizer.processes import gather, pick_device, place, process_group
-from factorizer.screen import progress, tell_failure
+from factorizer.segmentation.cases import find_cases
+from factorizer.segmentation.files import prepare_folder
+from factorizer.segmentation.inference import Outcome, load_predictor, run_cases
+from factorizer.segmentation.measure import peak_memory
+from factorizer.segmentation.processes import gather, place, process_group
+from factorizer.segmentation.screen import tell_failure
 
 SETTINGS = "settings.json"
 
@@ -30,7 +29,7 @@ def predict(
     mirror: bool = False,
     device: str | None = None,
 ) -> list[Outcome]:
-    """Segments the cases that `inputs` name (`factorizer.data.find_cases`) into out/NAME.nii.gz.
+    """Segments the cases that `inputs` name (`find_cases`) into out/NAME.nii.gz.
 
     Where torchrun started several processes each takes its part of the cases. Returns what became of each
     case, of all processes. Cases whose file is there are skipped (`run_cases`).
@@ -58,59 +57,3 @@ def predict(
         soft_wrap=True,
     )
     return outcomes
-
-
-def load_predictor(
-    checkpoints: Sequence[Path],
-    *,
-    device: str | None = None,
-    iterations: int | None = None,
-    whole: bool = False,
-    mirror: bool = False,
-) -> Predictor:
-    """The networks of the checkpoints, ready to run. Raises DataError where one cannot be used."""
-    models = []
-    for path in checkpoints:
-        try:
-            models.append(load_network(path))
-        except FileNotFoundError as error:
-            raise DataError(f"checkpoint: there is no {path}") from error
-    if iterations is not None:
-        for network, _ in models:
-            set_num_iters(network, iterations)
-    return Predictor(models, device=pick_device(device), whole=whole, mirror=mirror)
-
-
-def run_cases(console: Console, predictor: Predictor, cases: Sequence[Case], out: Path) -> list[Outcome]:
-    """`segment_cases` with a bar; failures are told as they come.
-
-    out/settings.json says what the results were made with. Raises DataError where those that are there
-    were made with another network or other settings.
-    """
-    _keep_settings(out / SETTINGS, predictor.settings())
-    outcomes = []
-    with progress(console) as bar:
-        work = segment_cases(predictor, cases, out)
-        for outcome in bar.track(work, total=len(cases), description="Segmenting"):
-            if outcome.state == "failed":
-                tell_failure(console, outcome.name, outcome.reason)
-            outcomes.append(outcome)
-    return outcomes
-
-
-def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
-    """Writes what the folder's results are made with, or checks that it is the same as before."""
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: not readable as JSON ({error})") from error
-        if before != settings:
-            changed = [name for name in settings if before.get(name) != settings[name]]
-            raise DataError(
-                f"output: {path.parent} holds results made with other settings ({', '.join(changed)}); "
-                "give another folder, or delete this one"
-            )
-    elif place()[0] == 0:
-        with atomic(path) as temporary:
-            temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")

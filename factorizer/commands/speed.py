@@ -17,21 +17,15 @@ from rich.console import Console
 from torch import nn
 
 from factorizer import MatrixFactorization, set_num_iters, set_rank
-from factorizer.commands.predict import load_predictor
-from factorizer.data import (
-    Case,
-    DataError,
-    atomic,
-    check_image,
-    check_label,
-    find_cases,
-    prepare_folder,
-)
-from factorizer.evaluation import dice
-from factorizer.inference import Predictor, failure
-from factorizer.planning import Plan
-from factorizer.screen import count, progress, table, tell_failure
-from factorizer.transforms import files_of, preprocessing, to_own_grid
+from factorizer.segmentation.cases import Case, find_cases
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.evaluation import dice
+from factorizer.segmentation.files import atomic, prepare_folder
+from factorizer.segmentation.inference import Predictor, failure, load_predictor
+from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.screen import count, progress, table, tell_failure
+from factorizer.segmentation.transforms import files_of, preprocessing, to_own_grid
+from factorizer.segmentation.volumes import check_image, check_label
 
 
 @dataclass(frozen=True)

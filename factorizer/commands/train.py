@@ -3,31 +3,23 @@
 from __future__ import annotations
 
 import json
-import time
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from factorizer.data import (
-    DataError,
-    Geometry,
-    Task,
-    atomic,
-    check_case,
-    prepare_folder,
-    read_decathlon,
-    split_cases,
-)
-from factorizer.evaluation import MeanDice
-from factorizer.planning import build_network, plan_run
-from factorizer.processes import pick_device, place, process_group
-from factorizer.screen import duration, progress, table
-from factorizer.training import Trainer
-from factorizer.transforms import Crops, augmentation, training_volumes
-
-LINE_SECONDS = 60.0  # between two lines of a log file, where a bar would be seen at its end alone
+from factorizer.models.build import build_network
+from factorizer.segmentation.cases import read_decathlon, split_cases
+from factorizer.segmentation.errors import DataError, check_counts
+from factorizer.segmentation.evaluation import MeanDice
+from factorizer.segmentation.files import atomic, prepare_folder
+from factorizer.segmentation.plan import plan_run
+from factorizer.segmentation.processes import pick_device, place, process_group
+from factorizer.segmentation.screen import duration, table
+from factorizer.segmentation.training import Trainer, fit
+from factorizer.segmentation.transforms import Crops, augmentation, training_volumes
+from factorizer.segmentation.volumes import check_cases
 
 
 def train(
@@ -91,45 +83,6 @@ def train(
         step, best = max(trainer.scores, key=lambda pair: pair[1])
         console.print(f"best mean Dice of the held-out cases: {best:.3f} after step {step}, in best.pt")
     return checkpoint
-
-
-def check_counts(**options: tuple[int | None, int]) -> None:
-    """Raises DataError for an option, given as its value and the least it may be, that is too small."""
-    for name, (value, least) in options.items():
-        if value is not None and value < least:
-            raise DataError(f"{name}: got {value}; it must be at least {least}")
-
-
-def check_cases(console: Console, task: Task) -> dict[str, Geometry]:
-    """The geometry of each case of a task. Raises DataError for the first that cannot be used."""
-    geometries = {}
-    with progress(console) as bar:
-        for case in bar.track(task.cases, description="Checking volumes"):
-            geometries[case.name] = check_case(task, case)
-    return geometries
-
-
-def fit(console: Console, trainer: Trainer, crops: Crops, path: Path) -> None:
-    """Trains to the end with a bar, or lines in a log, from the checkpoint at `path` if there is one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if trainer.step == 0 and path.exists():
-        trainer.resume(path)
-    with progress(console) as bar:
-        task = bar.add_task("Training", total=trainer.plan.steps, completed=trainer.step)
-
-        told = time.perf_counter()
-
-        def advance(step: int) -> None:
-            nonlocal told
-            recent = trainer.losses[-20:]
-            loss = sum(recent) / len(recent)
-            score = f", Dice {trainer.scores[-1][1]:.3f}" if trainer.scores else ""
-            bar.update(task, completed=step, description=f"Training, loss {loss:.3f}{score}")
-            if not console.is_terminal and time.perf_counter() - told >= LINE_SECONDS:
-                console.print(f"step {step} of {trainer.plan.steps}, loss {loss:.3f}{score}")
-                told = time.perf_counter()
-
-        trainer.run(crops, path, advance)
 
 
 def _announce(console: Console, trainer: Trainer, out: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
-from factorizer_kernels.windows.geometry import Shift, matricized_shape, resolve
+from factorizer_kernels.ops.windows.geometry import Shift, matricized_shape, resolve
 
 from .checks import check_counts, check_features
 from .resize import crop_to, pad_to, round_up

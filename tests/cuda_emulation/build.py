@@ -7,6 +7,7 @@ The same sources that nvcc compiles, against tests/cuda_emulation instead of CUD
 import hashlib
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import sysconfig
@@ -17,6 +18,14 @@ EMULATION = Path(__file__).parent
 OBJECTS = EMULATION.parents[1] / "build" / "cuda_emulation"  # kept, under the hash of what they are made of
 MOST_OBJECTS = 64
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
+CSRC = EMULATION.parents[1] / "csrc"
+
+
+def missing() -> str | None:
+    """Why nothing can be built here, or None."""
+    if shutil.which(COMPILER[0]) is None:
+        return f"no C++ compiler ({COMPILER[0]})"
+    return None if CSRC.is_dir() else "the sources are not here"
 
 
 def build(csrc: Path, output: Path) -> None:

@@ -6,9 +6,9 @@ import torch
 from factorizer.layers.factorization import Solver
 
 
-@pytest.fixture(autouse=True, scope="session")
+@pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """The tensors here are small: threads would only wait for one another."""
+    """The tensors here are small: threads would only wait for one another. Other folders keep theirs."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -14,9 +14,9 @@ import pytest
 from monai.bundle import ConfigParser, run, verify_metadata, verify_net_in_out
 from typer.testing import CliRunner
 
-from factorizer.cli import app
-from factorizer.demo import write_synthetic
-from factorizer.training import read_checkpoint
+from factorizer.commands.cli import app
+from factorizer.commands.demo import write_synthetic
+from factorizer.segmentation.checkpoint import read_checkpoint
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 NAMES = sorted(path.name for path in BUNDLES.iterdir() if path.is_dir())

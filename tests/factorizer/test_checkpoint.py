@@ -6,7 +6,7 @@ from torch import nn
 
 import factorizer_kernels as fk
 from factorizer import MLP, NMF, Factorizer, LayerNorm, Linear, PositionalEmbedding, SWMatricize
-from factorizer.checkpoint import PAPER_EPS, convert_paper_checkpoint, load_paper_checkpoint
+from factorizer.models.paper_weights import PAPER_EPS, convert_paper_checkpoint, load_paper_checkpoint
 
 WIDTH, DEPTH, SIZE = (8, 16, 32), (1, 2, 1), (16, 16)
 CUT = {"head_dim": 8, "patch_size": 4}

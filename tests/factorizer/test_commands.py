@@ -13,11 +13,10 @@ from factorizer_support import checkpoint_for, plan_for
 from matplotlib.image import imread
 from typer.testing import CliRunner
 
-from factorizer.cli import app
-from factorizer.demo import write_synthetic
-from factorizer.explanation import agreement
-from factorizer.inference import load_network
-from factorizer.training import read_checkpoint
+from factorizer.commands.cli import app
+from factorizer.commands.demo import write_synthetic
+from factorizer.segmentation.checkpoint import load_network, read_checkpoint
+from factorizer.segmentation.explanation import agreement
 
 REGIONS = {"ET": (3,), "TC": (2, 3), "WT": (1, 2, 3)}
 TUMOUR = {0: "background", 1: "edema", 2: "core", 3: "enhancing"}
@@ -121,7 +120,7 @@ def test_a_full_disk_leaves_nothing_half_written(tumour, tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr("factorizer.data.nib.save", full)
+    monkeypatch.setattr("factorizer.segmentation.volumes.nib.save", full)
     options = ["--checkpoint", tumour, "--input", tmp_path / "in", "--output", tmp_path / "out"]
     assert re.search(r"No space left on device: '.*case.nii.gz'", run("predict", *options, code=1))
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["settings.json"]
@@ -233,7 +232,7 @@ def test_evaluate_finds_labels_beside_a_list_of_unlabelled_cases(tmp_path):
 
 
 def test_train_predict_evaluate(data, tmp_path, monkeypatch):
-    monkeypatch.setattr("factorizer.commands.train.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("factorizer.segmentation.training.LINE_SECONDS", 0.0)
     out = tmp_path / "run"
     options = ["train", data, "--out", out, "--steps", 4, "--validate-every", 2]
     printed = run(*options)

@@ -10,11 +10,10 @@ import torch
 from factorizer_support import plan_for, trainer_for
 from typer.testing import CliRunner
 
-from factorizer.checkpoint import PAPER_EPS
-from factorizer.cli import app
-from factorizer.inference import load_network
+from factorizer.commands.cli import app
 from factorizer.layers import MatrixFactorization
-from factorizer.training import read_checkpoint
+from factorizer.models.paper_weights import PAPER_EPS
+from factorizer.segmentation.checkpoint import load_network, read_checkpoint
 
 BUNDLES = Path(__file__).parents[2] / "bundles"
 
@@ -38,7 +37,7 @@ def plan(tmp_path):
 
 
 def in_the_names_of_the_paper(state):
-    """Today's names undone: see the table of `factorizer.checkpoint`."""
+    """Today's names undone: see the table of `factorizer.models.paper_weights`."""
     names = {}
     for name in state:
         level = re.match(r"(?:en|de)coder\.blocks\.\d+\.", name)
@@ -87,7 +86,7 @@ def test_names_of_the_paper(network, plan, tmp_path):
 
 def test_a_bundle_gives_the_plan(tmp_path):
     from factorizer.commands.bundle import bundle_plan
-    from factorizer.planning import build_network
+    from factorizer.models.build import build_network
 
     bundle = BUNDLES / "hippocampus_factorizer"
     wanted = bundle_plan(bundle)

@@ -8,19 +8,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from factorizer.data import (
-    Case,
-    DataError,
-    Task,
-    atomic,
-    check_case,
-    check_image,
-    find_cases,
-    read_decathlon,
-    split_cases,
-    write_nifti,
-)
-from factorizer.demo import write_synthetic
+from factorizer.commands.demo import write_synthetic
+from factorizer.segmentation.cases import Case, Task, find_cases, read_decathlon, split_cases
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import atomic
+from factorizer.segmentation.volumes import check_case, check_image, write_nifti
 
 
 @pytest.fixture(scope="module")

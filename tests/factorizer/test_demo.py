@@ -17,13 +17,13 @@ from matplotlib.image import imread
 from rich.console import Console
 from typer.testing import CliRunner
 
-from factorizer.cli import app
-from factorizer.data import DataError, split_cases
-from factorizer.demo import run_demo, write_synthetic
-from factorizer.demo.timing import side_by_side
-from factorizer.figures import slice_scores
-from factorizer.inference import load_network
-from factorizer.training import read_checkpoint
+from factorizer.commands.cli import app
+from factorizer.commands.demo import run_demo, write_synthetic
+from factorizer.segmentation.cases import split_cases
+from factorizer.segmentation.checkpoint import load_network, read_checkpoint
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.figures import slice_scores
+from factorizer.segmentation.measure import side_by_side
 
 small_synthetic = partial(write_synthetic, cases=6, shape=(18, 18, 18))
 RESULTS = {"report.json", "segmentation.png", "components.png", "checkpoint.pt", "predictions"}
@@ -43,7 +43,7 @@ def finished(tmp_path_factory):
     """A whole run as the command line makes it, without --data: (output folder, what it printed)."""
     out = tmp_path_factory.mktemp("finished") / "new" / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("factorizer.demo.run.write_synthetic", small_synthetic)
+        patch.setattr("factorizer.commands.demo.run.write_synthetic", small_synthetic)
         patch.setenv("COLUMNS", "120")
         result = CliRunner().invoke(app, ["demo", "--out", str(out), "--steps", "4"])
     assert result.exit_code == 0, result.output
@@ -121,9 +121,9 @@ def test_screen_says_what_is_done_and_that_it_is_synthetic(finished):
 
 def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
     out, _ = finished
-    monkeypatch.setattr("factorizer.demo.run.compare", lambda plan: [])
-    monkeypatch.setattr("factorizer.demo.screen.conclude", lambda *args: None)
-    monkeypatch.setattr("factorizer.demo.run.fit", None)
+    monkeypatch.setattr("factorizer.commands.demo.run.compare", lambda plan: [])
+    monkeypatch.setattr("factorizer.commands.demo.screen.conclude", lambda *args: None)
+    monkeypatch.setattr("factorizer.commands.demo.run.fit", None)
     before = json.loads((out / "report.json").read_text())
     after = run_demo(out, out / "data", steps=4, console=quiet())
     assert after["dice"] == before["dice"]
@@ -141,7 +141,8 @@ def test_a_killed_run_continues_where_it_was_saved(data, tmp_path):
     # A shell's background job is started with SIGINT ignored, and hands that on.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "import factorizer.training as t; t.SAVE_EVERY = 2; import factorizer.cli as c; c.main()"
+        "import factorizer.segmentation.training as t; t.SAVE_EVERY = 2; "
+        "import factorizer.commands.cli as c; c.main()"
     )
     options = ["demo", "--data", data, "--out", tmp_path / "out", "--steps", "400"]
     command = [sys.executable, "-c", code, *map(str, options)]
@@ -240,7 +241,7 @@ def test_side_by_side_interleaves_and_takes_medians():
 
 
 def test_split_is_the_one_reported(finished):
-    from factorizer.data import read_decathlon
+    from factorizer.segmentation.cases import read_decathlon
 
     out, _ = finished
     report = json.loads((out / "report.json").read_text())

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from factorizer import FactMixer, Factorizer, LayerNorm, SWMatricize
-from factorizer.explanation import ComponentMaps, agreement, component_maps, mixers
+from factorizer.segmentation.explanation import ComponentMaps, agreement, component_maps, mixers
 
 WINDOWS = {"head_dim": 8, "patch_size": 4}
 

@@ -8,10 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from factorizer.data import Case, Geometry, Task, write_nifti
-from factorizer.inference import Predictor, load_network
-from factorizer.planning import build_network, plan_run
-from factorizer.training import Trainer
+from factorizer.models.build import build_network
+from factorizer.segmentation.cases import Case, Task
+from factorizer.segmentation.checkpoint import load_network
+from factorizer.segmentation.inference import Predictor
+from factorizer.segmentation.plan import plan_run
+from factorizer.segmentation.training import Trainer
+from factorizer.segmentation.volumes import Geometry, write_nifti
 
 AFFINES = {
     "as the network sees it": np.diag([1.0, 1, 1, 1]),

@@ -8,8 +8,8 @@ import pytest
 import torch
 from factorizer_support import checkpoint_for, plan_for
 
-from factorizer.demo import write_synthetic
-from factorizer.training import read_checkpoint
+from factorizer.commands.demo import write_synthetic
+from factorizer.segmentation.checkpoint import read_checkpoint
 
 
 @pytest.fixture(scope="module")

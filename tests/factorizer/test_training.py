@@ -9,9 +9,13 @@ from factorizer_support import plan_for as tiny_plan
 from factorizer_support import trainer_for as tiny_trainer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from factorizer.data import Case, DataError, Geometry, Task
-from factorizer.planning import Plan, build_network, plan_run
-from factorizer.training import SegmentationLoss, Trainer, read_checkpoint
+from factorizer.models.build import build_network
+from factorizer.segmentation.cases import Case, Task
+from factorizer.segmentation.checkpoint import read_checkpoint
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.training import SegmentationLoss, Trainer
+from factorizer.segmentation.volumes import Geometry
 
 
 def plan_for(shape=(16, 16, 16), spacing=(1.0, 1.0, 1.0), cases=10, labels=None, **options):
@@ -98,7 +102,7 @@ def test_training_learns(tmp_path):
 
 
 def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(tmp_path, monkeypatch):
-    monkeypatch.setattr("factorizer.training.SAVE_EVERY", 2)
+    monkeypatch.setattr("factorizer.segmentation.training.SAVE_EVERY", 2)
     plan = plan_for(steps=6)
     unbroken = trainer_for(plan)
     unbroken.run(Batches(plan), tmp_path / "unbroken.pt", lambda step: None)
@@ -144,7 +148,7 @@ def test_checkpoint_holds_plain_data_only(tmp_path):
 
 
 def test_slow_steps_are_saved_by_the_clock(tmp_path, monkeypatch):
-    monkeypatch.setattr("factorizer.training.SAVE_SECONDS", 0.0)
+    monkeypatch.setattr("factorizer.segmentation.training.SAVE_SECONDS", 0.0)
     plan, path = tiny_plan(steps=4), tmp_path / "checkpoint.pt"
 
     def stop(step):
@@ -165,7 +169,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(tmp_path, monkeypatch):
         path.write_bytes(b"half")
         raise RuntimeError("PytorchStreamWriter failed writing file")
 
-    monkeypatch.setattr("factorizer.training.torch.save", full)
+    monkeypatch.setattr("factorizer.segmentation.files.torch.save", full)
     with pytest.raises(OSError, match=r"checkpoint.pt: cannot be written"):
         trainer.save(path)
     assert path.read_bytes() == before
@@ -276,7 +280,7 @@ def test_a_run_killed_while_it_writes_the_best_network_still_keeps_it(tmp_path, 
 
 
 def test_tensorboard_has_each_step_once_after_a_resumption(tmp_path, monkeypatch):
-    monkeypatch.setattr("factorizer.training.SAVE_EVERY", 2)
+    monkeypatch.setattr("factorizer.segmentation.training.SAVE_EVERY", 2)
     plan = tiny_plan(steps=4)
 
     def stop(step):

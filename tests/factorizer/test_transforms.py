@@ -8,9 +8,11 @@ import pytest
 import torch
 from factorizer_support import plan_for
 
-from factorizer.data import Case, DataError, check_case, read_decathlon
-from factorizer.demo import write_synthetic
-from factorizer.transforms import Crops, augmentation, files_of, preprocessing, training_volumes
+from factorizer.commands.demo import write_synthetic
+from factorizer.segmentation.cases import Case, read_decathlon
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.transforms import Crops, augmentation, files_of, preprocessing, training_volumes
+from factorizer.segmentation.volumes import check_case
 
 CROP = (16, 16, 16)
 

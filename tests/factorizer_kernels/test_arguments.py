@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import factorizer_kernels as fk
-from factorizer_kernels import _ops
+from factorizer_kernels.shared import registry
 
 X = torch.rand(2, 8, 16)
 U0, V0 = torch.rand(8, 2), torch.rand(16, 2)
@@ -87,8 +87,10 @@ CUT_ERRORS = [
 def no_kernel_starts(monkeypatch, request):
     """In this module, but for the tests of the choice of a backend."""
     if "change" in request.fixturenames or "error" in request.fixturenames:
-        for key in _ops._KERNELS:
-            monkeypatch.setitem(_ops._KERNELS, key, lambda *arguments: pytest.fail("a kernel was started"))
+        for key in registry._KERNELS:
+            monkeypatch.setitem(
+                registry._KERNELS, key, lambda *arguments: pytest.fail("a kernel was started")
+            )
 
 
 @pytest.mark.parametrize(("change", "error", "message"), NMF_ERRORS)

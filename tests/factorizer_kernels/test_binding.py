@@ -5,7 +5,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from factorizer_kernels import _native_cpu as cpu
+from factorizer_kernels.shared import native as cpu
 
 pytestmark = pytest.mark.skipif(cpu.native is None, reason=f"no compiled module: {cpu.missing}")
 

@@ -24,7 +24,7 @@ class Fault(NamedTuple):
 
 
 _CSRC = "csrc/include/"
-_TRITON = "factorizer_kernels/_triton/"
+_TRITON = "factorizer_kernels/ops/nmf/triton/"
 
 FAULTS = (
     # The solvers' arithmetic, shared by the native backends.
@@ -81,27 +81,28 @@ FAULTS = (
     ),
     # The autograd Functions, the operators under vmap, the reference.
     Fault(
-        "autograd: u0's and v0's gradients are wanted only together", "factorizer_kernels/nmf/autograd.py",
+        "autograd: u0's and v0's gradients are wanted only together",
+        "factorizer_kernels/ops/nmf/autograd.py",
         "needs_input_grad[1] or ctx.needs_input_grad[2]", "needs_input_grad[1] and ctx.needs_input_grad[2]",
     ),
     Fault(
-        "autograd: the adjoint lacks the mean over the shifts", "factorizer_kernels/windows/autograd.py",
+        "autograd: the adjoint lacks the mean over the shifts", "factorizer_kernels/ops/windows/autograd.py",
         "return apply(SWMatricize, dx, *ctx.options)",
         "return apply(SWMatricize, dx, ctx.options[0], False, ctx.options[2])",
     ),
     Fault(
-        "vmap: copies and mapped dimension change places", "factorizer_kernels/_vmap.py",
+        "vmap: copies and mapped dimension change places", "factorizer_kernels/shared/vmap.py",
         "z.unflatten(1, (copies, -1)).transpose(0, 1).flatten(0, 2)", "z.flatten(0, 1)", SETTINGS,
     ),
     Fault(
-        "reference: eps above MU's fraction line too", "factorizer_kernels/nmf/reference.py",
+        "reference: eps above MU's fraction line too", "factorizer_kernels/ops/nmf/reference.py",
         "return factor * projection / (factor @ gram + eps)",
         "return (factor * projection + eps) / (factor @ gram + eps)",
         (*KERNELS, "tests/factorizer_kernels/test_special_values.py"),
     ),
     # The Triton kernels, interpreted.
     Fault(
-        "Triton: a shift in the wrong direction", _TRITON + "address.py",
+        "Triton: a shift in the wrong direction", "factorizer_kernels/ops/windows/address.py",
         "start = cell * PATCH - shift\n    return tl.where(start < 0, start + size, start)",
         "start = cell * PATCH + shift\n    return tl.where(start >= size, start - size, start)", TRITON,
     ),

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from factorizer_kernels.nmf.reference import hals_update, mu_update
+from factorizer_kernels.ops.nmf.reference import hals_update, mu_update
 
 from ..checks import check_count
 

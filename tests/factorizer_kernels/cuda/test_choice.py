@@ -1,6 +1,5 @@
 """How the CUDA backend is chosen, and refused with a reason, where there is no card to ask."""
 
-import importlib
 import re
 from types import SimpleNamespace
 
@@ -9,11 +8,10 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import factorizer_kernels as fk
-from factorizer_kernels import _native_cuda
+from factorizer_kernels import choice
+from factorizer_kernels.shared import cuda
 
-backends = importlib.import_module("factorizer_kernels.backends")  # the package's attribute is the function
-
-pytestmark = pytest.mark.skipif(_native_cuda.native is None, reason="compiled without nvcc")
+pytestmark = pytest.mark.skipif(cuda.native is None, reason="compiled without nvcc")
 
 
 @pytest.mark.parametrize(
@@ -37,10 +35,10 @@ pytestmark = pytest.mark.skipif(_native_cuda.native is None, reason="compiled wi
 )
 def test_devices_with_and_without_code(versions, architectures, capability, words, monkeypatch):
     native = SimpleNamespace(cuda_versions=lambda: versions, cuda_architectures=lambda: architectures)
-    monkeypatch.setattr(_native_cuda, "native", native)
+    monkeypatch.setattr(cuda, "native", native)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    reason = _native_cuda._without_code.__wrapped__(0)  # past the cache
+    reason = cuda._without_code.__wrapped__(0)  # past the cache
     assert reason is None if words is None else re.search(words, reason)
 
 
@@ -60,7 +58,7 @@ def test_cuda_that_does_not_start(monkeypatch):
 
 
 def test_naming_a_backend_asks_no_other(monkeypatch):
-    monkeypatch.setitem(backends._PROBES, "cuda", lambda: pytest.fail("asked the GPU"))
+    monkeypatch.setitem(choice._PROBES, "cuda", lambda: pytest.fail("asked the GPU"))
     with fk.use_backend("reference"):
         pass
 
@@ -81,7 +79,7 @@ class Factors(torch.nn.Module):
 )
 def test_tracing_chooses_it(layer, size, columns, strict, monkeypatch):
     """In one graph, with a batch of any size. A card would be asked for its code while Dynamo looks on."""
-    monkeypatch.setattr(_native_cuda, "_without_code", lambda device: None)
+    monkeypatch.setattr(cuda, "_without_code", lambda device: None)
     with FakeTensorMode():
         x, u0, v0 = (torch.empty(*shape, device="cuda") for shape in (size, (8, 1), (columns, 1)))
     batch = {0: torch.export.Dim("batch", min=1)}

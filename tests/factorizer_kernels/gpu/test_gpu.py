@@ -145,8 +145,8 @@ def test_special_maps(name, solver, rank, gpu_backend):
 def test_choice():
     """cuda where it serves, else triton, else the reference."""
     order = [name for name in ("cuda", "triton") if name not in REASONS] + ["reference"]
-    from factorizer_kernels._ops import Matrices
-    from factorizer_kernels.backends import choose
+    from factorizer_kernels.choice import choose
+    from factorizer_kernels.shared.registry import Matrices
 
     x = torch.empty(1, 8, 16, device="cuda")
     assert choose("nmf", x, Matrices(8, 16, 1, 1)) == order[0]

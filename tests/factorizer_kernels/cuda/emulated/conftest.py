@@ -1,19 +1,41 @@
-"""The tests of this folder run where the CUDA kernels are emulated; ../test_emulated.py sees to that.
+"""The tests of this folder run the CUDA kernels' sources, compiled for the CPU, in a process of their own.
 
 FACTORIZER_KERNELS_EMULATED names the module that build.py made, which cuda_emulation/replace_native.py has
 put in the installed one's place; here the backend "cuda" is made to serve CPU tensors.
 """
 
 import ctypes
-import importlib
 import os
+from pathlib import Path
 
+import nested
 import pytest
+from cuda_emulation.build import CSRC, build, missing
 
-from factorizer_kernels import _native_cuda
+from factorizer_kernels import choice
+from factorizer_kernels.shared import cuda
 
 MODULE = os.environ.get("FACTORIZER_KERNELS_EMULATED")
-collect_ignore_glob = [] if MODULE else ["*"]
+
+
+def _build(folder: Path) -> tuple[dict[str, str], list[str]]:
+    module = folder / "_native.so"
+    build(CSRC, module)
+    return {"FACTORIZER_KERNELS_EMULATED": str(module)}, ["-p", "cuda_emulation.replace_native"]
+
+
+SUITE = nested.Suite(Path(__file__).parent, _build)
+
+
+def pytest_collection_modifyitems(items):
+    if reason := missing():
+        for item in items:
+            if Path(__file__).parent in item.path.parents:
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def pytest_runtest_protocol(item):
+    return None if MODULE or missing() else SUITE.run(item)
 
 
 class Device:
@@ -36,13 +58,10 @@ class Device:
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
     """Lets ``use_backend("cuda")`` serve CPU tensors."""
-    backends = importlib.import_module(
-        "factorizer_kernels.backends"
-    )  # the package's attribute is the function
     emulated = Device()
-    monkeypatch.setitem(backends._DEVICES, "cuda", "cpu")
-    monkeypatch.setattr(_native_cuda, "target", lambda x: (emulated.index, emulated.stream))
-    monkeypatch.setattr(_native_cuda, "processors", lambda x: 1)
-    monkeypatch.setitem(backends._PROBES, "cuda", lambda: backends.Backend("cuda", True, "emulated"))
+    monkeypatch.setitem(choice._DEVICES, "cuda", "cpu")
+    monkeypatch.setattr(cuda, "target", lambda x: (emulated.index, emulated.stream))
+    monkeypatch.setattr(cuda, "processors", lambda x: 1)
+    monkeypatch.setitem(choice._PROBES, "cuda", lambda: choice.Backend("cuda", True, "emulated"))
     emulated.launches()
     return emulated

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import factorizer_kernels as fk
-from factorizer_kernels import _native_cuda
+from factorizer_kernels.shared import cuda
 
 OPTIONS = {"head_dim": 8, "patch_size": 4, "shifts": [None, 2]}
 
@@ -79,7 +79,7 @@ def test_empty_maps_launch_nothing(size, solver, rank, device):
 
 def test_scratch_memory_off_its_multiple(device, monkeypatch):
     """Where a device would stop with a misaligned address, and take the context with it."""
-    monkeypatch.setattr(_native_cuda.Call, "_floats", lambda call, count: torch.empty(count + 1)[1:])
+    monkeypatch.setattr(cuda.Call, "_floats", lambda call, count: torch.empty(count + 1)[1:])
     with fk.use_backend("cuda"), pytest.raises(ValueError, match="work must lie on a multiple of 16 bytes"):
         fk.swin_nmf(*inputs(), **OPTIONS)
     assert device.launches() == []

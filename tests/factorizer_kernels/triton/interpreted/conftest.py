@@ -1,11 +1,23 @@
-"""The tests of this folder run where Triton interprets its kernels; ../test_interpreted.py sees to that."""
+"""The tests of this folder run where Triton interprets its kernels, in a process of their own.
 
+Triton reads TRITON_INTERPRET when a kernel is decorated, so the variable cannot be set for a part of a
+session; and set for the whole session it would hide the compiled kernels from the other tests.
+"""
+
+import importlib.util
 import os
+from pathlib import Path
 
+import nested
 import pytest
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-collect_ignore_glob = [] if INTERPRETED else ["*"]
+SUITE = nested.Suite(Path(__file__).parent, lambda folder: ({"TRITON_INTERPRET": "1"}, []))
+collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["*"]
+
+
+def pytest_runtest_protocol(item):
+    return None if INTERPRETED else SUITE.run(item)
 
 
 @pytest.fixture(autouse=True)

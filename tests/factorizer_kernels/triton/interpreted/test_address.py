@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from factorizer_kernels._triton.address import column_offsets, row_offsets, window_at, window_of_matrix
+from factorizer_kernels.ops.windows.address import column_offsets, row_offsets, window_at, window_of_matrix
 
 
 @triton.jit

@@ -9,8 +9,8 @@ import torch
 from tests_support import grads_of
 
 import factorizer_kernels as fk
-from factorizer_kernels._triton import resident, streaming, streaming_rank1
-from factorizer_kernels.nmf.triton import path
+from factorizer_kernels.ops.nmf.triton import resident, streaming, streaming_rank1
+from factorizer_kernels.ops.nmf.triton.operators import path
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -295,7 +295,7 @@ def test_empty():
 
 def test_only_by_choice():
     """The interpreter never takes a CPU tensor unless it was asked for."""
-    from factorizer_kernels.backends import choose
+    from factorizer_kernels.choice import choose
 
     assert choose("nmf", torch.rand(2, 2)) != "triton"
     with fk.use_backend("triton"):
@@ -317,7 +317,7 @@ def test_more_iterations_than_the_identity_keeps(rel):
     ],
 )  # fmt: skip
 def test_paths(rows, columns, rank, relu, num_iters, kernels):
-    from factorizer_kernels._triton.launch import Problem
+    from factorizer_kernels.shared.triton import Problem
 
     problem = Problem(rows, (1, 1, columns), (0, 0, 0), rank, True, 1e-16, relu, num_iters)
     assert path(problem).__name__.rsplit(".", 1)[-1] == kernels

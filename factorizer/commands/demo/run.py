@@ -1,0 +1,241 @@
+"""The demo from a folder to a report: check, plan, train, segment, explain, time, write."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import platform
+import textwrap
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import torch
+from monai.data.utils import dense_patch_slices
+from rich.console import Console
+
+from factorizer.commands.demo import screen
+from factorizer.commands.demo.synthetic import NOTICE, write_synthetic
+from factorizer.commands.demo.timing import compare, kernel_backend
+from factorizer.models.build import build_network, parameter_count
+from factorizer.segmentation.cases import Case, read_decathlon, split_cases
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.evaluation import Score, evaluate_case, summarise
+from factorizer.segmentation.explanation import best_components, case_components
+from factorizer.segmentation.figures import draw_components, draw_segmentations, picture
+from factorizer.segmentation.files import atomic, prepare_folder
+from factorizer.segmentation.inference import Predictor
+from factorizer.segmentation.measure import versions
+from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.screen import progress
+from factorizer.segmentation.training import Trainer, fit
+from factorizer.segmentation.transforms import Crops, augmentation, training_volumes
+from factorizer.segmentation.volumes import Geometry, check_cases, write_nifti
+
+SEED = 0
+EXPLAINED = 4  # cases of each part, at most, that components are compared with the truth on
+MAPS_SHOWN = 4
+PACKAGES = ("torch", "monai", "numpy", "nibabel", "factorizer-kernels")
+
+
+def run_demo(
+    out: str | Path,
+    data: str | Path | None = None,
+    *,
+    steps: int | None = None,
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Train on the Decathlon folder `data`, or on made-up volumes, and write everything into `out`.
+
+    Where `out` holds the checkpoint of the same run, it continues from there. `steps`: training
+    steps, by default as many as `factorizer.segmentation.plan.plan_run` finds right for the data.
+
+    Writes report.json, segmentation.png, components.png, checkpoint.pt, predictions/NAME.nii.gz
+    and, without `data`, the volumes themselves under data/. Returns the report.
+
+    Raises DataError, before training, for data or an `out` that cannot be used.
+    """
+    start, out, console = time.perf_counter(), Path(out), console or Console()
+    if steps is not None and steps < 1:
+        raise DataError(f"steps: got {steps}; it must be at least 1")
+    task = None if data is None else read_decathlon(data)
+    for folder in (out, out / "predictions"):
+        prepare_folder("out", folder)
+    if task is None:
+        with console.status("Drawing synthetic volumes"):
+            task = read_decathlon(write_synthetic(out / "data", seed=SEED))
+    geometries = check_cases(console, task)
+    training, held_out = split_cases(task.cases, SEED)
+    plan = plan_run(task, geometries, training, held_out, steps=steps, seed=SEED)
+    trainer = Trainer(plan, build_network(plan.network, plan.seed))
+    checkpoint = out / "checkpoint.pt"
+    if checkpoint.exists():
+        trainer.resume(checkpoint)
+    seconds_before = trainer.seconds
+
+    screen.announce(
+        console,
+        plan,
+        source=NOTICE if data is None else str(data),
+        synthetic=data is None,
+        parameters=parameter_count(trainer.network),
+        backend=kernel_backend(),
+        steps_done=trainer.step,
+        seconds=_expected_seconds(plan, trainer.step, [geometries[c.name] for c in held_out]),
+        out=out,
+    )
+    if trainer.step < plan.steps:
+        with console.status(f"Loading {len(training)} volumes"):
+            volumes = training_volumes(plan, training, geometries)
+        fit(console, trainer, Crops(volumes, augmentation(plan), plan.batch_size, plan.seed), checkpoint)
+    predictor = Predictor([(trainer.network, plan)])
+    scores = _segment(console, predictor, held_out, out / "predictions")
+    with console.status("Comparing components with the truth"):
+        components = _explain(predictor, training, held_out)
+    with console.status("Timing the networks side by side"):
+        speeds = compare(plan)
+    with console.status("Drawing"):
+        notice = f"\n{NOTICE}" if data is None else ""
+        _draw(out, predictor, held_out, scores, components, notice)
+
+    report = {
+        "task": task.name,
+        "data": NOTICE if data is None else str(data),
+        "synthetic": data is None,
+        "dice": _mean({row.target: row.dice for row in summarise(itertools.chain(*scores.values()))}),
+        "dice_per_case": {
+            name: _mean({score.target: score.dice for score in members}) for name, members in scores.items()
+        },
+        "seconds": round(seconds_before + time.perf_counter() - start, 2),
+        "seconds_training": round(trainer.seconds, 2),
+        "backend": kernel_backend(),
+        "timings": {
+            "forward_input": [1, len(plan.modalities), *plan.crop],
+            "training_step_input": [plan.batch_size, len(plan.modalities), *plan.crop],
+            "threads": torch.get_num_threads(),
+            "networks": [asdict(speed) for speed in speeds],
+        },
+        "components": components,
+        "loss": {"first": trainer.losses[0], "last": trainer.losses[-1]},
+        "split": {"training": plan.training, "held_out": plan.held_out},
+        "settings": asdict(plan),
+        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
+    }
+    with atomic(out / "report.json") as temporary:
+        temporary.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+    screen.conclude(console, report, out)
+    return report
+
+
+def _expected_seconds(plan: Plan, steps_done: int, held_out: Sequence[Geometry]) -> float:
+    """Of training and segmenting, from three steps and forwards of a throw-away network."""
+
+    def seconds(call: Callable[[], object]) -> float:
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - start)
+        return median(times)
+
+    trial = Trainer(plan, build_network(plan.network, plan.seed))
+    image = torch.randn(plan.batch_size, len(plan.modalities), *plan.crop)
+    label = torch.zeros(plan.batch_size, 1, *plan.crop)
+    step = seconds(lambda: trial.update(image, label))
+    with torch.no_grad():
+        forward = seconds(lambda: trial.network.eval()(image)) / plan.batch_size
+    windows = 0
+    for geometry in held_out:
+        length = np.array(geometry.shape) * geometry.spacing / plan.spacing
+        size = np.maximum(np.rint(length).astype(int), plan.crop)
+        windows += len(dense_patch_slices(size, plan.crop, [c // 2 for c in plan.crop]))
+    return step * (plan.steps - steps_done) + forward * windows
+
+
+def _segment(
+    console: Console, predictor: Predictor, cases: Sequence[Case], folder: Path
+) -> dict[str, list[Score]]:
+    """Segment the cases into `folder`; returns their scores, on the cases' own grids."""
+    plan, scores = predictor.plan, {}
+    with progress(console) as bar:
+        for case in bar.track(cases, description="Segmenting"):
+            path = folder / f"{case.name}.nii.gz"
+            write_nifti(predictor.segment(case), case.image, path)
+            scores[case.name] = evaluate_case(path, case, list(plan.labels), plan.targets)
+    return scores
+
+
+def _explain(predictor: Predictor, training: Sequence[Case], held_out: Sequence[Case]) -> dict[str, Any]:
+    """`best_components` for the report; AUC is None where no case has the class."""
+    found = best_components(predictor, training[:EXPLAINED], held_out[:EXPLAINED])
+    return {
+        depth: {
+            "layer": best.layer,
+            "maps": best.maps,
+            "best": {
+                name: {"map": m, "auc": None if math.isnan(auc) else round(auc, 4)}
+                for name, (m, auc) in best.targets.items()
+            },
+        }
+        for depth, best in found.items()
+    }
+
+
+def _draw(
+    out: Path,
+    predictor: Predictor,
+    held_out: Sequence[Case],
+    scores: dict[str, list[Score]],
+    components: dict[str, Any],
+    notice: str,
+) -> None:
+    plan = predictor.plan
+    by_dice = sorted(held_out, key=lambda case: -sum(score.dice for score in scores[case.name]))
+    places = sorted({0, len(by_dice) // 2, len(by_dice) - 1})
+    pictures = []
+    for case in (by_dice[place] for place in places):
+        values = [f"{score.target} {score.dice:.2f}" for score in scores[case.name]]
+        caption = textwrap.fill("Dice " + ", ".join(values), 40)
+        path = out / "predictions" / f"{case.name}.nii.gz"
+        pictures.append(picture(plan, case, path, caption))
+    draw_segmentations(
+        out / "segmentation.png",
+        pictures,
+        plan.modalities,
+        plan.classes,
+        f"{plan.task}: held-out cases, best, median and worst of {len(held_out)}{notice}",
+    )
+
+    middle = by_dice[len(by_dice) // 2]
+    names = [record["layer"] for record in components.values()]
+    maps = case_components(predictor, names, middle).maps
+    rows = []
+    for depth, record in components.items():
+        captions: dict[int, list[str]] = {}
+        for name, best in record["best"].items():
+            if best["auc"] is not None and best["auc"] > 0.5:  # better than chance
+                captions.setdefault(best["map"], []).append(f"{name}: AUC {best['auc']:.2f}")
+        volumes = maps[record["layer"]]
+        # The maps that stand for a class come first, then those with most in them.
+        by_content = volumes.flatten(1).mean(1).argsort(descending=True).tolist()
+        shown = [*captions, *(m for m in by_content if m not in captions)][:MAPS_SHOWN]
+        texts = ["\n".join([f"component {m}", *captions.get(m, [])]) for m in shown]
+        rows.append((f"{depth} layer", volumes[shown].numpy(), texts))
+    draw_components(
+        out / "components.png",
+        pictures[places.index(len(by_dice) // 2)],
+        rows,
+        plan.classes,
+        f"{plan.task}: NMF components of a held-out case, {middle.name}; bright: much of it{notice}",
+    )
+
+
+def _mean(values: dict[str, float]) -> dict[str, float]:
+    """The values after their mean, rounded."""
+    mean = sum(values.values()) / len(values)
+    return {name: round(value, 4) for name, value in {"mean": mean, **values}.items()}

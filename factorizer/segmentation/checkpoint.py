@@ -1,0 +1,73 @@
+"""Checkpoints of training runs: the plan, and the network with its weights."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..models.build import build_network
+from .errors import DataError
+from .files import load_tensors
+from .plan import Plan
+
+
+def read_checkpoint(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
+    """The plan and the state in a checkpoint. Nothing in the file is executed.
+
+    Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
+    """
+    state = load_tensors(path)
+    missing = {"plan", "network"}.difference(state)
+    if missing:
+        raise DataError(
+            f"{path}: not a checkpoint of this program: it has no {' and no '.join(sorted(missing))}. "
+            "For weights from elsewhere there is factorizer convert"
+        )
+    try:
+        return Plan(**state["plan"]), state
+    except (TypeError, ValueError) as error:
+        raise DataError(
+            f"{path}: not a checkpoint of this program: its plan is another's ({error})"
+        ) from error
+
+
+def load_network(path: str | Path) -> tuple[nn.Module, Plan]:
+    """The network of a checkpoint, in evaluation mode, and the plan that it was trained by.
+
+    Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
+    """
+    plan, state = read_checkpoint(path)
+    network = network_of(plan, path)
+    fill(network, state["network"], path)
+    return network.eval(), plan
+
+
+def network_of(plan: Plan, path: str | Path) -> nn.Module:
+    """The plan's network, untrained. Raises DataError where the plan, from `path`, describes none."""
+    try:
+        return build_network(plan.network, plan.seed)
+    except (TypeError, ValueError) as error:
+        raise DataError(f"{path}: its plan describes no network of this family ({error})") from error
+
+
+def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
+    """The network with the weights of a checkpoint, in evaluation mode.
+
+    Raises FileNotFoundError where there is none, DataError where it is not one of ours, or one of
+    another network.
+    """
+    fill(network, read_checkpoint(path)[1]["network"], path)
+    return network.eval()
+
+
+def fill(network: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
+    """Loads the weights that were read from `path`. Raises DataError where they are another network's."""
+    try:
+        network.load_state_dict(state)
+    except RuntimeError as error:  # with a line for each of the tensors
+        reason = textwrap.shorten(str(error), 300, placeholder=" ...")
+        raise DataError(f"{path}: its weights do not fit the network ({reason})") from error

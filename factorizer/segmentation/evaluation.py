@@ -1,0 +1,239 @@
+"""How well label volumes agree: Dice and HD95 of each target and case."""
+
+from __future__ import annotations
+
+import csv
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import torch
+import torch.distributed as dist
+from monai.metrics import compute_hausdorff_distance
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+from factorizer.segmentation.cases import Case, find_cases, read_classes, volumes_in
+from factorizer.segmentation.checkpoint import read_checkpoint
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import atomic, prepare_folder
+from factorizer.segmentation.inference import Predictor, failure
+from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.processes import place
+from factorizer.segmentation.screen import count, progress, table, tell_failure
+from factorizer.segmentation.volumes import check_label, read_nifti
+
+Targets = Mapping[str, Sequence[int]]  # names, each with the label values that it unites
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of one target in one case; HD95 in mm."""
+
+    case: str
+    target: str
+    dice: float
+    hd95: float
+
+
+def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
+    """2 |A ∩ B| / (|A| + |B|) of two masks; 1 where both are empty."""
+    both = int(prediction.sum()) + int(truth.sum())
+    return 2 * int((prediction & truth).sum()) / both if both else 1.0
+
+
+def hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
+    """The larger of the two 95th percentiles of the distances between the surfaces of two masks, mm.
+
+    0 where both are empty, infinite where one is.
+    """
+    if not prediction.any() or not truth.any():
+        return 0.0 if prediction.any() == truth.any() else math.inf
+    # Away from the masks there is no surface: the distance transforms need only their box.
+    box = tuple(slice(int(places.min()), int(places.max()) + 1) for places in np.nonzero(prediction | truth))
+    a, b = (torch.from_numpy(np.pad(mask[box], 1)[None, None]) for mask in (prediction, truth))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.5 to 1.6 about its own argument
+        distance = compute_hausdorff_distance(
+            a, b, include_background=True, percentile=95, spacing=list(spacing)
+        )
+    return float(distance)
+
+
+def compare(
+    prediction: np.ndarray, truth: np.ndarray, targets: Targets, spacing: Sequence[float], case: str
+) -> list[Score]:
+    """The score of each target for two label volumes (X, Y, Z) on one grid."""
+    scores = []
+    for name, values in targets.items():
+        masks = np.isin(prediction, list(values)), np.isin(truth, list(values))
+        scores.append(Score(case, name, dice(*masks), hd95(*masks, spacing)))
+    return scores
+
+
+def evaluate_case(prediction: Path, case: Case, values: Sequence[int], targets: Targets) -> list[Score]:
+    """The scores of a written segmentation against `case.label`, on the grid of both.
+
+    Raises DataError where a file cannot be read, the two lie on different grids, or a value stands
+    for no class.
+    """
+    if case.label is None:
+        raise DataError(f"{prediction}: there is no label for it")
+    truth = check_label(Case(case.name, (prediction,), case.label), values)
+    labels = check_label(Case(case.name, (prediction,), prediction), values)
+    spacing = nib.affines.voxel_sizes(nib.load(prediction).affine).tolist()  # type: ignore[attr-defined]
+    return compare(labels, truth, targets, spacing, case.name)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Of one target over the cases: mean Dice; mean HD95 over the cases where it is finite, and the
+    number of the others, in which one of the two masks is empty."""
+
+    target: str
+    cases: int
+    dice: float
+    hd95: float
+    infinite: int
+
+
+def summarise(scores: Iterable[Score]) -> list[Summary]:
+    """One summary for each target, in the order of their first appearance."""
+    by_target: dict[str, list[Score]] = {}
+    for score in scores:
+        by_target.setdefault(score.target, []).append(score)
+    summaries = []
+    for target, members in by_target.items():
+        finite = [score.hd95 for score in members if math.isfinite(score.hd95)]
+        mean = sum(finite) / len(finite) if finite else math.nan
+        mean_dice = sum(score.dice for score in members) / len(members)
+        summaries.append(Summary(target, len(members), mean_dice, mean, len(members) - len(finite)))
+    return summaries
+
+
+def write_scores(path: Path, scores: Iterable[Score]) -> None:
+    """One line for each case and target."""
+    with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(("case", "target", "dice", "hd95_mm"))
+        for score in scores:
+            table.writerow((score.case, score.target, f"{score.dice:.6f}", f"{score.hd95:.6g}"))
+
+
+def label_in(folder: Path, name: str) -> Path:
+    """folder/NAME.nii where it is there, else folder/NAME.nii.gz, which reading finds missing or not."""
+    plain = folder / f"{name}.nii"
+    return plain if plain.is_file() else folder / f"{name}.nii.gz"
+
+
+class MeanDice:
+    """A validation: the mean Dice of a network over cases and targets, on the cases' own grids.
+
+    Where a process group is there each process segments its part of the cases, and all get the same.
+    """
+
+    def __init__(self, plan: Plan, cases: Sequence[Case], device: torch.device | str = "cpu") -> None:
+        self.plan, self.cases, self.device = plan, cases, torch.device(device)
+
+    def __call__(self, network: nn.Module) -> float:
+        part, parts = place() if dist.is_initialized() else (0, 1)
+        predictor = Predictor([(network, self.plan)], device=self.device)
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        for case in self.cases[part::parts]:
+            assert case.label is not None
+            labels, truth = predictor.segment(case), read_nifti(case.label)[1]
+            for values in self.plan.targets.values():
+                total[0] += dice(np.isin(labels, values), np.isin(truth, values))
+                total[1] += 1
+        if parts > 1:
+            dist.all_reduce(total)
+        return float(total[0] / total[1])
+
+
+def evaluate(
+    console: Console, predictions: Path, labels: Path, out: Path, checkpoint: Path | None = None
+) -> int:
+    """Compares every predictions/NAME.nii.gz with its label, and writes the scores to the CSV `out`.
+
+    `labels`: a folder with NAME.nii.gz, a folder in the Decathlon's layout, or a data list. What is
+    measured (names, label values, nested regions) is read from `checkpoint`, or without one from
+    dataset.json, or else is every value that a label has. Returns how many cases failed.
+
+    Raises DataError for inputs that cannot be used at all.
+    """
+    if out.is_dir():
+        raise DataError(f"output: {out} is a folder; it must be a file for the scores, such as scores.csv")
+    known, classes = _labels(labels)
+    cases = [Case(case.name, case.images, known.get(case.name)) for case in _predictions(predictions)]
+    prepare_folder("output", out.resolve().parent)
+    targets, values = _targets(cases, classes, checkpoint)
+    scores: list[Score] = []
+    failed = 0
+    with progress(console) as bar:
+        for case in bar.track(cases, description="Comparing"):
+
+            def compare(case: Case = case) -> None:
+                scores.extend(evaluate_case(case.image, case, values, targets))
+
+            if reason := failure(compare):
+                failed += 1
+                tell_failure(console, case.name, reason)
+    write_scores(out, scores)
+    compared = count(len(cases) - failed, "case")
+    console.print(summary_table(f"{compared}; the scores of each are in {out}", summarise(scores)))
+    if missing := known.keys() - {case.name for case in cases}:
+        console.print(f"{len(missing)} of {count(len(known), 'label')} have no prediction", soft_wrap=True)
+    return failed
+
+
+def summary_table(title: str, rows: list[Summary]) -> Table:
+    """Means over the cases, a row for each target."""
+    shown = table(title, "target", "Dice", "HD95, mm", "one mask empty")
+    for row in rows:
+        finite = row.cases > row.infinite
+        shown.add_row(
+            row.target, f"{row.dice:.4f}", f"{row.hd95:.2f}" if finite else "none", str(row.infinite)
+        )
+    return shown
+
+
+def _predictions(folder: Path) -> tuple[Case, ...]:
+    if not folder.is_dir():
+        raise DataError(f"predictions: {folder} is not a folder")
+    if not (cases := volumes_in(folder)):
+        raise DataError(f"predictions: {folder} holds no NIfTI file")
+    return cases
+
+
+def _labels(labels: Path) -> tuple[dict[str, Path | None], dict[int, str]]:
+    """The label file of each case, and the names of the label values where they are known."""
+    listing = labels / "dataset.json" if labels.is_dir() else labels
+    if listing.suffix == ".json" and listing.is_file():
+        return {case.name: case.label for case in find_cases([listing], labelled=True)}, read_classes(listing)
+    if not labels.is_dir():
+        raise DataError(f"labels: {labels} is no folder and no data list")
+    return {case.name: case.image for case in volumes_in(labels)}, {}
+
+
+def _targets(
+    cases: Sequence[Case], classes: dict[int, str], checkpoint: Path | None
+) -> tuple[Targets, list[int]]:
+    """What is measured, and all the values that a label may have."""
+    if checkpoint is not None:
+        plan = read_checkpoint(checkpoint)[0]
+        return plan.targets, list(plan.labels)
+    if not classes:
+        found: set[int] = {0}
+        for case in cases:
+            for path in (case.image, case.label):
+                try:
+                    found |= set() if path is None else set(np.unique(read_nifti(path)[1]).tolist())
+                except DataError:
+                    continue  # told when its case is compared
+        classes = {value: str(value) for value in sorted(map(int, found))}
+    return {name: (value,) for value, name in classes.items() if value}, list(classes)

@@ -1,0 +1,240 @@
+"""What a Factorizer looks at: the nonnegative components of its layers, as volumes.
+
+A mixer factorises each head of each window as X ≈ u vᵀ, X head_dim × voxels. The vector v says how
+much of the component each voxel holds: put back in its place it is a map over the volume, and maps
+of that kind are what the Factorizer paper (Medical Image Analysis 84, 2023) shows of a network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import nibabel as nib
+import numpy as np
+import torch
+from monai.transforms import Compose
+from torch import Tensor, nn
+from torch.nn.functional import interpolate
+
+from factorizer import FactMixer
+from factorizer.segmentation.cases import Case
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.inference import Predictor
+from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.transforms import files_of, preprocessing, to_own_grid
+
+
+def mixers(network: nn.Module) -> dict[str, FactMixer]:
+    """Every mixer of a network by its name in the state dict, in the order of the forward pass."""
+    return {name: part for name, part in network.named_modules() if isinstance(part, FactMixer)}
+
+
+@torch.no_grad()
+def component_maps(mixer: FactMixer, x: Tensor) -> Tensor:
+    """The components of a mixer for its input x (B, C, *size): maps (B, heads · R, *size), ≥ 0.
+
+    Component r of a head at a voxel is v[r] ‖u[r]‖, the length of what it adds to the voxel's
+    features, averaged over the shifts. (v alone has no scale: only the product u vᵀ has one, and
+    windows would not be comparable.)
+    """
+    u, v = mixer.decompose(x)
+    lengths = v * torch.linalg.vector_norm(u, dim=-2, keepdim=True)
+    head_dim = u.shape[-2]
+    maps = []
+    for row in lengths.unbind(-1):
+        # Every channel of a head gets the component, as that is what can be put back; one is kept.
+        rows = row[..., None, :].expand(*row.shape[:-1], head_dim, row.shape[-1])
+        maps.append(mixer.reshape.inverse_forward(rows, x.shape[2:])[:, ::head_dim])
+    return torch.stack(maps, dim=2).flatten(1, 2)
+
+
+class ComponentMaps(nn.Module):
+    """Image to the components of some layers, so that a sliding window can be moved over it.
+
+    Calling it with x (B, C, *size) runs the network once and returns (B, maps, *size): the maps of
+    each of `layers`, names from `mixers`, one after the other; those of coarse layers are
+    interpolated linearly. `counts` tells how many maps each layer has.
+    """
+
+    def __init__(self, network: nn.Module, layers: Sequence[str]) -> None:
+        super().__init__()
+        known = mixers(network)
+        if missing := [name for name in layers if name not in known]:
+            raise ValueError(f"layers: the network has no {missing[0]!r}; it has {list(known)}")
+        self.network = network
+        self.chosen = {name: known[name] for name in layers}
+        self.counts: dict[str, int] = {}
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        inputs: dict[str, Tensor] = {}
+        hooks = [
+            mixer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
+            for name, mixer in self.chosen.items()
+        ]
+        try:
+            self.network(x)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        mode = {1: "linear", 2: "bilinear", 3: "trilinear"}[x.ndim - 2]
+        maps = []
+        for name, mixer in self.chosen.items():
+            found = component_maps(mixer, inputs[name])
+            self.counts[name] = found.shape[1]
+            maps.append(interpolate(found, size=x.shape[2:], mode=mode))
+        return torch.cat(maps, dim=1)
+
+
+def shallow_and_deep(network: nn.Module, plan: Plan) -> dict[str, str]:
+    """The names of the first mixer and of the bottleneck's last."""
+    names = list(mixers(network))
+    return {"shallow": names[0], "deep": names[sum(plan.network["encoder_depth"]) - 1]}
+
+
+def find_layers(network: nn.Module, plan: Plan, names: Sequence[str]) -> dict[str, str]:
+    """Layers by what they are called here: "shallow", "deep", or a name from `mixers`; "all" for every one.
+
+    Raises DataError where the network has no such layer.
+    """
+    known = shallow_and_deep(network, plan) | {name: name for name in mixers(network)}
+    if list(names) == ["all"]:
+        names = list(mixers(network))
+    for name in names:
+        if name not in known:
+            raise DataError(f"layers: the network has no {name!r}; it has {', '.join(known)}")
+    return {name: known[name] for name in names}
+
+
+@dataclass(frozen=True)
+class Components:
+    """The component maps of some layers over one case.
+
+    `maps`: (n, X, Y, Z) of each layer on the network's grid, axes right, anterior, superior.
+    """
+
+    maps: dict[str, Tensor]
+    item: dict[str, Any]
+    before: Compose
+
+    def on_grid(self, layer: str) -> Tensor:
+        """The maps (n, X, Y, Z) of a layer on the image's own grid."""
+        return to_own_grid(self.maps[layer], self.item, self.before)
+
+
+def case_components(predictor: Predictor, layers: Sequence[str], case: Case) -> Components:
+    """The maps of layers, names from `mixers`, of the predictor's first network over a whole volume."""
+    network, plan = predictor.models[0]
+    before = preprocessing(plan, ("image",))
+    item = before(files_of(case))
+    components = ComponentMaps(network, layers)
+    maps = predictor.run(components, plan, item["image"].as_tensor())
+    parts = maps.split([components.counts[name] for name in layers])
+    return Components(dict(zip(layers, parts, strict=True)), item, before)
+
+
+class Agreement(NamedTuple):
+    """Of a map with a mask: the area under its ROC curve (the probability that a voxel inside scores
+    higher than one outside, ties counting one half: 0.5 is chance, 1 a perfect separation), and the
+    best Dice that a threshold on the map reaches, with that threshold (map >= threshold)."""
+
+    auc: float
+    dice: float
+    threshold: float
+
+
+def agreement(scores: Tensor, mask: Tensor) -> Agreement:
+    """How well `scores` tell the voxels of `mask` from the others; NaN where it is empty or full."""
+    mask = mask.flatten().bool()
+    inside, outside = int(mask.sum()), int((~mask).sum())
+    if not inside or not outside:
+        return Agreement(float("nan"), float("nan"), float("nan"))
+    levels, place, counts = scores.flatten().unique(return_inverse=True, return_counts=True)
+    last = counts.cumsum(0).double()
+    ranks = last - (counts - 1) / 2  # equal scores share the mean of their ranks
+    auc = (ranks[place[mask]].sum() - inside * (inside + 1) / 2) / (inside * outside)
+    # At the k-th level: how many voxels score as much or more, and how many of these are inside.
+    hits = torch.bincount(place[mask], minlength=len(levels)).flip(0).cumsum(0).flip(0)
+    above = counts.flip(0).cumsum(0).flip(0)
+    dice = 2 * hits / (above + inside)
+    best = int(dice.argmax())
+    return Agreement(float(auc), float(dice[best]), float(levels[best]))
+
+
+def agreements(
+    maps: Tensor, labels: np.ndarray, signal: np.ndarray, plan: Plan
+) -> dict[str, list[Agreement]]:
+    """For each target of the plan the agreement of every map (n, X, Y, Z) with it.
+
+    Taken over the voxels of `signal` (X, Y, Z): where air counts, every map looks good. `labels`
+    (X, Y, Z) are label values.
+    """
+    inside = torch.from_numpy(signal)
+    kept = maps[:, inside]
+    return {
+        name: [agreement(row, torch.from_numpy(np.isin(labels[signal], values))) for row in kept]
+        for name, values in plan.targets.items()
+    }
+
+
+def signal_of(case: Case) -> np.ndarray:
+    """Where the image of a case is not zero: (X, Y, Z)."""
+    nonzero = None
+    for path in case.images:
+        voxels = np.asarray(nib.load(path).dataobj) != 0  # type: ignore[attr-defined]
+        voxels = voxels.any(axis=3) if voxels.ndim == 4 else voxels
+        nonzero = voxels if nonzero is None else nonzero | voxels
+    assert nonzero is not None
+    return nonzero
+
+
+def component_agreement(
+    predictor: Predictor, layers: Sequence[str], cases: Sequence[Case]
+) -> dict[str, Tensor]:
+    """AUC of every map with every target, on the cases' own grids: for each layer (targets, maps).
+
+    Averaged over the cases that have the target.
+    """
+    plan = predictor.models[0][1]
+    found: dict[str, list[Tensor]] = {name: [] for name in layers}
+    for case in cases:
+        components = case_components(predictor, layers, case)
+        labels = np.asarray(nib.load(case.label).dataobj)  # type: ignore[attr-defined,arg-type]
+        for name in layers:
+            by_target = agreements(components.on_grid(name), labels, signal_of(case), plan)
+            found[name].append(torch.tensor([[a.auc for a in row] for row in by_target.values()]))
+    return {name: torch.stack(areas).nanmean(0) for name, areas in found.items()}
+
+
+class BestComponents(NamedTuple):
+    """Of a layer: its name in the state dict, how many maps it has, and for each target the map that
+    stands for it, with that map's AUC."""
+
+    layer: str
+    maps: int
+    targets: dict[str, tuple[int, float]]
+
+
+def best_components(
+    predictor: Predictor, chosen_on: Sequence[Case], measured_on: Sequence[Case]
+) -> dict[str, BestComponents]:
+    """How well single components tell the targets apart, in the shallow and the deep layer.
+
+    The map that stands for a target is the one with the highest AUC on `chosen_on`; its AUC is that
+    on `measured_on`, so that the choice is no part of the measurement. NaN where no case has it.
+    """
+    (network, plan), *_ = predictor.models
+    layers = shallow_and_deep(network, plan)
+    chosen = component_agreement(predictor, list(layers.values()), chosen_on)
+    measured = component_agreement(predictor, list(layers.values()), measured_on)
+    found = {}
+    for depth, layer in layers.items():
+        best = chosen[layer].nan_to_num(nan=-1).argmax(1).tolist()
+        areas = {
+            name: (m, float(measured[layer][k, m]))
+            for k, (name, m) in enumerate(zip(plan.targets, best, strict=True))
+        }
+        found[depth] = BestComponents(layer, chosen[layer].shape[1], areas)
+    return found

@@ -1,0 +1,70 @@
+"""Several processes that work together, as torchrun starts them; or one."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+from factorizer.segmentation.errors import DataError
+
+T = TypeVar("T")
+
+
+def place() -> tuple[int, int]:
+    """This process's number and how many there are, as torchrun tells them: (0, 1) without it."""
+    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """Joins the processes that torchrun started, to train together; does nothing without torchrun.
+
+    Tensors travel through NCCL on CUDA devices, through Gloo on the CPU.
+    """
+    if place()[1] == 1 or dist.is_initialized():
+        yield
+        return
+    # One may wait long for another, whose volumes are larger; where one ends torchrun ends all.
+    dist.init_process_group(timeout=timedelta(days=1))
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def gather(values: Sequence[T]) -> list[T]:
+    """Those of all processes of the group, in every process; `values` where there is no group."""
+    if not dist.is_initialized():
+        return list(values)
+    parts: list[Sequence[T]] = [[]] * dist.get_world_size()
+    dist.all_gather_object(parts, values)
+    return [value for part in parts for value in part]
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device of that name; without one a GPU if there is one, the one that torchrun's local rank
+    names, else the CPU.
+
+    Raises DataError where there is no such device.
+    """
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise DataError(f"device: {name!r} is no device ({error})") from error
+    if device.type not in ("cpu", "cuda"):
+        raise DataError(f"device: {name!r} is not supported; give cpu or cuda")
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise DataError(f"device: {name!r} is not here: torch sees no CUDA device")
+        if device.index is None:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    return device

@@ -1,0 +1,1 @@
+"""The operator families, one folder each: windows, nmf, swin_nmf."""

@@ -1,0 +1,113 @@
+"""Triton kernels of ``swin_nmf``: windows are read from the map, and no window is ever written.
+
+Forward with one copy: one kernel reads x and writes y. With several: one kernel reads x and writes every
+window's factors; ``gather_kernel`` then writes y once, the mean over the copies of UVᵀ at each voxel.
+Backward: one launch for each copy; within a copy every voxel lies in one window, so the first launch
+writes dx and the later ones add to it, in a fixed order and without atomics.
+"""
+
+from math import prod
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from factorizer_kernels.ops.nmf.triton.operators import backward, forward
+from factorizer_kernels.ops.windows.address import window_at
+from factorizer_kernels.ops.windows.geometry import matricized_shape, rolls
+from factorizer_kernels.ops.windows.triton import blocks
+from factorizer_kernels.shared import registry
+from factorizer_kernels.shared.triton import Problem, axes_3d, launch, spatial_3d
+
+
+@triton.jit
+def gather_kernel(
+    u, v, sizes, batch_heads, y,
+    M: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, RANK: tl.constexpr,
+    M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr,
+):  # fmt: skip
+    """A block of channels and voxels of the contiguous map y: the mean over the copies of UVᵀ.
+
+    u (windows, RANK, M) and v (windows, RANK, N), windows ordered as (copy, batch and head, cell).
+    """
+    copies: tl.constexpr = len(SHIFTS) // 3
+    row_blocks: tl.constexpr = (M + M_BLOCK - 1) // M_BLOCK
+    N: tl.constexpr = PATCH[0] * PATCH[1] * PATCH[2]
+    voxels = sizes[0] * sizes[1] * sizes[2]
+    voxel_blocks = tl.cdiv(voxels, N_BLOCK)
+    item = tl.program_id(0) // row_blocks
+    batch_head = item // voxel_blocks
+    voxel = item % voxel_blocks * N_BLOCK + tl.arange(0, N_BLOCK)
+    m = tl.program_id(0) % row_blocks * M_BLOCK + tl.arange(0, M_BLOCK)
+    mask = (m < M)[:, None] & (voxel < voxels)[None, :]
+    cells = voxels // N
+    total = tl.zeros([M_BLOCK, N_BLOCK], u.dtype.element_ty)
+    for copy in tl.static_range(copies):
+        cell, n = window_at(copy, voxel, sizes, PATCH, SHIFTS)
+        window = (copy * batch_heads + batch_head).to(tl.int64) * cells + cell
+        for r in range(RANK):
+            v_row = tl.load(v + (window * RANK + r) * N + n, mask=voxel < voxels, other=0.0)
+            u_block = tl.load(u + ((window * RANK + r) * M)[None, :] + m[:, None], mask=mask, other=0.0)
+            total += u_block * v_row[None, :]
+    rows = (batch_head * M + m).to(tl.int64) * voxels
+    tl.store(y + rows[:, None] + voxel[None, :], total * (1.0 / copies), mask=mask)
+
+
+def windows_problem(
+    x: Tensor, u0: Tensor, head_dim, patch_size, shifts, relu, num_iters, solver, eps
+) -> tuple[Problem, tuple[int, int]]:
+    """The problem, and the leading dimensions (S·B·H, G1···Gp) of its matrices."""
+    axes = len(patch_size)
+    batch = matricized_shape(x.shape, head_dim, patch_size, len(shifts))[:2]
+    patch = axes_3d(patch_size, axes, 1)
+    steps = axes_3d(rolls(shifts, x.shape[2:]), axes, 0)
+    return Problem(head_dim, patch, steps, u0.shape[-1], solver == "hals", eps, relu, num_iters), batch
+
+
+@registry.kernel("swin_nmf", "triton")
+def swin_nmf(
+    x: Tensor, u0: Tensor, v0: Tensor, head_dim: int, patch_size: list[int], shifts: list[int],
+    relu: bool, num_iters: int, solver: str, eps: float,
+) -> Tensor:  # fmt: skip
+    problem, batch = windows_problem(x, u0, head_dim, patch_size, shifts, relu, num_iters, solver, eps)
+    y = x.new_empty(x.shape)
+    x = spatial_3d(x)
+    if problem.copies == 1:
+        forward(problem, x, u0, v0, batch, spatial_3d(y))
+        return y
+    windows = prod(batch)
+    u = u0.new_empty((windows, problem.rank, problem.rows))
+    v = v0.new_empty((windows, problem.rank, problem.columns))
+    forward(problem, x, u0, v0, batch, (u.mT, v.mT))
+    m_block, n_block = blocks(head_dim)
+    sizes = tuple(x.shape[2:])
+    batch_heads = x.shape[0] * x.shape[1] // head_dim
+    launch(
+        gather_kernel, batch_heads * triton.cdiv(prod(sizes), n_block) * triton.cdiv(head_dim, m_block), x,
+        u, v, sizes, batch_heads, y,
+        M=head_dim, PATCH=problem.patch, SHIFTS=problem.shifts, RANK=problem.rank,
+        M_BLOCK=m_block, N_BLOCK=n_block,
+    )  # fmt: skip
+    return y
+
+
+@registry.kernel("swin_nmf_backward", "triton")
+def swin_nmf_backward(
+    dy: Tensor, x: Tensor, u0: Tensor, v0: Tensor, head_dim: int, patch_size: list[int], shifts: list[int],
+    relu: bool, num_iters: int, solver: str, grad_steps: int, eps: float, factor_grads: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    problem, batch = windows_problem(x, u0, head_dim, patch_size, shifts, relu, num_iters, solver, eps)
+    # Copies are summed in the arithmetic's precision, not in a half-precision dx.
+    dx = x.new_empty(x.shape, dtype=x.dtype if problem.copies == 1 else u0.dtype)
+    du0, dv0 = backward(
+        problem,
+        grad_steps,
+        factor_grads,
+        spatial_3d(x),
+        u0,
+        v0,
+        batch,
+        spatial_3d(dy),
+        spatial_3d(dx),
+    )
+    return dx.to(x.dtype), du0, dv0

@@ -1,0 +1,1 @@
+"""What every operator family needs; nothing here names a family."""
