@@ -29,30 +29,33 @@ namespace FK_ISA {
 
 // --- Weights ---------------------------------------------------------------------------------
 
-// The registers' tile: at most max_height rows of `out`, of two vectors each, or more where the rows are few.
+// The registers' tile: at most max_height rows of `out` by two vectors, or fewer rows by more. Along a short
+// depth a smaller one is better: there are fewer sums to begin and to store for what is done between.
 #if defined(__AVX512F__)
-constexpr i64 max_height = 12;
+constexpr i64 max_height = 12, short_height = 8;
 #elif defined(__aarch64__)
-constexpr i64 max_height = 8;
+constexpr i64 max_height = 8, short_height = 6;
 #elif defined(__AVX__)
-constexpr i64 max_height = 6;
+constexpr i64 max_height = 6, short_height = 4;
 #else
-constexpr i64 max_height = 4;
+constexpr i64 max_height = 4, short_height = 4;
 #endif
-constexpr i64 register_tile = 2 * max_height;
+constexpr i64 short_depth = 64;
 
-// Columns of W that one go of the microkernel takes: its part of `in` stays in the first-level cache.
+// Columns of W that one go of the microkernel takes: what it reads of `in`, at most depth_block x two vectors
+// or chunk_bytes, stays in the first-level cache while the panels of W pass.
 constexpr i64 depth_block = 256;
+constexpr i64 chunk_bytes = 16 << 10;
 
 // Panels of W that stay in the second-level cache while the columns of a tile pass: 128 KB at the full depth.
 constexpr i64 panel_group = 128 / max_height;
 
 // A cut into as few pieces of at most `largest` as there can be, at least one; their sizes differ by one at
 // most.
-struct Pieces {
+struct Parts {
   i64 total, count;
 
-  static Pieces of(i64 total, i64 largest) {
+  static Parts of(i64 total, i64 largest) {
     return {total, total > largest ? (total + largest - 1) / largest : 1};
   }
   i64 begin(i64 i) const {
@@ -62,6 +65,11 @@ struct Pieces {
   i64 size(i64 i) const { return total / count + (i < total % count ? 1 : 0); }
   i64 largest() const { return (total + count - 1) / count; }
 };
+
+// The panels of rows that W is cut into.
+inline Parts panels_of(i64 rows, i64 depth) {
+  return Parts::of(rows, depth < short_depth ? short_height : max_height);
+}
 
 // W as the microkernel reads it: where it lies with any strides, or packed in panels of some rows, in which
 // the coefficients stand in the order of their use. A view: the memory is the caller's.
@@ -83,7 +91,7 @@ struct Weights {
   // W[r, k] = w[r * row + k * column] to `memory`, converted from S. Swap the strides for Wᵀ.
   template <class S>
   static Weights pack(const S* w, i64 rows, i64 depth, i64 row, i64 column, T* memory) {
-    const Pieces blocks = Pieces::of(depth, depth_block), panels = Pieces::of(rows, max_height);
+    const Parts blocks = Parts::of(depth, depth_block), panels = panels_of(rows, depth);
     T* to = memory;
     for (i64 block = 0; block < blocks.count; ++block) {
       for (i64 panel = 0; panel < panels.count; ++panel) {
@@ -117,97 +125,101 @@ struct Start {
   const T* bias = nullptr;
 };
 
+// H rows of W by `length` columns, V vectors of them at a time; length is a multiple of that.
 template <int H, int V, class T>
-inline void multiply_block(const typename Weights<T>::Panel& w, i64 depth, Rows<const T> in, Rows<T> out,
-                           bool accumulate, const T* bias) {
+void multiply_panel(const typename Weights<T>::Panel& w, i64 depth, Rows<const T> in, Rows<T> out, i64 length,
+                    bool accumulate, const T* bias) {
   constexpr i64 width = Simd<T>::width;
-  Vec<T> sums[H][V];
-  if (accumulate) {
-#pragma GCC unroll 16
-    for (int p = 0; p < H; ++p) {
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) sums[p][v] = load(out[p] + v * width);
-    }
-  } else {
-#pragma GCC unroll 16
-    for (int p = 0; p < H; ++p) {
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) sums[p][v] = Vec<T>{};
-    }
-  }
-  if (bias != nullptr) {
-#pragma GCC unroll 16
-    for (int p = 0; p < H; ++p) {
-#pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) sums[p][v] += bias[p];
-    }
-  }
   // One pointer for three rows: x86 addresses take a register times 0, 1 and 2.
   constexpr int pointers = (H + 2) / 3;
-  const T* coefficients[pointers];
+  for (i64 n = 0; n < length; n += V * width) {
+    Vec<T> sums[H][V];
+    if (accumulate) {
 #pragma GCC unroll 16
-  for (int i = 0; i < pointers; ++i) coefficients[i] = w.data + 3 * i * w.row;
-  const T* x = in.data;
+      for (int p = 0; p < H; ++p) {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) sums[p][v] = load(out[p] + n + v * width);
+      }
+    } else {
+#pragma GCC unroll 16
+      for (int p = 0; p < H; ++p) {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) sums[p][v] = Vec<T>{};
+      }
+    }
+    if (bias != nullptr) {
+#pragma GCC unroll 16
+      for (int p = 0; p < H; ++p) {
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) sums[p][v] += bias[p];
+      }
+    }
+    const T* coefficients[pointers];
+#pragma GCC unroll 16
+    for (int i = 0; i < pointers; ++i) coefficients[i] = w.data + 3 * i * w.row;
+    const T* x = in.data + n;
 #pragma GCC unroll 1
-  for (i64 k = 0; k < depth; ++k) {
-    Vec<T> xs[V];
+    for (i64 k = 0; k < depth; ++k) {
+      Vec<T> xs[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) xs[v] = load(x + v * width);
+      for (int v = 0; v < V; ++v) xs[v] = load(x + v * width);
+#pragma GCC unroll 16
+      for (int p = 0; p < H; ++p) {
+        const T coefficient = coefficients[p / 3][p % 3 * w.row];
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) sums[p][v] += coefficient * xs[v];
+      }
+      x += in.stride;
+#pragma GCC unroll 16
+      for (int i = 0; i < pointers; ++i) coefficients[i] += w.column;
+    }
 #pragma GCC unroll 16
     for (int p = 0; p < H; ++p) {
-      const T coefficient = coefficients[p / 3][p % 3 * w.row];
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) sums[p][v] += coefficient * xs[v];
+      for (int v = 0; v < V; ++v) store(out[p] + n + v * width, sums[p][v]);
     }
-    x += in.stride;
-#pragma GCC unroll 16
-    for (int i = 0; i < pointers; ++i) coefficients[i] += w.column;
-  }
-#pragma GCC unroll 16
-  for (int p = 0; p < H; ++p) {
-#pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) store(out[p] + v * width, sums[p][v]);
   }
 }
 
-// One panel of W by V vectors of columns.
+// The same for a height that is known at run time only.
 template <int V, class T, int H = max_height>
-FK_INLINE void multiply_panel(i64 height, const typename Weights<T>::Panel& w, i64 depth, Rows<const T> in,
-                              Rows<T> out, bool accumulate, const T* bias) {
+FK_INLINE void multiply_panel_of(i64 height, const typename Weights<T>::Panel& w, i64 depth, Rows<const T> in,
+                                 Rows<T> out, i64 length, bool accumulate, const T* bias) {
   if constexpr (H > 0) {
-    if (height == H) {
-      if constexpr (H * V <= register_tile) multiply_block<H, V, T>(w, depth, in, out, accumulate, bias);
-    } else {
-      multiply_panel<V, T, H - 1>(height, w, depth, in, out, accumulate, bias);
-    }
+    if (height != H)
+      return multiply_panel_of<V, T, H - 1>(height, w, depth, in, out, length, accumulate, bias);
+    if constexpr (H * V <= 2 * max_height)
+      multiply_panel<H, V, T>(w, depth, in, out, length, accumulate, bias);
   }
 }
 
 // --- W times a tile --------------------------------------------------------------------------
 
 template <int V, class T>
-void multiply_columns(const Weights<T>& w, Pieces panels, Rows<const T> in, Rows<T> out, i64 length,
+void multiply_columns(const Weights<T>& w, Parts panels, Rows<const T> in, Rows<T> out, i64 length,
                       Start<T> start) {
   constexpr i64 step = V * Simd<T>::width;
-  const Pieces blocks = Pieces::of(w.depth, depth_block);
+  const Parts blocks = Parts::of(w.depth, depth_block);
   const i64 whole = length / step * step;
+  const i64 block_bytes = blocks.largest() * step * i64(sizeof(T));
+  const i64 chunk = block_bytes < chunk_bytes ? chunk_bytes / block_bytes * step : step;
   for (i64 block = 0; block < blocks.count; ++block) {
     const i64 first_k = blocks.begin(block), depth = blocks.size(block);
     const bool accumulate = start.accumulate || block > 0;
     const T* bias = block > 0 ? nullptr : start.bias;
-    // So many panels of W stay in the second-level cache while the columns pass.
     for (i64 first = 0; first < panels.count; first += panel_group) {
       const i64 last = first + panel_group < panels.count ? first + panel_group : panels.count;
-      const auto columns = [&](i64 n, auto vectors) {
+      const auto columns = [&](i64 n, i64 count, auto vectors) {
         for (i64 i = first; i < last; ++i) {
           const i64 row = panels.begin(i), height = panels.size(i);
-          multiply_panel<decltype(vectors)::value, T>(
+          multiply_panel_of<decltype(vectors)::value, T>(
               height, w.panel(row, height, first_k, depth), depth, {in[first_k] + n, in.stride},
-              {out[row] + n, out.stride}, accumulate, bias == nullptr ? nullptr : bias + row);
+              {out[row] + n, out.stride}, count, accumulate, bias == nullptr ? nullptr : bias + row);
         }
       };
-      for (i64 n = 0; n < whole; n += step) columns(n, std::integral_constant<int, V>{});
-      for (i64 n = whole; n < length; n += Simd<T>::width) columns(n, std::integral_constant<int, 1>{});
+      for (i64 n = 0; n < whole; n += chunk)
+        columns(n, chunk < whole - n ? chunk : whole - n, std::integral_constant<int, V>{});
+      if (whole < length) columns(whole, length - whole, std::integral_constant<int, 1>{});
     }
   }
 }
@@ -215,14 +227,14 @@ void multiply_columns(const Weights<T>& w, Pieces panels, Rows<const T> in, Rows
 // out (rows x length) = W in (+ out) (+ bias), in (depth x length).
 template <class T>
 void multiply(const Weights<T>& w, Rows<const T> in, Rows<T> out, i64 length, Start<T> start = {}) {
-  const Pieces panels = Pieces::of(w.rows, max_height);
-  constexpr i64 quarter = register_tile / 4, third = register_tile / 3;
-  if (panels.largest() <= quarter) {
-    multiply_columns<4>(w, panels, in, out, length, start);
-  } else if (panels.largest() <= third) {
-    multiply_columns<3>(w, panels, in, out, length, start);
-  } else {
-    multiply_columns<2>(w, panels, in, out, length, start);
+  const Parts panels = panels_of(w.rows, w.depth);
+  const i64 sums = w.depth < short_depth ? 2 * short_height + 1 : 2 * max_height;
+  switch (panels.largest() > 0 ? sums / panels.largest() : 0) {
+    case 0: return;
+    case 1:
+    case 2: return multiply_columns<2>(w, panels, in, out, length, start);
+    case 3: return multiply_columns<3>(w, panels, in, out, length, start);
+    default: return multiply_columns<4>(w, panels, in, out, length, start);
   }
 }
 
