@@ -15,7 +15,7 @@ struct FeatureMap {
 
 // What the chains share. `compute` is the dtype of the arithmetic and of all weights, biases and their
 // gradients, float32 or float64; maps are of float64 if and only if it is. Matrices are (rows, columns),
-// contiguous. Pointers that are null: a bias that is zero, a gradient that is not wanted.
+// contiguous. A bias that is null is zero. Gradients of weights are wanted all, or none: then they are null.
 struct Pointwise {
   DType compute;
   i64 batch, voxels;
@@ -49,6 +49,41 @@ struct LinearNormMLP : Pointwise {
   // backward
   FeatureMap dout, dy, dx;
   void *dweight, *dbias, *dnorm_weight, *dnorm_bias, *dweight1, *dbias1, *dweight2, *dbias2;
+};
+
+// A fine grid over a coarse one: every coarse voxel is a block of scale[0] x scale[1] x scale[2] fine ones.
+// Maps of the coarse grid have `voxels` voxels, the product of `size`; 1-D and 2-D grids have leading axes of
+// size and scale 1.
+struct Blocks : Pointwise {
+  i64 size[3], scale[3];
+
+  i64 block() const { return scale[0] * scale[1] * scale[2]; }
+};
+
+// y = V s + (the transposed convolution of x by W, whose stride is its kernel) + b: s and y are fine, x is
+// coarse. Without skip channels there is no V s.
+struct Join : Blocks {
+  i64 skip_channels, channels, out_channels;
+  FeatureMap skip, x, y;
+  const void* skip_weight;  // out_channels x skip_channels
+  const void* weight;       // channels x (out_channels, block)
+  const void* bias;         // out_channels
+
+  // backward
+  FeatureMap dy, dskip, dx;
+  void *dskip_weight, *dweight, *dbias;
+};
+
+// y = W x + b, the convolution whose stride is its kernel: x is fine, y is coarse.
+struct PatchConv : Blocks {
+  i64 channels, out_channels;
+  FeatureMap x, y;
+  const void* weight;  // out_channels x (channels, block)
+  const void* bias;    // out_channels
+
+  // backward
+  FeatureMap dy, dx;
+  void *dweight, *dbias;
 };
 
 }  // namespace factorizer

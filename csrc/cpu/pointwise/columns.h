@@ -4,8 +4,8 @@
 
 #include <type_traits>
 
-#include "cpu/common/cache.h"
 #include "cpu/common/memory.h"
+#include "cpu/common/parallel.h"
 #include "cpu/common/product.h"
 #include "cpu/common/storage.h"
 #include "problems/pointwise.h"
@@ -21,23 +21,26 @@ struct Tile {
 
 class Columns {
  public:
-  // Tiles of which `rows` rows fit the second-level cache. Their cut depends on nothing but the sizes.
+  // Tiles of at most 128 columns, a multiple of four vectors; for columns that stand for `fine` of a finer
+  // grid, at most 128 of those. The cut depends on nothing but the sizes.
   template <class T>
-  static Columns cut(const Pointwise& p, i64 rows) {
-    constexpr i64 unit = 4 * Simd<T>::width, least = 64, most = 128;
-    const i64 fitting = second_level_bytes / (rows * i64(sizeof(T)));
-    const i64 length = fitting < least ? least : fitting > most ? most : fitting;
-    const i64 total = p.batch * p.voxels;
-    return {p.voxels, total, unit, Parts::of((total + unit - 1) / unit, length / unit)};
+  static Columns cut(const Pointwise& p, i64 fine = 1) {
+    constexpr i64 unit = 4 * Simd<T>::width, most = 128 / unit;
+    const i64 total = p.batch * p.voxels, units = most / fine;
+    return {p.voxels, total, unit, Parts::of((total + unit - 1) / unit, units > 0 ? units : 1)};
   }
 
-  i64 total() const { return total_; }
+  // Whether so many that weights are worth packing.
+  bool many() const { return total_ >= 512; }
   i64 tiles() const { return total_ > 0 ? units_.count : 0; }
   i64 largest() const { return units_.largest() * unit_; }
   Tile tile(i64 i) const {
     const i64 begin = units_.begin(i) * unit_, length = units_.size(i) * unit_;
     return {begin, length < total_ - begin ? length : total_ - begin, length};
   }
+
+  // The tile after this one; no columns where there is none.
+  Tile next(i64 i) const { return i + 1 < tiles() ? tile(i + 1) : Tile{0, 0, 0}; }
 
   // Calls f(batch item, voxel, column of the tile, length) for the runs of neighbouring voxels of a tile.
   template <class F>
@@ -84,6 +87,55 @@ inline void convert_back(const T* __restrict from, S* __restrict to, i64 length)
   for (i64 i = 0; i < length; ++i) to[i] = Storage<S>::from(from[i]);
 }
 
+inline i64 bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// Fetches what is touched soon, some rows at a time, while a tile is computed: the maps of the tile after it,
+// and where its results go. The rows lie too far apart for the processor to foresee, and all of them at once
+// would be waited for.
+template <int N>
+class Fetch {
+ public:
+  // `steps` calls of step() fetch everything.
+  Fetch(const Columns& columns, i64 steps) : columns_(columns), steps_(steps) {}
+
+  void add(const Tile& tile, const FeatureMap& map, i64 channels) {
+    parts_[count_++] = {tile, map, channels};
+    rows_ += channels;
+  }
+
+  void step(i64 steps = 1) {
+    due_ += steps * rows_;
+    for (; due_ >= steps_ && part_ < count_; due_ -= steps_) {
+      fetch_row(parts_[part_].tile, parts_[part_].map, row_);
+      if (++row_ == parts_[part_].channels) row_ = 0, ++part_;
+    }
+  }
+
+ private:
+  void fetch_row(const Tile& tile, const FeatureMap& map, i64 row) const {
+    const i64 element = bytes_of(map.dtype);
+    columns_.each_run(tile, [&](i64 item, i64 voxel, i64, i64 length) {
+      const char* from =
+          static_cast<const char*>(map.data) + (item * map.batch + row * map.channel + voxel) * element;
+      for (i64 byte = 0; byte < length * element; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+    });
+  }
+
+  struct Part {
+    Tile tile;
+    FeatureMap map;
+    i64 channels;
+  };
+  const Columns& columns_;
+  Part parts_[N];
+  i64 steps_, count_ = 0, rows_ = 0, due_ = 0, part_ = 0, row_ = 0;
+};
+
+// Before a large fresh map is written, whose voxels lie side by side from its first to its last.
+inline void expect_writes(const Pointwise& p, const FeatureMap& map, i64 channels) {
+  factorizer::expect_writes(map.data, p.batch * channels * p.voxels * bytes_of(map.dtype));
+}
+
 // Zero in the padding, so that it adds nothing to sums over columns.
 template <class T>
 void read(const Columns& columns, const Tile& tile, const FeatureMap& map, i64 channels, Rows<T> to) {
@@ -120,8 +172,8 @@ inline void clear_padding(const Tile& tile, i64 channels, Rows<T> x) {
 template <class T>
 class TileMemory {
  public:
-  TileMemory(i64 rows, const Columns& columns, int threads, Arena& arena)
-      : stride_(tile_stride<T>(columns.largest())), size_((rows + 1) * stride_) {
+  TileMemory(i64 rows, i64 columns, int threads, Arena& arena)
+      : stride_(tile_stride<T>(columns)), size_((rows + 1) * stride_) {
     memory_ = arena.take<T>(threads * size_);
   }
 
@@ -143,6 +195,15 @@ class TileMemory {
   T* memory_;
 };
 
+template <class T>
+inline const T* typed(const void* data) {
+  return static_cast<const T*>(data);
+}
+template <class T>
+inline T* typed(void* data) {
+  return static_cast<T*>(data);
+}
+
 // Runs Call<T>(problem, arena).run() in scratch memory of the size that its constructor asks for.
 template <template <class> class Call, class Problem>
 void run_in_scratch(const Problem& p) {
@@ -155,11 +216,6 @@ void run_in_scratch(const Problem& p) {
     Call<T>(p, arena).run();
   };
   p.compute == DType::float64 ? run(static_cast<double*>(nullptr)) : run(static_cast<float*>(nullptr));
-}
-
-template <class T>
-inline const T* typed(const void* data) {
-  return static_cast<const T*>(data);
 }
 
 }  // namespace FK_ISA

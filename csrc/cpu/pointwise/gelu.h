@@ -139,12 +139,13 @@ FK_INLINE Lockstep<T> gelu_derivative(const Lockstep<T>& x, const Lockstep<T>& a
   });
 }
 
-// x becomes gelu(x). The length is a multiple of `unit` columns.
-template <class T>
-void gelu(i64 rows, Rows<T> x, i64 length) {
+// x becomes gelu(x), and each_row() is called beside every row. The length is a multiple of four vectors.
+template <class T, class F>
+void gelu(i64 rows, Rows<T> x, i64 length, F&& each_row) {
   using L = Lockstep<T>;
   constexpr i64 width = Simd<T>::width;
   for (i64 r = 0; r < rows; ++r) {
+    each_row();
     for (T* row = x[r]; row < x[r] + length; row += L::count * width) {
       const L v = L::of([&](int i) { return load(row + i * width); });
       const L a = tail_argument(v), y = gelu(v, a, Normal<T>::tail(a));
@@ -155,11 +156,12 @@ void gelu(i64 rows, Rows<T> x, i64 length) {
 }
 
 // x becomes gelu(x), and d, the gradient with respect to that, the one with respect to x.
-template <class T>
-void gelu_backward(i64 rows, Rows<T> x, Rows<T> d, i64 length) {
+template <class T, class F>
+void gelu_backward(i64 rows, Rows<T> x, Rows<T> d, i64 length, F&& each_row) {
   using L = Lockstep<T>;
   constexpr i64 width = Simd<T>::width;
   for (i64 r = 0; r < rows; ++r) {
+    each_row();
     for (i64 n = 0; n < length; n += L::count * width) {
       T *row = x[r] + n, *gradients = d[r] + n;
       const L v = L::of([&](int i) { return load(row + i * width); });

@@ -93,5 +93,14 @@ void standardise_backward(i64 channels, Rows<const T> dy, Rows<const T> y, const
   }
 }
 
+// y = scale x + shift, with a number of each for every row; y may be x.
+template <class T>
+void scale_and_shift(i64 channels, const T* scale, const T* shift, Rows<const T> x, Rows<T> y, i64 length) {
+  for (i64 c = 0; c < channels; ++c) {
+    for (i64 n = 0; n < length; n += Simd<T>::width)
+      store(y[c] + n, load(x[c] + n) * scale[c] + (shift == nullptr ? T(0) : shift[c]));
+  }
+}
+
 }  // namespace FK_ISA
 }  // namespace factorizer

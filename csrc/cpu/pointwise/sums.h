@@ -32,13 +32,13 @@ class Shares {
     return sum;
   }
 
-  void take(Arena& arena) {
+  // `wanted`: whether there are sums at all, or groups only.
+  void take(bool wanted, Arena& arena) {
     // Enough groups for many threads, unless their shares would take more memory than that is worth.
     constexpr i64 most = 64, least = 4, elements = 1 << 21;
-    const i64 fitting = size_ > 0 ? elements / size_ : most;
-    const i64 groups = fitting < least ? least : fitting > most ? most : fitting;
+    const i64 fitting = elements / (size_ + 1), groups = fitting < least ? least : fitting > most ? most : fitting;
     groups_ = {tiles_, tiles_ < groups ? (tiles_ > 0 ? tiles_ : 1) : groups};
-    memory_ = arena.take<T>(groups_.count * size_);
+    if (wanted) memory_ = arena.take<T>(groups_.count * size_);
   }
 
   i64 groups() const { return tiles_ > 0 ? groups_.count : 0; }
@@ -72,6 +72,11 @@ class Shares {
   T* memory_ = nullptr;
 };
 
+template <class T>
+inline Rows<T> from_row(Rows<T> rows, i64 first) {
+  return {rows[first], rows.stride};
+}
+
 // sums[r] (+)= the sum of row r.
 template <class T>
 void add_rows(i64 rows, Rows<const T> x, i64 length, T* sums, bool accumulate) {
@@ -83,6 +88,16 @@ void add_rows(i64 rows, Rows<const T> x, i64 length, T* sums, bool accumulate) {
     }
     const T row = sum<T>(total[0] + total[1]);
     sums[r] = accumulate ? sums[r] + row : row;
+  }
+}
+
+// sums[r] (+)= the sum of the products of row r of x and of y.
+template <class T>
+void add_products(i64 rows, Rows<const T> x, Rows<const T> y, i64 length, T* sums, bool accumulate) {
+  for (i64 r = 0; r < rows; ++r) {
+    Vec<T> total{};
+    for (i64 n = 0; n < length; n += Simd<T>::width) total += load(x[r] + n) * load(y[r] + n);
+    sums[r] = (accumulate ? sums[r] : T(0)) + sum<T>(total);
   }
 }
 

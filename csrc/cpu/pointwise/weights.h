@@ -12,14 +12,15 @@ namespace FK_ISA {
 template <class T>
 class Prepared {
  public:
-  static Prepared of_rows(i64 rows, i64 depth, Parts parts, i64 uses, Arena& arena) {
-    return {rows, depth, parts, true, uses, arena};
+  // `packed`: worth it for transposes, whose coefficients lie far apart, and for many columns.
+  static Prepared of_rows(i64 rows, i64 depth, Parts parts, bool packed, Arena& arena) {
+    return {rows, depth, parts, true, packed, arena};
   }
-  static Prepared of_columns(i64 rows, i64 depth, Parts parts, i64 uses, Arena& arena) {
-    return {rows, depth, parts, false, uses, arena};
+  static Prepared of_columns(i64 rows, i64 depth, Parts parts, bool packed, Arena& arena) {
+    return {rows, depth, parts, false, packed, arena};
   }
-  static Prepared whole(i64 rows, i64 depth, i64 uses, Arena& arena) {
-    return of_rows(rows, depth, {rows, 1}, uses, arena);
+  static Prepared whole(i64 rows, i64 depth, bool packed, Arena& arena) {
+    return of_rows(rows, depth, {rows, 1}, packed, arena);
   }
 
   // W[r, k] = w[r * row + k * column].
@@ -39,10 +40,9 @@ class Prepared {
   }
 
  private:
-  Prepared(i64 rows, i64 depth, Parts parts, bool of_rows, i64 uses, Arena& arena)
+  Prepared(i64 rows, i64 depth, Parts parts, bool of_rows, bool packed, Arena& arena)
       : rows_(rows), depth_(depth), parts_(parts), of_rows_(of_rows) {
-    constexpr i64 worth_packing = 512;  // columns that the weights are multiplied by
-    if (uses >= worth_packing) packed_ = arena.take<T>(Weights<T>::packed_size(rows, depth));
+    if (packed) packed_ = arena.take<T>(Weights<T>::packed_size(rows, depth));
   }
 
   i64 offset(i64 i) const { return parts_.begin(i) * (of_rows_ ? depth_ : rows_); }
