@@ -15,13 +15,18 @@ Environment variables:
 ``FACTORIZER_KERNELS_CUDA_ARCHS``
     CUDA architectures separated by semicolons, as in ``"80;90"``.
 ``CXX``, ``CUDACXX``, ``CXXFLAGS``, ``CMAKE_BUILD_PARALLEL_LEVEL`` and the like
-    are CMake's own and work as ever.
+    are CMake's own and work as ever. A compiler that is named and not there is an error.
+
+An installation without the module keeps the reason in ``factorizer_kernels/_left_out.txt``, and
+``factorizer_kernels.backends()`` gives it: pip keeps the wheels that it builds, and may come back with one
+of a time before there was a compiler.
 """
 
 import contextlib
 import importlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -33,6 +38,7 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
+LEFT_OUT = "_left_out.txt"  # read by factorizer_kernels/shared/native.py
 COMPILER_VARIABLES = ("PATH", "CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS")
 
 NOTICE = """
@@ -43,7 +49,8 @@ factorizer-kernels is installed WITHOUT its native kernels.
 
 Everything works, through PyTorch alone (or Triton), but more slowly. For the fast
 kernels install a C++17 compiler (Debian, Ubuntu: apt install g++ python3-dev;
-macOS: xcode-select --install; conda: conda install cxx-compiler), then install again.
+macOS: xcode-select --install; conda: conda install cxx-compiler), then install again
+with `pip install --no-cache-dir --force-reinstall --no-deps`: pip may have kept this build.
 ----------------------------------------------------------------------------------------
 """
 
@@ -63,6 +70,14 @@ def find_tool(name: str) -> str:
     return tool
 
 
+def named_compilers() -> None:
+    """Stop where CXX or CUDACXX names a program that is not there: it was asked for."""
+    for name in ("CXX", "CUDACXX"):
+        words = shlex.split(os.environ.get(name, ""))
+        if words and shutil.which(words[0]) is None:
+            sys.exit(f"error: {name} is {os.environ[name]!r}, and there is no program {words[0]!r}")
+
+
 def environment(name: str) -> str:
     """0, 1, or AUTO where the variable is unset or empty."""
     value = os.environ.get(name, "").strip() or "AUTO"
@@ -80,30 +95,38 @@ class BuildNative(build_ext):
         self.remove_old()
         if native == "0":
             print("FACTORIZER_KERNELS_NATIVE=0: the native module is left out", flush=True)
-            self.leave_out()
+            self.leave_out("FACTORIZER_KERNELS_NATIVE=0")
         else:
+            named_compilers()
             try:
                 self.build(cuda)
             except NotHere as reason:
                 if "1" in (native, cuda):
                     sys.exit(f"error: the native module cannot be built: {reason}")
                 print(NOTICE.format(reason=reason), file=sys.stderr, flush=True)
-                self.leave_out()
+                self.leave_out(str(reason).splitlines()[0])
         super().run()
 
-    def leave_out(self):
+    def leave_out(self, reason):
         self.extensions = []
         self.distribution.ext_modules = None
+        for folder in self.packages():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / LEFT_OUT).write_text(f"{reason}\n", encoding="utf-8")
+
+    def packages(self):
+        """Where the package is built; an editable installation has its module in the source folder."""
+        built = Path(self.build_lib) / "factorizer_kernels"
+        return (built, ROOT / "factorizer_kernels") if self.inplace else (built,)
 
     def build_extension(self, ext):
         """Nothing: CMake has built it when run() comes here."""
 
     def remove_old(self):
-        """A module left by an earlier build must not pass for this one's."""
-        built = Path(self.build_lib) / "factorizer_kernels"
-        for folder in (built, ROOT / "factorizer_kernels") if self.inplace else (built,):
-            for module in (*folder.glob("_native.*so"), *folder.glob("_native.*pyd")):
-                module.unlink()
+        """What an earlier build left must not pass for this one's."""
+        for folder in self.packages():
+            for old in (*folder.glob("_native.*so"), *folder.glob("_native.*pyd"), folder / LEFT_OUT):
+                old.unlink(missing_ok=True)
 
     def build(self, cuda):
         cmake = find_tool("cmake")

@@ -25,7 +25,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from matplotlib.figure import Figure
-from monai.networks.nets import SegResNet, SwinUNETR, UNet
+from monai.networks.nets import DynUNet, SegResNet, SwinUNETR, UNet
 from rich.console import Console
 from rich.progress import TaskID
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ from torch.nn.functional import pad
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import Case, Task, read_decathlon, split_cases
 from factorizer.segmentation.checkpoint import load_network
-from factorizer.segmentation.evaluation import Score, compare, summarise
+from factorizer.segmentation.evaluation import Score, score_labels, summarise
 from factorizer.segmentation.explanation import best_components
 from factorizer.segmentation.files import atomic
 from factorizer.segmentation.inference import Predictor
@@ -42,14 +42,14 @@ from factorizer.segmentation.measure import side_by_side
 from factorizer.segmentation.plan import Plan, plan_run
 from factorizer.segmentation.screen import progress
 from factorizer.segmentation.training import Trainer
-from factorizer.segmentation.transforms import Crops, augmentation, files_of, preprocessing, training_volumes
+from factorizer.segmentation.transforms import CropBatches, PreparedCase, training_volumes
 from factorizer.segmentation.volumes import Geometry, check_cases, check_label
 
 from .report import table
 
 SPLIT_SEED = 0
 EXPLAINED = 8  # cases of each part that components are chosen and measured on
-SWIN_UNETR_DIVISOR = 32
+SWIN_UNETR_DIVISOR, DYN_UNET_DIVISOR = 32, 4
 
 
 class Padded(nn.Module):
@@ -65,15 +65,19 @@ class Padded(nn.Module):
         return y[(..., *(slice(m // 2, m // 2 + n) for m, n in zip(missing, x.shape[2:], strict=True)))]
 
 
-# What stands in place of arguments of the plan's network, which is the Swin Factorizer of rank 1.
+# What stands in place of arguments of the plan's network: the parts that the paper has not are left out.
+PUBLISHED: dict[str, Any] = {"local": None, "num_deep_supr": 0}
 FACTORIZERS: dict[str, dict[str, Any]] = {
-    f"{name} Factorizer, rank {rank}": {"rank": rank, **reshape}
-    for name, reshape in (
-        ("Swin", {}),
-        ("Local", {"reshape": ("Matricize", {"head_dim": 8, "patch_size": 4})}),
-        ("Global", {"reshape": ("Matricize", {"head_dim": 8, "grid_size": 1})}),
-    )
-    for rank in (1, 4)
+    "Swin Factorizer, local filter": {},
+    **{
+        f"{name} Factorizer, rank {rank}": {**PUBLISHED, "rank": rank, **reshape}
+        for name, reshape in (
+            ("Swin", {}),
+            ("Local", {"reshape": ("Matricize", {"head_dim": 8, "patch_size": 4})}),
+            ("Global", {"reshape": ("Matricize", {"head_dim": 8, "grid_size": 1})}),
+        )
+        for rank in (1, 4)
+    },
 }
 # Of MONAI, with three stages as the Factorizer has, and the widths that bring their parameters nearest to
 # its. SwinUNETR has five stages whatever it is told, and no narrower ones than these.
@@ -81,6 +85,9 @@ OTHERS: dict[str, Callable[[int, int], nn.Module]] = {
     "SegResNet": lambda i, o: SegResNet(3, 16, i, o, blocks_down=(1, 1, 1), blocks_up=(1, 1)),
     "UNet": lambda i, o: UNet(3, i, o, (16, 32, 64), (2, 2), num_res_units=2),
     "SwinUNETR": lambda i, o: Padded(SwinUNETR(i, o, feature_size=12, depths=(1,) * 4), SWIN_UNETR_DIVISOR),
+    "DynUNet": lambda i, o: Padded(
+        DynUNet(3, i, o, (3, 3, 3), (1, 2, 2), (2, 2), filters=(16, 32, 64), res_block=True), DYN_UNET_DIVISOR
+    ),
 }
 NETWORKS = (*FACTORIZERS, *OTHERS)
 
@@ -157,12 +164,12 @@ def execute(run: Run, data: Data, out: Path) -> None:
         trainer.resume(checkpoint)
     if not trainer.finished:
         volumes = training_volumes(plan, data.training, data.geometries)
-        crops = Crops(volumes, augmentation(plan), plan.batch_size, plan.seed)
-        trainer.run(crops, checkpoint, lambda step: _progress.put((run, "training", step)))
-    predictor, scores = Predictor([(trainer.network, plan)]), []
+        batches = CropBatches(plan, volumes)
+        trainer.run(batches, checkpoint, lambda step: _progress.put((run, "training", step)))
+    predictor, scores = Predictor([(trainer.result, plan)]), []
     for number, case in enumerate(data.held_out, 1):
         truth, spacing = check_label(case, list(plan.labels)), data.geometries[case.name].spacing
-        scores += compare(predictor.segment(case), truth, plan.targets, spacing, case.name)
+        scores += score_labels(predictor.segment(case), truth, plan.targets, spacing, case.name)
         _progress.put((run, "segmenting", number))
     record = {**asdict(run), "scores": [asdict(score) for score in scores]}
     with atomic(folder / "scores.json") as temporary:
@@ -220,7 +227,7 @@ def times(console: Console, names: Iterable[str], data: Data) -> dict[str, dict[
         plan = run.plan(data.plan)
         trainers[name] = Trainer(plan, run.build(plan))
     plan, case = data.plan, data.held_out[0]
-    image = preprocessing(plan, ("image",))(files_of(case))["image"].as_tensor()
+    image = PreparedCase(plan, case).image
     crops = torch.randn(plan.batch_size, len(plan.modalities), *plan.crop)
     label = torch.randint(len(plan.labels), (plan.batch_size, 1, *plan.crop)).float()
 

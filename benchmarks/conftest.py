@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import platform
-from importlib.metadata import PackageNotFoundError, version
 
 import pytest
 import torch
 
 import factorizer_kernels as fk
+from factorizer.segmentation.measure import versions
 
 from .harness import DEVICE, EFFORTS, Measurement, race, ratio
 from .report import number_lines, summary_lines
-
-_VERSIONS = ("factorizer-kernels", "torch", "monai", "triton", "scikit-learn", "torchnmf", "numpy")
 
 
 def pytest_addoption(parser):
@@ -97,19 +95,12 @@ def pytest_benchmark_update_machine_info(config, machine_info):
         "threads": torch.get_num_threads(),
         "size": config.getoption("size"),
         "backends": {b.name: b.reason for b in fk.backends() if b.available},
-        "versions": {name: _version(name) for name in _VERSIONS},
+        "versions": versions("scikit-learn", "torchnmf"),
     }
 
 
 def _processor(machine_info):
     return machine_info.get("cpu", {}).get("brand_raw") or platform.processor() or platform.machine()
-
-
-def _version(name):
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 @pytest.hookimpl(trylast=True)  # below the tables

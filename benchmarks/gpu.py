@@ -17,7 +17,6 @@ import time
 from collections.abc import Iterable
 from dataclasses import replace
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
@@ -25,6 +24,7 @@ from typing import Any
 import torch
 
 import factorizer_kernels as fk
+from factorizer.segmentation.measure import versions
 
 from . import test_networks, test_numbers
 from .harness import DEVICE, EFFORTS, Case, Contender, Effort, Measurement, Under, cases, extent, race, ratio
@@ -34,7 +34,6 @@ from .report import FOLDER, _replace, number_lines, page, summary_lines, table
 COMMAND = "python -m benchmarks.gpu"
 MOST_SECONDS = 420  # after that no other group begins
 EFFORT = replace(EFFORTS["default"], name="gpu", seconds=0.5, fewest_rounds=5, most_rounds=51)
-VERSIONS = ("factorizer-kernels", "torch", "triton", "monai", "numpy")
 
 
 def on(backend: str) -> Contender:
@@ -116,18 +115,12 @@ def bandwidth_lines(records: list[dict[str, Any]]) -> list[str]:
 
 
 def machine_info() -> dict[str, Any]:
-    versions = {}
-    for name in VERSIONS:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     return {
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
         "size": EFFORT.name,
         "backends": {b.name: b.reason for b in fk.backends() if b.available},
-        "versions": versions,
+        "versions": versions(),
         "python_version": platform.python_version(),
     }
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from .layers import (
         MLP,
         NMF,
+        DepthwiseConv,
         FactMixer,
         FactorizerBlock,
         FactorizerStage,
@@ -29,6 +30,7 @@ __all__ = [
     "MLP",
     "NMF",
     "PRESETS",
+    "DepthwiseConv",
     "FactMixer",
     "Factorizer",
     "FactorizerBlock",

@@ -1,11 +1,13 @@
 """Fused, differentiable matrix-factorisation operators for any PyTorch model.
 
-Each operator family has one folder, and each folder is read in the same order: ``reference.py`` (plain
-PyTorch, the definition), one file per backend (the kernel calls), ``autograd.py`` (the backward),
-``functional.py`` (the public function). ``shared/registry.py`` holds the contract that every backend meets.
+``ops`` has one folder for each family of operators. Each folder is read in the same order: ``spec.py`` (the
+contract that every backend meets), ``reference.py`` (plain PyTorch, the definition), the backends
+(``cpu.py``, ``cuda.py``, ``triton``), ``autograd.py`` (the backward), ``functional.py`` (the public
+function). ``choice.py`` chooses the backend of a call. ``shared`` is what all families are made with.
 """
 
 from factorizer_kernels.choice import Backend, backends, use_backend
+from factorizer_kernels.ops.depthwise.functional import depthwise_conv
 from factorizer_kernels.ops.nmf.functional import nmf, nmf_factors
 from factorizer_kernels.ops.swin_nmf.functional import swin_nmf
 from factorizer_kernels.ops.windows.functional import sw_dematricize, sw_matricize
@@ -13,6 +15,7 @@ from factorizer_kernels.ops.windows.functional import sw_dematricize, sw_matrici
 __all__ = [
     "Backend",
     "backends",
+    "depthwise_conv",
     "nmf",
     "nmf_factors",
     "sw_dematricize",

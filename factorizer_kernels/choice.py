@@ -1,15 +1,19 @@
-"""What is usable here, what is chosen, and why."""
+"""Which backends there are, which one runs a call, and why not another."""
 
+import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from importlib.metadata import version
-from typing import NamedTuple
+from importlib.util import find_spec
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from factorizer_kernels.shared import cuda, native, registry
+from factorizer_kernels.shared import cuda, native, registry, triton
+from factorizer_kernels.shared.dynamo import constant_while_compiling
 
 
 class Backend(NamedTuple):
@@ -20,25 +24,79 @@ class Backend(NamedTuple):
     reason: str
 
 
-# Triton is optional. Its kernels are registered here and compiled, one by one, at their first launch.
-try:
-    from factorizer_kernels.ops.swin_nmf import triton as _  # noqa: F401  (registers, as do its imports)
-    from factorizer_kernels.shared.triton import INTERPRETED as _TRITON_INTERPRETED
-except ImportError as _error:
-    _TRITON_MISSING: str | None = str(_error)
-    _TRITON_INTERPRETED = False
-else:
-    _TRITON_MISSING = None
+class _Record(NamedTuple):
+    """All that there is to say of a backend, but for its kernels: ``ops/<family>/<name>.py``.
 
-# In the order of preference for the tensors that they serve.
-_DEVICES = {"cuda": "cuda", "triton": "cuda", "cpu": "cpu"}
+    Attributes:
+        devices: types of the devices whose tensors it runs on; None: any.
+        missing: why its kernels cannot be imported, or None where they can.
+        probe: returns whether it can be used here, and the reason in a sentence.
+        devices_by_name: more devices, for tests: only where ``use_backend`` names it.
+    """
+
+    name: str
+    devices: tuple[str, ...] | None
+    missing: str | None
+    probe: Callable[[], tuple[bool, str]]
+    devices_by_name: tuple[str, ...] = ()
+
+
+def _probe_cpu() -> tuple[bool, str]:
+    if native.missing is not None:
+        return False, native.missing
+    return True, f"C++ kernels for {native.native.isa()}"
+
+
+def _probe_triton() -> tuple[bool, str]:
+    if triton.missing is not None:
+        return False, triton.missing
+    if triton.INTERPRETED:
+        return True, "interpreted, on CPU tensors and only by choice (TRITON_INTERPRET=1): for tests"
+    if (reason := _why_no_device()) is not None:
+        return False, reason
+    return True, f"Triton {version('triton')}, compiled at the first launch"
+
+
+def _probe_cuda() -> tuple[bool, str]:
+    if (reason := cuda.missing or _why_no_device()) is not None:
+        return False, reason
+    if (reason := cuda.why_no_code(torch.cuda.current_device())) is not None:
+        return False, reason
+    return True, f"C++ kernels for the compute capabilities {cuda.native.cuda_architectures()}"
+
+
+def _probe_reference() -> tuple[bool, str]:
+    return True, "plain PyTorch, on any device"
+
+
+def _why_no_device() -> str | None:
+    """Why there is no CUDA device here, or None where there is one."""
+    if not torch.cuda.is_available():
+        return "no CUDA device"
+    try:
+        torch.cuda.current_device()
+    except RuntimeError as error:  # in a process forked off one that uses the GPU, for example
+        return f"CUDA does not start ({error})"
+    return None
+
+
+# In the order of preference. The reference, last, runs everything everywhere.
+_RECORDS = {
+    record.name: record
+    for record in (
+        _Record("cuda", ("cuda",), cuda.missing, _probe_cuda),
+        _Record("triton", ("cuda",), triton.missing, _probe_triton, ("cpu",) if triton.INTERPRETED else ()),
+        _Record("cpu", ("cpu",), native.missing, _probe_cpu),
+        _Record("reference", None, None, _probe_reference),
+    )
+}
 
 _choice = threading.local()
 
 
 def backends() -> tuple[Backend, ...]:
     """Every backend of this installation, usable or not, with the reason."""
-    return tuple(probe() for probe in _PROBES.values())
+    return tuple(Backend(record.name, *record.probe()) for record in _RECORDS.values())
 
 
 @contextmanager
@@ -55,11 +113,11 @@ def use_backend(name: str) -> Iterator[None]:
     """
     if not isinstance(name, str):
         raise TypeError(f"name must be a string, got {name!r}")
-    if name not in _PROBES:
-        raise ValueError(f"name must be one of {tuple(_PROBES)}, got {name!r}")
-    backend = _PROBES[name]()  # and no other: to ask for the CPU touches no GPU
-    if not backend.available:
-        raise ValueError(f"backend {name!r} cannot be used here: {backend.reason}")
+    if name not in _RECORDS:
+        raise ValueError(f"name must be one of {tuple(_RECORDS)}, got {name!r}")
+    available, reason = _RECORDS[name].probe()  # and no other: to ask for the CPU touches no GPU
+    if not available:
+        raise ValueError(f"backend {name!r} cannot be used here: {reason}")
     previous = getattr(_choice, "name", None)
     _choice.name = name
     try:
@@ -68,75 +126,68 @@ def use_backend(name: str) -> Iterator[None]:
         _choice.name = previous
 
 
-def choose(operator: str, x: Tensor, matrices: registry.Matrices | None = None) -> str:
-    """The backend that runs ``operator`` on x, cut into ``matrices`` to be factorised.
+def choose(operator: str, x: Tensor, sizes: Any = None) -> str:
+    """The backend that runs ``operator`` on x: that of :func:`use_backend`, else the first that can.
 
-    That of :func:`use_backend`, else the first that serves x. On an empty x there is nothing to launch:
-    plain PyTorch gives the empty result.
+    On an empty x there is nothing to launch: plain PyTorch gives the empty result.
+
+    Args:
+        sizes: what the limits of the operator's kernels ask for, see ``registry.kernel``.
+
+    Raises:
+        ValueError: the backend of :func:`use_backend` does not run this call; the message says why.
     """
     name = getattr(_choice, "name", None)
-    if name not in (None, "reference") and (obstacle := _obstacle(name, operator, x, matrices)):
-        others = [b for b in _DEVICES if _obstacle(b, operator, x, matrices) is None]
+    if name not in (None, "reference") and (reason := _why_not(_RECORDS[name], operator, x, sizes, name)):
+        others = [r.name for r in _RECORDS.values() if _why_not(r, operator, x, sizes, name) is None]
         raise ValueError(
-            f"backend {name!r} does not run {operator} here: {obstacle}; "
-            f"leave the choice open, or take one of {(*others, 'reference')}"
+            f"backend {name!r} does not run {operator} here: {reason}; "
+            f"leave the choice open, or take one of {tuple(others)}"
         )
     if x.numel() == 0:
         return "reference"
-    return name or next((b for b in _DEVICES if _obstacle(b, operator, x, matrices) is None), "reference")
+    if name is not None:
+        return name
+    return next(r.name for r in _RECORDS.values() if _why_not(r, operator, x, sizes, None) is None)
 
 
-def _obstacle(backend: str, operator: str, x: Tensor, matrices: registry.Matrices | None) -> str | None:
-    """Why the backend does not run the operator on x; None where it does."""
-    chosen = getattr(_choice, "name", None) == backend
-    interpreted = backend == "triton" and chosen and _TRITON_INTERPRETED and x.device.type == "cpu"
-    if x.device.type != _DEVICES[backend] and not interpreted:
+def _why_not(record: _Record, operator: str, x: Tensor, sizes: Any, named: str | None) -> str | None:
+    """Why the backend does not run the operator on x, or None where it does."""
+    if record.name == "reference":
+        return None
+    by_name = record.name == named
+    devices = record.devices and record.devices + (record.devices_by_name if by_name else ())
+    if devices is not None and x.device.type not in devices:
         return f"x is on {x.device}"
-    return registry.not_served(operator, backend, x, matrices)
+    if (kernel := registry.find(operator, record.name)) is None:
+        return f"it has no {operator}"
+    return _why_no_kernel(by_name) or kernel.limit(x, sizes)
 
 
-def _cpu() -> Backend:
-    if native.missing is not None:
-        reason = f"the compiled module is missing ({native.missing}): reinstall with a C++17 compiler"
-        return Backend("cpu", False, reason)
-    return Backend("cpu", True, f"C++ kernels for {native.native.isa()}")
-
-
-def _triton() -> Backend:
-    if _TRITON_MISSING is not None:
-        return Backend("triton", False, f"Triton is missing ({_TRITON_MISSING}): pip install triton")
-    if _TRITON_INTERPRETED:
-        words = "interpreted, on CPU tensors and only by choice (TRITON_INTERPRET=1): for tests"
-        return Backend("triton", True, words)
-    if (reason := _without_device()) is not None:
-        return Backend("triton", False, reason)
-    return Backend("triton", True, f"Triton {version('triton')}, compiled at the first launch")
-
-
-def _cuda() -> Backend:
-    if (reason := cuda.missing) is not None:
-        return Backend("cuda", False, reason)
-    if (reason := _without_device()) is not None:
-        return Backend("cuda", False, reason)
-    if (reason := cuda.without_code(torch.cuda.current_device())) is not None:
-        return Backend("cuda", False, reason)
-    architectures = cuda.native.cuda_architectures()
-    return Backend("cuda", True, f"C++ kernels for the compute capabilities {architectures}")
-
-
-def _without_device() -> str | None:
-    """Why there is no CUDA device here, or None where there is one."""
-    if not torch.cuda.is_available():
-        return "no CUDA device"
-    try:
-        torch.cuda.current_device()
-    except RuntimeError as error:  # in a process forked off one that uses the GPU, for example
-        return f"CUDA does not start ({error})"
+def _why_no_kernel(by_name: bool) -> str | None:
+    """Why a graph that is being recorded can hold no kernel, or None where it can, or none is recorded."""
+    tracing = torch.jit.is_tracing()
+    if not tracing and not torch.compiler.is_exporting():
+        return None
+    if _onnx_export():
+        return "an ONNX file holds no kernel"
+    if tracing and not by_name:  # so that the traced file needs torch alone
+        return "torch.jit.trace records a kernel only where its backend is named"
     return None
 
 
-def _reference() -> Backend:
-    return Backend("reference", True, "plain PyTorch, on any device")
+@constant_while_compiling
+def _onnx_export() -> bool:
+    return "torch.onnx" in sys.modules and torch.onnx.is_in_onnx_export()
 
 
-_PROBES = {"cuda": _cuda, "triton": _triton, "cpu": _cpu, "reference": _reference}
+def load_kernels(family: str) -> None:
+    """Import a family's kernels: the module ``<family>.<backend>`` for every backend that has one.
+
+    Args:
+        family: the name of the family's package.
+    """
+    for record in _RECORDS.values():
+        module = f"{family}.{record.name}"
+        if record.name != "reference" and record.missing is None and find_spec(module):
+            import_module(module)

@@ -1,10 +1,22 @@
-"""Helpers for the tests of `factorizer`: small plans, and the networks that they ask for."""
+"""Helpers for the tests of `factorizer`: plans, networks, volumes, and the command line."""
 
+import nibabel as nib
+import numpy as np
+import torch
+from typer.testing import CliRunner
+
+from factorizer.commands.cli import app
 from factorizer.models.build import build_network
-from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.cases import Case, Task
+from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.training import Trainer
+from factorizer.segmentation.volumes import Geometry
 
 SIZE = (16, 16, 16)
+REGIONS = {"ET": (3,), "TC": (2, 3), "WT": (1, 2, 3)}
+TUMOUR = {0: "background", 1: "edema", 2: "core", 3: "enhancing"}
+MODALITIES = ("FLAIR", "T1w", "T1gd", "T2w")
+ODD = np.array([[0, -1.5, 0, 5], [0, 0, -1, 6], [2, 0, 0, 7], [0, 0, 0, 1.0]])  # the affine of permuted axes
 
 
 def plan_for(modalities=("A", "B"), labels=None, regions=None, network=None, **options):
@@ -28,6 +40,14 @@ def plan_for(modalities=("A", "B"), labels=None, regions=None, network=None, **o
     )
 
 
+def planned(shape=SIZE, spacing=(1.0, 1.0, 1.0), cases=10, labels=None, **options):
+    """What `plan_run` plans for cases of one geometry, the last two of which are held out."""
+    members = tuple(Case(f"case_{i}", ()) for i in range(cases))
+    task = Task("task", ("A", "B"), labels or {0: "background", 3: "lesion"}, members)
+    geometries = {case.name: Geometry(shape, spacing) for case in members}
+    return plan_run(task, geometries, members[:-2], members[-2:], Wishes(**options))
+
+
 def trainer_for(plan, **options):
     return Trainer(plan, build_network(plan.network, plan.seed), **options)
 
@@ -36,3 +56,45 @@ def checkpoint_for(plan, path):
     """Writes the checkpoint of an untrained network."""
     trainer_for(plan).save(path)
     return path
+
+
+class Batches:
+    """Batches that are a function of the step, and a trace of the steps asked for."""
+
+    def __init__(self, plan):
+        self.plan, self.asked = plan, []
+
+    def case_names(self, step):
+        return [f"case of step {step}"]
+
+    def __getitem__(self, step):
+        self.asked.append(step)
+        generator = torch.Generator().manual_seed(step)
+        image = torch.randn(2, len(self.plan.modalities), *self.plan.crop, generator=generator)
+        return image, (image[:, :1] > 0.5).float()
+
+
+def save_volume(path, shape=(4, 5, 6), affine=None, fill=1.0):
+    """Writes a volume of one value, 1 mm apart; returns its path."""
+    voxels = np.full(shape, fill, dtype=np.float32)
+    nib.save(nib.Nifti1Image(voxels, np.eye(4) if affine is None else affine), path)
+    return path
+
+
+def four_modalities(folder, name, seed=0, shape=(15, 20, 17), affine=None):
+    """One file for each modality, as name_0000.nii.gz and so on."""
+    rng = np.random.default_rng(seed)
+    affine = np.diag([1.0, 1, 1, 1]) if affine is None else affine
+    folder.mkdir(parents=True, exist_ok=True)
+    for channel in range(4):
+        voxels = rng.gamma(2, 100, shape).astype(np.float32)
+        nib.save(nib.Nifti1Image(voxels, affine), folder / f"{name}_{channel:04d}.nii.gz")
+
+
+def run_command(*arguments, code=0):
+    """Runs the command line; returns what it printed, on one line, as a terminal may break it anywhere."""
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    printed = " ".join((result.output + result.stderr).split())
+    assert result.exit_code == code, (printed, result.exception)
+    assert "Traceback" not in printed
+    return printed

@@ -35,8 +35,13 @@ class Suite:
         self.folder, self.prepare = folder, prepare
         self._reports = cache(self._run)
 
-    def run(self, item: pytest.Item) -> bool:
-        """Report ``item`` from the inner session; the return value of ``pytest_runtest_protocol``."""
+    def run(self, item: pytest.Item) -> bool | None:
+        """Report ``item`` from the inner session; the return value of ``pytest_runtest_protocol``.
+
+        Pytest calls that hook of a conftest.py for the tests of all folders: others run as usual.
+        """
+        if self.folder not in item.path.parents:
+            return None
         selected = tuple(i.nodeid for i in item.session.items if self.folder in i.path.parents)
         reports, output = self._reports(selected)
         item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)

@@ -19,10 +19,10 @@ def pytest_configure():
     kernel = registry._KERNELS["{operator}", "cpu"]
 
     def wrong(*args):
-        out = kernel(*args)
+        out = kernel.function(*args)
         return (out[0] * 1.001, *out[1:]) if isinstance(out, tuple) else out * 1.001
 
-    registry._KERNELS["{operator}", "cpu"] = wrong
+    registry._KERNELS["{operator}", "cpu"] = kernel._replace(function=wrong)
 """
 
 
@@ -147,3 +147,28 @@ def test_accuracy_study(tmp_path):
         main(data, tmp_path / "none", seeds=0)
     with pytest.raises(typer.BadParameter, match="UNet"):
         main(data, out, ["VNet"])
+
+
+def test_study(tmp_path):
+    """Changes on an inner fold, with and without the factorisation; a second call trains nothing anew."""
+    pytest.importorskip("monai")
+    from benchmarks.study import main
+    from factorizer.commands.demo import write_synthetic
+
+    data = write_synthetic(tmp_path / "data", cases=6, shape=(18, 18, 18))
+    out = tmp_path / "out"
+    options = ["--steps", 5, "--seeds", 1, "--change", "default", "--change", "UNet", "--jobs", 1]
+    process = python("benchmarks.study", data, "--out", out, *options)
+    assert process.returncode == 0, process.stderr
+    records = [json.loads(path.read_text()) for path in out.glob("*.json")]
+    assert len(records) == 3  # the default with and without the factorisation, and UNet
+    for record in records:
+        assert [step for step, _ in record["dice"]] == [1, 2, 3, 4, 5]
+        assert record["step_seconds"] > 0
+    rows = (out / "study.md").read_text().splitlines()
+    assert sum("| -" in row for row in rows if "UNet" in row) == 1
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
+    main(data, out, ["default", "UNet"], seeds=1, steps=5, jobs=1)
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # what is done is not done again
+    with pytest.raises(typer.BadParameter, match="nothing"):
+        main(data, out, ["nothing"])

@@ -40,6 +40,13 @@ def away_from_dead_components(expected, function, inputs, losses, options, toler
     return all((a - b).norm() <= tolerance * max(b.norm(), scale) for a, b in pairs)
 
 
+def defined_operators() -> set[str]:
+    """The names of the operators in torch's registry, without the namespace."""
+    prefix = "factorizer_kernels::"
+    names = torch._C._dispatch_get_all_op_names()
+    return {name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+
+
 # --- Special values ------------------------------------------------------------------------------
 
 CUT = {"head_dim": 4, "patch_size": 4, "shifts": [None, 2]}

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -23,12 +23,15 @@ def _commands() -> None:
 # --- options that several commands have -----------------------------------------------------------
 
 Checkpoints = Annotated[
-    list[Path],
+    list[Path] | None,
     typer.Option(
         "--checkpoint", help="A trained network; several of them are averaged (give the option again)."
     ),
 ]
-Checkpoint = Annotated[Path, typer.Option(help="A trained network.")]
+ModelName = Annotated[
+    str | None, typer.Option("--model", help="In place of a checkpoint: a name of `factorizer models`.")
+]
+OneCheckpoint = Annotated[Path | None, typer.Option("--checkpoint", help="A trained network.")]
 Inputs = Annotated[
     list[str],
     typer.Option(
@@ -44,16 +47,41 @@ Section = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
 Iterations = Annotated[
     int | None,
-    typer.Option("--num-iters", help="Iterations of every factorisation; fewer are faster.", min=0),
+    typer.Option("--num-iters", help="Iterations of every factorisation; fewer are faster."),
 ]
 Whole = Annotated[
     bool, typer.Option("--whole", help="Whole volumes at once, no sliding window: no seams, more memory.")
 ]
 Steps = Annotated[int | None, typer.Option(help="Training steps. Default: derived from the data's size.")]
+Resample = Annotated[
+    str,
+    typer.Option(
+        help="Bring modalities that lie on other grids to that of the first, or of the one of this name. "
+        "Labels stay as they are."
+    ),
+]
 Configs = Annotated[
     list[str] | None,
     typer.Option("--config", help="File of the bundle's configs/ over train.json, such as four_shifts."),
 ]
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise typer.BadParameter(f"got {text!r}; give whole numbers separated by commas") from error
+
+
+def _lengths(text: str) -> list[float]:
+    try:
+        return [float(part) for part in text.split(",") if part]
+    except ValueError as error:
+        raise typer.BadParameter(f"got {text!r}; give numbers separated by commas") from error
+
+
+def _axes(text: str) -> list[int]:
+    return [] if text == "none" else _numbers(text)
 
 
 # --- commands -------------------------------------------------------------------------------------
@@ -86,16 +114,62 @@ def train(
         typer.Option(help="MONAI bundle whose recipe to follow, such as bundles/brats_factorizer."),
     ] = None,
     config: Configs = None,
-    steps: Steps = None,
+    steps: Annotated[int | None, typer.Option(help="Training steps, in place of a budget.")] = None,
+    budget: Annotated[
+        str,
+        typer.Option(help="quick, standard or full: 5 minutes, 90 minutes, 8 hours on this machine."),
+    ] = "standard",
+    init: Annotated[
+        Path | None, typer.Option(help="Checkpoint or model file to start from, whatever its classes.")
+    ] = None,
+    crop: Annotated[
+        Any,
+        typer.Option(
+            help="Voxels of a training crop, such as 96,96,64: right, anterior, superior.", parser=_numbers
+        ),
+    ] = None,
+    spacing: Annotated[
+        Any,
+        typer.Option(help="Voxel size in mm that volumes are brought to, such as 1,1,2.5.", parser=_lengths),
+    ] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Crops in a step, of all processes together.")
+    ] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Of AdamW, after the warm-up.")] = None,
+    network: Annotated[
+        str | None, typer.Option(help="swin, local or global: windows shifted, not shifted, or one window.")
+    ] = None,
+    rank: Annotated[int | None, typer.Option(help="Of every factorisation.")] = None,
+    width: Annotated[
+        Any,
+        typer.Option(help="Channels of each level, finest first, such as 24,48,96.", parser=_numbers),
+    ] = None,
+    flips: Annotated[
+        Any,
+        typer.Option(
+            help="Axes of mirror images: none, or some of 0 (left-right), 1 (front-back), 2 (bottom-top). "
+            "Default: 0, unless classes are sides.",
+            parser=_axes,
+        ),
+    ] = None,
+    resample: Resample = "",
+    split: Annotated[
+        Path | None,
+        typer.Option(
+            help='JSON file {"training": [names], "held_out": [names]}, or nnU-Net\'s splits_final.json.'
+        ),
+    ] = None,
     fold: Annotated[
-        int | None, typer.Option(help="Fold of five to hold out. Default: a fifth of the cases, at most 40.")
+        str | None,
+        typer.Option(
+            help="Fold of five to hold out, or all, for a cross-validation. Default: a fifth of the cases, "
+            "at most 40."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the split, the weights and the crops.")] = 0,
     validate_every: Annotated[
         int | None,
-        typer.Option(
-            help="Steps between validations on the held-out cases. Default: none, or the bundle's.", min=1
-        ),
+        typer.Option(help="Steps between validations on the held-out cases. Default: none, or the bundle's."),
     ] = None,
     patience: Annotated[
         int | None, typer.Option(help="Stop after so many validations without a better one.")
@@ -110,10 +184,30 @@ def train(
     For several GPUs: torchrun --nproc-per-node=N -m factorizer train ...
     """
     with _errors():
+        from factorizer.commands.cross_validation import cross_validate
         from factorizer.commands.train import train as run
+        from factorizer.segmentation.plan import Wishes
         from factorizer.segmentation.screen import console_of_process
 
+        every = fold == "all"
+        if not every and fold is not None and not fold.isdecimal():
+            _fail(f"fold: got {fold!r}; it must be a number from 0 to 4, or all", 2)
+        number = None if every or fold is None else int(fold)
+        wishes = Wishes(
+            steps=steps,
+            batch_size=batch_size,
+            learning_rate=learning_rate,
+            crop=crop and tuple(crop),
+            spacing=spacing and tuple(spacing),
+            network=network,
+            rank=rank,
+            width=width and tuple(width),
+            flips=None if flips is None else tuple(flips),
+        )
         if bundle is not None:
+            if every or init is not None:
+                _fail("fold all, init: are not for a bundle", 2)
+
             from factorizer.commands.bundle import train_bundle
 
             train_bundle(
@@ -122,8 +216,10 @@ def train(
                 config or (),
                 data,
                 out,
-                steps=steps,
-                fold=fold,
+                wishes,
+                resample=resample,
+                split=split,
+                fold=number,
                 seed=seed,
                 patience=patience,
                 workers=workers,
@@ -133,30 +229,44 @@ def train(
             return
         if config:
             _fail("config: is a file of a bundle, so it needs --bundle", 2)
-        run(
-            console_of_process(),
-            data,
-            out,
-            steps=steps,
-            seed=seed,
-            fold=fold,
-            validate_every=validate_every,
-            patience=patience,
-            device=device,
-            workers=workers,
-        )
+        options: dict[str, Any] = {
+            "resample": resample,
+            "budget": budget,
+            "init": init,
+            "seed": seed,
+            "validate_every": validate_every,
+            "patience": patience,
+            "device": device,
+            "workers": workers,
+        }
+        if every:
+            if split is not None:
+                _fail("fold all: the folds are drawn, so it takes no --split", 2)
+            cross_validate(console_of_process(), data, out, wishes, **options)
+        else:
+            run(console_of_process(), data, out, wishes, split=split, fold=number, **options)
 
 
 @app.command()
 def predict(
-    checkpoint: Checkpoints,
     input: Inputs,
     output: Annotated[Path, typer.Option(help="Folder for NAME.nii.gz, on the grid of each input.")],
+    checkpoint: Checkpoints = None,
+    model: ModelName = None,
     section: Section = None,
+    resample: Resample = "",
     num_iters: Iterations = None,
     whole: Whole = False,
     mirror: Annotated[
-        bool, typer.Option("--mirror", help="Average over the mirror images that training drew from.")
+        bool | None,
+        typer.Option(
+            "--mirror/--no-mirror",
+            help="Average over the mirror images that training drew from. Default: as the model says.",
+        ),
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Write over results that were made from other inputs or settings."),
     ] = False,
     device: Device = None,
 ) -> None:
@@ -167,16 +277,18 @@ def predict(
 
         outcomes = run(
             console_of_process(),
-            checkpoint,
+            _networks(checkpoint, model),
             input,
             output,
             section=section,
-            iterations=num_iters,
+            resample=resample,
+            num_iters=num_iters,
             whole=whole,
             mirror=mirror,
+            overwrite=overwrite,
             device=device,
         )
-        if any(outcome.state == "failed" for outcome in outcomes):
+        if any(outcome.failed for outcome in outcomes):
             raise typer.Exit(1)
 
 
@@ -203,9 +315,10 @@ def evaluate(
 
 @app.command()
 def explain(
-    checkpoint: Checkpoint,
     input: Inputs,
     output: Annotated[Path, typer.Option(help="Folder for components, figures and components.csv.")],
+    checkpoint: OneCheckpoint = None,
+    model: ModelName = None,
     layer: Annotated[
         list[str] | None,
         typer.Option(help="shallow, deep, all, or a mixer's name. Default: shallow and deep."),
@@ -214,6 +327,7 @@ def explain(
         Path | None, typer.Option(help="Folder with NAME.nii.gz. Without labels: the prediction.")
     ] = None,
     section: Section = None,
+    resample: Resample = "",
     num_iters: Iterations = None,
     whole: Whole = False,
     device: Device = None,
@@ -226,13 +340,14 @@ def explain(
 
         if run(
             Console(),
-            checkpoint,
+            _networks([checkpoint] if checkpoint else None, model)[0],
             input,
             output,
             layers=layer or ("shallow", "deep"),
             labels=labels,
             section=section,
-            iterations=num_iters,
+            resample=resample,
+            num_iters=num_iters,
             whole=whole,
             device=device,
         ):
@@ -241,14 +356,15 @@ def explain(
 
 @app.command()
 def speed(
-    checkpoint: Checkpoint,
     input: Inputs,
     output: Annotated[Path, typer.Option(help="Folder for speed.csv and speed.png.")],
+    checkpoint: OneCheckpoint = None,
+    model: ModelName = None,
     num_iters: Annotated[
-        str, typer.Option(help="Numbers of iterations, separated by commas.")
+        Any, typer.Option(help="Numbers of iterations, separated by commas.", parser=_numbers)
     ] = "0,1,2,3,5,10",
-    ranks: Annotated[str, typer.Option(help="Ranks, separated by commas.")] = "1,2,4",
-    cases: Annotated[int, typer.Option(help="Cases at most, held-out ones first.", min=1)] = 10,
+    ranks: Annotated[Any, typer.Option(help="Ranks, separated by commas.", parser=_numbers)] = "1,2,4",
+    cases: Annotated[int, typer.Option(help="Cases at most, held-out ones first.")] = 10,
     section: Section = None,
     whole: Whole = False,
     device: Device = None,
@@ -261,13 +377,13 @@ def speed(
 
         _, failed = run(
             Console(),
-            checkpoint,
+            _networks([checkpoint] if checkpoint else None, model)[0],
             input,
             output,
-            num_iters=_numbers("num-iters", num_iters),
-            ranks=_numbers("ranks", ranks),
+            num_iters=num_iters,
+            ranks=ranks,
+            max_cases=cases,
             section=section,
-            limit=cases,
             whole=whole,
             device=device,
         )
@@ -303,7 +419,76 @@ def doctor() -> None:
         raise typer.Exit(1)
 
 
-# --- ends -----------------------------------------------------------------------------------------
+# --- trained networks -----------------------------------------------------------------------------
+
+models = typer.Typer(help="Trained networks: list them, read their cards, give one away.")
+app.add_typer(models, name="models")
+
+
+@models.callback(invoke_without_command=True)
+def list_models(context: typer.Context) -> None:
+    """List the trained networks that `predict --model` knows."""
+    if context.invoked_subcommand is None:
+        with _errors():
+            from rich.console import Console
+
+            from factorizer.commands.models import show_models
+
+            show_models(Console())
+
+
+@models.command()
+def card(name: Annotated[str, typer.Argument(help="One of `factorizer models`.")]) -> None:
+    """Print what a network was trained on, how well it does, and what it is not for."""
+    with _errors():
+        from rich.console import Console
+
+        from factorizer.commands.models import show_card
+
+        show_card(Console(), name)
+
+
+@models.command()
+def export(
+    checkpoint: Annotated[list[Path], typer.Option(help="A trained network; may be given again.")],
+    output: Annotated[Path, typer.Option(help="The model file, such as mine.pt.")],
+    card: Annotated[Path | None, typer.Option(help="Markdown file that goes into the model file.")] = None,
+    mirror: Annotated[bool, typer.Option("--mirror", help="Predict over mirror images by default.")] = False,
+) -> None:
+    """Write one or several networks as one file, in half precision."""
+    with _errors():
+        from rich.console import Console
+
+        from factorizer.commands.models import export as run
+
+        run(Console(), checkpoint, output, card=card, mirror=mirror)
+
+
+@models.command("import")
+def take(
+    file: Annotated[Path, typer.Argument(help="A model file, or a checkpoint.")],
+    name: Annotated[str | None, typer.Option(help="Default: the file's.")] = None,
+) -> None:
+    """Copy a model file into the folder of one's own, which FACTORIZER_MODELS may name."""
+    with _errors():
+        from rich.console import Console
+
+        from factorizer.commands.models import take as run
+
+        run(Console(), file, name)
+
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+def _networks(checkpoints: list[Path] | None, model: str | None) -> list[Path]:
+    """The files that --checkpoint or --model name. Raises DataError unless one of the two is given."""
+    from factorizer.segmentation.errors import DataError
+    from factorizer.segmentation.trained import find_model
+
+    if bool(checkpoints) == (model is not None):
+        raise DataError("checkpoint, model: give one of them")
+    return [find_model(model)] if model is not None else list(checkpoints or ())
 
 
 @contextmanager
@@ -320,15 +505,6 @@ def _errors() -> Iterator[None]:
         _fail(text, 2)
     except KeyboardInterrupt:
         _fail(f"Interrupted. To continue: {_command()}", 130)
-
-
-def _numbers(option: str, text: str) -> list[int]:
-    from factorizer.segmentation.errors import DataError
-
-    try:
-        return [int(part) for part in text.split(",") if part]
-    except ValueError as error:
-        raise DataError(f"{option}: got {text!r}; give whole numbers separated by commas") from error
 
 
 def _fail(message: str, code: int) -> None:

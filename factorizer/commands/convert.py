@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -13,9 +12,9 @@ from rich.console import Console
 
 from factorizer.commands.bundle import bundle_plan
 from factorizer.models.paper_weights import PAPER_EPS, convert_paper_checkpoint
-from factorizer.segmentation.checkpoint import fill, network_of
+from factorizer.segmentation.checkpoint import load_weights_into, network_of
 from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.files import load_tensors, prepare_folder
+from factorizer.segmentation.files import load_tensors, prepare_folder, read_json
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.training import Trainer
 
@@ -52,7 +51,7 @@ def convert(
     network["num_deep_supr"] = len(heads)
     found = replace(found, network=network)
     made = network_of(found, plan or bundle)  # type: ignore[arg-type]
-    fill(made, state, source)
+    load_weights_into(made, state, source)
     prepare_folder("output", out.resolve().parent)
     Trainer(found, made).save(out)
     console.print(
@@ -65,7 +64,7 @@ def convert(
 
 def _read_plan(path: Path) -> Plan:
     try:
-        return Plan(**json.loads(path.read_text(encoding="utf-8")))
+        return Plan(**read_json(path))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"{path}: not a plan as train writes it ({error})") from error
 

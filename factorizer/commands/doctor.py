@@ -4,19 +4,15 @@ from __future__ import annotations
 
 import os
 import platform
-import time
-from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
-from statistics import median
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
 import factorizer_kernels as fk
-from factorizer.segmentation.screen import table
+from factorizer.segmentation.measure import side_by_side, versions
+from factorizer.segmentation.screen import facts, table
 
-PACKAGES = ("factorizer-kernels", "torch", "numpy", "triton", "monai", "nibabel", "scipy", "tensorboard")
 WINDOWS = {"head_dim": 8, "patch_size": 8, "shifts": [None, 4]}
 ROUNDS, ENOUGH = 5, 2.0  # calls that are timed, and seconds after which fewer must do
 # Float32 sums over a window's 512 voxels, and the gradient of five iterations that amplifies their
@@ -27,25 +23,20 @@ TOLERANCE = 1e-4
 def doctor(console: Console) -> bool:
     """Prints versions, devices and backends, and checks each usable backend against the reference in
     float64, value and gradient, and its time against a ReLU. Returns whether all of them are right."""
-    about = table("Installed", "what", "version")
-    about.columns[1].justify = "left"
-    about.add_row("python", f"{platform.python_version()} on {platform.platform()}")
-    for package in PACKAGES:
-        about.add_row(package, _version(package))
-    about.add_row("processors", f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}")
+    about = {"python": f"{platform.python_version()} on {platform.platform()}"}
+    about |= {package: version or "not installed" for package, version in versions().items()}
+    about["processors"] = f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}"
     for variable in ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
-        about.add_row(variable, os.environ.get(variable, "not set"))
-    if torch.cuda.is_available():
-        for index in range(torch.cuda.device_count()):
-            properties = torch.cuda.get_device_properties(index)
-            memory = properties.total_memory / 2**30
-            about.add_row(f"cuda:{index}", f"{properties.name}, {memory:.0f} GiB, CUDA {torch.version.cuda}")
-    else:
-        about.add_row("cuda", "torch sees no CUDA device")
-    console.print(about)
+        about[variable] = os.environ.get(variable, "not set")
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        memory = properties.total_memory / 2**30
+        about[f"cuda:{index}"] = f"{properties.name}, {memory:.0f} GiB, CUDA {torch.version.cuda}"
+    if not torch.cuda.is_available():
+        about["cuda"] = "torch sees no CUDA device"
+    console.print(facts("Installed", about))
 
-    usable = table("Backends", "name", "usable", "why")
-    usable.columns[1].justify = usable.columns[2].justify = "left"
+    usable = table("Backends", "name", "usable", "why", texts=3)
     for backend in fk.backends():
         usable.add_row(backend.name, "yes" if backend.available else "no", backend.reason)
     console.print(usable)
@@ -59,7 +50,7 @@ def doctor(console: Console) -> bool:
         try:
             value, gradient = _errors(backend.name, device)
             milliseconds, relu = _times(backend.name, device)
-        except Exception as error:  # whatever a driver or a compiler does here is what is asked for
+        except Exception as error:  # any exception here is a result of the test
             right = False
             rows.add_row(backend.name, f"FAILS: {type(error).__name__}: {error}")
             continue
@@ -69,9 +60,9 @@ def doctor(console: Console) -> bool:
         rows.add_row(backend.name, *errors, f"{milliseconds:.1f} ms", f"{relu:.1f} ms")
     console.print(rows)
     console.print(
-        "value, gradient: relative error of swin_nmf in float32, of float64's reference.\n"
-        "forward: of x (1, 32, 64, 64, 64), the median of some calls.\n"
-        "a ReLU: of the same x, in turn with them; slower into fresh memory."
+        "value, gradient: relative error of swin_nmf in float32, against the reference in float64.\n"
+        "forward: median time for x (1, 32, 64, 64, 64).\n"
+        "a ReLU: the same for relu(x), in turn with it; slower into fresh memory."
     )
     console.print("[green]All usable backends are right.[/]" if right else "[red]A backend is wrong.[/]")
     return right
@@ -116,29 +107,8 @@ def _times(backend: str, device: str) -> tuple[float, float]:
         with fk.use_backend(backend):
             fk.swin_nmf(x, u0, v0, **WINDOWS)  # type: ignore[arg-type]
 
-    calls: list[Callable[[], object]] = [swin_nmf, lambda: torch.relu(x)]
-    times: list[list[float]] = [[], []]
-    begin = time.perf_counter()
-    for round_ in range(ROUNDS + 1):
-        if round_ > 1 and time.perf_counter() - begin > ENOUGH:
-            break
-        for call, seconds in zip(calls, times, strict=True):
-            _wait(device)
-            start = time.perf_counter()
-            call()
-            _wait(device)
-            if round_:  # the first warms caches, and compiles
-                seconds.append(time.perf_counter() - start)
-    return 1e3 * median(times[0]), 1e3 * median(times[1])
-
-
-def _wait(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
+    wait = torch.cuda.synchronize if device == "cuda" else lambda: None
+    times = side_by_side(
+        {"swin_nmf": swin_nmf, "relu": lambda: torch.relu(x)}, ROUNDS, wait=wait, enough=ENOUGH
+    )
+    return times["swin_nmf"], times["relu"]

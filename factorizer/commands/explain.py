@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from factorizer.segmentation.cases import Case, find_cases
+from factorizer.segmentation.cases import Case, find_cases, with_grid
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.evaluation import label_in
 from factorizer.segmentation.explanation import Agreement, agreements, case_components, find_layers
-from factorizer.segmentation.figures import draw_components, picture
+from factorizer.segmentation.figures import component_row, draw_components, picture
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.inference import Predictor, failure, load_predictor
-from factorizer.segmentation.screen import count, progress, table, tell_failure
+from factorizer.segmentation.inference import Predictor, load_predictor
+from factorizer.segmentation.screen import count, each_case, table
+from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import check_image, check_label, write_nifti
-
-MAPS_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -42,10 +41,11 @@ def explain(
     inputs: Sequence[str | Path],
     out: Path,
     *,
-    layers: Sequence[str] = ("shallow", "deep"),
+    layers: Sequence[str],
     labels: Path | None = None,
     section: str | None = None,
-    iterations: int | None = None,
+    resample: str = "",
+    num_iters: int | None = None,
     whole: bool = False,
     device: str | None = None,
 ) -> int:
@@ -57,26 +57,20 @@ def explain(
 
     Raises DataError for a checkpoint, inputs, layers or an `out` that cannot be used.
     """
-    predictor = load_predictor([checkpoint], device=device, iterations=iterations, whole=whole)
+    predictor = load_predictor([checkpoint], device=device, num_iters=num_iters, whole=whole)
     network, plan = predictor.models[0]
     chosen = find_layers(network, plan, layers)
-    cases = find_cases(inputs, section)
+    cases = with_grid(find_cases(inputs, section), predictor.plan.modalities, resample)
     if labels is not None:
         if not labels.is_dir():
             raise DataError(f"labels: {labels} is not a folder")
-        cases = tuple(Case(case.name, case.images, label_in(labels, case.name)) for case in cases)
-    prepare_folder("output", out, cases)
-    rows: list[Row] = []
-    failed = 0
-    with progress(console) as bar:
-        for case in bar.track(cases, description="Explaining"):
-
-            def work(case: Case = case) -> None:
-                rows.extend(_explain_case(predictor, chosen, case, out))
-
-            if reason := failure(work):
-                failed += 1
-                tell_failure(console, case.name, reason)
+        cases = tuple(replace(case, label=label_in(labels, case.name)) for case in cases)
+    prepare_folder("output", out, (path for case in cases for path in case.images))
+    outcomes = each_case(
+        console, cases, "Explaining", lambda case: _explain_case(predictor, chosen, case, out)
+    )
+    rows = [row for outcome in outcomes for row in outcome.result or ()]
+    failed = sum(outcome.failed for outcome in outcomes)
     _write(out / "components.csv", rows)
     console.print(_best_of_each(rows, len(cases) - failed))
     console.print(f"results in {out}", soft_wrap=True)
@@ -84,15 +78,15 @@ def explain(
 
 
 def _explain_case(predictor: Predictor, layers: dict[str, str], case: Case, out: Path) -> list[Row]:
-    plan = predictor.plan
+    network, plan = predictor.models[0]
     _, image = check_image(case, plan.modalities)
-    if case.label is not None:
-        labels, reference = check_label(case, list(plan.labels)), "label"
-    prediction = predictor.segment(case)
-    if case.label is None:
-        labels, reference = prediction, "prediction"
+    truth = None if case.label is None else check_label(case, list(plan.labels))
+    prepared = PreparedCase(plan, case)
+    logits = predictor.run(network, plan, prepared.image)
+    prediction = plan.decide(prepared.to_own_grid(logits)).numpy()
+    labels, reference = (prediction, "prediction") if truth is None else (truth, "label")
     signal = (image != 0).any(axis=3)
-    components = case_components(predictor, list(layers.values()), case)
+    components = case_components(predictor, list(layers.values()), case, prepared)
     rows, shown = [], []
     for name, layer in layers.items():
         maps = components.on_grid(layer)
@@ -100,27 +94,20 @@ def _explain_case(predictor: Predictor, layers: dict[str, str], case: Case, out:
         found = agreements(maps, labels, signal, plan)
         for target, of_maps in found.items():
             rows += [Row(case.name, name, m, target, reference, a) for m, a in enumerate(of_maps)]
-        captions = _captions(found)
-        by_content = maps.flatten(1).mean(1).argsort(descending=True).tolist()
-        picked = [*captions, *(m for m in by_content if m not in captions)][:MAPS_SHOWN]
-        texts = ["\n".join([f"component {m}", *captions.get(m, [])]) for m in picked]
-        shown.append((f"{name} layer", components.maps[layer][picked].numpy(), texts))
-    path = out / f"{case.name}_prediction.nii.gz"
-    write_nifti(prediction, case.image, path)
+        shown.append(component_row(name, components.maps[layer], map(_best_map, found, found.values())))
+    write_nifti(prediction, case.image, out / f"{case.name}_prediction.nii.gz")
     title = f"{plan.task}: NMF components, {case.name}; bright: much of it; compared with the {reference}"
-    draw_components(out / f"{case.name}.png", picture(plan, case, path), shown, plan.classes, title)
+    draw_components(
+        out / f"{case.name}.png", picture(prepared, prediction, truth), shown, plan.classes, title
+    )
     return rows
 
 
-def _captions(found: dict[str, list[Agreement]]) -> dict[int, list[str]]:
-    """For the map that agrees best with each target, what to write over it."""
-    captions: dict[int, list[str]] = {}
-    for target, of_maps in found.items():
-        best = max(range(len(of_maps)), key=lambda m: np.nan_to_num(of_maps[m].auc, nan=-1))
-        if of_maps[best].auc > 0.5:  # better than chance
-            text = f"{target}: AUC {of_maps[best].auc:.2f}, Dice {of_maps[best].dice:.2f}"
-            captions.setdefault(best, []).append(text)
-    return captions
+def _best_map(target: str, of_maps: list[Agreement]) -> tuple[int, float, str]:
+    """The map that agrees best with a target, its AUC, and what to write over it."""
+    best = max(range(len(of_maps)), key=lambda m: np.nan_to_num(of_maps[m].auc, nan=-1))
+    auc, dice, _ = of_maps[best]
+    return best, auc, f"{target}: AUC {auc:.2f}, Dice {dice:.2f}"
 
 
 def _write(path: Path, rows: list[Row]) -> None:
@@ -153,10 +140,7 @@ def _best_of_each(rows: list[Row], cases: int) -> Table:
         of_pair = values.setdefault((row.layer, row.target), {})
         of_pair.setdefault(row.component, []).append(row.agreement)
     title = f"The component that agrees best, mean of {count(cases, 'case')}"
-    shown = table(title, "layer", "target", "component")
-    for column in ("AUC", "best Dice"):
-        shown.add_column(column, justify="right")
-    shown.columns[1].justify = "left"
+    shown = table(title, "layer", "target", "component", "AUC", "best Dice", texts=2)
     for (layer, target), of_pair in values.items():
         means = {m: _mean([a for a in of_map if not np.isnan(a.auc)]) for m, of_map in of_pair.items()}
         best = max(means, key=lambda m: np.nan_to_num(means[m][0], nan=-1))

@@ -18,13 +18,13 @@ from torch import nn
 
 from factorizer import MatrixFactorization, set_num_iters, set_rank
 from factorizer.segmentation.cases import Case, find_cases
-from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import dice
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.inference import Predictor, failure, load_predictor
+from factorizer.segmentation.inference import Predictor, load_predictor
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.screen import count, progress, table, tell_failure
-from factorizer.segmentation.transforms import files_of, preprocessing, to_own_grid
+from factorizer.segmentation.screen import count, each_case, table
+from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import check_image, check_label
 
 
@@ -44,7 +44,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Result:
-    """Of one setting: mean Dice over cases and targets, and the median seconds of a case."""
+    """What a setting gives: mean Dice over cases and targets, and the median seconds of a case."""
 
     setting: Setting
     dice: float
@@ -58,44 +58,44 @@ def speed(
     inputs: Sequence[str | Path],
     out: Path,
     *,
-    num_iters: Sequence[int] = (0, 1, 2, 3, 5, 10),
-    ranks: Sequence[int] = (1, 2, 4),
+    num_iters: Sequence[int],
+    ranks: Sequence[int],
+    max_cases: int,
     section: str | None = None,
-    limit: int = 10,
     whole: bool = False,
     device: str | None = None,
 ) -> tuple[list[Result], int]:
     """Dice and time of a trained network for several numbers of iterations and several ranks.
 
     Runs on cases with labels: of those that `inputs` name the ones that training held out, where
-    there are any, and the first `limit` of them. Every case is run in all settings in turn, so what
+    there are any, and the first `max_cases` of them. Every case is run in all settings in turn, so what
     else the machine does slows all alike; the time is that of the network alone, without reading.
 
     Writes out/speed.csv and out/speed.png. Returns the results, and how many cases failed. Raises
     DataError for what cannot be used at all.
     """
-    for name, values, least in (("num-iters", num_iters, 0), ("ranks", ranks, 1)):
-        if not all(value >= least for value in values):
-            raise DataError(f"{name}: got {min(values)}; it must be at least {least}")
+    check_counts(
+        num_iters=(min(num_iters, default=None), 0), ranks=(min(ranks, default=None), 1), cases=(max_cases, 1)
+    )
     if not num_iters and not ranks:
         raise DataError("num-iters, ranks: give numbers for one of them at least")
     predictor = load_predictor([checkpoint], device=device, whole=whole)
     network, plan = predictor.models[0]
     cases = find_cases(inputs, section, labelled=True)
-    cases = (tuple(case for case in cases if case.name in plan.held_out) or cases)[:limit]
-    prepare_folder("output", out, cases)
+    cases = (tuple(case for case in cases if case.name in plan.held_out) or cases)[:max_cases]
+    prepare_folder("output", out, (path for case in cases for path in case.images))
     settings = _settings(network, plan, num_iters, ranks)
-    runs: list[list[tuple[list[float], float]]] = []  # case, setting: Dice of each target, seconds
-    failed = 0
-    with progress(console) as bar:
-        for case in bar.track(cases, description=f"{len(settings)} settings"):
+    warmed = False
 
-            def work(case: Case = case) -> None:
-                runs.append(_run_case(predictor, settings, case, warm=bool(runs)))
+    def work(case: Case) -> list[tuple[list[float], float]]:
+        nonlocal warmed
+        result = _run_case(predictor, settings, case, warmed)
+        warmed = True
+        return result
 
-            if reason := failure(work):
-                failed += 1
-                tell_failure(console, case.name, reason)
+    outcomes = each_case(console, cases, f"{len(settings)} settings", work)
+    runs = [outcome.result for outcome in outcomes if outcome.result is not None]
+    failed = len(outcomes) - len(runs)
     if not runs:
         return [], failed
     results = []
@@ -142,24 +142,21 @@ def _rank(network: nn.Module) -> int:
 def _run_case(
     predictor: Predictor, settings: Sequence[Setting], case: Case, warm: bool
 ) -> list[tuple[list[float], float]]:
-    """Of each setting in turn: Dice of each target, and the seconds of the network."""
+    """For each setting, in turn, the Dice of each target and the seconds of the network."""
     plan = predictor.plan
     check_image(case, plan.modalities)
     truth = check_label(case, list(plan.labels))
-    before = preprocessing(plan, ("image",))
-    item = before(files_of(case))
-    image = item["image"].as_tensor()
-    if not warm:
-        predictor.run(settings[0].network, plan, image)  # the first run warms caches, and is not timed
+    prepared = PreparedCase(plan, case)
+    if not warm:  # the first run warms caches, and is not timed
+        predictor.run(settings[0].network, plan, prepared.image)
     results = []
     for setting in settings:
         start = time.perf_counter()
-        logits = predictor.run(setting.network, plan, image)
+        logits = predictor.run(setting.network, plan, prepared.image)
         seconds = time.perf_counter() - start
-        labels = plan.decide(to_own_grid(logits, item, before)).numpy()
-        results.append(
-            ([dice(np.isin(labels, v), np.isin(truth, v)) for v in plan.targets.values()], seconds)
-        )
+        labels = plan.decide(prepared.to_own_grid(logits)).numpy()
+        scores = [dice(np.isin(labels, v), np.isin(truth, v)) for v in plan.targets.values()]
+        results.append((scores, seconds))
     return results
 
 

@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
 
-from factorizer.models.build import build_network
-from factorizer.segmentation.cases import read_decathlon, split_cases
+from factorizer.models.build import build_network, parameter_count
+from factorizer.segmentation.cases import on_one_grid, read_decathlon, read_split, split_cases
+from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import MeanDice
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.plan import plan_run
-from factorizer.segmentation.processes import pick_device, place, process_group
-from factorizer.segmentation.screen import duration, table
-from factorizer.segmentation.training import Trainer, fit
-from factorizer.segmentation.transforms import Crops, augmentation, training_volumes
+from factorizer.segmentation.plan import AS_PLANNED, Plan, Wishes, plan_run
+from factorizer.segmentation.processes import pick_device, process_group
+from factorizer.segmentation.screen import duration, facts
+from factorizer.segmentation.training import Trainer, fit, start_from, step_seconds, within_budget
+from factorizer.segmentation.transforms import CropBatches, training_volumes
 from factorizer.segmentation.volumes import check_cases
 
 
@@ -26,8 +28,12 @@ def train(
     console: Console,
     data: Path,
     out: Path,
+    wishes: Wishes = AS_PLANNED,
     *,
-    steps: int | None = None,
+    resample: str = "",
+    split: Path | None = None,
+    budget: str = "standard",
+    init: Path | None = None,
     seed: int = 0,
     fold: int | None = None,
     validate_every: int | None = None,
@@ -35,45 +41,59 @@ def train(
     device: str | None = None,
     workers: int | None = None,
 ) -> Path:
-    """Trains on the Decathlon folder `data` into `out`, or continues the run that is there.
+    """Trains on the Decathlon or nnU-Net folder `data` into `out`, or continues the run that is there.
+
+    `wishes` stand in place of what the data would decide, a `split` file (`read_split`) in place of a drawn
+    one; with `resample` modalities on other grids are brought to that of "first", or of the one named.
+
+    Where the wishes name no steps they are as many as the `budget`, a name of `recipe.BUDGETS`, is enough for
+    by a step that is measured first; a run that is continued keeps its number. `init` is a checkpoint or a
+    model file of one network: the run's network is of its kind, and starts from its weights where they fit.
 
     Writes plan.json, checkpoint.pt, TensorBoard's files under log/ and, where it validates, best.pt.
     Returns the checkpoint. Raises DataError before training for data or an `out` that cannot be used.
     """
-    check_counts(steps=(steps, 1), patience=(patience, 1), workers=(workers, 0))
+    check_counts(validate_every=(validate_every, 1), patience=(patience, 1), workers=(workers, 0))
     if patience is not None and not validate_every:
         raise DataError("patience: counts validations, so it needs validate-every")
-    where = pick_device(device)
-    task = read_decathlon(data)
+    place = pick_device(device)
+    task = on_one_grid(read_decathlon(data), resample)
+    if split is None:
+        training, held_out = split_cases(task.cases, seed, fold)
+    else:
+        training, held_out = read_split(split, task.cases, fold)
+        task = replace(task, cases=(*training, *held_out))
     prepare_folder("out", out)
     geometries = check_cases(console, task)
-    training, held_out = split_cases(task.cases, seed, fold)
-    plan = plan_run(task, geometries, training, held_out, steps=steps, seed=seed)
+    plan = plan_run(task, geometries, training, held_out, wishes, seed=seed, resample=resample)
     checkpoint = out / "checkpoint.pt"
+    if init is not None:
+        plan = _like(plan, init)
     with process_group():
+        if wishes.steps is None:
+            with console.status("Measuring a training step"):
+                plan = within_budget(plan, budget, checkpoint, place)
+        network = build_network(plan.network, plan.seed)
+        if init is not None:
+            copied, others = start_from(network, init)
+            console.print(f"{init}: {copied} tensors start from it, {others} at random", soft_wrap=True)
         trainer = Trainer(
             plan,
-            build_network(plan.network, plan.seed),
-            device=where,
+            network,
+            device=place,
             log=out / "log",
-            validate=MeanDice(plan, held_out, where) if validate_every else None,
+            validate=MeanDice(plan, held_out, place) if validate_every else None,
             validate_every=validate_every or plan.steps,
             patience=patience,
-            workers=(4 if where.type == "cuda" else 0) if workers is None else workers,
+            workers=(4 if place.type == "cuda" else 0) if workers is None else workers,
         )
         if checkpoint.exists():
             trainer.resume(checkpoint)
-        if place()[0] == 0:
-            with atomic(out / "plan.json") as temporary:
-                temporary.write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
-        _announce(console, trainer, out)
+        announce(console, trainer, out, None if trainer.finished else step_seconds(plan, place))
         if not trainer.finished:
             with console.status(f"Loading {len(training)} volumes"):
                 volumes = training_volumes(plan, training, geometries)
-            crops = Crops(
-                volumes, augmentation(plan), plan.batch_size, plan.seed, trainer.part, trainer.parts
-            )
-            fit(console, trainer, crops, checkpoint)
+            fit(console, trainer, CropBatches(plan, volumes), checkpoint)
     losses = trainer.losses[-20:]
     console.print(
         f"{trainer.step} steps in {duration(trainer.seconds)}; loss {sum(losses) / len(losses):.3f}; "
@@ -85,23 +105,61 @@ def train(
     return checkpoint
 
 
-def _announce(console: Console, trainer: Trainer, out: Path) -> None:
+def _like(plan: Plan, init: Path) -> Plan:
+    """The plan with the network of the checkpoint `init`, for the channels and the size of the plan."""
+    try:
+        other = read_checkpoint(init)[0]
+    except FileNotFoundError as error:
+        raise DataError(f"init: there is no {init}") from error
+    own = {name: plan.network[name] for name in ("in_channels", "out_channels", "spatial_size")}
+    return replace(plan, network={**other.network, **own}, init=str(init))
+
+
+def announce(console: Console, trainer: Trainer, out: Path, seconds: float | None = None) -> None:
+    """Writes out/plan.json, and shows what the plan decided; `seconds`: of a step, where it was measured."""
     plan = trainer.plan
+    if trainer.process_index == 0:
+        with atomic(out / "plan.json") as temporary:
+            temporary.write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
     size = " x ".join(str(length) for length in plan.crop)
     spacing = " x ".join(f"{length:.3g}" for length in plan.spacing)
-    parameters = sum(parameter.numel() for parameter in trainer.network.parameters())
-    rows = table(f"factorizer train: {plan.task}", "", "")
-    rows.columns[1].justify = "left"
-    rows.show_header = False
-    rows.add_row("modalities", ", ".join(plan.modalities))
-    rows.add_row("classes", ", ".join(plan.classes))
-    rows.add_row("cases", f"{len(plan.training)} to train on, {len(plan.held_out)} held out")
-    rows.add_row("spacing, crop", f"{spacing} mm, {size} voxels")
-    rows.add_row("network", f"{parameters:,} parameters")
-    rows.add_row("training", f"{plan.steps} steps of {plan.batch_size} crops")
+    network = plan.network
+    windows = network.get("reshape", ("", {}))
+    axes = [("left-right", "front-back", "bottom-top")[axis] for axis in plan.flips]
+    rows = {
+        "modalities": ", ".join(
+            f"{name} ({'z-scores' if window is None else f'clipped to {window[0]:.4g} … {window[1]:.4g}'})"
+            for name, window in zip(plan.modalities, plan.window, strict=True)
+        ),
+        "classes": ", ".join(plan.classes),
+        "cases": f"{len(plan.training)} to train on, {len(plan.held_out)} held out",
+        "spacing, crop": f"{spacing} mm, {size} voxels",
+        "network": f"{parameter_count(trainer.network):,} parameters; width {network.get('encoder_width')}, "
+        f"strides {network.get('strides')}, rank {network.get('rank', 1)}, {_kind(windows)}",
+        "training": f"{plan.steps} steps of {plan.batch_size} crops, learning rate {plan.learning_rate:g}",
+        "mirror images": ", ".join(axes) or "none",
+    }
+    if plan.regions:
+        rows["regions"] = ", ".join(f"{name} {list(values)}" for name, values in plan.regions.items())
+    if plan.resample:
+        rows["grid"] = f"modalities are brought to that of {plan.resample}"
+    if plan.notes:
+        rows["decided"] = "\n".join(plan.notes)
+    if seconds is not None:
+        left = (plan.steps - trainer.step) * seconds
+        rows["expected"] = f"{duration(left)}, from {seconds:.2f} s for a step"
     if trainer.step:
-        rows.add_row("resumes", f"{trainer.step} steps are done")
-    threads = torch.get_num_threads()
-    rows.add_row("device", f"{trainer.device}; processes: {trainer.parts}, threads of each: {threads}")
-    rows.add_row("results in", str(out))
-    console.print(rows)
+        rows["resumes"] = f"{trainer.step} steps are done"
+    processes, threads = trainer.process_count, torch.get_num_threads()
+    rows["device"] = f"{trainer.device}; processes: {processes}, threads of each: {threads}"
+    console.print(facts(f"factorizer train: {plan.task}", rows | {"results in": str(out)}))
+
+
+def _kind(reshape: Any) -> str:
+    """A network by how its layers cut a volume into windows."""
+    name, options = reshape
+    size = options.get("patch_size")
+    if size is None:
+        return "global"
+    cut = " x ".join(map(str, size if isinstance(size, tuple) else (size,) * 3))
+    return f"{'swin' if name == 'SWMatricize' else 'local'}, windows of {cut}"

@@ -2,6 +2,7 @@
 
 from .block import FactorizerBlock, FactorizerStage
 from .conv import ConvStage
+from .depthwise import DepthwiseConv
 from .factorization import NMF, MatrixFactorization, set_num_iters, set_rank
 from .linear import Linear
 from .matricize import Matricize, SWMatricize
@@ -14,6 +15,7 @@ __all__ = [
     "MLP",
     "NMF",
     "ConvStage",
+    "DepthwiseConv",
     "FactMixer",
     "FactorizerBlock",
     "FactorizerStage",

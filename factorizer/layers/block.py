@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from . import pointwise
 from .checks import check_count, check_features, check_probability, check_spatial_size
+from .depthwise import DepthwiseConv
 from .linear import Linear
 from .mixer import FactMixer
 from .mlp import MLP
@@ -23,12 +24,17 @@ _CHAINED = {LayerNorm, nn.LayerNorm, Linear, nn.Conv1d, MLP, nn.Sequential, nn.G
 class FactorizerBlock(nn.Module):
     """x + FactMixer(norm(x)), then x + MLP(norm(x)), for x (B, channels, S1..Sp).
 
+    With `local`, x + w * x comes first, where w is a depthwise filter. It is not in the Factorizer paper:
+    Chu et al. (Conditional Positional Encodings for Vision Transformers, 2021) put one before the blocks
+    of a transformer.
+
     Args:
         channels: number of channels.
         spatial_size: S1..Sp, see `FactMixer`.
         norm: part, called with the number of channels.
         dropout: probability of the dropouts in the mixer and in the MLP.
         mlp_ratio: hidden width of the MLP over the number of channels.
+        local: side of the depthwise filter in voxels, odd; None for none.
         kwargs: arguments of `FactMixer`, and through it of the factorisation.
     """
 
@@ -39,9 +45,11 @@ class FactorizerBlock(nn.Module):
         norm: Part = LayerNorm,
         dropout: float = 0.0,
         mlp_ratio: float = 2,
+        local: int | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__()
+        self.local = None if local is None else DepthwiseConv(channels, local, spatial_dims=len(spatial_size))
         self.norm1 = build("norm", norm, channels)
         self.fact = FactMixer(channels, channels, spatial_size, dropout=dropout, **kwargs)
         self.norm2 = build("norm", norm, channels)
@@ -51,8 +59,7 @@ class FactorizerBlock(nn.Module):
     def fused(self) -> bool:
         """Whether norms, linear maps and sums run as chains of `pointwise`, with the same result.
 
-        They do where the chains know every part, no dropout is active, and nobody listens in
-        between.
+        They do where the chains know every part, no dropout is active, and no part has a hook.
         """
         fact = self.fact
         chained = (self.norm1, fact.in_proj, fact.out_proj, fact.dropout, self.norm2, self.mlp)
@@ -65,6 +72,9 @@ class FactorizerBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels, S1..Sp) to the same shape."""
+        if self.local is not None:
+            x = x + self.local(x)
         if not self.fused:
             x = x + self.fact(self.norm1(x))
             return x + self.mlp(self.norm2(x))
@@ -116,6 +126,7 @@ class FactorizerStage(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, S1..Sp) to (B, out_channels, S1..Sp)."""
         x = self.dropout(self.pos_embed(self.adapter(x)))
         for block in self.blocks:
             x = block(x)

@@ -33,6 +33,13 @@ def check_spatial_size(name: str, size: Sequence[int]) -> tuple[int, ...]:
     return check_counts(name, size, (1, 2, 3))
 
 
+def check_spatial_dims(value: int) -> int:
+    """Returns `value` if there are layers for so many spatial axes: 1, 2 or 3."""
+    if value not in (1, 2, 3):
+        raise ValueError(f"spatial_dims must be 1, 2 or 3, got {value!r}")
+    return value
+
+
 def check_probability(name: str, value: float) -> float:
     """Returns `value` if it lies in [0, 1)."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -62,7 +69,7 @@ def check_features(layer: str, x: Tensor, channels: int, spatial_dims: int | Non
         )
 
 
-def without_metadata(x: Tensor) -> Tensor:
+def plain_tensor(x: Tensor) -> Tensor:
     """x as a plain tensor, where it is of a subclass that only adds to the data.
 
     MONAI's MetaTensor would copy its metadata with every slice of it. Subclasses with a dispatch of

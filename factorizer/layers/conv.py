@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from .checks import check_count
+from .checks import check_count, check_spatial_dims
 from .norm import LayerNorm
 
 CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -25,6 +25,9 @@ class ConvStage(nn.Module):
         spatial_size: not used; the stages of a U-net are all called with it.
         depth: number of convolutions.
         spatial_dims: number of spatial axes, 1 to 3.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
 
     def __init__(
@@ -37,6 +40,7 @@ class ConvStage(nn.Module):
     ) -> None:
         super().__init__()
         check_count("depth", depth)
+        check_spatial_dims(spatial_dims)
         layers: list[nn.Module] = []
         for i in range(depth):
             width = out_channels if i else in_channels
@@ -48,4 +52,5 @@ class ConvStage(nn.Module):
         self.block = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, S1..Sp) to (B, out_channels, S1..Sp)."""
         return self.block(x)

@@ -30,6 +30,7 @@ class Linear(nn.Module):
         self.linear = nn.Conv1d(in_channels, out_channels, kernel_size=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, S1..Sp) to (B, out_channels, S1..Sp)."""
         check_features("Linear", x, self.in_channels)
         return pointwise.linear(x, self.weights)
 

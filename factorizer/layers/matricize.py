@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
-from factorizer_kernels.ops.windows.geometry import Shift, matricized_shape, resolve
+from factorizer_kernels.ops.windows.geometry import Shift, resolve
 
 from .checks import check_counts, check_features
 from .resize import crop_to, pad_to, round_up
@@ -54,22 +54,20 @@ class SWMatricize(nn.Module):
         )
         self.spatial_size = tuple(spatial_size)
         self.shifts = shifts
-        self.cut: dict[str, Any] = {
+        self.window_options: dict[str, Any] = {
             "num_heads": num_heads,
             "head_dim": head_dim,
             "grid_size": grid_size,
             "patch_size": patch_size,
         }
         # Axes of extent zero are divisible by everything: this checks the options alone.
-        resolve((1, self.channels, *[0] * len(self.spatial_size)), **self.cut, shifts=None)
+        resolve((1, self.channels, *[0] * len(self.spatial_size)), **self.window_options, shifts=None)
         multiple: Any = patch_size or grid_size
         whole = isinstance(multiple, Sequence)
         self._multiple = tuple(multiple) if whole else (multiple,) * len(self.spatial_size)
         fitted = self.fitted_size(self.spatial_size)
         size = (1, self.channels, *fitted)
-        windows = resolve(size, **self.options(fitted))
-        shape = matricized_shape(size, windows.head_dim, windows.patch_size, len(windows.shifts))
-        self.output_size = (None, *shape[1:])
+        self.output_size = (None, *resolve(size, **self.options(fitted)).matrices_shape[1:])
 
     def fitted_size(self, spatial_size: Sequence[int]) -> tuple[int, ...]:
         """The smallest size that holds `spatial_size` and is made of whole windows."""
@@ -78,11 +76,11 @@ class SWMatricize(nn.Module):
     def window_size(self, spatial_size: Sequence[int]) -> tuple[int, ...]:
         """Voxels of one window along each axis, for an x of this spatial size."""
         size = (1, self.channels, *self.fitted_size(spatial_size))
-        return resolve(size, **self.cut, shifts=None).patch_size
+        return resolve(size, **self.window_options, shifts=None).patch_size
 
     def options(self, spatial_size: Sequence[int]) -> dict[str, Any]:
         """The window options of the operators of `factorizer_kernels`, for this spatial size."""
-        return self.cut | {"shifts": self._copies(spatial_size)}
+        return self.window_options | {"shifts": self._copies(spatial_size)}
 
     def _copies(self, spatial_size: Sequence[int]) -> Sequence[Shift]:
         if self.shifts is not None:
@@ -111,9 +109,9 @@ class SWMatricize(nn.Module):
         return crop_to(x, size)
 
     def extra_repr(self) -> str:
-        cut = {k: v for k, v in (self.cut | {"shifts": self.shifts}).items() if v is not None}
+        options = {k: v for k, v in (self.window_options | {"shifts": self.shifts}).items() if v is not None}
         size = (None, self.channels, *self.spatial_size)
-        return ", ".join([f"{size}", *(f"{k}={v}" for k, v in cut.items())])
+        return ", ".join([f"{size}", *(f"{k}={v}" for k, v in options.items())])
 
 
 class Matricize(SWMatricize):

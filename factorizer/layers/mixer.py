@@ -70,8 +70,8 @@ class FactMixer(nn.Module):
     def fused(self) -> bool:
         """Whether the present parts run as one operator: the one place where this is decided.
 
-        They do where the operator knows them all, and nobody listens in between: a part with a hook
-        runs on its own, so that the hook is called.
+        They do where the operator knows them all and no part has a hook: a part with a hook runs on its
+        own, so that the hook is called.
         """
         parts = (self.reshape, self.act, self.factorize)
         return (
@@ -84,6 +84,7 @@ class FactMixer(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, S1..Sp) to (B, out_channels, S1..Sp)."""
         check_features("FactMixer", x, self.in_channels, len(self.spatial_size))
         return self.dropout(self.out_proj(self.mix(self.in_proj(x))))
 

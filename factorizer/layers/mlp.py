@@ -49,4 +49,5 @@ class MLP(nn.Module):
         return [part for part in self.block if isinstance(part, Linear)]
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, S1..Sp) to (B, out_channels, S1..Sp)."""
         return self.block(x)

@@ -28,6 +28,7 @@ class LayerNorm(nn.Module):
         self.norm = nn.LayerNorm(dim, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, dim, S1..Sp) to the same shape and dtype."""
         check_features("LayerNorm", x, self.dim)
         return pointwise.norm(x, self.affine(x), self.norm.eps)
 

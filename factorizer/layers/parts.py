@@ -39,7 +39,7 @@ def build(name: str, part: Part, *args: Any, **defaults: Any) -> Any:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether somebody listens to `module` alone, so that it must be called for itself."""
+    """Whether `module` has a hook, so that it must be called by itself."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks

@@ -60,7 +60,7 @@ def check_dtype(x: Tensor, weight: Tensor) -> None:
         raise TypeError(f"x must be {weight.dtype}, as the weights are, got {x.dtype}")
 
 
-def without_autocast(x: Tensor) -> AbstractContextManager[Any]:
+def autocast_disabled(x: Tensor) -> AbstractContextManager[Any]:
     """A context in which operations on x's device compute in the dtypes they are given."""
     device = x.device.type
     return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
@@ -170,7 +170,7 @@ def _standardise_backward(dy: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 
 
 def _plus(x: Tensor, y: Tensor) -> Tensor:
-    """x + y, in the memory of x, a chain's own, where nobody differentiates and the dtype stays."""
+    """x + y, in the memory of x, a chain's own, where no gradient is recorded and the dtype stays."""
     in_place = not torch.is_grad_enabled() and x.dtype == torch.promote_types(x.dtype, y.dtype)
     return x.add_(y) if in_place else x + y
 
@@ -209,7 +209,7 @@ def _matmul_dtype(x: Tensor, weights: Sequence[Tensor]) -> Sequence[Tensor]:
 def _run(chain: Chain, inputs: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     size = inputs[0].shape[2:]
     inputs = [x.flatten(2) for x in inputs]
-    with without_autocast(inputs[0]):
+    with autocast_disabled(inputs[0]):
         # A compiler fuses, and decides what to keep, by itself.
         if torch.compiler.is_compiling() or inputs[0].numel() == 0:
             y = chain.forward(*inputs, *weights)
@@ -261,7 +261,7 @@ class _Pointwise(torch.autograd.Function):
         inputs, weights = saved[: ctx.n], saved[ctx.n :]
         dinputs = [torch.empty_like(x) for x in inputs]
         dweights = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
-        with without_autocast(dy):
+        with autocast_disabled(dy):
             for at in _blocks(inputs[0]):
                 grads = ctx.chain.backward(dy[at], *(x[at] for x in inputs), *weights)
                 for dinput, grad in zip(dinputs, grads, strict=False):

@@ -33,5 +33,6 @@ class PositionalEmbedding(nn.Module):
         nn.init.trunc_normal_(self.pos, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, channels, S1..Sp) to the same shape."""
         check_features("PositionalEmbedding", x, self.channels, self.pos.ndim - 2)
         return x + resample(self.pos, x.shape[2:])

@@ -12,6 +12,7 @@ from .. import layers
 from ..layers.factorization import SOLVERS
 from .factorizer import Factorizer
 
+# Arguments of `Factorizer` that are classes, or pairs of a class and its arguments.
 PARTS = ("norm", "reshape", "act", "factorize", "stem", "downsample", "upsample", "head", "pos_embed")
 
 
@@ -28,6 +29,8 @@ def build_network(arguments: Mapping[str, Any], seed: int) -> nn.Module:
     parts = {name: _part(name, arguments[name]) for name in PARTS if arguments.get(name) is not None}
     solver = arguments.get("solver")
     if isinstance(solver, Sequence) and len(solver) == 2 and isinstance(solver[1], Mapping):
+        if solver[0] not in SOLVERS:
+            raise ValueError(f"solver must be one of {', '.join(SOLVERS)}, got {solver[0]!r}")
         parts["solver"] = SOLVERS[solver[0]], solver[1]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -47,5 +50,5 @@ def _part(argument: str, value: Any) -> Any:
 
 
 def parameter_count(network: nn.Module) -> int:
-    """Numbers that training changes."""
+    """Number of trainable parameters."""
     return sum(parameter.numel() for parameter in network.parameters())

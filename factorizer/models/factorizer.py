@@ -28,7 +28,7 @@ class Factorizer(UNet):
         stem, downsample, upsample, head, num_deep_supr: see `UNet`.
         pos_embed: part of the bottleneck, called with (channels, spatial_size).
         kwargs: arguments of `FactorizerStage`, and through it of `FactorizerBlock` (norm,
-            mlp_ratio, dropout), `FactMixer` (reshape, act, factorize) and `NMF` (rank, num_iters,
+            mlp_ratio, local, dropout), `FactMixer` (reshape, act, factorize) and `NMF` (rank, num_iters,
             num_grad_steps, init, solver).
 
     Raises:

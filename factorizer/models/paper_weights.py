@@ -73,10 +73,10 @@ def load_paper_checkpoint(network: nn.Module, checkpoint: Mapping[str, Any]) -> 
 
     Args:
         network: a `Factorizer` with the arguments of the checkpoint's configuration, changed in place.
-        checkpoint: as of `convert_paper_checkpoint`.
+        checkpoint: see `convert_paper_checkpoint`.
 
     Raises:
-        TypeError, ValueError: as of `convert_paper_checkpoint`.
+        TypeError, ValueError: see `convert_paper_checkpoint`.
         RuntimeError: the network has other parameters (see `torch.nn.Module.load_state_dict`).
     """
     network.load_state_dict(convert_paper_checkpoint(checkpoint))

@@ -31,6 +31,9 @@ def preset(name: str, **overrides: Any) -> Factorizer:
     Args:
         name: one of the keys of `PRESETS`.
         overrides: arguments of `Factorizer` in place of, or besides, those of the preset.
+
+    Raises:
+        TypeError, ValueError: there is no such preset; or see `Factorizer`.
     """
     if name not in PRESETS:
         raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")

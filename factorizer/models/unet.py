@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..layers.checks import check_count, check_counts, check_features, without_metadata
+from ..layers.checks import check_count, check_counts, check_features, check_spatial_dims, plain_tensor
 from ..layers.conv import CONV, CONV_TRANSPOSE, ConvStage
 from ..layers.parts import Part, build
 from ..layers.pointwise import check_dtype
@@ -27,6 +27,7 @@ class Encoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: Tensor) -> list[Tensor]:
+        """x (B, C, S1..Sp) to the features of each level, finest first."""
         features = []
         for block in self.blocks:
             x = block(x)
@@ -43,11 +44,12 @@ class EncoderBlock(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, S1..Sp) to (B, width, ceil(S1 / stride)..)."""
         return self.block(self.downsample(x))
 
 
 class Decoder(nn.Module):
-    """Levels from coarse to fine; returns the output of each, finest first.
+    """Levels from coarse to fine; returns the output of each and the coarsest features, finest first.
 
     Consumes the list of the encoder's features, so that each is freed as soon as it is used.
     """
@@ -57,12 +59,11 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:
-        x = features.pop()
-        outputs: list[Tensor] = []
+        """The encoder's features, finest first, to the output of each level, finest first."""
+        outputs = [features.pop()]
         for block in self.blocks:
-            x = block(x, features.pop())
-            outputs.insert(0, x)
-        return outputs or [x]
+            outputs.insert(0, block(outputs[0], features.pop()))
+        return outputs
 
 
 class DecoderBlock(nn.Module):
@@ -74,6 +75,7 @@ class DecoderBlock(nn.Module):
         self.block = block
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """x (B, C, S1..Sp) and the finer skip (B, width, T1..Tp) to (B, width, T1..Tp)."""
         return self.block(torch.cat([skip, self.upsample(x)], 1))
 
 
@@ -103,7 +105,7 @@ class UNet(nn.Module):
         upsample: part, called as downsample. Default: transposed convolution.
         head: part, called with (channels, out_channels, kernel_size=1). Default: convolution.
         num_deep_supr: deep supervision: False or 0 for one head and a tensor, n for n heads on the
-            n finest decoder levels and a list of their logits, finest first; True for three.
+            n finest levels and a list of their logits, finest first; True for three.
         bottleneck: part for the stage of the coarsest level; `block` where None.
 
     Raises:
@@ -131,9 +133,7 @@ class UNet(nn.Module):
         super().__init__()
         self.in_channels = check_count("in_channels", in_channels)
         self.out_channels = check_count("out_channels", out_channels)
-        if spatial_dims not in CONV:
-            raise ValueError(f"spatial_dims must be 1, 2 or 3, got {spatial_dims!r}")
-        self.spatial_dims = spatial_dims
+        self.spatial_dims = check_spatial_dims(spatial_dims)
         encoder_width = check_counts("encoder_width", encoder_width, range(1, 33))
         levels = len(encoder_width)
         encoder_depth = check_counts("encoder_depth", encoder_depth, (levels,))
@@ -176,10 +176,10 @@ class UNet(nn.Module):
             num_heads = DEEP_SUPERVISION_HEADS if num_deep_supr else 0
         else:
             num_heads = check_count("num_deep_supr", num_deep_supr, 0)
-        if num_heads > max(len(decoder), 1):
+        if num_heads > levels:
             raise ValueError(
-                f"num_deep_supr must be at most {max(len(decoder), 1)}, one head for each decoder "
-                f"level, got {num_deep_supr} (True stands for {DEEP_SUPERVISION_HEADS})"
+                f"num_deep_supr must be at most {levels}, one head for each level, got {num_deep_supr} "
+                f"(True stands for {DEEP_SUPERVISION_HEADS})"
             )
         heads = [
             build("head", head, encoder_width[i], out_channels, kernel_size=1) for i in range(num_heads or 1)
@@ -191,9 +191,10 @@ class UNet(nn.Module):
         self.num_deep_supr = num_heads
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
+        """x (B, in_channels, S1..Sp) to logits (B, out_channels, S1..Sp), or a list of those of each head."""
         check_features(type(self).__name__, x, self.in_channels, self.spatial_dims)
         check_dtype(x, next(self.parameters()))
-        x = without_metadata(x)
+        x = plain_tensor(x)
         size = x.shape[2:]
         x = pad_to(x, round_up(size, self._strides[-1]))
         outputs = self.decoder(self.encoder(self.stem(x)))

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from ..models.build import build_network
-from .errors import DataError
-from .files import load_tensors
-from .plan import Plan
+from factorizer.models.build import build_network
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import load_tensors
+from factorizer.segmentation.plan import Plan
 
 
 def read_checkpoint(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
@@ -20,7 +20,18 @@ def read_checkpoint(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
 
     Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
     """
-    state = load_tensors(path)
+    content = load_tensors(path)
+    members = content.get("members", [content])
+    if len(members) != 1:
+        raise DataError(f"{path}: holds {len(members)} networks; this needs a file with one")
+    return read_entry(members[0], path)
+
+
+def read_entry(state: Mapping[str, Any], path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
+    """The plan and the state of one network of the file at `path`.
+
+    Raises DataError where it is not one of ours.
+    """
     missing = {"plan", "network"}.difference(state)
     if missing:
         raise DataError(
@@ -29,7 +40,7 @@ def read_checkpoint(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
         )
     try:
         return Plan(**state["plan"]), state
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, AttributeError, KeyError) as error:
         raise DataError(
             f"{path}: not a checkpoint of this program: its plan is another's ({error})"
         ) from error
@@ -40,9 +51,16 @@ def load_network(path: str | Path) -> tuple[nn.Module, Plan]:
 
     Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
     """
-    plan, state = read_checkpoint(path)
+    return network_of_entry(*read_checkpoint(path), path)
+
+
+def network_of_entry(plan: Plan, state: Mapping[str, Any], path: str | Path) -> tuple[nn.Module, Plan]:
+    """The network of the plan with the weights of the state, in evaluation mode.
+
+    Raises DataError where the two, from the file at `path`, do not fit.
+    """
     network = network_of(plan, path)
-    fill(network, state["network"], path)
+    load_weights_into(network, state["network"], path)
     return network.eval(), plan
 
 
@@ -50,7 +68,7 @@ def network_of(plan: Plan, path: str | Path) -> nn.Module:
     """The plan's network, untrained. Raises DataError where the plan, from `path`, describes none."""
     try:
         return build_network(plan.network, plan.seed)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, LookupError, AttributeError) as error:
         raise DataError(f"{path}: its plan describes no network of this family ({error})") from error
 
 
@@ -60,14 +78,14 @@ def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
     Raises FileNotFoundError where there is none, DataError where it is not one of ours, or one of
     another network.
     """
-    fill(network, read_checkpoint(path)[1]["network"], path)
+    load_weights_into(network, read_checkpoint(path)[1]["network"], path)
     return network.eval()
 
 
-def fill(network: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
+def load_weights_into(network: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
     """Loads the weights that were read from `path`. Raises DataError where they are another network's."""
     try:
         network.load_state_dict(state)
-    except RuntimeError as error:  # with a line for each of the tensors
+    except (RuntimeError, TypeError, AttributeError) as error:  # with a line for each of the tensors
         reason = textwrap.shorten(str(error), 300, placeholder=" ...")
         raise DataError(f"{path}: its weights do not fit the network ({reason})") from error

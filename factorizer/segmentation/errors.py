@@ -7,6 +7,10 @@ class DataError(ValueError):
     """Data that cannot be used. The message names the file or field, and what it needs."""
 
 
+class FlatImageError(DataError):
+    """An image that has one value everywhere: there is nothing to be seen in it."""
+
+
 def data_error(error: BaseException | None) -> DataError | None:
     """The DataError or ValueError that made MONAI raise `error`, which tells only what part of it failed."""
     while error is not None and not isinstance(error, ValueError):
@@ -18,4 +22,4 @@ def check_counts(**options: tuple[int | None, int]) -> None:
     """Raises DataError for an option, given as its value and the least it may be, that is too small."""
     for name, (value, least) in options.items():
         if value is not None and value < least:
-            raise DataError(f"{name}: got {value}; it must be at least {least}")
+            raise DataError(f"{name.replace('_', '-')}: got {value}; it must be at least {least}")

@@ -1,11 +1,12 @@
-"""How well label volumes agree: Dice and HD95 of each target and case."""
+"""How well label volumes agree: Dice and HD95 of each target and case, and of a whole folder."""
 
 from __future__ import annotations
 
 import csv
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,66 +14,105 @@ import nibabel as nib
 import numpy as np
 import torch
 import torch.distributed as dist
-from monai.metrics import compute_hausdorff_distance
+from monai.metrics import compute_hausdorff_distance, compute_surface_dice
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from factorizer.segmentation.cases import Case, find_cases, read_classes, volumes_in
 from factorizer.segmentation.checkpoint import read_checkpoint
-from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.errors import DataError, FlatImageError
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.inference import Predictor, failure
+from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.processes import place
-from factorizer.segmentation.screen import count, progress, table, tell_failure
-from factorizer.segmentation.volumes import check_label, read_nifti
+from factorizer.segmentation.processes import group_position
+from factorizer.segmentation.screen import count, each_case, table
+from factorizer.segmentation.volumes import check_label, read_grid, read_labels
 
+SURFACE_TOLERANCE = 1.0  # mm
 Targets = Mapping[str, Sequence[int]]  # names, each with the label values that it unites
 
 
 @dataclass(frozen=True)
 class Score:
-    """Of one target in one case; HD95 in mm."""
+    """The agreement of one target in one case; HD95 in mm, surface Dice at `SURFACE_TOLERANCE`."""
 
     case: str
     target: str
     dice: float
     hd95: float
+    surface_dice: float
 
 
 def dice(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """2 |A ∩ B| / (|A| + |B|) of two masks; 1 where both are empty."""
+    """2 |A ∩ B| / (|A| + |B|) of two boolean masks of one shape; 1 where both are empty."""
     both = int(prediction.sum()) + int(truth.sum())
     return 2 * int((prediction & truth).sum()) / both if both else 1.0
 
 
 def hd95(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
-    """The larger of the two 95th percentiles of the distances between the surfaces of two masks, mm.
+    """The larger of the two 95th percentiles of the distances between the surfaces of two masks, in mm.
 
-    0 where both are empty, infinite where one is.
+    0 where both are empty, infinite where one is. The surfaces and percentiles are those of MONAI's
+    `compute_hausdorff_distance`.
+
+    Args:
+        prediction, truth: boolean masks (X, Y, Z).
+        spacing: mm between voxels along each axis.
     """
     if not prediction.any() or not truth.any():
         return 0.0 if prediction.any() == truth.any() else math.inf
-    # Away from the masks there is no surface: the distance transforms need only their box.
-    box = tuple(slice(int(places.min()), int(places.max()) + 1) for places in np.nonzero(prediction | truth))
-    a, b = (torch.from_numpy(np.pad(mask[box], 1)[None, None]) for mask in (prediction, truth))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # MONAI 1.5 to 1.6 about its own argument
+    a, b = _boxed(prediction, truth)
+    with _quiet():
         distance = compute_hausdorff_distance(
             a, b, include_background=True, percentile=95, spacing=list(spacing)
         )
     return float(distance)
 
 
-def compare(
+def surface_dice(prediction: np.ndarray, truth: np.ndarray, spacing: Sequence[float]) -> float:
+    """The share of both masks' surfaces that lies within `SURFACE_TOLERANCE` of the other's.
+
+    1 where both are empty, 0 where one is. The surfaces are those of MONAI's `compute_surface_dice`.
+
+    Args:
+        prediction, truth: boolean masks (X, Y, Z).
+        spacing: mm between voxels along each axis.
+    """
+    if not prediction.any() or not truth.any():
+        return float(prediction.any() == truth.any())
+    a, b = _boxed(prediction, truth)
+    with _quiet():
+        share = compute_surface_dice(
+            a, b, [SURFACE_TOLERANCE], include_background=True, spacing=list(spacing)
+        )
+    return float(share)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what MONAI 1.5 to 1.6 warns of, an argument of its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _boxed(prediction: np.ndarray, truth: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    """The two masks, as (1, 1, X, Y, Z), in the box that holds both: elsewhere there is no surface."""
+    box = tuple(slice(int(places.min()), int(places.max()) + 1) for places in np.nonzero(prediction | truth))
+    a, b = (torch.from_numpy(np.pad(mask[box], 1)[None, None]) for mask in (prediction, truth))
+    return a, b
+
+
+def score_labels(
     prediction: np.ndarray, truth: np.ndarray, targets: Targets, spacing: Sequence[float], case: str
 ) -> list[Score]:
     """The score of each target for two label volumes (X, Y, Z) on one grid."""
     scores = []
     for name, values in targets.items():
         masks = np.isin(prediction, list(values)), np.isin(truth, list(values))
-        scores.append(Score(case, name, dice(*masks), hd95(*masks, spacing)))
+        surface = surface_dice(*masks, spacing)
+        scores.append(Score(case, name, dice(*masks), hd95(*masks, spacing), surface))
     return scores
 
 
@@ -84,22 +124,26 @@ def evaluate_case(prediction: Path, case: Case, values: Sequence[int], targets: 
     """
     if case.label is None:
         raise DataError(f"{prediction}: there is no label for it")
-    truth = check_label(Case(case.name, (prediction,), case.label), values)
-    labels = check_label(Case(case.name, (prediction,), prediction), values)
-    spacing = nib.affines.voxel_sizes(nib.load(prediction).affine).tolist()  # type: ignore[attr-defined]
-    return compare(labels, truth, targets, spacing, case.name)
+    labels = read_labels(prediction, values, grid_of=prediction)
+    truth = read_labels(case.label, values, grid_of=prediction)
+    spacing = nib.affines.voxel_sizes(read_grid(prediction)[0]).tolist()
+    return score_labels(labels, truth, targets, spacing, case.name)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """Of one target over the cases: mean Dice; mean HD95 over the cases where it is finite, and the
-    number of the others, in which one of the two masks is empty."""
+    """The means of one target over the cases.
+
+    `hd95` is that of the cases where it is finite; `infinite` counts the others, in which one of the two
+    masks is empty.
+    """
 
     target: str
     cases: int
     dice: float
     hd95: float
     infinite: int
+    surface_dice: float
 
 
 def summarise(scores: Iterable[Score]) -> list[Summary]:
@@ -112,7 +156,9 @@ def summarise(scores: Iterable[Score]) -> list[Summary]:
         finite = [score.hd95 for score in members if math.isfinite(score.hd95)]
         mean = sum(finite) / len(finite) if finite else math.nan
         mean_dice = sum(score.dice for score in members) / len(members)
-        summaries.append(Summary(target, len(members), mean_dice, mean, len(members) - len(finite)))
+        mean_surface = sum(score.surface_dice for score in members) / len(members)
+        infinite = len(members) - len(finite)
+        summaries.append(Summary(target, len(members), mean_dice, mean, infinite, mean_surface))
     return summaries
 
 
@@ -120,9 +166,10 @@ def write_scores(path: Path, scores: Iterable[Score]) -> None:
     """One line for each case and target."""
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(("case", "target", "dice", "hd95_mm"))
+        table.writerow(("case", "target", "dice", "hd95_mm", "surface_dice_1mm"))
         for score in scores:
-            table.writerow((score.case, score.target, f"{score.dice:.6f}", f"{score.hd95:.6g}"))
+            values = f"{score.dice:.6f}", f"{score.hd95:.6g}", f"{score.surface_dice:.6f}"
+            table.writerow((score.case, score.target, *values))
 
 
 def label_in(folder: Path, name: str) -> Path:
@@ -139,18 +186,26 @@ class MeanDice:
 
     def __init__(self, plan: Plan, cases: Sequence[Case], device: torch.device | str = "cpu") -> None:
         self.plan, self.cases, self.device = plan, cases, torch.device(device)
+        self.watch: Callable[[int, int], None] = lambda done, total: None
 
     def __call__(self, network: nn.Module) -> float:
-        part, parts = place() if dist.is_initialized() else (0, 1)
+        index, processes = group_position()
         predictor = Predictor([(network, self.plan)], device=self.device)
         total = torch.zeros(2, dtype=torch.float64, device=self.device)
-        for case in self.cases[part::parts]:
+        own = self.cases[index::processes]
+        for done, case in enumerate(own):
+            self.watch(done, len(own))
             assert case.label is not None
-            labels, truth = predictor.segment(case), read_nifti(case.label)[1]
+            truth = check_label(case, list(self.plan.labels))
+            try:
+                labels = predictor.segment(case)
+            except FlatImageError:  # told before the training
+                labels = np.zeros_like(truth)
             for values in self.plan.targets.values():
                 total[0] += dice(np.isin(labels, values), np.isin(truth, values))
                 total[1] += 1
-        if parts > 1:
+        self.watch(len(own), len(own))
+        if processes > 1:
             dist.all_reduce(total)
         return float(total[0] / total[1])
 
@@ -168,21 +223,15 @@ def evaluate(
     """
     if out.is_dir():
         raise DataError(f"output: {out} is a folder; it must be a file for the scores, such as scores.csv")
-    known, classes = _labels(labels)
+    known, classes, regions = _labels(labels)
     cases = [Case(case.name, case.images, known.get(case.name)) for case in _predictions(predictions)]
     prepare_folder("output", out.resolve().parent)
-    targets, values = _targets(cases, classes, checkpoint)
-    scores: list[Score] = []
-    failed = 0
-    with progress(console) as bar:
-        for case in bar.track(cases, description="Comparing"):
-
-            def compare(case: Case = case) -> None:
-                scores.extend(evaluate_case(case.image, case, values, targets))
-
-            if reason := failure(compare):
-                failed += 1
-                tell_failure(console, case.name, reason)
+    targets, values = _targets(cases, classes, regions, checkpoint)
+    outcomes = each_case(
+        console, cases, "Comparing", lambda case: evaluate_case(case.image, case, values, targets)
+    )
+    scores = [score for outcome in outcomes for score in outcome.result or ()]
+    failed = sum(outcome.failed for outcome in outcomes)
     write_scores(out, scores)
     compared = count(len(cases) - failed, "case")
     console.print(summary_table(f"{compared}; the scores of each are in {out}", summarise(scores)))
@@ -193,12 +242,11 @@ def evaluate(
 
 def summary_table(title: str, rows: list[Summary]) -> Table:
     """Means over the cases, a row for each target."""
-    shown = table(title, "target", "Dice", "HD95, mm", "one mask empty")
+    shown = table(title, "target", "Dice", "HD95, mm", "surface Dice, 1 mm", "one mask empty")
     for row in rows:
         finite = row.cases > row.infinite
-        shown.add_row(
-            row.target, f"{row.dice:.4f}", f"{row.hd95:.2f}" if finite else "none", str(row.infinite)
-        )
+        distance = f"{row.hd95:.2f}" if finite else "none"
+        shown.add_row(row.target, f"{row.dice:.4f}", distance, f"{row.surface_dice:.4f}", str(row.infinite))
     return shown
 
 
@@ -210,18 +258,19 @@ def _predictions(folder: Path) -> tuple[Case, ...]:
     return cases
 
 
-def _labels(labels: Path) -> tuple[dict[str, Path | None], dict[int, str]]:
-    """The label file of each case, and the names of the label values where they are known."""
+def _labels(labels: Path) -> tuple[dict[str, Path | None], dict[int, str], Targets]:
+    """The label file of each case, the names of the label values and the regions where they are known."""
     listing = labels / "dataset.json" if labels.is_dir() else labels
-    if listing.suffix == ".json" and listing.is_file():
-        return {case.name: case.label for case in find_cases([listing], labelled=True)}, read_classes(listing)
+    if listing.suffix.lower() == ".json" and listing.is_file():
+        known: dict[str, Path | None] = {c.name: c.label for c in find_cases([listing], labelled=True)}
+        return known, *read_classes(listing)
     if not labels.is_dir():
         raise DataError(f"labels: {labels} is no folder and no data list")
-    return {case.name: case.image for case in volumes_in(labels)}, {}
+    return {case.name: case.image for case in volumes_in(labels)}, {}, {}
 
 
 def _targets(
-    cases: Sequence[Case], classes: dict[int, str], checkpoint: Path | None
+    cases: Sequence[Case], classes: dict[int, str], regions: Targets, checkpoint: Path | None
 ) -> tuple[Targets, list[int]]:
     """What is measured, and all the values that a label may have."""
     if checkpoint is not None:
@@ -232,8 +281,8 @@ def _targets(
         for case in cases:
             for path in (case.image, case.label):
                 try:
-                    found |= set() if path is None else set(np.unique(read_nifti(path)[1]).tolist())
+                    found |= set() if path is None else set(np.unique(read_labels(path, None)).tolist())
                 except DataError:
                     continue  # told when its case is compared
         classes = {value: str(value) for value in sorted(map(int, found))}
-    return {name: (value,) for value, name in classes.items() if value}, list(classes)
+    return regions or {name: (value,) for value, name in classes.items() if value}, list(classes)

@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import nibabel as nib
 import numpy as np
 import torch
-from monai.transforms import Compose
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -23,7 +21,8 @@ from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.transforms import files_of, preprocessing, to_own_grid
+from factorizer.segmentation.transforms import PreparedCase
+from factorizer.segmentation.volumes import check_image, check_label
 
 
 def mixers(network: nn.Module) -> dict[str, FactMixer]:
@@ -69,6 +68,7 @@ class ComponentMaps(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, *size) to the maps of all layers (B, maps, *size)."""
         inputs: dict[str, Tensor] = {}
         hooks = [
             mixer.register_forward_pre_hook(lambda _, args, name=name: inputs.__setitem__(name, args[0]))
@@ -116,29 +116,36 @@ class Components:
     """
 
     maps: dict[str, Tensor]
-    item: dict[str, Any]
-    before: Compose
+    prepared: PreparedCase
 
     def on_grid(self, layer: str) -> Tensor:
         """The maps (n, X, Y, Z) of a layer on the image's own grid."""
-        return to_own_grid(self.maps[layer], self.item, self.before)
+        return self.prepared.to_own_grid(self.maps[layer])
 
 
-def case_components(predictor: Predictor, layers: Sequence[str], case: Case) -> Components:
-    """The maps of layers, names from `mixers`, of the predictor's first network over a whole volume."""
+def case_components(
+    predictor: Predictor, layers: Sequence[str], case: Case, prepared: PreparedCase | None = None
+) -> Components:
+    """The maps of layers, names from `mixers`, of the predictor's first network over a whole volume.
+
+    `prepared`: the case as that network's plan preprocesses it, where it is at hand.
+    """
     network, plan = predictor.models[0]
-    before = preprocessing(plan, ("image",))
-    item = before(files_of(case))
+    prepared = PreparedCase(plan, case) if prepared is None else prepared
     components = ComponentMaps(network, layers)
-    maps = predictor.run(components, plan, item["image"].as_tensor())
+    maps = predictor.run(components, plan, prepared.image)
     parts = maps.split([components.counts[name] for name in layers])
-    return Components(dict(zip(layers, parts, strict=True)), item, before)
+    return Components(dict(zip(layers, parts, strict=True)), prepared)
 
 
 class Agreement(NamedTuple):
-    """Of a map with a mask: the area under its ROC curve (the probability that a voxel inside scores
-    higher than one outside, ties counting one half: 0.5 is chance, 1 a perfect separation), and the
-    best Dice that a threshold on the map reaches, with that threshold (map >= threshold)."""
+    """How well a map agrees with a mask.
+
+    Attributes:
+        auc: area under the ROC curve, the probability that a voxel inside scores higher than one outside,
+            ties counting one half: 0.5 is chance, 1 a perfect separation.
+        dice, threshold: the best Dice that a threshold on the map reaches (map >= threshold), and where.
+    """
 
     auc: float
     dice: float
@@ -146,7 +153,14 @@ class Agreement(NamedTuple):
 
 
 def agreement(scores: Tensor, mask: Tensor) -> Agreement:
-    """How well `scores` tell the voxels of `mask` from the others; NaN where it is empty or full."""
+    """How well `scores` tell the voxels of `mask` from the others; NaN where it is empty or full.
+
+    The area is computed from ranks, as the Mann-Whitney statistic (Hanley and McNeil, Radiology 143, 1982).
+
+    Args:
+        scores: of any shape.
+        mask: of that shape, zero outside.
+    """
     mask = mask.flatten().bool()
     inside, outside = int(mask.sum()), int((~mask).sum())
     if not inside or not outside:
@@ -179,17 +193,6 @@ def agreements(
     }
 
 
-def signal_of(case: Case) -> np.ndarray:
-    """Where the image of a case is not zero: (X, Y, Z)."""
-    nonzero = None
-    for path in case.images:
-        voxels = np.asarray(nib.load(path).dataobj) != 0  # type: ignore[attr-defined]
-        voxels = voxels.any(axis=3) if voxels.ndim == 4 else voxels
-        nonzero = voxels if nonzero is None else nonzero | voxels
-    assert nonzero is not None
-    return nonzero
-
-
 def component_agreement(
     predictor: Predictor, layers: Sequence[str], cases: Sequence[Case]
 ) -> dict[str, Tensor]:
@@ -201,16 +204,22 @@ def component_agreement(
     found: dict[str, list[Tensor]] = {name: [] for name in layers}
     for case in cases:
         components = case_components(predictor, layers, case)
-        labels = np.asarray(nib.load(case.label).dataobj)  # type: ignore[attr-defined,arg-type]
+        labels = check_label(case, list(plan.labels))
+        signal = (check_image(case, plan.modalities)[1] != 0).any(axis=3)
         for name in layers:
-            by_target = agreements(components.on_grid(name), labels, signal_of(case), plan)
+            by_target = agreements(components.on_grid(name), labels, signal, plan)
             found[name].append(torch.tensor([[a.auc for a in row] for row in by_target.values()]))
     return {name: torch.stack(areas).nanmean(0) for name, areas in found.items()}
 
 
 class BestComponents(NamedTuple):
-    """Of a layer: its name in the state dict, how many maps it has, and for each target the map that
-    stands for it, with that map's AUC."""
+    """How well single maps of a layer tell the targets apart.
+
+    Attributes:
+        layer: its name in the state dict.
+        maps: how many it has.
+        targets: for each target the map that stands for it, with that map's AUC.
+    """
 
     layer: str
     maps: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,17 +11,17 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from torch import Tensor
 
-from factorizer.segmentation.cases import Case
 from factorizer.segmentation.files import atomic
-from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.transforms import files_of, preprocessing
+from factorizer.segmentation.transforms import PreparedCase
 
 # Told apart also by people who do not see all colours (Okabe and Ito's palette).
 COLOURS = ("#E69F00", "#56B4E9", "#D55E00", "#009E73", "#CC79A7", "#F0E442", "#0072B2")
 BACKGROUND, TEXT = "#111417", "#e8e8e8"
 VIEWS = ("sagittal", "coronal", "axial")
 PANEL = 2.5  # inches
+MAPS_SHOWN = 4
 
 
 @dataclass(frozen=True)
@@ -40,13 +40,36 @@ class Picture:
     caption: str
 
 
-def picture(plan: Plan, case: Case, prediction: Path, caption: str = "") -> Picture:
-    """Read a case and the segmentation that was written of it."""
-    files = {**files_of(case), "prediction": str(prediction)}
-    item = preprocessing(plan, tuple(files))(files)
-    truth = item["label"].numpy()[0] if case.label is not None else None
-    predicted = item["prediction"].numpy()[0]
-    return Picture(case.name, item["image"].numpy(), truth, predicted, plan.spacing, caption)
+def picture(
+    prepared: PreparedCase, prediction: np.ndarray, truth: np.ndarray | None, caption: str = ""
+) -> Picture:
+    """A case with label values (X', Y', Z') on its own grid."""
+    return Picture(
+        prepared.case.name,
+        prepared.image.numpy(),
+        None if truth is None else prepared.class_indices(truth),
+        prepared.class_indices(prediction),
+        prepared.plan.spacing,
+        caption,
+    )
+
+
+def component_row(
+    name: str, maps: Tensor, best: Iterable[tuple[int, float, str]]
+) -> tuple[str, np.ndarray, list[str]]:
+    """A row of `draw_components`: up to four of the maps (n, X, Y, Z) of a layer, with captions.
+
+    `best` has for each target the map that agrees best with it, its AUC, and what to say of it. Those better
+    than chance come first, then the maps with most in them.
+    """
+    captions: dict[int, list[str]] = {}
+    for index, auc, text in best:
+        if auc > 0.5:
+            captions.setdefault(index, []).append(text)
+    by_content = maps.flatten(1).mean(1).argsort(descending=True).tolist()
+    shown = [*captions, *(index for index in by_content if index not in captions)][:MAPS_SHOWN]
+    texts = ["\n".join([f"component {index}", *captions.get(index, [])]) for index in shown]
+    return f"{name} layer", maps[shown].numpy(), texts
 
 
 def draw_segmentations(
@@ -127,6 +150,7 @@ def slice_scores(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:
     """For each axis, how much of the classes each slice shows: the sum over them of √area.
 
     The root makes a slice with some of every class count more than one with much of a single one.
+    `labels` are class indices (X, Y, Z); the scores are (X,), (Y,) and (Z,).
     """
     scores = []
     for axis in range(3):
@@ -148,7 +172,8 @@ def _panels(case: Picture, axis: int, rows: int, columns: int) -> tuple[Figure, 
 
 def _show(ax: Axes, case: Picture, channel: int, axis: int, index: int) -> None:
     image = case.image[channel]
-    low, high = np.quantile(image[image != 0], [0.01, 0.995])
+    signal = image[image != 0]
+    low, high = np.quantile(signal if signal.size else image, [0.01, 0.995])
     plane = np.take(image, index, axis).T
     across, up = (case.spacing[a] for a in range(3) if a != axis)
     ax.imshow(

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from .cases import Case
-from .errors import DataError
+from factorizer.segmentation.errors import DataError
 
 
 @contextmanager
@@ -36,15 +37,15 @@ def atomic(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def prepare_folder(name: str, folder: Path, cases: Sequence[Case] = ()) -> Path:
+def prepare_folder(name: str, folder: Path, inputs: Iterable[Path] = ()) -> Path:
     """Makes `folder` and finds out whether it can be written to; `name` is the argument's.
 
-    Raises DataError where it cannot, or where it holds the images of `cases`: results must not be taken
-    for inputs, nor inputs for results.
+    Raises DataError where it cannot, or where it holds some of the files `inputs`: results must not be
+    taken for inputs, nor inputs for results.
     """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{name}: {folder} is a file; it must be a folder, or not exist yet")
-    if any(path.resolve().parent == folder.resolve() for case in cases for path in case.images):
+    if any(path.resolve().parent == folder.resolve() for path in inputs):
         raise DataError(f"{name}: {folder} holds the inputs; give another folder")
     probe = folder / f".part-probe-{os.getpid()}"
     try:
@@ -56,8 +57,29 @@ def prepare_folder(name: str, folder: Path, cases: Sequence[Case] = ()) -> Path:
     return folder
 
 
+def read_json(path: Path) -> Any:
+    """What a JSON file holds, in any of the encodings that JSON has, with a byte order mark or without.
+
+    Raises DataError where it cannot be read, or an object in it has a key twice, of which all but one would
+    be lost.
+    """
+    try:
+        return json.loads(path.read_bytes(), object_pairs_hook=_without_twins)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: not readable as JSON ({error})") from error
+
+
+def digest_of(path: Path) -> str:
+    """The SHA-256 of a file's content."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def save_tensors(content: Mapping[str, Any], path: Path, *, shared: bool = False) -> None:
-    """Writes a mapping of names to tensors and plain data; `shared` as of `atomic`.
+    """Writes a mapping of names to tensors and plain data; for `shared` see `atomic`.
 
     Raises OSError where the file cannot be written; the one that was there stays.
     """
@@ -82,4 +104,12 @@ def load_tensors(path: str | Path) -> Mapping[str, Any]:
         raise DataError(f"{path}: not a checkpoint, no file of tensors and plain data ({kind})") from error
     if not isinstance(content, Mapping):
         raise DataError(f"{path}: holds a {type(content).__name__}; it must be a mapping of names to tensors")
+    return content
+
+
+def _without_twins(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"the key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
     return content

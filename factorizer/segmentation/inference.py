@@ -5,29 +5,30 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from rich.console import Console
+from scipy import ndimage
 from torch import Tensor, nn
 
 from factorizer import MatrixFactorization, set_num_iters
 from factorizer.segmentation.cases import Case
-from factorizer.segmentation.checkpoint import load_network
-from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.files import atomic
+from factorizer.segmentation.errors import DataError, check_counts
+from factorizer.segmentation.files import atomic, read_json
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.processes import pick_device, place
-from factorizer.segmentation.screen import progress, tell_failure
-from factorizer.segmentation.transforms import files_of, preprocessing, to_own_grid
-from factorizer.segmentation.volumes import check_image, write_nifti
+from factorizer.segmentation.processes import group_position, pick_device
+from factorizer.segmentation.provenance import differences, made, write_result
+from factorizer.segmentation.screen import Outcome, each_case
+from factorizer.segmentation.trained import load_model
+from factorizer.segmentation.transforms import PreparedCase
+from factorizer.segmentation.volumes import on_grid_of
 
 SETTINGS = "settings.json"  # in a folder of results: what they were made with
 
@@ -40,6 +41,7 @@ class FinestHead(nn.Module):
         self.network = network
 
     def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, *size) to logits (B, outputs, *size)."""
         y = self.network(x)
         return y if isinstance(y, Tensor) else y[0]
 
@@ -53,6 +55,7 @@ class Predictor:
         whole: run over whole volumes at once, instead of windows of the plan's crop, overlapping by
             half, under Gaussian weights.
         mirror: average also over the mirror images along the axes that the plan flips.
+        largest_component: targets of which only the largest connected component is kept.
 
     Raises DataError where two networks do not segment the same.
     """
@@ -64,6 +67,7 @@ class Predictor:
         device: torch.device | str = "cpu",
         whole: bool = False,
         mirror: bool = False,
+        largest_component: Sequence[str] = (),
     ) -> None:
         self.plan = models[0][1]
         for number, (_, plan) in enumerate(models[1:], 2):
@@ -73,6 +77,9 @@ class Predictor:
                     raise DataError(f"checkpoint {number}: {field} = {now!r}; the first one has {was!r}")
         self.models = [(network.to(device).eval(), plan) for network, plan in models]
         self.device, self.whole, self.mirror = torch.device(device), whole, mirror
+        self.largest_component = tuple(largest_component)
+        if unknown := set(largest_component).difference(self.plan.targets):
+            raise DataError(f"largest_component: no target is called {', '.join(sorted(unknown))}")
 
     def settings(self) -> dict[str, Any]:
         """What the results depend on beside the images, as plain data: a digest of each network with its
@@ -85,6 +92,7 @@ class Predictor:
             ],
             "whole": self.whole,
             "mirror": self.mirror,
+            "largest_component": list(self.largest_component),
         }
 
     def segment(self, case: Case) -> np.ndarray:
@@ -93,17 +101,22 @@ class Predictor:
         The logits, not the decisions, are taken back to that grid where it is another than the
         network's.
         """
-        return self.plan.decide(self.logits(case)).numpy()
+        labels = self.plan.decide(self.logits(case)).numpy()
+        return keep_largest(labels, [self.plan.targets[name] for name in self.largest_component])
 
     def logits(self, case: Case) -> Tensor:
         """Mean logits (outputs, X, Y, Z) on the image's own grid."""
-        total: Tensor | None = None
+        groups: dict[Any, list[tuple[nn.Module, Plan]]] = {}  # one for each way to preprocess the image
         for network, plan in self.models:
-            before = preprocessing(plan, ("image",))
-            item = before(files_of(case))
-            logits = to_own_grid(self.run(network, plan, item["image"].as_tensor()), item, before)
-            total = logits if total is None else total + logits
-        assert total is not None
+            groups.setdefault((plan.spacing, plan.window), []).append((network, plan))
+        total: Any = 0
+        for members in groups.values():
+            prepared = PreparedCase(members[0][1], case)
+            total = total + prepared.to_own_grid(
+                sum(self.run(network, plan, prepared.image) for network, plan in members)  # type: ignore[arg-type]
+            )
+        if not total.isfinite().all():
+            raise DataError(f"{case.image}: the network's output for it is not finite")
         return total / len(self.models)
 
     @torch.no_grad()
@@ -134,111 +147,98 @@ class Predictor:
         return (total / len(flips))[0].cpu()
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a case: "done", "skipped" (it was there) or "failed", and why."""
+def keep_largest(labels: np.ndarray, targets: Sequence[Sequence[int]]) -> np.ndarray:
+    """Label values (X, Y, Z) with those of each target only where its largest connected component is.
 
-    name: str
-    state: str
-    reason: str = ""
-    seconds: float = 0.0
-
-
-def segment_cases(predictor: Predictor, cases: Sequence[Case], folder: Path) -> Iterator[Outcome]:
-    """Segments cases into folder/NAME.nii.gz, one by one, and tells what became of each.
-
-    A case whose file is there is left alone. One that cannot be read, or fails otherwise, leaves no
-    file, and the others go on.
+    Voxels that share a corner are connected.
     """
-    for case in cases:
-        path, start = folder / f"{case.name}.nii.gz", time.perf_counter()
-        if path.exists():
-            yield Outcome(case.name, "skipped")
-            continue
-        reason = failure(lambda case=case, path=path: _segment_case(predictor, case, path))  # type: ignore[misc]
-        state = "failed" if reason else "done"
-        yield Outcome(case.name, state, reason, time.perf_counter() - start)
-
-
-def failure(call: Callable[[], None]) -> str:
-    """Runs a piece of work on one case: why it failed, or nothing.
-
-    Whatever a case does (an unreadable file, a full disk, too little memory) must not end the
-    others, so every error is caught here.
-    """
-    try:
-        call()
-    except DataError as error:
-        return str(error)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
-
-
-def _segment_case(predictor: Predictor, case: Case, path: Path) -> None:
-    check_image(case, predictor.plan.modalities)
-    write_nifti(predictor.segment(case), case.image, path)
-
-
-def _digest(network: nn.Module, plan: Plan) -> str:
-    digest = hashlib.sha256(repr(plan).encode())
-    for name, value in network.state_dict().items():
-        digest.update(name.encode())
-        digest.update(value.cpu().numpy().tobytes())
-    return digest.hexdigest()
+    labels = labels.copy()
+    for values in targets:
+        mask = np.isin(labels, list(values))
+        components, number = ndimage.label(mask, np.ones((3, 3, 3)))
+        if number > 1:
+            largest = 1 + int(np.bincount(components[mask])[1:].argmax())
+            labels[mask & (components != largest)] = 0
+    return labels
 
 
 def load_predictor(
     checkpoints: Sequence[Path],
     *,
     device: str | None = None,
-    iterations: int | None = None,
+    num_iters: int | None = None,
     whole: bool = False,
-    mirror: bool = False,
+    mirror: bool | None = None,
 ) -> Predictor:
-    """The networks of the checkpoints, ready to run. Raises DataError where one cannot be used."""
+    """The networks of the checkpoints and model files, ready to run.
+
+    Where `mirror` is None, and for the components that are kept, a model file decides, or where there are
+    several all of them together. Raises DataError where one cannot be used.
+    """
+    check_counts(num_iters=(num_iters, 0))
     models = []
     for path in checkpoints:
         try:
-            models.append(load_network(path))
+            models.append(load_model(path))
         except FileNotFoundError as error:
             raise DataError(f"checkpoint: there is no {path}") from error
-    if iterations is not None:
-        for network, _ in models:
-            set_num_iters(network, iterations)
-    return Predictor(models, device=pick_device(device), whole=whole, mirror=mirror)
+    if num_iters is not None:
+        for model in models:
+            for network, _ in model.members:
+                set_num_iters(network, num_iters)
+    kept = [set(model.largest_component) for model in models]
+    return Predictor(
+        [member for model in models for member in model.members],
+        device=pick_device(device),
+        whole=whole,
+        mirror=all(model.mirror for model in models) if mirror is None else mirror,
+        largest_component=sorted(set.intersection(*kept)),
+    )
 
 
-def run_cases(console: Console, predictor: Predictor, cases: Sequence[Case], out: Path) -> list[Outcome]:
-    """`segment_cases` with a bar; failures are told as they come.
+def run_cases(
+    console: Console, predictor: Predictor, cases: Sequence[Case], folder: Path, *, overwrite: bool = False
+) -> list[Outcome[str]]:
+    """Segments cases into folder/NAME.nii.gz; the results are "done" and "skipped".
 
-    out/settings.json says what the results were made with. Raises DataError where those that are there
-    were made with another network or other settings.
+    A case is skipped where its file is there and was made from these very inputs by these networks
+    (`provenance`). Where another file is there the case fails, unless `overwrite`. A case that cannot be
+    read, or fails otherwise, leaves no file, is told, and the others go on.
+    folder/settings.json says what the results were made with. Raises DataError where those that are there
+    were made with another network or other settings, unless `overwrite`.
     """
-    _keep_settings(out / SETTINGS, predictor.settings())
-    outcomes = []
-    with progress(console) as bar:
-        work = segment_cases(predictor, cases, out)
-        for outcome in bar.track(work, total=len(cases), description="Segmenting"):
-            if outcome.state == "failed":
-                tell_failure(console, outcome.name, outcome.reason)
-            outcomes.append(outcome)
-    return outcomes
+    settings = predictor.settings()
+    _keep_settings(folder / SETTINGS, settings, overwrite)
+
+    def segment(case: Case) -> str:
+        path = folder / f"{case.name}.nii.gz"
+        if not overwrite and made(path, case, settings):
+            return "skipped"
+        labels = on_grid_of(predictor.segment(case), case.image)
+        write_result(path, case, settings, lambda temporary: nib.save(labels, temporary))
+        return "done"
+
+    return each_case(console, cases, "Segmenting", segment)
 
 
-def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
+def _keep_settings(path: Path, settings: dict[str, Any], overwrite: bool) -> None:
     """Writes what the folder's results are made with, or checks that it is the same as before."""
-    if path.exists():
-        try:
-            before = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{path}: not readable as JSON ({error})") from error
-        if before != settings:
-            changed = [name for name in settings if before.get(name) != settings[name]]
+    if path.exists() and not overwrite:
+        if changed := differences(read_json(path), settings):
             raise DataError(
                 f"output: {path.parent} holds results made with other settings ({', '.join(changed)}); "
-                "give another folder, or delete this one"
+                "give another folder, delete this one, or give --overwrite"
             )
-    elif place()[0] == 0:
+    elif group_position()[0] == 0:
         with atomic(path) as temporary:
             temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
+
+
+def _digest(network: nn.Module, plan: Plan) -> str:
+    """A digest of the weights and of what the plan says about segmenting; training is no part of it."""
+    fields = ("modalities", "labels", "regions", "spacing", "crop", "window", "flips", "network")
+    digest = hashlib.sha256(repr([getattr(plan, field) for field in fields]).encode())
+    for name, value in network.state_dict().items():
+        digest.update(name.encode())
+        digest.update(value.cpu().numpy().tobytes())
+    return digest.hexdigest()

@@ -16,21 +16,22 @@ from factorizer.segmentation.errors import DataError
 T = TypeVar("T")
 
 
-def place() -> tuple[int, int]:
-    """This process's number and how many there are, as torchrun tells them: (0, 1) without it."""
-    return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+def group_position() -> tuple[int, int]:
+    """This process's index among those of the process group, and their number: (0, 1) without a group."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """Joins the processes that torchrun started, to train together; does nothing without torchrun.
+    """Joins the processes that torchrun started, to work together; does nothing without torchrun.
 
     Tensors travel through NCCL on CUDA devices, through Gloo on the CPU.
     """
-    if place()[1] == 1 or dist.is_initialized():
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
         yield
         return
-    # One may wait long for another, whose volumes are larger; where one ends torchrun ends all.
+    # The processes' volumes differ in size, so one may wait long for another. If one fails, torchrun stops
+    # them all.
     dist.init_process_group(timeout=timedelta(days=1))
     try:
         yield

@@ -1,6 +1,12 @@
-"""What the commands show in the terminal."""
+"""What long work shows in the terminal: bars, tables, and the cases that failed."""
 
 from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from rich.console import Console
 from rich.markup import escape
@@ -14,12 +20,15 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from factorizer.segmentation.processes import place
+from factorizer.segmentation.cases import Case
+from factorizer.segmentation.errors import DataError
+
+T = TypeVar("T")
 
 
 def console_of_process() -> Console:
     """The terminal; where torchrun started several processes all but the first are silent."""
-    return Console(quiet=place()[0] > 0)
+    return Console(quiet=int(os.environ.get("RANK", 0)) > 0)
 
 
 def progress(console: Console) -> Progress:
@@ -35,9 +44,49 @@ def progress(console: Console) -> Progress:
     )
 
 
-def tell_failure(console: Console, name: str, reason: str) -> None:
-    """One case that failed, and why."""
-    console.print(f"[red]{escape(name)}: failed:[/] {escape(reason)}", soft_wrap=True, highlight=False)
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What became of the work on one case: its result, or why it failed, and the seconds it took."""
+
+    name: str
+    result: T | None = None
+    reason: str = ""
+    seconds: float = 0.0
+
+    @property
+    def failed(self) -> bool:
+        return bool(self.reason)
+
+
+def each_case(
+    console: Console, cases: Sequence[Case], description: str, work: Callable[[Case], T]
+) -> list[Outcome[T]]:
+    """Does `work` on each case, with a bar.
+
+    Whatever goes wrong with a case (an unreadable file, a full disk, too little memory) must not end the
+    others: every error is caught here and told at once.
+    """
+    outcomes: list[Outcome[T]] = []
+    with progress(console) as bar:
+        for case in bar.track(cases, description=description):
+            start, result, reason = time.perf_counter(), None, ""
+            try:
+                result = work(case)
+            except DataError as error:
+                reason = str(error)
+            except Exception as error:
+                reason = f"{type(error).__name__}: {error}"
+            outcomes.append(Outcome(case.name, result, reason, time.perf_counter() - start))
+            tell_failures(console, outcomes[-1:])
+    return outcomes
+
+
+def tell_failures(console: Console, outcomes: Sequence[Outcome[T]]) -> None:
+    """A line for each case that failed, with the reason."""
+    for outcome in outcomes:
+        if outcome.failed:
+            text = f"[red]{escape(outcome.name)}: failed:[/] {escape(outcome.reason)}"
+            console.print(text, soft_wrap=True, highlight=False)
 
 
 def count(number: int, noun: str) -> str:
@@ -45,14 +94,28 @@ def count(number: int, noun: str) -> str:
     return f"{number} {noun}{'' if number == 1 else 's'}"
 
 
-def table(title: str, *columns: str) -> Table:
-    """A table whose first column is text and whose others are numbers."""
-    made = Table(title=title, title_justify="left", min_width=min(len(title), 80))
-    for number, column in enumerate(columns):
-        made.add_column(column, justify="right" if number else "left", overflow="fold")
-    return made
-
-
 def duration(seconds: float) -> str:
     """In words."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
+
+
+def tell_warning(console: Console, text: str) -> None:
+    """What is allowed, and seldom meant."""
+    console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
+
+
+def table(title: str, *columns: str, texts: int = 1) -> Table:
+    """A table whose first `texts` columns are text and whose others are numbers."""
+    made = Table(title=title, title_justify="left", min_width=min(len(title), 80))
+    for number, column in enumerate(columns):
+        made.add_column(column, justify="right" if number >= texts else "left", overflow="fold")
+    return made
+
+
+def facts(title: str, values: Mapping[str, str]) -> Table:
+    """A table of names and what they stand for."""
+    made = table(title, "", "", texts=2)
+    made.show_header = False
+    for name, value in values.items():
+        made.add_row(name, value)
+    return made

@@ -3,32 +3,39 @@
 from __future__ import annotations
 
 import math
+import os
+import textwrap
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import asdict, fields
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
 from monai.losses import DeepSupervisionLoss, DiceCELoss, DiceLoss
-from monai.optimizers import WarmupCosineSchedule
 from rich.console import Console
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
-from factorizer.segmentation.checkpoint import read_checkpoint
+from factorizer.models.build import build_network
+from factorizer.segmentation.checkpoint import load_weights_into, read_checkpoint
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import save_tensors
+from factorizer.segmentation.measure import side_by_side
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.screen import progress
-from factorizer.segmentation.transforms import Crops
+from factorizer.segmentation.processes import gather, group_position
+from factorizer.segmentation.recipe import BUDGETS, MAX_BUDGET_STEPS, MIN_STEPS, Recipe
+from factorizer.segmentation.screen import count, progress
+from factorizer.segmentation.transforms import CropBatches
 
 SAVE_EVERY, SAVE_SECONDS = 20, 30.0  # steps, or seconds and one step, that a killed run loses at most
-WARM_UP = 0.05  # share of the steps
-CLIP_NORM = 1.0
 LINE_SECONDS = 60.0  # between two lines of a log file, where a bar would be seen at its end alone
 
 
@@ -36,21 +43,29 @@ class SegmentationLoss(nn.Module):
     """Dice and cross-entropy of logits (B, outputs, ...) and class indices (B, 1, ...).
 
     Of the labels under a softmax or, where the plan has regions, of each region under its sigmoid.
-    A list of logits, finest first, is weighted 1, 1/2, 1/4, ..., normalised.
+    The losses of a list of logits, finest first, are weighted by the powers of the recipe's
+    `head_weight`, normalised.
     """
 
     def __init__(self, plan: Plan) -> None:
         super().__init__()
         self.plan = plan
+        recipe = plan.recipe
+        options: dict[str, Any] = {
+            "squared_pred": recipe.squared_dice,
+            "smooth_nr": recipe.dice_smoothing,
+            "smooth_dr": recipe.dice_smoothing,
+        }
         if plan.regions:
-            self.dice: nn.Module = DiceLoss(sigmoid=True, squared_pred=True)
+            self.dice: nn.Module = DiceLoss(sigmoid=True, **options)
         else:
-            self.dice = DiceCELoss(to_onehot_y=True, softmax=True, squared_pred=True)
+            self.dice = DiceCELoss(to_onehot_y=True, softmax=True, **options)
 
     def forward(self, logits: Tensor | list[Tensor], classes: Tensor) -> Tensor:
+        """Logits (B, outputs, ...), or a list of them, and class indices (B, 1, ...) to a scalar."""
         if isinstance(logits, Tensor):
             return self._loss(logits, classes)
-        weights = [0.5**level for level in range(len(logits))]
+        weights = [self.plan.recipe.head_weight**level for level in range(len(logits))]
         weights = [weight / sum(weights) for weight in weights]
         return DeepSupervisionLoss(self._loss, weights=weights)(logits, classes)  # type: ignore[arg-type]
 
@@ -62,8 +77,18 @@ class SegmentationLoss(nn.Module):
         return self.dice(logits, masks) + binary_cross_entropy_with_logits(logits, masks)
 
 
+def rate_factor(step: int, steps: int, recipe: Recipe) -> float:
+    """The learning rate of step 0, 1, ... of so many, as a share of the plan's."""
+    warm_up = math.ceil(recipe.warm_up * steps)
+    if step < warm_up:
+        return recipe.first_rate + (1 - recipe.first_rate) * step / warm_up
+    start = max(warm_up, steps - round(recipe.decay * steps))
+    progress = (step - start) / max(1, steps - start)
+    return (1 + math.cos(math.pi * min(max(progress, 0), 1))) / 2
+
+
 class Trainer:
-    """A network in training: AdamW, linear warm-up then cosine, Dice and cross-entropy.
+    """A network in training: AdamW, linear warm-up, constant rate, cosine; Dice and cross-entropy.
 
     Step k depends on the state after step k - 1 and on batch k, which is a function of the seed
     and k; so a run that was stopped and continued ends where an unbroken one does. Where a process
@@ -78,7 +103,7 @@ class Trainer:
             a score, the same in every process, more is better. The checkpoint with the best one is
             kept beside the last, as best.pt.
         patience: stop after so many validations in a row that were no better than the best before.
-        workers: processes that prepare batches ahead; 0: none.
+        workers: processes that prepare batches ahead, as many as there are cores at most; 0: none.
     """
 
     def __init__(
@@ -95,22 +120,23 @@ class Trainer:
     ) -> None:
         self.plan, self.device, self.log = plan, torch.device(device), log
         self.validate, self.validate_every, self.patience = validate, validate_every, patience
-        self.workers = workers
+        self.workers = min(workers, _cores())
         self.network = network.to(self.device)
         self.parallel: nn.Module = self.network
-        self.part, self.parts = 0, 1
+        self.process_index, self.process_count = group_position()
         if dist.is_initialized():
-            self.part, self.parts = dist.get_rank(), dist.get_world_size()
             self.parallel = DistributedDataParallel(self.network)
         self.optimizer = torch.optim.AdamW(
-            self.network.parameters(), lr=plan.learning_rate, weight_decay=plan.weight_decay
+            self.network.parameters(),
+            lr=plan.learning_rate,
+            weight_decay=plan.weight_decay,
+            betas=plan.recipe.betas,
+            eps=plan.recipe.adam_eps,
         )
-        self.schedule = WarmupCosineSchedule(
-            self.optimizer,
-            warmup_steps=math.ceil(WARM_UP * plan.steps),
-            t_total=plan.steps,
-            warmup_multiplier=0.1,
-        )
+        self.schedule = LambdaLR(self.optimizer, lambda step: rate_factor(step, plan.steps, plan.recipe))
+        self._mean = None
+        if plan.recipe.averaging:
+            self._mean = AveragedModel(self.network, avg_fn=partial(_averaged, plan.recipe.averaging))
         self.loss = SegmentationLoss(plan)
         self.losses: list[float] = []
         self.scores: list[tuple[int, float]] = []  # step and score of each validation
@@ -120,6 +146,11 @@ class Trainer:
     def step(self) -> int:
         """Steps done."""
         return len(self.losses)
+
+    @property
+    def result(self) -> nn.Module:
+        """The network to use: its weights' mean, where the recipe has one."""
+        return self.network if self._mean is None else self._mean.module
 
     @property
     def finished(self) -> bool:
@@ -142,32 +173,39 @@ class Trainer:
             logits = self.parallel(image)
         loss = self.loss(_float(logits), label)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.network.parameters(), CLIP_NORM)
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.plan.recipe.clip_norm)
         self.optimizer.step()
+        if self._mean is not None:
+            self._mean.update_parameters(self.network)
         loss = loss.detach()
-        if self.parts > 1:
+        if self.process_count > 1:
             dist.all_reduce(loss)
-        return loss.item() / self.parts
+        return loss.item() / self.process_count
 
-    def run(self, crops: Crops, path: Path, advance: Callable[[int], None]) -> None:
+    def run(self, batches: CropBatches, path: Path, advance: Callable[[int], None]) -> None:
         """Train to the plan's last step, saving to `path`; `advance` is told of each step done.
 
         Raises FloatingPointError where the loss is no longer finite.
         """
-        batches: DataLoader = DataLoader(
-            crops,  # type: ignore[arg-type]
+        loader: DataLoader = DataLoader(
+            batches,  # type: ignore[arg-type]
             batch_size=None,
             sampler=range(self.step, self.plan.steps),
             num_workers=self.workers,
         )
-        log = _Log(self.log if self.part == 0 else None, self.step)
+        log = _Log(self.log if self.process_index == 0 else None, self.step)
         start = saved = time.perf_counter()
-        for image, label in batches:
+        for image, label in loader:
             if self.finished:
                 break
             loss = self.update(image, label)
             if not math.isfinite(loss):
-                raise FloatingPointError(f"the loss is {loss} at step {self.step + 1}")
+                raise FloatingPointError(
+                    f"the loss is {loss} at step {self.step + 1}; its crops are of the cases "
+                    f"{', '.join(batches.case_names(self.step))}. Look at the intensities of these, or "
+                    "give a lower "
+                    "--learning-rate"
+                )
             rate = float(self.schedule.get_last_lr()[0])
             self.schedule.step()
             self.losses.append(loss)
@@ -194,11 +232,12 @@ class Trainer:
 
         Raises OSError where it cannot be written; the checkpoint that was there stays.
         """
-        if self.part:
+        if self.process_index:
             return
         state = {
             "plan": asdict(self.plan),
-            "network": self.network.state_dict(),
+            "network": self.result.state_dict(),  # what readers of a checkpoint want
+            "iterate": self.network.state_dict() if self._mean is not None else None,
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
             "losses": self.losses,
@@ -210,14 +249,28 @@ class Trainer:
     def resume(self, path: Path) -> None:
         """Continue from the checkpoint at `path`. Raises DataError where it is of another plan."""
         plan, state = read_checkpoint(path)
-        for field in fields(Plan):
-            was, now = getattr(plan, field.name), getattr(self.plan, field.name)
-            if was != now:
+        before, now = (_flat(asdict(p)) for p in (plan, self.plan))
+        way_out = "give another output folder, or delete that file to start anew"
+        for name, value in now.items():
+            if name == "notes" or (name == "data" and not (before[name] and value)):
+                continue
+            if name == "data" and before[name] != value:
                 raise DataError(
-                    f"{path}: belongs to a run with {field.name} = {was!r}, this one has {now!r}; "
-                    "give another output folder, or delete that file to start anew"
+                    f"{path}: belongs to a run on other files: the contents of some have changed since; "
+                    f"{way_out}"
                 )
-        self.network.load_state_dict(state["network"])
+            if before[name] != value:
+                raise DataError(
+                    f"{path}: belongs to a run with {_difference(name, before[name], value)}; {way_out}"
+                )
+        if missing := {"optimizer", "schedule", "losses", "scores", "seconds"}.difference(state):
+            raise DataError(
+                f"{path}: is no run to be continued: it has no {' and no '.join(sorted(missing))}; {way_out}"
+            )
+        load_weights_into(self.result, state["network"], path)
+        if self._mean is not None:
+            self.network.load_state_dict(state["iterate"])
+            self._mean.n_averaged.fill_(len(state["losses"]))
         self.optimizer.load_state_dict(state["optimizer"])
         self.schedule.load_state_dict(state["schedule"])
         self.losses, self.scores = list(state["losses"]), list(state["scores"])
@@ -225,18 +278,64 @@ class Trainer:
 
     def _validate(self) -> float:
         assert self.validate is not None
-        self.scores.append((self.step, self.validate(self.network.eval())))
+        self.scores.append((self.step, self.validate(self.result.eval())))
         return self.scores[-1][1]
 
 
+def step_seconds(plan: Plan, device: torch.device | str = "cpu") -> float:
+    """Median seconds of a training step of a throw-away network, on this machine."""
+    trial = Trainer(plan, build_network(plan.network, plan.seed), device=device)
+    image = torch.ones(plan.batch_size, len(plan.modalities), *plan.crop)
+    label = torch.zeros(plan.batch_size, 1, *plan.crop)
+    return side_by_side({"step": lambda: trial.update(image, label)}, 3)["step"] / 1e3
+
+
+def within_budget(plan: Plan, budget: str, checkpoint: Path, device: torch.device | str = "cpu") -> Plan:
+    """The plan with as many steps as the budget is enough for, or with those of the run at `checkpoint`.
+
+    A step is measured first. Where a process group is there, all processes find the same.
+
+    Raises DataError where `budget` is none of `recipe.BUDGETS`, or the checkpoint cannot be read.
+    """
+    if budget not in BUDGETS:
+        raise DataError(f"budget: got {budget!r}; it must be one of {', '.join(BUDGETS)}")
+    if checkpoint.exists():
+        return replace(plan, steps=read_checkpoint(checkpoint)[0].steps)
+    seconds = max(gather([step_seconds(plan, device)]))
+    return replace(plan, steps=min(max(int(BUDGETS[budget] / seconds), MIN_STEPS), MAX_BUDGET_STEPS))
+
+
+def start_from(network: nn.Module, path: str | Path) -> tuple[int, int]:
+    """Copies the weights of a checkpoint or a model file whose name and shape the network has.
+
+    Returns how many tensors were copied, and how many of the network's were not. Raises FileNotFoundError
+    where there is no such file, DataError where it is not one of ours, or nothing in it fits.
+    """
+    own, given = network.state_dict(), read_checkpoint(path)[1]["network"]
+    fitting = {name: given[name] for name in own if name in given and given[name].shape == own[name].shape}
+    if not fitting:
+        raise DataError(f"{path}: none of its weights fits the network")
+    network.load_state_dict({**own, **fitting})
+    return len(fitting), len(own) - len(fitting)
+
+
+@runtime_checkable
+class Watched(Protocol):
+    """A validation that tells how far it is: how many of how many cases are done."""
+
+    watch: Callable[[int, int], None]
+
+
 class _Log:
-    """Numbers for TensorBoard, or nowhere. Those that a killed run wrote after its last checkpoint
-    are hidden by the ones of the run that continues."""
+    """Writes numbers for TensorBoard, or does nothing where there is no folder.
+
+    A run that continues hides what the killed run wrote after its last checkpoint.
+    """
 
     def __init__(self, folder: Path | None, step: int) -> None:
         self.writer = None
         if folder is not None:
-            from torch.utils.tensorboard import SummaryWriter  # a second, for those who log alone
+            from torch.utils.tensorboard import SummaryWriter  # takes a second, so only where it is used
 
             self.writer = SummaryWriter(str(folder), purge_step=step + 1)
 
@@ -250,11 +349,40 @@ class _Log:
             self.writer.close()
 
 
+def _averaged(decay: float, mean: Tensor, value: Tensor, steps: Tensor | int) -> Tensor:
+    return torch.lerp(mean, value, max(1 - decay, 9 / (10 + int(steps))))
+
+
+def _cores() -> int:
+    """The processor cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _float(logits: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
     return logits.float() if isinstance(logits, Tensor) else [y.float() for y in logits]
 
 
-def fit(console: Console, trainer: Trainer, crops: Crops, path: Path) -> None:
+def _difference(name: str, before: Any, now: Any) -> str:
+    """Two values of a field of the plan, in a few words: of long lists, what they do not share."""
+    long = isinstance(before, tuple) and isinstance(now, tuple) and max(len(before), len(now)) > 4
+    if long and all(isinstance(value, str) for value in (*before, *now)):
+        parts = []
+        for what, some in (("without", set(before) - set(now)), ("with", set(now) - set(before))):
+            if some:
+                parts.append(f"{what} {', '.join(sorted(some)[:3])}{' and others' if len(some) > 3 else ''}")
+        changed = " and ".join(parts) or "in another order"
+        return f"other names in {name}: {len(before)} then, {len(now)} now, {changed}"
+    texts = [textwrap.shorten(repr(value), 200, placeholder=" ...") for value in (before, now)]
+    return f"{name} = {texts[0]}, this one has {texts[1]}"
+
+
+def _flat(plan: dict[str, Any]) -> dict[str, Any]:
+    """The fields of a plan, with those of its recipe beside them."""
+    recipe = {f"recipe.{name}": value for name, value in plan["recipe"].items()}
+    return {name: value for name, value in plan.items() if name != "recipe"} | recipe
+
+
+def fit(console: Console, trainer: Trainer, batches: CropBatches, path: Path) -> None:
     """Trains to the end with a bar, or lines in a log, from the checkpoint at `path` if there is one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     if trainer.step == 0 and path.exists():
@@ -274,4 +402,13 @@ def fit(console: Console, trainer: Trainer, crops: Crops, path: Path) -> None:
                 console.print(f"step {step} of {trainer.plan.steps}, loss {loss:.3f}{score}")
                 told = time.perf_counter()
 
-        trainer.run(crops, path, advance)
+        if isinstance(trainer.validate, Watched):
+            validation = bar.add_task("Validating", total=None, visible=False)
+
+            def watch(done: int, total: int) -> None:
+                bar.update(validation, completed=done, total=total, visible=done < total)
+                if done == 0 and not console.is_terminal:
+                    console.print(f"step {trainer.step}: validating on {count(total, 'case')}")
+
+            trainer.validate.watch = watch
+        trainer.run(batches, path, advance)

@@ -5,33 +5,35 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
-from monai.data import CacheDataset, MetaTensor, NibabelReader
+from monai.data import CacheDataset, MetaTensor
 from monai.transforms import (
     ClassesToIndicesd,
     Compose,
     CropForegroundd,
-    EnsureChannelFirstd,
     EnsureTyped,
     Invertd,
-    LoadImaged,
     MapLabelValued,
     MapTransform,
-    NormalizeIntensityd,
     Orientationd,
     RandAdjustContrastd,
     RandAffined,
     RandCropByLabelClassesd,
     RandFlipd,
     RandGaussianNoised,
+    RandGaussianSmoothd,
     RandScaleIntensityd,
+    RandScaleIntensityFixedMeand,
     RandShiftIntensityd,
-    ScaleIntensityRanged,
+    RandSimulateLowResolutiond,
+    RandSpatialCropd,
+    RandZoomd,
+    ResampleToMatch,
     Spacingd,
     SpatialPadd,
 )
@@ -39,40 +41,74 @@ from monai.utils import convert_to_tensor
 from torch.utils.data import Dataset
 
 from factorizer.segmentation.cases import Case
-from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.errors import DataError, FlatImageError, data_error
 from factorizer.segmentation.files import load_tensors, save_tensors
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.volumes import Geometry, check_image, check_label
+from factorizer.segmentation.processes import group_position
+from factorizer.segmentation.volumes import Geometry, check_image, parts_of, read_labels
 
 CACHE_BYTES = 6 * 2**30  # volumes beyond this are read again at every use
 
 
 def files_of(case: Case) -> dict[str, Any]:
-    """The item that `preprocessing` starts from: paths under "image" and, if there is one, "label"."""
-    images = [str(path) for path in case.images]
-    item: dict[str, Any] = {"image": images[0] if len(images) == 1 else images}
-    return item if case.label is None else item | {"label": str(case.label)}
+    """The item that `preprocessing` starts from: the case under "image", its label's path under "label"."""
+    item: dict[str, Any] = {"image": case}
+    return item if case.label is None else item | {"label": case.label}
 
 
-class CaseReader(NibabelReader):
-    """Reads the files of a case on the grid of the first: `check_image` lets their affines differ by
-    rounding, which MONAI does not."""
+class ReadVolumesd(MapTransform):
+    """Files to volumes (C, X, Y, Z) float32 on the case's grid, as `check_image` and `read_labels` read them.
 
-    def read(self, data: Any, **kwargs: Any) -> Any:
-        files = super().read(data, **kwargs)
-        if not isinstance(files, list):
-            return files
-        return [nib.Nifti1Image(file.dataobj, files[0].affine) for file in files]
+    Labels get the very affine of their image, so that rounding in theirs cannot make resampling give them one
+    voxel more or less.
+    """
+
+    def __init__(self, keys: Sequence[str], plan: Plan) -> None:
+        super().__init__(keys)
+        self.plan = plan
+
+    def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
+        item, case = dict(data), data["image"]
+        affine, image = check_image(case, self.plan.modalities)
+        for key in self.key_iterator(item):
+            if key == "image":
+                voxels = np.moveaxis(image, 3, 0)
+            else:
+                voxels = read_labels(Path(item[key]), list(self.plan.labels), grid_of=case.image)[None]
+            tensor = torch.from_numpy(np.ascontiguousarray(voxels, dtype=np.float32))
+            item[key] = MetaTensor(tensor, meta={"affine": affine, "original_affine": affine})
+        return item
 
 
-class OneGridd(MapTransform):
-    """Gives labels the very affine of their image, so that rounding in theirs cannot make resampling give
-    them one voxel more or less."""
+class Normalised(MapTransform):
+    """Each channel of an image on a scale of its own.
+
+    A channel with a window (low, high) is clipped to it and brought to [-1, 1]. Another gets the mean 0 and
+    the standard deviation 1 of its nonzero voxels; zeros stay. Sums are float64.
+    """
+
+    def __init__(self, windows: Sequence[tuple[float, float] | None]) -> None:
+        super().__init__("image")
+        self.windows = windows
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
-        for key in self.key_iterator(item):
-            item[key].affine = item["image"].affine
+        channels = []
+        for channel, window in zip(item["image"].as_tensor().double(), self.windows, strict=True):
+            if window is None:
+                signal = channel != 0
+                std, mean = (
+                    torch.std_mean(channel[signal], correction=0)
+                    if signal.any()
+                    else (channel.new_ones(()),) * 2
+                )
+                channels.append(torch.where(signal, (channel - mean) / (std if std > 0 else 1), 0))
+            else:
+                low, high = window
+                channels.append(((channel - low) / (high - low) * 2 - 1).clip(-1, 1))
+        # Within the image, which remembers how it was resampled.
+        item["image"] = item["image"].clone()
+        item["image"].as_tensor().copy_(torch.stack(channels))
         return item
 
 
@@ -82,70 +118,136 @@ def preprocessing(plan: Plan, keys: Sequence[str]) -> Compose:
     Axes run right, anterior, superior, `plan.spacing` mm a voxel, over the smallest box with the
     image's nonzero voxels. `keys` name the files of an item: "image", and label volumes under any
     other name, whose values become class indices 0, 1, ... in the order of `plan.labels`. Each
-    becomes (C, X, Y, Z). Each channel of the image is normalised by the mean and standard deviation
-    of its nonzero voxels or, where the plan has a window, clipped to it and brought to [-1, 1].
+    becomes (C, X, Y, Z). Each channel of the image is normalised as `Normalised` says.
     """
     labels = [key for key in keys if key != "image"]
     transforms: list[Callable[..., Any]] = [
-        LoadImaged(keys, reader=CaseReader),
-        EnsureChannelFirstd(keys),
-        OneGridd(keys),
+        ReadVolumesd(keys, plan),
         Orientationd(keys, axcodes="RAS", labels=None),
         Spacingd(
             keys, pixdim=plan.spacing, mode=["nearest" if key in labels else "bilinear" for key in keys]
         ),
         CropForegroundd(keys, source_key="image", select_fn=_nonzero, allow_smaller=True),
+        Normalised(plan.window),
     ]
-    if plan.window is None:
-        transforms.append(NormalizeIntensityd("image", nonzero=True, channel_wise=True))
-    else:
-        low, high = plan.window
-        transforms.append(ScaleIntensityRanged("image", low, high, -1, 1, clip=True))
     values = list(plan.labels)
     if labels and values != list(range(len(values))):
         transforms.append(MapLabelValued(labels, values, list(range(len(values)))))
     return Compose(transforms)
 
 
-def to_own_grid(values: torch.Tensor, item: dict[str, Any], before: Compose) -> torch.Tensor:
-    """Values (C, X, Y, Z) on the grid of item["image"], which `before` has made, to the grid of its
-    files; interpolated linearly, 0 where `before` has cut voxels off."""
-    after = Invertd("values", transform=before, orig_keys="image", nearest_interp=False)
-    result: Any = {**item, "values": MetaTensor(values)}
-    return after(result)["values"].as_tensor()
+def run_steps(steps: Compose, item: Mapping[str, Any]) -> Any:
+    """What transforms make of an item. Raises the DataError of one of them, which MONAI hides."""
+    try:
+        return steps(item)
+    except RuntimeError as error:
+        raise data_error(error) or error from None
+
+
+class PreparedCase:
+    """The image of a case as a network sees it, and the ways between its grid and the case's own.
+
+    Args:
+        plan: names the preprocessing.
+        case: whose files are read.
+
+    Attributes:
+        image: (C, X, Y, Z) float32, see `preprocessing`.
+
+    Raises:
+        DataError: see `check_image`; FlatImageError where there is nothing to be seen.
+    """
+
+    def __init__(self, plan: Plan, case: Case) -> None:
+        self.plan, self.case = plan, case
+        self._preprocess = preprocessing(plan, ("image",))
+        self._item: dict[str, Any] = run_steps(self._preprocess, files_of(case))
+        self.image: torch.Tensor = self._item["image"].as_tensor()
+        if bool((self.image == self.image[:, :1, :1, :1]).all()):
+            raise FlatImageError(
+                f"{case.image}: holds a single value in each channel: there is nothing to be seen"
+            )
+
+    def to_own_grid(self, values: torch.Tensor) -> torch.Tensor:
+        """Values (n, X, Y, Z) on the network's grid to the case's own (n, X', Y', Z'); interpolated
+        linearly, 0 where preprocessing has cut voxels off."""
+        inverse = Invertd("values", transform=self._preprocess, orig_keys="image", nearest_interp=False)
+        item: Any = {**self._item, "values": MetaTensor(values)}
+        return inverse(item)["values"].as_tensor()
+
+    def class_indices(self, labels: np.ndarray) -> np.ndarray:
+        """Label values (X', Y', Z') on the case's own grid to class indices (X, Y, Z) on the network's,
+        uint8; each voxel takes the nearest."""
+        image = self._item["image"]
+        volume = MetaTensor(
+            torch.from_numpy(labels.astype(np.float32))[None], affine=image.meta["original_affine"]
+        )
+        moved: Any = ResampleToMatch(mode="nearest", padding_mode="zeros")(volume, image)
+        index = np.zeros(256, np.uint8)
+        index[list(self.plan.labels)] = range(len(self.plan.labels))
+        return index[moved[0].numpy().astype(np.uint8)]
 
 
 def augmentation(plan: Plan) -> Compose:
     """Volume to training crop: a random place, a small affine map, and changes of intensity.
 
-    The crop's middle is a voxel of a class that is drawn first. Axes are flipped as the plan says.
+    All by the plan's recipe. Axes are flipped as the plan says.
     """
-    keys, modes = ("image", "label"), ("bilinear", "nearest")
-    angle, scale = math.radians(15), 0.15
-    transforms: list[Callable[..., Any]] = [
-        RandCropByLabelClassesd(
+    keys, modes, recipe = ("image", "label"), ("bilinear", "nearest"), plan.recipe
+    crop: Callable[..., Any] = RandSpatialCropd(keys, roi_size=plan.crop, random_size=False)
+    if recipe.balanced:
+        crop = RandCropByLabelClassesd(
             keys,
             label_key="label",
             spatial_size=plan.crop,
             num_classes=len(plan.labels),
             indices_key="label_cls_indices",
             warn=False,
+        )
+    sigma = recipe.blur_sigma
+    gamma: dict[str, Any] = {"gamma": recipe.gamma, "retain_stats": True}
+    low, high = recipe.zoom
+    # Left out where they never act: so the draws of a plan that was made before them stay what they were.
+    changes: list[tuple[float, Callable[..., Any]]] = [
+        (
+            recipe.affine_prob,
+            partial(
+                RandAffined,
+                keys,
+                rotate_range=(math.radians(recipe.rotation),) * 3,
+                scale_range=(recipe.scaling,) * 3,
+                mode=modes,
+                padding_mode=recipe.padding,
+            ),
         ),
-        RandAffined(
-            keys,
-            prob=0.3,
-            rotate_range=(angle,) * 3,
-            scale_range=(scale,) * 3,
-            mode=modes,
-            padding_mode="border",
+        (
+            recipe.zoom_prob,
+            partial(
+                RandZoomd,
+                keys,
+                min_zoom=low,
+                max_zoom=high,
+                mode=("trilinear", "nearest"),
+                padding_mode="edge" if recipe.padding == "border" else "constant",
+            ),
         ),
-        RandGaussianNoised("image", prob=0.15, std=0.1),
-        RandScaleIntensityd("image", factors=0.1, prob=0.3),
-        RandShiftIntensityd("image", offsets=0.1, prob=0.3),
-        RandAdjustContrastd("image", prob=0.15, gamma=(0.7, 1.5), retain_stats=True),
-        *(RandFlipd(keys, prob=0.5, spatial_axis=axis) for axis in plan.flips),
+        (recipe.noise_prob, partial(RandGaussianNoised, "image", std=recipe.noise_std)),
+        (recipe.blur_prob, partial(RandGaussianSmoothd, "image", sigma, sigma, sigma)),
+        (recipe.scale_prob, partial(RandScaleIntensityd, "image", factors=recipe.scale)),
+        (recipe.shift_prob, partial(RandShiftIntensityd, "image", offsets=recipe.shift)),
+        (
+            recipe.contrast_prob,
+            partial(RandScaleIntensityFixedMeand, "image", factors=recipe.contrast, preserve_range=True),
+        ),
+        (
+            recipe.low_resolution_prob,
+            partial(RandSimulateLowResolutiond, "image", zoom_range=recipe.low_resolution),
+        ),
+        (recipe.gamma_prob, partial(RandAdjustContrastd, "image", **gamma)),
+        (recipe.inverted_gamma_prob, partial(RandAdjustContrastd, "image", **gamma, invert_image=True)),
+        *((recipe.flip_prob, partial(RandFlipd, keys, spatial_axis=axis)) for axis in plan.flips),
     ]
-    return Compose(transforms)
+    return Compose([crop, *(change(prob=prob) for prob, change in changes if prob)])
 
 
 def training_volumes(
@@ -168,13 +270,15 @@ def training_volumes(
         [
             *preprocessing(plan, keys).transforms,
             SpatialPadd(keys, spatial_size=plan.crop),
-            ClassesToIndicesd("label", num_classes=len(plan.labels), max_samples_per_class=10_000),
+            ClassesToIndicesd(
+                "label", num_classes=len(plan.labels), max_samples_per_class=plan.recipe.class_voxels
+            ),
             EnsureTyped("image", dtype=torch.float32, track_meta=False),
             EnsureTyped("label", dtype=torch.uint8, track_meta=False),
         ]
     )
     if cache is not None:
-        return KeptVolumes(plan, cases, steps, Path(cache))  # type: ignore[return-value]
+        return CachedVolumes(plan, cases, steps, Path(cache))  # type: ignore[return-value]
     if geometries is None:
         raise ValueError("geometries must be given where cache is None")
     items = [files_of(case) for case in cases]
@@ -186,7 +290,7 @@ def training_volumes(
     )
 
 
-class KeptVolumes(Dataset):
+class CachedVolumes(Dataset):
     """Volumes that are checked and prepared at their first use, and then kept in a folder.
 
     The name of a file there depends on the case's files, their times and the plan's preprocessing:
@@ -203,54 +307,73 @@ class KeptVolumes(Dataset):
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         plan, case = self.plan, self.cases[index]
         files = [str(path.resolve()) for path in (*case.images, case.label) if path is not None]
-        times = [Path(file).stat().st_mtime_ns for file in files]
-        kept = (files, times, plan.labels, plan.spacing, plan.crop, plan.window)
+        states = [Path(file).stat() for path in files for file in parts_of(Path(path))]
+        times = [(s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for s in states]
+        kept = (
+            files,
+            times,
+            (case.grid, case.resample),
+            plan.modalities,
+            plan.labels,
+            plan.spacing,
+            plan.crop,
+            plan.window,
+            plan.recipe.class_voxels,
+        )
         path = self.folder / f"{case.name}-{hashlib.sha256(repr(kept).encode()).hexdigest()[:16]}.pt"
         if path.exists():
             return load_tensors(path)
-        check_image(case, plan.modalities)
-        check_label(case, list(plan.labels))
-        item: Any = self.steps(files_of(case))
+        item = run_steps(self.steps, files_of(case))
         volume = {key: convert_to_tensor(item[key]) for key in ("image", "label", "label_cls_indices")}
         save_tensors(volume, path, shared=True)
         return volume
 
 
-class Crops:
-    """Training batches as a pure function of (seed, step), so that a resumed run goes on exactly.
+class CropBatches:
+    """Training batches as a pure function of (plan, step), so that a resumed run goes on exactly.
 
     Batch `step` holds images (B, C, *crop) and class indices (B, 1, *crop), both float32. The
-    volumes come in a new random order in every round. With `parts` processes each takes its part of
-    every batch, B = batch_size / parts: together they see what one process would.
+    volumes come in a new random order in every round. Where several processes train together, each
+    takes its part of every batch, B = batch_size / processes: together they see what one would.
+
+    Args:
+        plan: its crop, recipe, batch size and seed.
+        volumes: items of `training_volumes`.
+
+    Raises:
+        DataError: the batch cannot be shared evenly among the processes.
     """
 
-    def __init__(
-        self,
-        volumes: Sequence[dict[str, Any]],
-        augment: Compose,
-        batch_size: int,
-        seed: int,
-        part: int = 0,
-        parts: int = 1,
-    ) -> None:
-        if batch_size % parts:
-            raise DataError(f"batch_size must be a multiple of the {parts} processes, got {batch_size}")
-        self.volumes, self.augment = volumes, augment
-        self.batch_size, self.seed = batch_size, seed
-        self.part, self.parts = part, parts
+    def __init__(self, plan: Plan, volumes: Sequence[dict[str, Any]]) -> None:
+        self.plan, self.volumes, self.augment = plan, volumes, augmentation(plan)
+        self.process_index, self.process_count = group_position()
+        if plan.batch_size % self.process_count:
+            raise DataError(
+                f"batch_size must be a multiple of the {self.process_count} processes, got {plan.batch_size}"
+            )
 
     def __getitem__(self, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-        first = step * self.batch_size
-        crops = [self._crop(first + i) for i in range(self.part, self.batch_size, self.parts)]
+        size = self.plan.batch_size
+        own = range(self.process_index, size, self.process_count)
+        crops = [self._crop(step * size + i) for i in own]
         image, label = (torch.stack([crop[key] for crop in crops]).float() for key in ("image", "label"))
         return image.as_subclass(torch.Tensor), label.as_subclass(torch.Tensor)
 
-    def _crop(self, position: int) -> dict[str, torch.Tensor]:
+    def case_names(self, step: int) -> list[str]:
+        """The cases that the crops of a batch come from, all processes' together."""
+        size, names = self.plan.batch_size, self.plan.training
+        places = {self._place(position) for position in range(step * size, (step + 1) * size)}
+        return [names[k] if k < len(names) else f"number {k}" for k in sorted(places)]
+
+    def _place(self, position: int) -> int:
+        """Which volume a crop is of: in every round each comes once."""
         round_, place = divmod(position, len(self.volumes))
-        order = np.random.default_rng([self.seed, round_]).permutation(len(self.volumes))
-        state = np.random.SeedSequence([self.seed, position]).generate_state(1)[0]
+        return int(np.random.default_rng([self.plan.seed, round_]).permutation(len(self.volumes))[place])
+
+    def _crop(self, position: int) -> dict[str, torch.Tensor]:
+        state = np.random.SeedSequence([self.plan.seed, position]).generate_state(1)[0]
         self.augment.set_random_state(seed=int(state))
-        crop = self.augment(self.volumes[int(order[place])])
+        crop = self.augment(self.volumes[self._place(position)])
         return crop[0] if isinstance(crop, list) else crop
 
 

@@ -1,41 +1,68 @@
 """Volumes: NIfTI files in and out, and what can be wrong with them.
 
-Every error is a `DataError` that names the file, what it holds and what it must hold.
+All lengths are in mm, whatever the unit of a file. Every error is a `DataError` that names the file, what
+it holds and what it must hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import hashlib
+import itertools
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 from rich.console import Console
+from scipy.ndimage import affine_transform, gaussian_filter
 
-from .cases import Case, Task
-from .errors import DataError
-from .files import atomic
-from .screen import progress
+from factorizer.segmentation.cases import Case, Task
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import atomic, digest_of
+from factorizer.segmentation.intensities import clean, is_ct, window_of
+from factorizer.segmentation.names import PAIRED, places_by_name
+from factorizer.segmentation.recipe import RANGE_QUANTILES
+from factorizer.segmentation.screen import count, progress, tell_warning
 
-GRID_FIELDS = (  # of a NIfTI header, beside the voxel sizes
+# What a NIfTI header says about the grid, beside the voxel sizes. Its other fields (dtype, scaling, intent,
+# description) are about the image's intensities and do not hold for what is written on its grid.
+GRID_FIELDS = (
     *("xyzt_units", "sform_code", "srow_x", "srow_y", "srow_z", "qform_code"),
     *("quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
 )
-GRID_TOLERANCE = 1e-2  # mm between the places that two files give to a voxel
+GRID_TOLERANCE = 1e-2  # mm, and a fifth of a voxel at most, between the places that two files give to a voxel
+MILLIMETRES = {1: 1e3, 2: 1.0, 3: 1e-3}  # of NIfTI's units; a file that says none means mm
+MIN_SPACING, MAX_SPACING = 0.01, 100.0  # mm; no scanner's beyond
+LABEL_ROUNDING = 0.05  # a label's distance from a whole number, at most, where the file's steps are coarse
 
 
 @dataclass(frozen=True)
 class Geometry:
-    """Of a volume's nonzero part: shape in voxels, spacing in mm; axes right, anterior, superior.
+    """What planning must know of a case; axes right, anterior, superior.
 
-    `window`: the 0.5 and 99.5 percentiles of the labelled voxels' intensities, over all channels.
+    Attributes:
+        shape, spacing: voxels and mm of the volume's nonzero part.
+        windows: for each channel the 0.5 and 99.5 percentiles of the labelled voxels' intensities; None
+            where nothing is labelled.
+        labelled: number of voxels of each label value that is there.
+        sides: for each of them, from where to where its voxels lie from left (-1) to right (1) in the
+            nonzero part: their 5 and 95 percentiles.
+        constant: channels that hold a single value.
+        identical: pairs of channels with the same voxels.
+        digest: of the files' contents.
     """
 
     shape: tuple[int, int, int]
     spacing: tuple[float, float, float]
-    window: tuple[float, float] | None = None
+    windows: tuple[tuple[float, float] | None, ...] = ()
+    labelled: Mapping[int, int] = field(default_factory=dict)
+    sides: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    constant: tuple[int, ...] = ()
+    identical: tuple[tuple[int, int], ...] = ()
+    digest: str = ""
 
 
 def check_case(task: Task, case: Case) -> Geometry:
@@ -50,114 +77,380 @@ def check_case(task: Task, case: Case) -> Geometry:
     label = check_label(case, list(task.labels))
     nonzero = (image != 0).any(axis=3)
     # The axes in the order that preprocessing will bring them into.
-    order = np.argsort(nib.io_orientation(affine)[:, 0])
-    shape = [int(np.ptp(np.nonzero(nonzero)[axis])) + 1 for axis in order]
+    orientation = nib.io_orientation(affine)
+    order = np.argsort(orientation[:, 0])
+    box = [np.nonzero(nonzero.any(axis=tuple(a for a in range(3) if a != axis)))[0] for axis in range(3)]
+    shape = [int(np.ptp(box[axis])) + 1 for axis in order]
     spacing = nib.affines.voxel_sizes(affine)[order].tolist()
-    window = None
-    if (label != 0).any():
-        low, high = np.quantile(image[label != 0], (0.005, 0.995)).tolist()
-        window = (low, high)
-    return Geometry((shape[0], shape[1], shape[2]), (spacing[0], spacing[1], spacing[2]), window)
+    windows = tuple(
+        window_of(image[label != 0, channel], RANGE_QUANTILES) if label.any() else None
+        for channel in range(len(task.modalities))
+    )
+    left_right = int(order[0])
+    channels = [image[..., channel] for channel in range(image.shape[3])]
+    pairs = itertools.combinations(range(len(channels)), 2)
+    values, voxels = np.unique(label, return_counts=True)
+    return Geometry(
+        (shape[0], shape[1], shape[2]),
+        (spacing[0], spacing[1], spacing[2]),
+        windows,
+        dict(zip(values.tolist(), voxels.tolist(), strict=True)),
+        {
+            value: _side(label == value, left_right, orientation[left_right, 1], box[left_right])
+            for value in values.tolist()
+            if value
+        },
+        tuple(k for k, channel in enumerate(channels) if channel.min() == channel.max()),
+        tuple((a, b) for a, b in pairs if np.array_equal(channels[a], channels[b])),
+        digest_of_case(case),
+    )
 
 
 def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Read the image of a case: its affine (4, 4), and its voxels (X, Y, Z, channel).
+    """Read the image of a case: its affine (4, 4) to mm, and its voxels (X, Y, Z, channel), float32.
+
+    Fill values and outliers are gone (`intensities.clean`). Files that lie on another grid than the case's
+    are brought to it where the case says so.
 
     Raises DataError where a file cannot be read, is not of the right dimensions, lacks channels or
     holds NaN, infinity or nothing but zeros, or where the files lie on different grids.
     """
+    _check_order(case, modalities)
     files = [read_nifti(path) for path in case.images]
-    affine, first = files[0][0].affine, files[0][1]
-    if len(files) == 1 and first.ndim == 4:
-        image = first
+    affine, first = files[case.grid if len(files) > 1 else 0]
+    if len(files) == 1:
+        whole = _without_ones(first, 4)
+        if whole.ndim not in (3, 4):
+            raise DataError(f"{case.image}: has shape {first.shape}; it must be X, Y, Z or X, Y, Z, channel")
+        channels = [whole] if whole.ndim == 3 else list(np.moveaxis(whole, 3, 0))
     else:
-        for path, (file, voxels) in zip(case.images, files, strict=True):
+        first = _without_ones(first, 3)
+        channels = []
+        for path, (other, voxels) in zip(case.images, files, strict=True):
+            voxels = _without_ones(voxels, 3)
             if voxels.ndim != 3:
-                allowed = "X, Y, Z or X, Y, Z, channel" if len(files) == 1 else "X, Y, Z"
-                raise DataError(f"{path}: has shape {voxels.shape}; it must be {allowed}")
-            if voxels.shape != first.shape:
-                raise DataError(
-                    f"{path}: shape {voxels.shape} does not match {first.shape}, that of {case.image}"
+                raise DataError(f"{path}: has shape {voxels.shape}; it must be X, Y, Z")
+            same = voxels.shape == first.shape and _same_grid(other, affine, first.shape)
+            if not same and not case.resample:
+                what = (
+                    "lies on another grid than {} (their affines differ)"
+                    if voxels.shape == first.shape
+                    else f"shape {voxels.shape} does not match {first.shape}, that of {{}}"
                 )
-            if not _same_grid(file.affine, affine, first.shape):
-                raise DataError(f"{path}: lies on another grid than {case.image} (their affines differ)")
-        image = np.stack([voxels for _, voxels in files], axis=3)
-    if image.shape[3] != len(modalities):
+                raise DataError(
+                    f"{path}: {what.format(case.image)}. With --resample first, or the name of a "
+                    "modality, all are "
+                    "brought to the grid of that one"
+                )
+            _check_affine(path, other)
+            _check_finite(path, voxels, "")
+            channels.append(voxels if same else _on_grid(voxels, other, first.shape, affine))
+    if len(channels) != len(modalities):
         raise DataError(
-            f"{case.image}: {image.shape[3]} channels; there must be one for each of the "
+            f"{case.image}: {len(channels)} channels; there must be one for each of the "
             f"{len(modalities)} modalities ({', '.join(modalities)})"
         )
-    if np.linalg.matrix_rank(affine) < 4:
-        raise DataError(f"{case.image}: its affine is singular")
-    for channel, name in enumerate(modalities):
-        if not np.isfinite(image[..., channel]).all():
-            path = case.images[channel if len(files) > 1 else 0]
-            raise DataError(f"{path}: holds NaN or infinite values ({name})")
+    _check_affine(case.image, affine)
+    image = np.zeros((*channels[0].shape, len(channels)), np.float32)
+    for channel, (name, voxels) in enumerate(zip(modalities, channels, strict=True)):
+        path = case.images[channel if len(files) > 1 else 0]
+        _check_finite(path, voxels, f" ({name})")
+        cleaned = clean(voxels, ct=is_ct(name))
+        if cleaned is None:
+            raise DataError(
+                f"{path}: holds nothing but zeros and values beyond ±1e30, that is no data ({name})"
+            )
+        image[..., channel] = cleaned
     if not image.any():
         raise DataError(f"{case.image}: holds nothing but zeros")
     return affine, image
 
 
-def check_label(case: Case, values: Sequence[int]) -> np.ndarray:
+def check_label(case: Case, values: Sequence[int] | None) -> np.ndarray:
     """Read the label of a case: its values (X, Y, Z).
 
-    Raises DataError where the file cannot be read, lies on another grid than the image, or has
-    other values than `values`.
+    Raises DataError as `read_labels` does.
     """
     assert case.label is not None
-    file, label = read_nifti(case.label)
-    image: Any = nib.load(case.image)
-    if label.shape != image.shape[:3]:
-        raise DataError(
-            f"{case.label}: shape {label.shape} does not match its image's {image.shape[:3]} ({case.image})"
-        )
-    if not _same_grid(file.affine, image.affine, label.shape):
-        raise DataError(f"{case.label}: its affine differs from its image's ({case.image})")
-    unknown = sorted(set(np.unique(label).tolist()) - set(values))
-    if unknown:
-        raise DataError(
-            f"{case.label}: label value {unknown[0]:g} has no class; there are classes for {list(values)}"
-        )
-    return label
+    return read_labels(case.label, values, grid_of=case.image)
 
 
-def read_nifti(path: Path) -> tuple[Any, np.ndarray]:
-    """A NIfTI file, and its voxels, real numbers. Raises DataError where it cannot be read."""
+def read_labels(path: Path, values: Sequence[int] | None, *, grid_of: Path | None = None) -> np.ndarray:
+    """Read label values (X, Y, Z), whole numbers.
+
+    Values that the file can only hold to within rounding (as float32, or as integers times a slope) are
+    the whole numbers that they stand for.
+
+    Raises DataError where the file cannot be read, lies on another grid than the image `grid_of`, or has
+    other values than `values` (None: any whole number).
+    """
+    affine, voxels = read_nifti(path)
+    labels = _without_ones(voxels, 3)
+    if labels.ndim != 3:
+        raise DataError(
+            f"{path}: has shape {voxels.shape}; a label volume must be X, Y, Z, one value for a voxel"
+        )
+    if grid_of is not None:
+        of_image, shape = read_grid(grid_of)
+        if labels.shape != shape:
+            raise DataError(f"{path}: shape {labels.shape} does not match its image's {shape} ({grid_of})")
+        if not _same_grid(affine, of_image, shape):
+            raise DataError(f"{path}: its affine differs from its image's ({grid_of})")
+    _check_affine(path, affine)
+    _check_finite(path, labels, "; a label must be a whole number")
+    found, place = np.unique(labels, return_inverse=True)
+    whole = np.rint(found.astype(np.float64))
+    apart = np.abs(found.astype(np.float64) - whole)
+    wrong = found[apart > np.maximum(_precision(path, voxels) * np.maximum(np.abs(whole), 1), _step(path))]
+    if values is not None:
+        unknown = found[~np.isin(whole, list(values))]
+        wrong = np.union1d(wrong, unknown)
+    if len(wrong):
+        number = repr(wrong[0].item()).removesuffix(".0")
+        known = "" if values is None else f"; there are classes for {list(values)}"
+        reason = "has no class" if values is not None else "is not a whole number"
+        raise DataError(f"{path}: label value {number} {reason}{known}")
+    smallest = np.uint8 if len(whole) and 0 <= whole.min() <= whole.max() <= 255 else np.int64
+    return whole.astype(smallest)[place].reshape(labels.shape)
+
+
+def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The affine of a NIfTI file to mm, and its voxels, real numbers.
+
+    Raises DataError where it cannot be read, or has no orientation."""
+    file = _load(path)
     try:
-        file = nib.load(path)
-        voxels = np.asarray(file.dataobj)  # type: ignore[attr-defined]
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: there is no such file") from error
+        voxels = np.asarray(file.dataobj)
     except Exception as error:  # a broken file makes nibabel, zlib or numpy raise one of a dozen
         raise DataError(f"{path}: not readable as NIfTI ({str(error) or type(error).__name__})") from error
     if voxels.dtype.kind not in "biuf":
         raise DataError(f"{path}: its voxels are {voxels.dtype}; they must be real numbers")
-    return file, voxels
+    return _affine(file), voxels
+
+
+def read_grid(path: Path) -> tuple[np.ndarray, tuple[int, int, int]]:
+    """The affine of a NIfTI file to mm, and the first three lengths of its shape."""
+    file = _load(path)
+    x, y, z = (*file.shape, 1, 1, 1)[:3]
+    return _affine(file), (x, y, z)
 
 
 def write_nifti(voxels: np.ndarray, like: Path, path: Path) -> None:
-    """Write voxels (X, Y, Z) or (X, Y, Z, n) on the grid of `like`, in its header's own words: viewers
-    differ in whether they believe qform or sform."""
-    source: Any = nib.load(like)
-    volume = nib.Nifti1Image(voxels, source.affine)
-    if isinstance(source.header, nib.Nifti1Header):
-        volume.header["pixdim"][:4] = source.header["pixdim"][:4]
-        for field in GRID_FIELDS:
-            volume.header[field] = source.header[field]
+    """Write voxels (X, Y, Z) or (X, Y, Z, n) on the grid of `like`.
+
+    Both qform and sform are copied from its header: viewers differ in which of them they believe.
+    """
     with atomic(path) as temporary:
-        nib.save(volume, temporary)
+        nib.save(on_grid_of(voxels, like), temporary)
+
+
+def on_grid_of(voxels: np.ndarray, like: Path) -> nib.Nifti1Image:
+    """Voxels (X, Y, Z) or (X, Y, Z, n) on the grid of the file `like`, in its unit."""
+    source = _load(like)
+    volume = nib.Nifti1Image(voxels, source.affine)
+    volume.header["pixdim"][:4] = source.header["pixdim"][:4]
+    for name in GRID_FIELDS:
+        volume.header[name] = source.header[name]
+    return volume
+
+
+def digest_of_case(case: Case) -> str:
+    """Of the contents of a case's files, in their order."""
+    files = [path for path in (*case.images, case.label) if path is not None]
+    return hashlib.sha256(
+        " ".join(digest_of(file) for path in files for file in parts_of(path)).encode()
+    ).hexdigest()
+
+
+def digest_of_cases(cases: Iterable[Case]) -> str:
+    """Of the names of cases, in alphabetical order, and the contents of their files."""
+    known = sorted((case.name, digest_of_case(case)) for case in cases)
+    return hashlib.sha256(repr(known).encode()).hexdigest()
+
+
+def parts_of(path: Path) -> list[Path]:
+    """The files that a volume is in: that of the voxels, and of a pair also the header's."""
+    if not path.name.lower().endswith(PAIRED):
+        return [path]
+    return [
+        Path(holder.filename) for holder in _load(path).file_map.values() if Path(holder.filename).exists()
+    ]
+
+
+def check_cases(console: Console, task: Task) -> dict[str, Geometry]:
+    """The geometry of each case of a task; what looks wrong is told.
+
+    Raises DataError for the first case that cannot be used.
+    """
+    geometries = {}
+    with progress(console) as bar:
+        for case in bar.track(task.cases, description="Checking volumes"):
+            geometries[case.name] = check_case(task, case)
+    for warning in doubts(task, geometries):
+        tell_warning(console, warning)
+    return geometries
+
+
+def doubts(task: Task, geometries: Mapping[str, Geometry]) -> list[str]:
+    """Sentences about what is allowed, and seldom meant: each names the cases."""
+    found = []
+    for value, name in task.labels.items():
+        if value and not any(value in geometry.labelled for geometry in geometries.values()):
+            found.append(
+                f"no case has a voxel of {name!r} (label value {value}): nothing can be learned about it"
+            )
+    empty = [name for name, geometry in geometries.items() if not geometry.sides]
+    if 2 * len(empty) > len(geometries):
+        found.append(
+            f"the label map is empty in {len(empty)} of {count(len(geometries), 'case')}: {_some(empty)}"
+        )
+    for channel, modality in enumerate(task.modalities):
+        flat = [name for name, geometry in geometries.items() if channel in geometry.constant]
+        if flat:
+            found.append(f"{modality} holds a single value in {count(len(flat), 'case')}: {_some(flat)}")
+    for a, b in itertools.combinations(range(len(task.modalities)), 2):
+        same = [name for name, geometry in geometries.items() if (a, b) in geometry.identical]
+        if same:
+            which = f"{task.modalities[a]} and {task.modalities[b]}"
+            found.append(f"{which} are the same volume in {count(len(same), 'case')}: {_some(same)}")
+    by_digest: dict[str, list[str]] = {}
+    for name, geometry in geometries.items():
+        by_digest.setdefault(geometry.digest, []).append(name)
+    for digest, names in by_digest.items():
+        if digest and len(names) > 1:
+            found.append(f"these cases hold the same files: {_some(names)}")
+    return found
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _load(path: Path) -> Any:
+    """A NIfTI file, its voxels not yet read."""
+    try:
+        if not path.exists():
+            raise FileNotFoundError
+        if path.name != path.name.lower() and path.name.lower().endswith((".nii", ".nii.gz")):
+            # nibabel takes endings in small letters or in capitals, but for no mixture, such as .Nii
+            file: Any = nib.Nifti1Image.from_file_map({"image": nib.fileholders.FileHolder(str(path))})
+        else:
+            file = nib.load(path)
+    except FileNotFoundError as error:
+        missing = "" if not path.exists() else f": its header {path.stem}.hdr is missing"
+        raise DataError(f"{path}: there is no such file{missing}") from error
+    except Exception as error:  # a broken file makes nibabel, zlib or numpy raise one of a dozen
+        raise DataError(f"{path}: not readable as NIfTI ({str(error) or type(error).__name__})") from error
+    if not isinstance(file.header, nib.Nifti1Header):
+        raise DataError(
+            f"{path}: is {type(file).__name__}, no NIfTI: it does not say which side is left. Convert it "
+            "to NIfTI "
+            "with a program that knows where it came from"
+        )
+    return file
+
+
+def _affine(file: Any) -> np.ndarray:
+    """Voxels to mm."""
+    unit = MILLIMETRES.get(int(file.header["xyzt_units"]) & 7, 1.0)
+    return np.diag([unit, unit, unit, 1.0]) @ file.affine
+
+
+def _check_affine(path: Path, affine: np.ndarray) -> None:
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine) < 4:
+        raise DataError(f"{path}: its affine is singular")
+    sizes = nib.affines.voxel_sizes(affine)
+    if sizes.min() < MIN_SPACING or sizes.max() > MAX_SPACING:
+        unit = {1: "metres", 3: "micrometres"}.get(int(_load(path).header["xyzt_units"]) & 7, "mm")
+        told = " x ".join(f"{size:.4g}" for size in sizes)
+        raise DataError(
+            f"{path}: its voxels are {told} mm large, by a header in {unit}; they must be between "
+            f"{MIN_SPACING:g} "
+            f"and {MAX_SPACING:g} mm. Mend the header: its unit (xyzt_units) or its voxel size"
+        )
+
+
+def _check_finite(path: Path, voxels: np.ndarray, where: str) -> None:
+    if voxels.dtype.kind == "f" and not np.isfinite(voxels).all():
+        bad = int((~np.isfinite(voxels)).sum())
+        raise DataError(
+            f"{path}: holds NaN or infinite values{where}, in {count(bad, 'voxel')}; replace them"
+        )
+
+
+def _check_order(case: Case, modalities: Sequence[str]) -> None:
+    """Whether the names of several files say the order of the modalities that they are taken for."""
+    if len(case.images) != len(modalities) or len(modalities) == 1:
+        return
+    for place, found in enumerate(places_by_name(case.images, modalities)):
+        if found is not None and found != place:
+            raise DataError(
+                f"{case.images[place]}: is given as {modalities[place]}, and by its name is "
+                f"{modalities[found]}; the "
+                f"order of the files must be {', '.join(modalities)}. Put them in order, or give the file "
+                "another name"
+            )
+
+
+def _without_ones(voxels: np.ndarray, dims: int) -> np.ndarray:
+    """(X, Y, Z, 1, …) without the axes of length 1 after the third, down to `dims` axes and those needed.
+
+    A time axis of one point is in front of the channels: (X, Y, Z, 1, C) is (X, Y, Z, C).
+    """
+    while voxels.ndim > 3 and voxels.shape[3] == 1 and (voxels.ndim > 4 or dims == 3):
+        voxels = voxels[:, :, :, 0]
+    while voxels.ndim > dims and voxels.shape[-1] == 1:
+        voxels = voxels[..., 0]
+    return voxels
+
+
+def _precision(path: Path, voxels: np.ndarray) -> float:
+    """The rounding of a file's values as a part of them: float32's at least, as programs go through it."""
+    stored = _load(path).get_data_dtype()
+    kinds = [dtype for dtype in (stored, voxels.dtype) if dtype.kind == "f"]
+    return max([4 * float(np.finfo(dtype).eps) for dtype in kinds] + [1e-6])
+
+
+def _step(path: Path) -> float:
+    """Half the step between the values of a file of integers times a slope; 0 for plain ones."""
+    file = _load(path)
+    slope = getattr(file.dataobj, "slope", 1.0)
+    if file.get_data_dtype().kind not in "iu" or not math.isfinite(slope) or abs(slope) >= 1:
+        return 0.0
+    return min(abs(slope) / 2 * (1 + 1e-6), LABEL_ROUNDING)
 
 
 def _same_grid(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> bool:
     """Whether two affines put the corners of a volume at the same places."""
     corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape[:3]], [1], indexing="ij")).reshape(4, -1)
-    return bool(np.abs((affine - other) @ corners).max() < GRID_TOLERANCE)
+    tolerance = min(GRID_TOLERANCE, 0.2 * float(nib.affines.voxel_sizes(other).min()))
+    return bool(np.abs((affine - other) @ corners).max() < max(tolerance, 1e-6))
 
 
-def check_cases(console: Console, task: Task) -> dict[str, Geometry]:
-    """The geometry of each case of a task. Raises DataError for the first that cannot be used."""
-    geometries = {}
-    with progress(console) as bar:
-        for case in bar.track(task.cases, description="Checking volumes"):
-            geometries[case.name] = check_case(task, case)
-    return geometries
+def _on_grid(voxels: np.ndarray, affine: np.ndarray, shape: Sequence[int], wanted: np.ndarray) -> np.ndarray:
+    """Voxels interpolated at the places of another grid, by cubic splines; 0 outside of the volume.
+
+    Where the other grid is coarser what it cannot show is smoothed away first. The values stay within
+    those that were there, and zeros (no signal) stay zeros.
+    """
+    to_source = np.linalg.inv(affine) @ wanted
+    steps = np.abs(to_source[:3, :3]).max(axis=1)  # source voxels from one voxel to the next
+    source = voxels.astype(np.float64)
+    present = (source != 0) & (np.abs(source) < 1e30)
+    source[~present] = 0
+    if (steps > 1).any():
+        source = gaussian_filter(source, np.maximum(steps - 1, 0) / 2)
+    matrix, offset = to_source[:3, :3], to_source[:3, 3]
+    moved = affine_transform(source, matrix, offset, tuple(shape), order=3, mode="constant", cval=0)
+    inside = affine_transform(present.astype(np.float32), matrix, offset, tuple(shape), order=1, cval=0)
+    return np.where(inside > 0.5, moved.clip(source.min(), source.max()), 0).astype(np.float32)
+
+
+def _side(mask: np.ndarray, axis: int, direction: float, box: np.ndarray) -> tuple[float, float]:
+    """The 5 and 95 percentiles of a mask's places from left (-1) to right (1) within a box."""
+    voxels = mask.sum(axis=tuple(a for a in range(3) if a != axis))
+    share = np.cumsum(voxels) / voxels.sum()
+    middle, half = (box[0] + box[-1]) / 2, max((box[-1] - box[0]) / 2, 0.5)
+    places = [(int(np.searchsorted(share, quantile)) - middle) / half for quantile in (0.05, 0.95)]
+    low, high = sorted(place * float(direction) for place in places)
+    return low, high

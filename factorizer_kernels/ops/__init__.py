@@ -1,1 +1,1 @@
-"""The operator families, one folder each: windows, nmf, swin_nmf."""
+"""The operator families, one folder each. A family may build on those before it: windows, nmf, swin_nmf."""

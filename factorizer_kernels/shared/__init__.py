@@ -1,1 +1,1 @@
-"""What every operator family needs; nothing here names a family."""
+"""What all operator families are made with. Nothing here names an operator."""

@@ -1,50 +1,87 @@
-"""What the operators' autograd Functions share: the bounds of their differentiability, in words."""
+"""How an operator is called where something may be differentiated, and what is said where that cannot be.
 
-from functools import cache
+A family's ``autograd.py`` has a ``torch.autograd.Function`` for each of its operators. Its public function
+goes through :func:`call_function`, its backward pass through :func:`once`.
+"""
+
+from collections.abc import Callable
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-_WAY_OUT = 'inside factorizer_kernels.use_backend("reference") they are plain PyTorch, and can be'
+_WAY_OUT = 'inside factorizer_kernels.use_backend("reference") it is plain PyTorch, and'
+
+
+def call_function(name: str, function: type[torch.autograd.Function], *arguments) -> Any:
+    """``function.apply(*arguments)``, for the public function of that name.
+
+    Raises:
+        NotImplementedError: forward mode, or a gradient inside ``torch.jit.trace``; the message names the
+            way out.
+    """
+    if torch.compiler.is_compiling():  # Dynamo refuses a Function that has a jvp of its own
+        return function.apply(*arguments)
+    if not _differentiated(arguments):
+        return function.forward(*arguments)  # apply's own bookkeeping takes as long as a small kernel
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            f"torch.jit.trace cannot keep the gradient of the kernels of {name}: trace inside "
+            f"torch.no_grad(); or {_WAY_OUT} can be traced"
+        )
+    return _with_jvp(name, function).apply(*arguments)
+
+
+def once(name: str, operator: Callable, fallback: Callable | None = None) -> Callable:
+    """The operator of a backward pass of the public function ``name``, to be called in its place.
+
+    It takes and returns the same, and knows what a second derivative is.
+
+    Args:
+        fallback: takes the operator's arguments and returns the same in plain PyTorch: a second derivative
+            goes through it. Without it a second derivative raises NotImplementedError, which names the way
+            out.
+    """
+    # Without a graph of the backward pass there is nothing to remember. A compiled graph is differentiated
+    # once by construction, and its tracer would run into the error.
+    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return operator
+    return partial(_Once.apply, name, operator, fallback)
 
 
 class _Once(torch.autograd.Function):
-    """(operator, *arguments) -> the outputs of a backward pass's operator; raises where differentiated."""
+    """(name, operator, fallback, *arguments) -> the outputs of a backward pass's operator."""
 
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(operator, *arguments):
+    def forward(name, operator, fallback, *arguments):
         return operator(*arguments)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        pass
+        name, _, fallback, *arguments = inputs
+        ctx.name, ctx.fallback = name, fallback
+        if ctx.fallback is not None:
+            ctx.save_for_backward(*(a for a in arguments if isinstance(a, Tensor)))
+            ctx.others = [None if isinstance(a, Tensor) else (a,) for a in arguments]
 
     @staticmethod
     def backward(ctx, *gradients):
-        raise NotImplementedError(
-            f"the kernels of nmf, nmf_factors and swin_nmf cannot be differentiated twice: {_WAY_OUT}"
-        )
+        if ctx.fallback is None:
+            raise NotImplementedError(
+                f"the kernels of {ctx.name} cannot be differentiated twice: {_WAY_OUT} can be"
+            )
 
+        def fallback(*tensors):
+            remaining = iter(tensors)
+            return ctx.fallback(*(next(remaining) if a is None else a[0] for a in ctx.others))
 
-def once(operator, *arguments) -> Any:
-    """Run a backward pass's operator, which cannot be differentiated again."""
-    # Nothing to remember without a graph of the backward. A compiled graph is differentiated once by
-    # construction, and its tracer would run into the error.
-    plain = not torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return operator(*arguments) if plain else _Once.apply(operator, *arguments)
-
-
-def apply(function: type[torch.autograd.Function], *arguments) -> Any:
-    """``function.apply`` where something is differentiated; forward mode gets a word about the way out."""
-    if not torch.compiler.is_compiling() and not _differentiated(arguments):
-        return function.forward(*arguments)  # apply's own bookkeeping takes as long as a small kernel
-    # Dynamo refuses a Function that has a jvp of its own.
-    eager = function if torch.compiler.is_compiling() else _with_jvp(function)
-    return eager.apply(*arguments)
+        vjp = torch.func.vjp(fallback, *ctx.saved_tensors)[1]
+        grads = iter(vjp(gradients if len(gradients) > 1 else gradients[0]))
+        return None, None, None, *(next(grads) if a is None else None for a in ctx.others)
 
 
 def _differentiated(arguments) -> bool:
@@ -54,9 +91,10 @@ def _differentiated(arguments) -> bool:
 
 
 @cache
-def _with_jvp(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    return type(function.__name__, (function,), {"jvp": staticmethod(_no_forward_mode)})
+def _with_jvp(name: str, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    def jvp(ctx, *tangents):
+        raise NotImplementedError(
+            f"the kernels of {name} cannot be differentiated in forward mode: {_WAY_OUT} can be"
+        )
 
-
-def _no_forward_mode(ctx, *tangents):
-    raise NotImplementedError(f"the kernels cannot be differentiated in forward mode: {_WAY_OUT}")
+    return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})

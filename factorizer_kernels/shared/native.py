@@ -1,27 +1,46 @@
-"""The compiled module and what its CPU kernels are called with: addresses, sizes, strides.
+"""The compiled module, and what all its calls are made with: addresses, strides, dtypes, threads.
 
 With every address goes the number of bytes that are there. The module compares them with what it will touch
 and raises ValueError where they are too few, so that an error of ours is an exception, not a crash.
 """
 
 import ctypes
-from math import prod
+import importlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from factorizer_kernels.ops.windows.geometry import rolls
+MODULE = "factorizer_kernels._native"
 
+
+def _why_missing(error: ImportError) -> str:
+    if not (isinstance(error, ModuleNotFoundError) and error.name == MODULE):
+        return f"the compiled module cannot be loaded: {error}"
+    left_out = Path(__file__).parents[1] / "_left_out.txt"  # written by setup.py
+    if left_out.is_file():
+        reason = left_out.read_text(encoding="utf-8").strip()
+        return (
+            f"the package was built without its compiled module ({reason}): install a C++17 compiler, then "
+            "reinstall with "
+            "`pip install --no-cache-dir --force-reinstall --no-deps`, since pip may have kept the build"
+        )
+    root = Path(__file__).parents[2]
+    if (root / "CMakeLists.txt").exists():
+        return (
+            f"{root} is a source folder without a compiled module: start Python in another folder to use an "
+            f"installed package, or compile the module here with `pip install -e {root}`"
+        )
+    return "the package was installed without its compiled module: reinstall it with a C++17 compiler"
+
+
+native: Any = None
+missing: str | None = None  # why there is no module
 try:
-    from factorizer_kernels import _native as native  # type: ignore[attr-defined]
+    native = importlib.import_module(MODULE)
 except ImportError as _error:
-    native = None
-    missing: str | None = str(_error)
-else:
-    missing = None
-
-DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+    missing = _why_missing(_error)
 
 
 def _share_torch_threads() -> None:
@@ -35,13 +54,10 @@ def _share_torch_threads() -> None:
     native.set_team_launcher(ctypes.cast(launcher, ctypes.c_void_p).value)
 
 
+DTYPE_CODES: dict[torch.dtype, int] = {}  # what stands for each in the module's calls
 if native is not None:
     _share_torch_threads()
-
-
-def _pad(values, filler) -> list[int]:
-    """Sizes or strides of the spatial axes, with leading axes up to three."""
-    return [filler] * (3 - len(values)) + list(values)
+    DTYPE_CODES = {getattr(torch, name): code for name, code in native.DTYPES.items()}
 
 
 def memory(x: Tensor) -> tuple[int, int]:
@@ -49,53 +65,9 @@ def memory(x: Tensor) -> tuple[int, int]:
     return x.data_ptr(), int(x.untyped_storage().nbytes() - x.storage_offset() * x.element_size())
 
 
-def volume(x: Tensor) -> "native.Volume":
-    """A (B, C, S1..Sp) tensor of any strides."""
-    batch, channels, *spatial = x.stride()
-    return native.Volume(*memory(x), [batch, channels, *_pad(spatial, 0)])
+def volume(x: Tensor) -> tuple[int, int, tuple[int, ...]]:
+    """The memory of a (B, C, S1..Sp) tensor, and its strides."""
+    return *memory(x), x.stride()
 
 
-def windows(size, head_dim: int, patch_size, shifts) -> "native.Windows":
-    """The cut of a (B, C, S1..Sp) volume."""
-    batch, channels, *spatial = size
-    axes = len(spatial)
-    steps = rolls(shifts, spatial)
-    flat = [s for i in range(0, len(steps), axes) for s in _pad(steps[i : i + axes], 0)]
-    return native.Windows(batch, channels // head_dim, head_dim, _pad(spatial, 1), _pad(patch_size, 1), flat)
-
-
-class Factors:
-    """u0 and v0 as the kernels want them: transposed, in the compute dtype, shared or one per matrix."""
-
-    def __init__(self, u0: Tensor, v0: Tensor, batch):
-        self.shapes = (u0.shape, v0.shape)
-        self.shared = prod(u0.shape[:-2]) == 1 and prod(v0.shape[:-2]) == 1
-        if not self.shared:
-            u0, v0 = u0.expand(*batch, *u0.shape[-2:]), v0.expand(*batch, *v0.shape[-2:])
-        self.rank = u0.shape[-1]
-        self.u0, self.v0 = (f.mT.contiguous() for f in (u0, v0))
-
-    def arguments(self):
-        return [self._argument(self.u0), self._argument(self.v0)]
-
-    def new_grads(self, wanted: bool) -> tuple[Tensor, Tensor]:
-        if not wanted:
-            return self.u0.new_empty((0,)), self.v0.new_empty((0,))
-        return torch.empty_like(self.u0), torch.empty_like(self.v0)
-
-    def grads(self, du0: Tensor, dv0: Tensor, wanted: bool) -> tuple[Tensor, Tensor]:
-        """The kernels' gradients in the shapes of u0 and v0, summed where those were broadcast."""
-        if not wanted:
-            return du0, dv0
-        return self._grad(du0, self.shapes[0]), self._grad(dv0, self.shapes[1])
-
-    def _grad(self, grad: Tensor, shape) -> Tensor:
-        grad = grad.mT
-        return (grad.reshape(shape) if self.shared else grad.sum_to_size(shape)).contiguous()
-
-    def _argument(self, factor: Tensor) -> tuple[int, int, int]:
-        return (*memory(factor), 0 if self.shared else factor.shape[-1] * factor.shape[-2])
-
-
-def threads() -> int:
-    return torch.get_num_threads()
+threads = torch.get_num_threads

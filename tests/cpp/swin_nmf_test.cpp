@@ -6,8 +6,8 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/cpu/dispatch.h"
-#include "../../csrc/cpu/parallel.h"
+#include "cpu/common/dispatch.h"
+#include "problems/nmf.h"
 
 namespace fk = factorizer;
 using fk::i64;

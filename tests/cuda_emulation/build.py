@@ -32,7 +32,7 @@ def build(csrc: Path, output: Path) -> None:
     """Compile the folder ``csrc`` into the module ``output``."""
     import pybind11
 
-    folders = [EMULATION, csrc, csrc / "include", pybind11.get_include(), sysconfig.get_path("include")]
+    folders = [EMULATION, csrc, pybind11.get_include(), sysconfig.get_path("include")]
     flags = [
         *(
             "-std=c++17",
@@ -46,16 +46,16 @@ def build(csrc: Path, output: Path) -> None:
         ),
         *("-DFK_WITH_CUDA", '-DFK_CUDA_ARCHITECTURES="80+"'),
     ]
-    kernels = sorted((csrc / "cuda").glob("*.cu"))
-    others = [csrc / "bindings.cpp", *sorted(EMULATION.glob("*.cpp"))]
-    headers = [*csrc.rglob("*.h"), *csrc.rglob("*.cuh"), *EMULATION.glob("*.h")]
+    kernels = sorted((csrc / "cuda").rglob("*.cu"))
+    others = [*sorted((csrc / "bindings").glob("*.cpp")), *sorted(EMULATION.glob("*.cpp"))]
+    headers = [*csrc.rglob("*.h"), *csrc.rglob("*.def"), *csrc.rglob("*.cuh"), *EMULATION.glob("*.h")]
     OBJECTS.mkdir(parents=True, exist_ok=True)
 
     def compile_one(source: Path) -> Path:
         # Of the CUDA headers only offsets.cpp, beside the kernels, needs more than the host's.
         device = source.suffix == ".cu" or source.name == "offsets.cpp"
-        parts = [source, *(h for h in headers if device or h.suffix == ".h")]
-        made_of = hashlib.sha256(repr([COMPILER, flags, folders[3:]]).encode())
+        parts = [source, *(h for h in headers if device or h.suffix != ".cuh")]
+        made_of = hashlib.sha256(repr([COMPILER, flags, folders[2:]]).encode())
         for part in sorted(parts, key=lambda path: path.name):
             made_of.update(part.read_bytes())
         made = OBJECTS / f"{source.stem}-{made_of.hexdigest()[:16]}.o"

@@ -1,19 +1,16 @@
 // Stands for the CPU kernels in the emulated module, which nobody calls there.
 #include <stdexcept>
 
-#include "cpu/dispatch.h"
-#include "cpu/parallel.h"
+#include "cpu/common/dispatch.h"
+#include "cpu/common/parallel.h"
 
 namespace factorizer {
 
 const CpuKernels& cpu_kernels() {
-  static const CpuKernels none{
-      "none: the emulated module holds the CUDA kernels alone",
-      [](const SwinNMF&) { throw std::logic_error("no CPU kernels here"); },
-      [](const SwinNMF&) { throw std::logic_error("no CPU kernels here"); },
-      [](const Matricize&) { throw std::logic_error("no CPU kernels here"); },
-      [](const Matricize&) { throw std::logic_error("no CPU kernels here"); },
-  };
+#define FK_NONE(name, Problem) [](const Problem&) { throw std::logic_error("no CPU kernels here"); },
+  static const CpuKernels none{"none: the emulated module holds the CUDA kernels alone",
+                               FK_CPU_KERNELS(FK_NONE)};
+#undef FK_NONE
   return none;
 }
 

@@ -3,7 +3,15 @@
 import pytest
 import torch
 
-from factorizer.layers.factorization import Solver
+from factorizer.layers.factorization.solvers import PublishedMultiplicativeUpdate
+
+
+@pytest.fixture(scope="session")
+def synthetic(tmp_path_factory):
+    """A Decathlon folder of five small made-up cases, to be read only."""
+    from factorizer.commands.demo import write_synthetic
+
+    return write_synthetic(tmp_path_factory.mktemp("synthetic"), cases=5, shape=(18, 18, 18))
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -15,17 +23,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-class PublishedMU(Solver):
-    """MU with eps above the fraction line too, as the published code and its golden cases have it.
-
-    Where ReLU has left a column of zeros it gives another result than the MU of this package, which
-    keeps zeros at zero; the one golden network with MU has 88 such columns among 4096.
-    """
-
-    def update(self, x, u, v, w):
-        return (u * (x @ v) + self.eps) / (u @ (v.mT @ v) + self.eps)
-
-
 @pytest.fixture
 def published_mu():
-    return PublishedMU
+    """MU with eps above the fraction line too, as the golden cases have it.
+
+    The one golden network with MU has 88 columns of zeros among 4096.
+    """
+    return PublishedMultiplicativeUpdate

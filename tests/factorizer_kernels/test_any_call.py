@@ -63,12 +63,22 @@ def _window_options(draw):
     return size, options, matrices
 
 
+FUNCTIONS = (
+    fk.depthwise_conv, fk.nmf, fk.nmf_factors, fk.swin_nmf, fk.sw_matricize, fk.sw_dematricize,
+)  # fmt: skip
+
+
 @st.composite
 def calls(draw):
     """(function, its arguments by name): a call that is right."""
-    function = draw(
-        st.sampled_from([fk.nmf, fk.nmf_factors, fk.swin_nmf, fk.sw_matricize, fk.sw_dematricize])
-    )
+    function = draw(st.sampled_from(FUNCTIONS))
+    if function is fk.depthwise_conv:
+        axes = draw(st.integers(1, 3))
+        batch, channels = draw(st.integers(0, 2)), draw(st.integers(0, 4))
+        kernel_size = [draw(st.sampled_from([1, 3, 5, 7])) for _ in range(axes)]
+        bias = draw(st.sampled_from([None, _numbers(draw, channels)]))
+        x = _numbers(draw, batch, channels, *(draw(st.integers(0, 12)) for _ in range(axes)))
+        return function, {"x": x, "weight": _numbers(draw, channels, *kernel_size), "bias": bias}
     if function in (fk.nmf, fk.nmf_factors):
         batch = tuple(draw(st.lists(st.integers(0, 3), max_size=2)))
         rows, columns = draw(st.integers(1, 9)), draw(st.integers(1, 20))

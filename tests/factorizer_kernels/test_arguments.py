@@ -39,11 +39,11 @@ NMF_ERRORS = [
     ({"u0": torch.rand(3, 8, 2)}, ValueError, "u0's leading dimensions must broadcast"),
     ({"v0": torch.rand(1, 2, 16, 2)}, ValueError, "v0's leading dimensions must broadcast"),
     ({"u0": U0.to("meta")}, ValueError, r"u0 must be on the device of x \(cpu\), got meta"),
-    ({"num_iters": -1}, ValueError, "num_iters must not be negative, got -1"),
+    ({"num_iters": -1}, ValueError, "num_iters must be at least 0, got -1"),
     ({"num_iters": 2**63}, ValueError, "num_iters must fit in 64 bits"),
     ({"num_iters": 2.0}, TypeError, "num_iters must be an integer, got 2.0"),
     ({"num_iters": True}, TypeError, "num_iters must be an integer"),
-    ({"num_grad_steps": -2}, ValueError, "num_grad_steps must not be negative"),
+    ({"num_grad_steps": -2}, ValueError, "num_grad_steps must be at least 0"),
     ({"num_grad_steps": "1"}, TypeError, "num_grad_steps must be an integer"),
     ({"solver": "als"}, ValueError, r"solver must be one of \('mu', 'hals'\), got 'als'"),
     ({"solver": None}, TypeError, "solver must be one of"),
@@ -87,10 +87,9 @@ CUT_ERRORS = [
 def no_kernel_starts(monkeypatch, request):
     """In this module, but for the tests of the choice of a backend."""
     if "change" in request.fixturenames or "error" in request.fixturenames:
-        for key in registry._KERNELS:
-            monkeypatch.setitem(
-                registry._KERNELS, key, lambda *arguments: pytest.fail("a kernel was started")
-            )
+        for key, kernel in registry._KERNELS.items():
+            stopped = kernel._replace(function=lambda *arguments: pytest.fail("a kernel was started"))
+            monkeypatch.setitem(registry._KERNELS, key, stopped)
 
 
 @pytest.mark.parametrize(("change", "error", "message"), NMF_ERRORS)
@@ -133,10 +132,10 @@ def test_map(x, error, backend):
     [
         (Z[0], MAP.shape, ValueError, r"z must be \(S·B·H"),
         (Z[:1], MAP.shape, ValueError, r"z must have shape \(2, 4, 4, 4\)"),
-        (Z, (1, 8), ValueError, r"size must be \(B, C, S1..Sp\)"),
+        (Z, (1, 8), ValueError, "size must have 3 or 4 or 5 entries"),
         (Z, 8, TypeError, "size must be a sequence of integers"),
-        (Z, (1, 8, 4.0, 4), TypeError, "size must hold integers"),
-        (Z, (1, 8, -4, 4), ValueError, "size must not hold negative"),
+        (Z, (1, 8, 4.0, 4), TypeError, r"size\[2\] must be an integer"),
+        (Z, (1, 8, -4, 4), ValueError, r"size\[2\] must be at least 0, got -4"),
     ],
 )
 def test_dematricize(z, size, error, message, backend):
@@ -148,7 +147,7 @@ def test_dematricize(z, size, error, message, backend):
     ("change", "error", "message"),
     [
         ({"act": "gelu"}, ValueError, r"act must be one of \('relu', None\), got 'gelu'"),
-        ({"act": torch.relu}, ValueError, "act must be one of"),
+        ({"act": torch.relu}, TypeError, "act must be one of"),
         ({"u0": torch.rand(5, 1)}, ValueError, "u0 must have 4 rows"),
         ({"v0": torch.rand(5, 1)}, ValueError, "v0 must have 4 rows"),
         ({"solver": "x"}, ValueError, "solver must be one of"),
@@ -164,6 +163,40 @@ def test_swin_nmf(change, error, message, backend):
     arguments = {"u0": U_MAP, "v0": V_MAP} | CUT | change
     with pytest.raises(error, match=message):
         fk.swin_nmf(MAP, arguments.pop("u0"), arguments.pop("v0"), **arguments)
+
+
+FILTERS, OFFSETS = torch.rand(8, 3, 5), torch.rand(8)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": None}, TypeError, "x must be a torch.Tensor, got NoneType"),
+        ({"x": MAP.int()}, TypeError, "x must be float32"),
+        ({"x": MAP[0, 0]}, ValueError, r"x must be \(B, C, S1..Sp\) with p = 1, 2 or 3, got shape \(4, 4\)"),
+        ({"x": MAP[..., None, None]}, ValueError, r"x must be \(B, C, S1..Sp\)"),
+        ({"weight": 3}, TypeError, "weight must be a torch.Tensor, got int"),
+        ({"weight": FILTERS.int()}, TypeError, "weight must be float32"),
+        ({"weight": FILTERS.to_sparse()}, TypeError, "weight must be a dense"),
+        (
+            {"weight": FILTERS[:, None]},
+            ValueError,
+            r"weight must be \(C, k1..kp\), one k for each spatial axis",
+        ),
+        ({"weight": FILTERS[:7]}, ValueError, r"weight must have 8 filters.*got shape \(7, 3, 5\)"),
+        ({"weight": FILTERS[:, :2]}, ValueError, r"weight must have an odd extent.*got shape \(8, 2, 5\)"),
+        ({"weight": FILTERS[:, :0]}, ValueError, r"weight must have an odd extent.*got shape \(8, 0, 5\)"),
+        ({"weight": FILTERS.to("meta")}, ValueError, r"weight must be on the device of x \(cpu\), got meta"),
+        ({"bias": 0.0}, TypeError, "bias must be a torch.Tensor, got float"),
+        ({"bias": OFFSETS.to(torch.complex64)}, TypeError, "bias must be float32"),
+        ({"bias": OFFSETS[0]}, ValueError, r"bias must be \(C\), got shape \(\)"),
+        ({"bias": OFFSETS[:7]}, ValueError, r"bias must have 8 entries.*got shape \(7,\)"),
+        ({"bias": OFFSETS.to("meta")}, ValueError, r"bias must be on the device of x \(cpu\), got meta"),
+    ],
+)
+def test_depthwise_conv(change, error, message, backend):
+    with pytest.raises(error, match=message):
+        fk.depthwise_conv(**{"x": MAP, "weight": FILTERS, "bias": OFFSETS} | change)
 
 
 def test_backends():

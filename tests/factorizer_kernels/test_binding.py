@@ -5,9 +5,9 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from factorizer_kernels.shared import native as cpu
+from factorizer_kernels.shared import native
 
-pytestmark = pytest.mark.skipif(cpu.native is None, reason=f"no compiled module: {cpu.missing}")
+pytestmark = pytest.mark.skipif(native.native is None, reason=f"no compiled module: {native.missing}")
 
 HUGE = 2**62
 NONE = (0, 0)
@@ -19,7 +19,6 @@ class Call:
     def __init__(self, per_matrix=False):
         matrices = 2 * 2 * 4
         lead = (matrices,) if per_matrix else ()
-        self.stride = {"u0": 8 if per_matrix else 0, "v0": 12 if per_matrix else 0}
         self.tensors = {
             "x": torch.rand(1, 8, 1, 4, 6), "dy": torch.rand(1, 8, 1, 4, 6),
             "u0": torch.rand(*lead, 2, 4), "v0": torch.rand(*lead, 2, 6),
@@ -33,36 +32,45 @@ class Call:
             "batch": 1, "heads": 2, "head_dim": 4, "size": [1, 4, 6], "patch": [1, 2, 3],
             "shifts": [0, 0, 0, 0, 1, 2],
         }  # fmt: skip
-        self.memory = {name: cpu.memory(tensor) for name, tensor in self.tensors.items()}
+        self.memory = {name: native.memory(tensor) for name, tensor in self.tensors.items()}
         self.map_stride = {name: list(self.tensors[name].stride()) for name in ("x", "dy")}
-        self.options = {"rank": 2, "num_iters": 2, "hals": True, "relu": True, "eps": 1e-16, "threads": 2}
-        self.dtype, self.grad_steps = 0, 1
+        self.options = {
+            "rank": 2, "num_iters": 2, "solver": "hals", "grad_steps": 1, "relu": True, "eps": 1e-16,
+        }  # fmt: skip
+        self.dtype, self.shared, self.threads = 0, not per_matrix, 2
 
     def written(self):
         """The tensors that are no longer what they were."""
         return {name for name, tensor in self.tensors.items() if not torch.equal(tensor, self.before[name])}
 
+    def volume(self, name):
+        memory = self.memory[name]
+        return None if memory is None else (*memory, self.map_stride[name])
+
+    def problem(self):
+        module = native.native
+        return module.NMFProblem(
+            self.dtype, module.Windows(**self.windows), self.volume("x"), self.memory["u0"],
+            self.memory["v0"], self.shared, module.NMFOptions(**self.options),
+        )  # fmt: skip
+
     def run(self, operator):
         """The factors' operators are those of ``swin_nmf`` with u and v in place of y."""
-        memory = self.memory
-        windows = cpu.native.Windows(**self.windows)
-        x = cpu.native.Volume(*memory["x"], self.map_stride["x"])
-        u0, v0 = ((*memory[name], self.stride[name]) for name in ("u0", "v0"))
-        common = {"dtype": self.dtype, "windows": windows, "x": x, "u0": u0, "v0": v0, **self.options}
-        gradients = {name: memory[name] for name in ("dx", "du0", "dv0")} | {"grad_steps": self.grad_steps}
+        module, memory = native.native, self.memory
+        if operator.startswith("sw_"):
+            windows = module.Windows(**self.windows)
+            getattr(module, operator)(self.dtype, windows, self.volume("x"), memory["z"], 1.0, self.threads)
+            return
+        problem = self.problem()
+        gradients = {name: memory[name] for name in ("dx", "du0", "dv0")}
         if operator == "forward":
-            cpu.native.swin_nmf_forward(**common, y=memory["y"])
+            module.swin_nmf_forward(problem, self.threads, y=memory["y"])
         elif operator == "factors":
-            cpu.native.swin_nmf_forward(**common, u=memory["u"], v=memory["v"])
+            module.swin_nmf_forward(problem, self.threads, u=memory["u"], v=memory["v"])
         elif operator == "backward":
-            dy = cpu.native.Volume(*memory["dy"], self.map_stride["dy"])
-            cpu.native.swin_nmf_backward(**common, **gradients, dy=dy)
-        elif operator == "factors backward":
-            dy = cpu.native.Volume(*NONE, [0] * 5)
-            cpu.native.swin_nmf_backward(**common, **gradients, dy=dy, du=memory["du"], dv=memory["dv"])
+            module.swin_nmf_backward(problem, self.threads, **gradients, dy=self.volume("dy"))
         else:
-            run = getattr(cpu.native, operator)
-            run(self.dtype, windows, x, memory["z"], 1.0, self.options["threads"])
+            module.swin_nmf_backward(problem, self.threads, **gradients, du=memory["du"], dv=memory["dv"])
 
 
 # operator: what it reads, and what it writes
@@ -92,21 +100,57 @@ def test_short_memory(operator, name, per_matrix):
     for short in (lambda address, size: (address, size - 1), lambda address, size: (0, size)):
         call = Call(per_matrix)
         call.memory[name] = short(*call.memory[name])
-        if call.memory[name][0] == 0 and name in ("u", "v", "du", "dv", "du0", "dv0"):
-            message = f"{name.strip('uv0')}.* go together"
-        else:
-            message = f"^{name} needs "
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"^{name} needs "):
             call.run(operator)
         assert not call.written()
 
 
-def _wrong_stride(call):
-    call.stride["u0"] = 7
+@pytest.mark.parametrize(
+    ("operator", "missing", "message"),
+    [
+        ("forward", ["y"], "either y, or u and v, must be given"),
+        ("factors", ["u"], "u and v go together"),
+        ("factors", ["u", "v"], "either y, or u and v, must be given"),
+        ("backward", ["du0"], "du0 and dv0 go together"),
+        ("factors backward", ["dv"], "du and dv go together"),
+        ("factors backward", ["du", "dv"], "either dy, or du and dv, must be given"),
+    ],
+)
+def test_arguments_left_out(operator, missing, message):
+    call = Call()
+    call.memory.update(dict.fromkeys(missing))
+    with pytest.raises(ValueError, match=message):
+        call.run(operator)
+    assert not call.written()
 
 
-def _one_shared_factor(call):
-    call.stride["v0"] = 0
+def test_outputs_of_two_kinds():
+    call = Call()
+    outputs = {name: call.memory[name] for name in ("y", "u", "v")}
+    with pytest.raises(ValueError, match="either y, or u and v, must be given"):
+        native.native.swin_nmf_forward(call.problem(), 1, **outputs)
+    assert not call.written()
+
+
+def test_gradients_of_the_first_factors_may_be_left_out():
+    call = Call()
+    call.memory.update(du0=None, dv0=None)
+    call.run("backward")
+    assert call.written() == {"dx"}
+
+
+def test_windows_outlive_their_name():
+    """The problem keeps what it points to: the shifts are the windows'."""
+    call, module = Call(), native.native
+    problem = call.problem()
+    others = [module.Windows(**{**call.windows, "shifts": [0, 1, 1] * 2}) for _ in range(100)]
+    module.swin_nmf_forward(problem, 1, y=call.memory["y"])
+    again = Call()
+    for name in ("x", "u0", "v0"):
+        again.tensors[name].copy_(call.tensors[name])
+    again.run("forward")
+    assert len(others) == 100
+    assert torch.equal(call.tensors["y"], again.tensors["y"])
 
 
 def _wrong(part, **change):
@@ -117,6 +161,9 @@ WRONG = {
     "stride beyond the memory": _wrong("map_stride", x=[192, 24, 24, 6, 2], dy=[192, 24, 24, 6, 2]),
     "stride that overflows": _wrong("map_stride", x=[192, HUGE, 24, 6, 1], dy=[192, HUGE, 24, 6, 1]),
     "sum of strides that overflows": _wrong("map_stride", x=[1, HUGE // 8, 1, HUGE // 2, HUGE // 3]),
+    "stride missing for an axis": _wrong("map_stride", x=[192, 24, 1], dy=[192, 24, 1]),
+    "two strides": _wrong("map_stride", x=[192, 24], dy=[192, 24]),
+    "six strides": _wrong("map_stride", x=[192, 24, 24, 24, 6, 1]),
     "negative stride": _wrong("map_stride", x=[192, 24, 24, 6, -1]),
     "more channels than there are": _wrong("windows", heads=3),
     "more shifts than there are": _wrong("windows", shifts=[0, 0, 0] * 3),
@@ -130,17 +177,22 @@ WRONG = {
     "no shift": _wrong("windows", shifts=[]),
     "dtype unknown": lambda call: setattr(call, "dtype", 4),
     "dtype larger than the memory's": lambda call: setattr(call, "dtype", 1),
-    "no thread": _wrong("options", threads=0),
-    "more threads than a system has": _wrong("options", threads=2**31 - 1),
+    "no thread": lambda call: setattr(call, "threads", 0),
+    "more threads than a system has": lambda call: setattr(call, "threads", 2**31 - 1),
 }
 WRONG_SOLVE = {
-    "stride of u0": _wrong_stride,
-    "one factor shared": _one_shared_factor,
     "no rank": _wrong("options", rank=0),
     "larger rank": _wrong("options", rank=3),
     "rank that overflows": _wrong("options", rank=HUGE),
     "negative iterations": _wrong("options", num_iters=-1),
     "iterations that overflow": _wrong("options", num_iters=HUGE),
+    "iterations that overflow on many threads": lambda call: (
+        call.options.update(num_iters=2**40),
+        setattr(call, "threads", 2**16),
+    ),
+    "no solver": _wrong("options", solver="als"),
+    "negative gradient steps": _wrong("options", grad_steps=-1),
+    "gradient steps beyond the iterations": _wrong("options", grad_steps=3),
 }
 
 
@@ -156,19 +208,15 @@ def test_wrong_call(operator, wrong):
     assert not call.written()
 
 
-def test_gradient_steps_beyond_the_iterations():
-    call = Call()
-    call.grad_steps = 3
-    with pytest.raises(ValueError, match="grad_steps"):
-        call.run("backward")
-
-
 def test_axes_of_one_element_have_any_stride():
     call = Call()
     call.run("forward")
     expected = call.tensors["y"].clone()
     call.map_stride["x"][0] = HUGE
     call.map_stride["x"][2] = -HUGE
+    call.run("forward")
+    assert torch.equal(call.tensors["y"], expected)
+    del call.map_stride["x"][2]  # a map of two spatial axes
     call.run("forward")
     assert torch.equal(call.tensors["y"], expected)
 
@@ -182,7 +230,7 @@ TRIPLES = st.lists(NUMBERS, min_size=3, max_size=3)
 @st.composite
 def changes(draw):
     """Up to three arguments of a call changed to anything; iterations stay few, for time alone."""
-    kind = st.sampled_from(["windows", "memory", "stride", "options", "dtype", "grad_steps"])
+    kind = st.sampled_from(["windows", "memory", "stride", "options", "dtype", "threads", "shared"])
     result = []
     for part in draw(st.lists(kind, min_size=1, max_size=3)):
         if part == "windows":
@@ -190,13 +238,17 @@ def changes(draw):
             value = draw(NUMBERS if name in ("batch", "heads", "head_dim") else TRIPLES)
         elif part == "memory":
             name = draw(st.sampled_from(sorted(Call().memory)))
-            value = draw(st.one_of(st.just(NONE), st.integers(-HUGE, 0), st.integers(1, 8)))  # bytes less
+            value = draw(
+                st.one_of(st.just(NONE), st.none(), st.integers(-HUGE, 0), st.integers(1, 8))
+            )  # bytes
         elif part == "stride":
-            name = draw(st.sampled_from(["x", "dy", "u0", "v0"]))
-            value = draw(st.lists(NUMBERS, min_size=5, max_size=5) if name in ("x", "dy") else NUMBERS)
+            name = draw(st.sampled_from(["x", "dy"]))
+            value = draw(st.lists(NUMBERS, min_size=2, max_size=6))
         elif part == "options":
-            name = draw(st.sampled_from(["rank", "num_iters", "eps", "threads", "hals"]))
-            value = draw(NUMBERS if name != "num_iters" else NUMBERS.filter(lambda n: n != 2**31))
+            name = draw(st.sampled_from(["rank", "num_iters", "grad_steps", "eps", "solver"]))
+            few = NUMBERS.filter(lambda n: n != 2**31)
+            solvers = st.sampled_from(["mu", "hals", "als", "", None, 1])
+            value = draw({"num_iters": few, "solver": solvers}.get(name, NUMBERS))
         else:
             name, value = part, draw(NUMBERS)
         result.append((part, name, value))
@@ -207,10 +259,12 @@ def fuzz(operator, per_matrix, changed):
     call = Call(per_matrix)
     for part, name, value in changed:
         if part == "memory":
-            address, size = call.memory[name]
-            call.memory[name] = value if value == NONE else (address, size + value if value <= 0 else value)
+            address, size = call.memory[name] or NONE
+            if value not in (None, NONE):  # fewer bytes
+                value = (address, size + value if value <= 0 else value)
+            call.memory[name] = value
         elif part == "stride":
-            (call.map_stride if name in ("x", "dy") else call.stride)[name] = value
+            call.map_stride[name] = value
         elif part in ("windows", "options"):
             getattr(call, part)[name] = value
         else:
@@ -223,6 +277,146 @@ def fuzz(operator, per_matrix, changed):
 
 @given(st.sampled_from(sorted(OPERATORS)), st.booleans(), changes())
 @example("forward", True, [("windows", "batch", 2**63 - 1), ("windows", "size", [0, 0, 0])])
-@example("backward", False, [("options", "hals", False), ("options", "rank", 1), ("grad_steps", "", 0)])
+@example(
+    "backward", False, [("options", "solver", "mu"), ("options", "rank", 1), ("options", "grad_steps", 0)]
+)
 def test_fuzz(operator, per_matrix, changed):
     fuzz(operator, per_matrix, changed)
+
+
+# --- Depthwise convolution -----------------------------------------------------------------------
+
+
+class ConvCall:
+    """A right call on a 2 x 3 x 4 x 5 x 6 map with filters of 1 x 3 x 5."""
+
+    def __init__(self):
+        size = (2, 3, 4, 5, 6)
+        self.tensors = {
+            "x": torch.rand(size), "dy": torch.rand(size), "weight": torch.rand(3, 15), "bias": torch.rand(3),
+            **{name: torch.full(size, 7.0) for name in ("y", "dx")},
+            "dweight": torch.full((3, 15), 7.0), "dbias": torch.full((3,), 7.0),
+        }  # fmt: skip
+        self.before = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        self.memory = {name: native.memory(tensor) for name, tensor in self.tensors.items()}
+        self.stride = {name: list(self.tensors[name].stride()) for name in ("x", "dy")}
+        self.options = {"dtype": 0, "size": list(size), "kernel": [1, 3, 5], "threads": 2}
+
+    written = Call.written
+
+    def run(self, operator):
+        memory = self.memory
+        x, dy = ((*memory[name], self.stride[name]) for name in ("x", "dy"))
+        if operator == "forward":
+            others = {name: memory[name] for name in ("weight", "bias", "y")}
+            native.native.depthwise_conv_forward(**self.options, x=x, **others)
+        else:
+            others = {name: memory[name] for name in ("weight", "dx", "dweight", "dbias")}
+            native.native.depthwise_conv_backward(**self.options, x=x, dy=dy, **others)
+
+
+CONV_OPERATORS = {
+    "forward": (["x", "weight", "bias"], ["y"]),
+    "backward": (["x", "dy", "weight"], ["dx", "dweight", "dbias"]),
+}
+CONV_MEMORY = [(operator, name) for operator, (ins, outs) in CONV_OPERATORS.items() for name in (*ins, *outs)]
+
+
+@pytest.mark.parametrize("operator", CONV_OPERATORS)
+def test_right_conv(operator):
+    call = ConvCall()
+    call.run(operator)
+    assert call.written() == set(CONV_OPERATORS[operator][1])
+
+
+@pytest.mark.parametrize(("operator", "name"), CONV_MEMORY)
+def test_short_memory_of_conv(operator, name):
+    """One byte too few, or no address, of any argument: the error names it."""
+    call = ConvCall()
+    call.memory[name] = (call.memory[name][0], call.memory[name][1] - 1)
+    with pytest.raises(ValueError, match=f"^{name} needs "):
+        call.run(operator)
+    assert not call.written()
+
+    call = ConvCall()
+    call.memory[name] = (0, call.memory[name][1])
+    with pytest.raises(ValueError, match=f"^{name} needs "):
+        call.run(operator)
+    assert not call.written()
+
+
+@pytest.mark.parametrize(
+    ("operator", "name"),
+    [("forward", "bias"), ("backward", "dx"), ("backward", "dweight"), ("backward", "dbias")],
+)
+def test_what_a_conv_may_do_without(operator, name):
+    call = ConvCall()
+    call.memory[name] = None
+    call.run(operator)
+    assert call.written() == set(CONV_OPERATORS[operator][1]) - {name}
+
+
+def _wrong_conv(**change):
+    return lambda call: call.options.update(change)
+
+
+WRONG_CONV = {
+    "stride beyond the memory": lambda call: call.stride["x"].__setitem__(4, 2),
+    "stride that overflows": lambda call: call.stride["x"].__setitem__(1, HUGE),
+    "negative stride": lambda call: call.stride["x"].__setitem__(3, -6),
+    "larger map": _wrong_conv(size=[2, 3, 4, 5, 7]),
+    "negative size": _wrong_conv(size=[2, 3, 4, 5, -6]),
+    "map that overflows": _wrong_conv(size=[HUGE, HUGE, 4, 5, 6]),
+    "empty map that overflows": _wrong_conv(size=[0, HUGE, HUGE, 5, 6]),
+    "even kernel": _wrong_conv(kernel=[1, 2, 5]),
+    "large kernel": _wrong_conv(kernel=[1, 3, 9]),
+    "no kernel": _wrong_conv(kernel=[0, 3, 5]),
+    "negative kernel": _wrong_conv(kernel=[1, -3, 5]),
+    "dtype unknown": _wrong_conv(dtype=4),
+    "dtype larger than the memory's": _wrong_conv(dtype=1),
+    "no thread": _wrong_conv(threads=0),
+    "more threads than a system has": _wrong_conv(threads=2**31 - 1),
+}
+
+
+@pytest.mark.parametrize("operator", CONV_OPERATORS)
+@pytest.mark.parametrize("wrong", WRONG_CONV)
+def test_wrong_conv(operator, wrong):
+    call = ConvCall()
+    WRONG_CONV[wrong](call)
+    with pytest.raises(ValueError, match=r"."):
+        call.run(operator)
+    assert not call.written()
+
+
+@st.composite
+def conv_changes(draw):
+    """Up to three arguments of a call changed to anything."""
+    result = []
+    for part in draw(st.lists(st.sampled_from(["memory", "stride", "options"]), min_size=1, max_size=3)):
+        if part == "memory":
+            name = draw(st.sampled_from(sorted(ConvCall().memory)))
+            value = draw(st.one_of(st.just(NONE), st.none(), st.integers(-HUGE, 0)))  # bytes less
+        elif part == "stride":
+            name, value = draw(st.sampled_from(["x", "dy"])), draw(st.lists(NUMBERS, min_size=5, max_size=5))
+        else:
+            name = draw(st.sampled_from(["dtype", "size", "kernel", "threads"]))
+            length = {"size": 5, "kernel": 3}.get(name)
+            value = draw(st.lists(NUMBERS, min_size=length, max_size=length) if length else NUMBERS)
+        result.append((part, name, value))
+    return result
+
+
+@given(st.sampled_from(sorted(CONV_OPERATORS)), conv_changes())
+def test_fuzz_conv(operator, changed):
+    call = ConvCall()
+    for part, name, value in changed:
+        if part == "memory":
+            address, size = call.memory[name] or NONE
+            call.memory[name] = value if value in (None, NONE) else (address, size + value)
+        else:
+            getattr(call, part)[name] = value
+    try:
+        call.run(operator)
+    except (ValueError, TypeError):  # pybind11 raises TypeError where an argument is no 64-bit integer
+        assert not call.written()

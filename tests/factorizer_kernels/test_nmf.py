@@ -137,7 +137,7 @@ def test_no_gradient_steps(backend):
 def test_operator_without_gradient_steps(solver, rank):
     """The operator itself, which autograd does not call then: every factor is a constant."""
     x, u0, v0 = torch.rand(2, 4, 6), torch.rand(4, rank), torch.rand(6, rank)
-    gradients = torch.ops.factorizer_kernels.nmf_backward(x, x, u0, v0, 2, solver, 0, 1e-16, True, "cpu")
+    gradients = torch.ops.factorizer_kernels.nmf_backward(x, x, u0, v0, True, 2, solver, 0, 1e-16, "cpu")
     assert all((g == 0).all() for g in gradients)
 
 

@@ -87,7 +87,7 @@ def test_another_python_thread_runs_beside_a_kernel():
 
     def seconds(iterations):
         begin = time.perf_counter()
-        operator(x, u0, v0, iterations, "mu", 1e-16, "cpu")
+        operator(x, u0, v0, iterations, "mu", iterations, 1e-16, "cpu")
         return time.perf_counter() - begin
 
     iterations = 20
@@ -104,7 +104,7 @@ def test_another_python_thread_runs_beside_a_kernel():
     thread.start()
     try:
         begin = time.perf_counter()
-        operator(x, u0, v0, iterations, "mu", 1e-16, "cpu")
+        operator(x, u0, v0, iterations, "mu", iterations, 1e-16, "cpu")
         end = time.perf_counter()
     finally:
         done.set()

@@ -41,7 +41,7 @@ def _problem(size, options, rank, dtype=torch.float64, seed=0):
 @pytest.mark.parametrize("solver", ["mu", "hals"])
 @pytest.mark.parametrize(
     ("rank", "num_grad_steps", "act"),
-    [(1, None, "relu"), (2, None, "relu"), (1, 2, "relu"), (1, 1, None)],
+    [(1, None, "relu"), (2, None, "relu"), (1, 2, "relu"), (1, 1, None), (2, 1, "relu")],
 )
 def test_cpu_meets_reference(size, options, solver, rank, num_grad_steps, act, poisoned, rel):
     x, u0, v0, dy = _problem(size, options, rank)

@@ -5,6 +5,7 @@ from functools import partial
 
 import pytest
 import torch
+from tests_support import defined_operators
 from torch.autograd import forward_ad
 
 import factorizer_kernels as fk
@@ -25,26 +26,33 @@ def _layouts(x):
 
 ops = torch.ops.factorizer_kernels
 OPERATORS = {
-    "nmf": lambda x, u0, v0: (x, u0, v0, 3, "hals", 1e-16, "cpu"),
-    "nmf_backward": lambda x, u0, v0: (x, x, u0, v0, 3, "mu", 2, 1e-16, True, "cpu"),
-    "nmf_factors": lambda x, u0, v0: (x, u0, v0, 3, "mu", 1e-16, "cpu"),
+    "nmf": lambda x, u0, v0: (x, u0, v0, 3, "hals", 3, 1e-16, "cpu"),
+    "nmf_backward": lambda x, u0, v0: (x, x, u0, v0, True, 3, "mu", 2, 1e-16, "cpu"),
+    "nmf_factors": lambda x, u0, v0: (x, u0, v0, 3, "mu", 3, 1e-16, "cpu"),
     "nmf_factors_backward": lambda x, u0, v0: (
-        x[..., :2], x.mT[..., :2], x, u0, v0, 3, "mu", 3, 1e-16, False, "cpu",
+        x[..., :2], x.mT[..., :2], x, u0, v0, False, 3, "mu", 3, 1e-16, "cpu",
     ),
 }  # fmt: skip
 MAP_OPERATORS = {
+    "depthwise_conv": lambda x: (x, torch.rand(4, 3, 5), torch.rand(4), "cpu"),
+    "depthwise_conv_backward": lambda x: (x, x, torch.rand(4, 3, 5), [True, True, False], "cpu"),
     "sw_matricize": lambda x: (x, 4, [4, 4], [0, 0, 2, 2], True, "cpu"),
     "sw_dematricize": lambda x: (
         torch.rand(4, 8, 4, 16).mT.contiguous().mT, [2, 4, 8, 16], 4, [4, 4], [0, 0, 2, 2], False, "cpu",
     ),
     "swin_nmf": lambda x: (
-        x, torch.rand(4, 1), torch.rand(16, 1), 4, [4, 4], [0, 0, 2, 2], True, 3, "hals", 1e-16, "cpu",
+        x, torch.rand(4, 1), torch.rand(16, 1), 4, [4, 4], [0, 0, 2, 2], True, 3, "hals", 3, 1e-16,
+        "cpu",
     ),
     "swin_nmf_backward": lambda x: (
-        x, x, torch.rand(4, 1), torch.rand(16, 1), 4, [4, 4], [0, 0, 2, 2], True, 3, "hals", 3, 1e-16,
-        True, "cpu",
+        x, x, torch.rand(4, 1), torch.rand(16, 1), True, 4, [4, 4], [0, 0, 2, 2], True, 3, "hals", 3, 1e-16,
+        "cpu",
     ),
 }  # fmt: skip
+
+
+def test_the_tables_hold_every_operator():
+    assert OPERATORS.keys() | MAP_OPERATORS.keys() == defined_operators()
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -60,6 +68,37 @@ def test_opcheck_maps(name):
         torch.library.opcheck(getattr(ops, name).default, MAP_OPERATORS[name](layout))
 
 
+def _stacked(arguments, mapped):
+    """The arguments with a leading dimension of 3 in the ``mapped`` ones, and where each has it."""
+    generator = torch.Generator().manual_seed(0)
+    scales = 0.5 + torch.rand(3, generator=generator)
+    stacked = [
+        torch.stack([a * scale for scale in scales]) if i in mapped else a for i, a in enumerate(arguments)
+    ]
+    return stacked, tuple(0 if i in mapped else None for i in range(len(arguments)))
+
+
+@pytest.mark.parametrize("name", [*OPERATORS, *MAP_OPERATORS])
+def test_vmap_of_every_operator(name):
+    """Its own rule, with every argument mapped, or one alone, against a loop."""
+    in_maps = name in MAP_OPERATORS
+    arguments = (
+        MAP_OPERATORS[name](torch.rand(2, 4, 8, 16)) if in_maps else OPERATORS[name](*_nmf_arguments())
+    )
+    operator = getattr(ops, name).default
+    tensors = [i for i, a in enumerate(arguments) if isinstance(a, torch.Tensor)]
+    for mapped in (tensors, *([i] for i in tensors)):
+        stacked, dims = _stacked(arguments, mapped)
+        result = torch.func.vmap(operator, dims)(*stacked)
+        loop = [
+            operator(*(a[i] if d == 0 else a for a, d in zip(stacked, dims, strict=True))) for i in range(3)
+        ]
+        if isinstance(result, torch.Tensor):
+            result, loop = (result,), [(t,) for t in loop]
+        for ours, theirs in zip(result, zip(*loop, strict=True), strict=True):
+            torch.testing.assert_close(ours, torch.stack(theirs))
+
+
 def _value_and_grad(function, x):
     x = x.clone().requires_grad_()
     y = function(x)
@@ -70,10 +109,10 @@ def _value_and_grad(function, x):
 @pytest.mark.parametrize("backend_name", ["cpu", "reference"])
 def test_compile_fullgraph(backend_name):
     """Forward and backward in one graph, and no new one for another batch or another map."""
-    u0, v0 = torch.rand(4, 1), torch.rand(16, 1)
+    u0, v0, weight, bias = torch.rand(4, 1), torch.rand(16, 1), torch.rand(8, 3, 5), torch.rand(8)
 
     def network(x):
-        y = fk.swin_nmf(x * 2, u0, v0, **CUT)
+        y = fk.swin_nmf(fk.depthwise_conv(x * 2, weight, bias), u0, v0, **CUT)
         z = fk.sw_matricize(y, **CUT)
         z = z + fk.nmf(z.relu(), u0, v0, num_iters=2, solver="mu")
         return fk.sw_dematricize(z, y.shape, **CUT).tanh()
@@ -96,9 +135,10 @@ def test_export_and_reload(tmp_path):
             super().__init__()
             self.register_buffer("u0", torch.rand(4, 1))
             self.register_buffer("v0", torch.rand(16, 1))
+            self.weight = torch.nn.Parameter(torch.rand(8, 3, 3))
 
         def forward(self, x):
-            return fk.swin_nmf(x, self.u0, self.v0, **CUT)
+            return fk.swin_nmf(fk.depthwise_conv(x, self.weight), self.u0, self.v0, **CUT)
 
     layer, x = Layer(), torch.rand(2, 8, 8, 8)
     program = torch.export.export(layer, (x,), dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1)}})
@@ -106,6 +146,51 @@ def test_export_and_reload(tmp_path):
     reloaded = torch.export.load(tmp_path / "layer.pt2").module()
     other = torch.rand(5, 8, 8, 8)
     torch.testing.assert_close(reloaded(other), layer(other))
+
+
+class Windowed(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.u0, self.v0 = (torch.nn.Parameter(torch.rand(n, 1)) for n in (4, 16))
+
+    def forward(self, x):
+        return fk.swin_nmf(x, self.u0, self.v0, num_iters=2, **CUT)
+
+
+def test_traced_graphs_need_torch_alone(tmp_path):
+    """They hold the reference, with its gradient; a kernel only where its backend is named."""
+    layer, x = Windowed(), torch.rand(1, 4, 8, 8)
+    traced = torch.jit.trace(layer, x)
+    traced.save(tmp_path / "traced.pt")
+    assert "factorizer_kernels::" not in str(traced.inlined_graph)
+    reloaded = torch.jit.load(tmp_path / "traced.pt")
+    other = torch.rand(1, 4, 8, 8)
+    torch.testing.assert_close(reloaded(other), layer(other))
+    ours, theirs = (torch.autograd.grad(f(other).square().sum(), f.parameters()) for f in (reloaded, layer))
+    torch.testing.assert_close(ours, theirs)
+    with fk.use_backend("cpu"):
+        with pytest.raises(NotImplementedError, match=r"swin_nmf: trace inside torch.no_grad\(\); or inside"):
+            torch.jit.trace(layer, x)
+        with torch.no_grad():
+            assert "factorizer_kernels::swin_nmf" in str(torch.jit.trace(layer, x).inlined_graph)
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("dynamo", [True, False], ids=["dynamo", "TorchScript"])
+def test_onnx_files_hold_no_kernel(dynamo, tmp_path):
+    """The reference, by itself; where a kernel is named, the error names the way."""
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    layer, x, path = Windowed(), torch.rand(1, 4, 8, 8), str(tmp_path / "layer.onnx")
+    torch.onnx.export(layer, (x,), path, dynamo=dynamo, verbose=False)
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (result,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(result), layer(x).detach(), rtol=1e-4, atol=1e-5)
+    with (
+        fk.use_backend("cpu"),
+        pytest.raises(Exception, match="an ONNX file holds no kernel; leave the choice"),
+    ):
+        torch.onnx.export(layer, (x,), path, dynamo=dynamo, verbose=False)
 
 
 def _each(function, size, in_dims, arguments):
@@ -130,7 +215,7 @@ def _square_sum(function):
 
 
 def _vmap_cases():
-    """name, function of (x, u0, v0), arguments, where the mapped dimension of 3 is in each."""
+    """name, function of three tensors, arguments, where the mapped dimension of 3 is in each."""
 
     def rand(*shape):
         return torch.rand(shape, dtype=torch.float64)
@@ -154,6 +239,12 @@ def _vmap_cases():
         (maps, rand(8, 1, 4, 2), rand(3, 8, 1, 16, 2)),
         (0, None, 0),
     )
+    conv, weight, bias = fk.depthwise_conv, rand(8, 3, 5), rand(8)
+    yield "depthwise_conv", conv, (maps, weight, bias), (0, None, None)
+    yield "depthwise_conv of x's last", conv, (maps.movedim(0, -1), weight, bias), (4, None, None)
+    yield "depthwise_conv of weight", conv, (maps[0], rand(8, 3, 3, 5), bias), (None, 1, None)
+    yield "depthwise_conv of bias", conv, (maps[0], weight, rand(3, 8)), (None, None, 0)
+    yield "depthwise_conv of all", conv, (maps, rand(3, 8, 3, 5), rand(8, 3)), (0, 0, 1)
 
 
 VMAP_CASES = {name: case for name, *case in _vmap_cases()}
@@ -276,7 +367,7 @@ def test_double_backward_names_the_way(name):
     assert x.grad.isfinite().all()
 
 
-@pytest.mark.parametrize("name", [*DIFFERENTIABLE, "sw_matricize", "sw_dematricize"])
+@pytest.mark.parametrize("name", [*DIFFERENTIABLE, "sw_matricize", "sw_dematricize", "depthwise_conv"])
 def test_forward_mode_names_the_way(name):
     x, u0, v0 = _nmf_arguments()
     cut = {"head_dim": 6, "patch_size": 20}
@@ -284,6 +375,7 @@ def test_forward_mode_names_the_way(name):
         **{key: partial(function, u0=u0, v0=v0) for key, function in DIFFERENTIABLE.items()},
         "sw_matricize": partial(fk.sw_matricize, **cut),
         "sw_dematricize": lambda x: fk.sw_dematricize(x[:, None], (3, 6, 20), **cut),
+        "depthwise_conv": partial(fk.depthwise_conv, weight=torch.rand(6, 3)),
     }
     function, x = functions[name], x[0]
     with fk.use_backend("cpu"):
@@ -343,7 +435,9 @@ SUBCLASSES = {
 
 
 @pytest.mark.parametrize("backend_name", ["cpu", "reference"])
-@pytest.mark.parametrize("name", ["nmf", "nmf_factors", "sw_matricize", "sw_dematricize", "swin_nmf"])
+@pytest.mark.parametrize(
+    "name", ["depthwise_conv", "nmf", "nmf_factors", "sw_matricize", "sw_dematricize", "swin_nmf"]
+)
 @pytest.mark.parametrize("wrap", SUBCLASSES.values(), ids=SUBCLASSES)
 def test_subclass(wrap, name, backend_name):
     """The same values, as plain tensors, and the same gradients, whichever of the tensors is wrapped."""
@@ -354,6 +448,7 @@ def test_subclass(wrap, name, backend_name):
         partial(fk.sw_dematricize, size=image.shape, **CUT),
     )
     function, inputs = {
+        "depthwise_conv": (fk.depthwise_conv, (image, torch.rand(8, 3, 3), torch.rand(8))),
         "nmf": (partial(fk.nmf, num_iters=2), (torch.rand(3, 4, 16), u0, v0)),
         "nmf_factors": (partial(fk.nmf_factors, num_iters=2), (torch.rand(3, 4, 16), u0, v0)),
         "sw_matricize": (partial(fk.sw_matricize, **CUT), (image,)),

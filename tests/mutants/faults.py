@@ -23,61 +23,61 @@ class Fault(NamedTuple):
     tests: tuple[str, ...] = KERNELS
 
 
-_CSRC = "csrc/include/"
+_MATH = "csrc/math/"
 _TRITON = "factorizer_kernels/ops/nmf/triton/"
 
 FAULTS = (
     # The solvers' arithmetic, shared by the native backends.
     Fault(
-        "HALS: a component is added instead of taken away", _CSRC + "factor_update.h",
+        "HALS: a component is added instead of taken away", _MATH + "factor_update.h",
         "numerator -= f.get(j) * gram[j * rank + r];", "numerator += f.get(j) * gram[j * rank + r];",
     ),
     Fault(
-        "HALS backward: the projection's mask is missing", _CSRC + "factor_update.h",
+        "HALS backward: the projection's mask is missing", _MATH + "factor_update.h",
         "dn = f_new.get(r) > decltype(dn){} ? dn : decltype(dn){};", "",
     ),
     Fault(
-        "MU: the Gram matrix is indexed by its row twice", _CSRC + "factor_update.h",
+        "MU: the Gram matrix is indexed by its row twice", _MATH + "factor_update.h",
         "for (i64 j = 1; j < rank; ++j) q += f.get(j) * gram[j * rank + r];\n    out.set",
         "for (i64 j = 1; j < rank; ++j) q += f.get(j) * gram[j * rank + j];\n    out.set",
     ),
     Fault(
-        "MU backward: the denominator's gradient has the wrong sign", _CSRC + "factor_update.h",
+        "MU backward: the denominator's gradient has the wrong sign", _MATH + "factor_update.h",
         "dq.set(r, -dp * f_new.get(r));", "dq.set(r, dp * f_new.get(r));",
     ),
     Fault(
-        "rank 1: the gradient through u's norm is missing", _CSRC + "rank_one.h",
+        "rank 1: the gradient through u's norm is missing", _MATH + "rank_one.h",
         "+ k * h[m] - 2.0 * k * dv_v * u[m];", "+ k * h[m];",
     ),
     Fault(
-        "rank 1: eps is left out of the next a", _CSRC + "rank_one.h",
+        "rank 1: eps is left out of the next a", _MATH + "rank_one.h",
         "out.dr[i] += e * k * (da[i] + 2.0 * db * (k * u[i]));", "out.dr[i] += e * k * da[i];",
     ),
     Fault(
-        "iterations: the Gram matrix' gradient is not made symmetric", "csrc/cpu/factorize.h",
+        "iterations: the Gram matrix' gradient is not made symmetric", "csrc/cpu/nmf/iterations.h",
         "combine<T>(rank_, dgram, 1, rank_, rank_, f, df, length, true);", "",
     ),
     Fault(
-        "iterations: which columns of U were new when r was updated", "csrc/cpu/factorize.h",
+        "iterations: which columns of U were new when r was updated", "csrc/cpu/nmf/iterations.h",
         "entry = -(j <= r ?", "entry = -(j < r ?",
     ),
     Fault(
-        "long matrices: where a tile of a long line begins", "csrc/cpu/swin_nmf.cpp",
-        "p.windows.patch[2] + tile % parts * voxels; }", "p.windows.patch[2] + tile * voxels; }",
+        "long matrices: where a tile of a long line begins", "csrc/cpu/nmf/tiles.h",
+        "* line + tile % tiles_per_line * shape.voxels;", "* line + tile * shape.voxels;",
     ),
     Fault(
-        "dematricize: a shift in the wrong direction", "csrc/cpu/windows.cpp",
-        "q1 = (i1 + steps[0]) % w.size[0]", "q1 = (i1 + w.size[0] - steps[0]) % w.size[0]",
+        "dematricize: a shift in the wrong direction", "csrc/cpu/windows/windows.cpp",
+        "q1 = (i1 + by[0]) % w.size[0]", "q1 = (i1 + w.size[0] - by[0]) % w.size[0]",
     ),
     # The binding.
     Fault(
-        "binding: the last element is not counted", "csrc/bindings.cpp",
-        "map_elements(w) == 0 ? 0 : sum(last, 1)", "map_elements(w) == 0 ? 0 : last", BINDING,
+        "binding: the last element is not counted", "csrc/bindings/memory.h",
+        "empty ? 0 : sum(last, 1)", "empty ? 0 : last", BINDING,
     ),
     Fault(
-        "binding: the interpreter's lock is kept", "csrc/bindings.cpp",
-        "py::gil_scoped_release release;\n        fk::cpu_kernels().swin_nmf_forward(p);",
-        "fk::cpu_kernels().swin_nmf_forward(p);", BINDING,
+        "binding: the interpreter's lock is kept", "csrc/bindings/nmf.cpp",
+        "py::gil_scoped_release release;\n        cpu_kernels().swin_nmf_forward(p);",
+        "cpu_kernels().swin_nmf_forward(p);", BINDING,
     ),
     # The autograd Functions, the operators under vmap, the reference.
     Fault(

@@ -21,26 +21,25 @@ from rich.console import Console
 
 from factorizer.commands.demo import screen
 from factorizer.commands.demo.synthetic import NOTICE, write_synthetic
-from factorizer.commands.demo.timing import compare, kernel_backend
+from factorizer.commands.demo.timing import kernel_backend, time_networks
 from factorizer.models.build import build_network, parameter_count
-from factorizer.segmentation.cases import Case, read_decathlon, split_cases
-from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.cases import Case, Task, read_decathlon, split_cases
+from factorizer.segmentation.errors import check_counts
 from factorizer.segmentation.evaluation import Score, evaluate_case, summarise
 from factorizer.segmentation.explanation import best_components, case_components
-from factorizer.segmentation.figures import draw_components, draw_segmentations, picture
+from factorizer.segmentation.figures import component_row, draw_components, draw_segmentations, picture
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.inference import Predictor
+from factorizer.segmentation.inference import Predictor, load_predictor
 from factorizer.segmentation.measure import versions
-from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.screen import progress
-from factorizer.segmentation.training import Trainer, fit
-from factorizer.segmentation.transforms import Crops, augmentation, training_volumes
-from factorizer.segmentation.volumes import Geometry, check_cases, write_nifti
+from factorizer.segmentation.trained import SHIPPED
+from factorizer.segmentation.training import Trainer, fit, within_budget
+from factorizer.segmentation.transforms import CropBatches, PreparedCase, training_volumes
+from factorizer.segmentation.volumes import Geometry, check_cases, check_label, read_nifti, write_nifti
 
 SEED = 0
 EXPLAINED = 4  # cases of each part, at most, that components are compared with the truth on
-MAPS_SHOWN = 4
-PACKAGES = ("torch", "monai", "numpy", "nibabel", "factorizer-kernels")
 
 
 def run_demo(
@@ -53,16 +52,17 @@ def run_demo(
     """Train on the Decathlon folder `data`, or on made-up volumes, and write everything into `out`.
 
     Where `out` holds the checkpoint of the same run, it continues from there. `steps`: training
-    steps, by default as many as `factorizer.segmentation.plan.plan_run` finds right for the data.
+    steps, by default as many as the budget "quick" is enough for. Where a shipped model segments what the
+    data has labels of, it does so with the held-out cases first.
 
-    Writes report.json, segmentation.png, components.png, checkpoint.pt, predictions/NAME.nii.gz
-    and, without `data`, the volumes themselves under data/. Returns the report.
+    Writes report.json, segmentation.png, components.png, checkpoint.pt, predictions/NAME.nii.gz,
+    shipped/NAME.nii.gz where a shipped model fits, and, without `data`, the volumes themselves under
+    data/. Returns the report.
 
     Raises DataError, before training, for data or an `out` that cannot be used.
     """
     start, out, console = time.perf_counter(), Path(out), console or Console()
-    if steps is not None and steps < 1:
-        raise DataError(f"steps: got {steps}; it must be at least 1")
+    check_counts(steps=(steps, 1))
     task = None if data is None else read_decathlon(data)
     for folder in (out, out / "predictions"):
         prepare_folder("out", folder)
@@ -71,9 +71,13 @@ def run_demo(
             task = read_decathlon(write_synthetic(out / "data", seed=SEED))
     geometries = check_cases(console, task)
     training, held_out = split_cases(task.cases, SEED)
-    plan = plan_run(task, geometries, training, held_out, steps=steps, seed=SEED)
-    trainer = Trainer(plan, build_network(plan.network, plan.seed))
+    shipped = _shipped(console, task, held_out, out / "shipped")
+    plan = plan_run(task, geometries, training, held_out, Wishes(steps=steps), seed=SEED)
     checkpoint = out / "checkpoint.pt"
+    if steps is None:
+        with console.status("Measuring a training step"):
+            plan = within_budget(plan, "quick", checkpoint)
+    trainer = Trainer(plan, build_network(plan.network, plan.seed))
     if checkpoint.exists():
         trainer.resume(checkpoint)
     seconds_before = trainer.seconds
@@ -92,13 +96,13 @@ def run_demo(
     if trainer.step < plan.steps:
         with console.status(f"Loading {len(training)} volumes"):
             volumes = training_volumes(plan, training, geometries)
-        fit(console, trainer, Crops(volumes, augmentation(plan), plan.batch_size, plan.seed), checkpoint)
-    predictor = Predictor([(trainer.network, plan)])
+        fit(console, trainer, CropBatches(plan, volumes), checkpoint)
+    predictor = Predictor([(trainer.result, plan)])
     scores = _segment(console, predictor, held_out, out / "predictions")
     with console.status("Comparing components with the truth"):
         components = _explain(predictor, training, held_out)
     with console.status("Timing the networks side by side"):
-        speeds = compare(plan)
+        speeds = time_networks(plan)
     with console.status("Drawing"):
         notice = f"\n{NOTICE}" if data is None else ""
         _draw(out, predictor, held_out, scores, components, notice)
@@ -121,10 +125,11 @@ def run_demo(
             "networks": [asdict(speed) for speed in speeds],
         },
         "components": components,
+        "shipped": shipped,
         "loss": {"first": trainer.losses[0], "last": trainer.losses[-1]},
         "split": {"training": plan.training, "held_out": plan.held_out},
         "settings": asdict(plan),
-        "versions": {"python": platform.python_version(), **versions(PACKAGES)},
+        "versions": {"python": platform.python_version(), **versions()},
     }
     with atomic(out / "report.json") as temporary:
         temporary.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
@@ -132,8 +137,34 @@ def run_demo(
     return report
 
 
+def _shipped(console: Console, task: Task, cases: Sequence[Case], folder: Path) -> dict[str, Any] | None:
+    """Segments the cases with the shipped model for what the task labels: its name, time and Dice.
+
+    Cases that the model was trained on are left out. None where no model fits, or no case is left.
+    """
+    for path in sorted(SHIPPED.glob("*.pt")):
+        predictor = load_predictor([path], device="cpu")
+        plan = predictor.plan
+        seen = {name for _, member in predictor.models for name in member.training}
+        unseen = [case for case in cases if case.name not in seen]
+        if (plan.modalities, plan.labels) != (task.modalities, task.labels) or not unseen:
+            continue
+        start = time.perf_counter()
+        prepare_folder("out", folder)
+        scores = _segment(console, predictor, unseen, folder)
+        found = {
+            "model": path.stem,
+            "cases": len(unseen),
+            "seconds": round(time.perf_counter() - start, 2),
+            "dice": _mean({row.target: row.dice for row in summarise(itertools.chain(*scores.values()))}),
+        }
+        screen.tell_shipped(console, found, folder)
+        return found
+    return None
+
+
 def _expected_seconds(plan: Plan, steps_done: int, held_out: Sequence[Geometry]) -> float:
-    """Of training and segmenting, from three steps and forwards of a throw-away network."""
+    """How long training and segmenting will take, from three steps and forwards of a throw-away network."""
 
     def seconds(call: Callable[[], object]) -> float:
         times = []
@@ -196,39 +227,32 @@ def _draw(
 ) -> None:
     plan = predictor.plan
     by_dice = sorted(held_out, key=lambda case: -sum(score.dice for score in scores[case.name]))
-    places = sorted({0, len(by_dice) // 2, len(by_dice) - 1})
-    pictures = []
-    for case in (by_dice[place] for place in places):
+    middle = by_dice[len(by_dice) // 2]
+    pictures = {}
+    for case in dict.fromkeys((by_dice[0], middle, by_dice[-1])):
         values = [f"{score.target} {score.dice:.2f}" for score in scores[case.name]]
         caption = textwrap.fill("Dice " + ", ".join(values), 40)
-        path = out / "predictions" / f"{case.name}.nii.gz"
-        pictures.append(picture(plan, case, path, caption))
+        _, prediction = read_nifti(out / "predictions" / f"{case.name}.nii.gz")
+        truth = check_label(case, list(plan.labels))
+        pictures[case] = picture(PreparedCase(plan, case), prediction, truth, caption)
     draw_segmentations(
         out / "segmentation.png",
-        pictures,
+        list(pictures.values()),
         plan.modalities,
         plan.classes,
         f"{plan.task}: held-out cases, best, median and worst of {len(held_out)}{notice}",
     )
 
-    middle = by_dice[len(by_dice) // 2]
     names = [record["layer"] for record in components.values()]
     maps = case_components(predictor, names, middle).maps
     rows = []
     for depth, record in components.items():
-        captions: dict[int, list[str]] = {}
-        for name, best in record["best"].items():
-            if best["auc"] is not None and best["auc"] > 0.5:  # better than chance
-                captions.setdefault(best["map"], []).append(f"{name}: AUC {best['auc']:.2f}")
-        volumes = maps[record["layer"]]
-        # The maps that stand for a class come first, then those with most in them.
-        by_content = volumes.flatten(1).mean(1).argsort(descending=True).tolist()
-        shown = [*captions, *(m for m in by_content if m not in captions)][:MAPS_SHOWN]
-        texts = ["\n".join([f"component {m}", *captions.get(m, [])]) for m in shown]
-        rows.append((f"{depth} layer", volumes[shown].numpy(), texts))
+        areas = {name: (best["map"], best["auc"] or 0.0) for name, best in record["best"].items()}
+        texts = [(index, auc, f"{name}: AUC {auc:.2f}") for name, (index, auc) in areas.items()]
+        rows.append(component_row(depth, maps[record["layer"]], texts))
     draw_components(
         out / "components.png",
-        pictures[places.index(len(by_dice) // 2)],
+        pictures[middle],
         rows,
         plan.classes,
         f"{plan.task}: NMF components of a held-out case, {middle.name}; bright: much of it{notice}",

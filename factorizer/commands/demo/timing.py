@@ -34,7 +34,7 @@ def kernel_backend() -> str:
     return next((b.name for b in fk.backends() if b.name == "cpu" and b.available), "reference")
 
 
-def compare(plan: Plan) -> list[Speed]:
+def time_networks(plan: Plan) -> list[Speed]:
     """Times of the plan's network: with its fused kernels where there are some, on the reference
     backend, and of a SegResNet of like size, all side by side with fresh weights."""
     factorizer = Trainer(plan, build_network(plan.network, plan.seed))

@@ -34,6 +34,7 @@ class FixedInit(nn.Module):
         self.register_buffer("v0", DRAWS[names[1]](size[1], rank))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """u0 (M, R) and v0 (N, R), whatever x (..., M, N) holds."""
         return self.u0, self.v0
 
     def extra_repr(self) -> str:
@@ -57,6 +58,7 @@ class SVDInit(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., M, N) to U (..., M, R) and V (..., N, R), float32 at least."""
         x = x.to(torch.promote_types(x.dtype, torch.float32))  # half precision has no SVD
         u, s, vt = torch.linalg.svd(x, full_matrices=False)
         root = s[..., None, : self.rank].sqrt()
@@ -71,6 +73,7 @@ class NNDSVDInit(SVDInit):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (..., M, N) to U (..., M, R) and V (..., N, R), float32 at least, nonnegative."""
         u, v = super().forward(x)
         positive, negative = (u.relu(), v.relu()), ((-u).relu(), (-v).relu())
         weight_positive, weight_negative = (

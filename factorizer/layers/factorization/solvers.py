@@ -128,6 +128,17 @@ class MultiplicativeUpdate(Solver):
         return mu_update(u, x @ v, v.mT @ v, self.eps)
 
 
+class PublishedMultiplicativeUpdate(Solver):
+    """Multiplicative update with ε above the fraction line too, U ← (U ∘ A + ε) / (U B + ε), for X ≥ 0.
+
+    As the published code has it: a factor that is zero, of a column of zeros, jumps to 1. For state dicts
+    that were trained so; where no column is zero `MultiplicativeUpdate` gives the same, and faster.
+    """
+
+    def update(self, x: Tensor, u: Tensor, v: Tensor, w: Tensor | None) -> Tensor:
+        return (u * (x @ v) + self.eps) / (u @ (v.mT @ v) + self.eps)
+
+
 class FastMultiplicativeUpdate(Solver):
     """Accelerated multiplicative update: several updates of U for one A and B, for X ≥ 0.
 
@@ -190,6 +201,7 @@ SOLVERS: dict[str, type[Solver]] = {
     "hals": HALS,
     "nncd": HALS,
     "mu": MultiplicativeUpdate,
+    "pmu": PublishedMultiplicativeUpdate,
     "fmu": FastMultiplicativeUpdate,
     "wmu": WeightedMultiplicativeUpdate,
     "smu": SemiMultiplicativeUpdate,
@@ -205,6 +217,9 @@ def make_solvers(solver: SolverSpec) -> list[Solver]:
     Args:
         solver: one of `SOLVERS`, with "-0" or "-1" after it to update U or V alone; a `Solver`
             class; a pair (class, keywords); or a sequence of these.
+
+    Raises:
+        TypeError, ValueError: solver is none of these; or see the solver's class.
     """
     if isinstance(solver, str):
         name, _, factor = solver.partition("-")

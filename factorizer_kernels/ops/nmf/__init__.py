@@ -1,1 +1,4 @@
-"""Nonnegative matrix factorisation. Read reference, cpu, autograd, functional."""
+"""Nonnegative matrix factorisation.
+
+Read arguments, spec, reference, then a backend (native with cpu and cuda, or triton), autograd, functional.
+"""

@@ -1,54 +1,73 @@
-"""NMF: the calls of the CUDA kernels, which are those of ``swin_nmf``, as on the CPU."""
+"""NMF: the calls of the CUDA kernels, which factorise windows, and what they serve."""
 
-from math import prod
+from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from factorizer_kernels.shared import cuda, registry
+from factorizer_kernels.ops.nmf.native import Problem, register
+from factorizer_kernels.ops.nmf.spec import MatrixSizes
+from factorizer_kernels.shared import cuda
+from factorizer_kernels.shared.native import DTYPE_CODES, memory
+
+native = cuda.native
 
 
-def _call(x: Tensor, u0, v0, num_iters, solver, grad_steps, eps) -> cuda.Call:
-    *batch, rows, columns = x.shape
-    one_window = [1, 1, columns]
-    windows = cuda.native.Windows(prod(batch), 1, rows, one_window, one_window, [0, 0, 0])
-    return cuda.Call(_as_map(x), windows, u0, v0, batch, num_iters, grad_steps, solver == "hals", False, eps)
+def limit(x: Tensor, sizes: MatrixSizes) -> str | None:
+    """Why the kernels cannot factorise these matrices of x, or None where they can."""
+    limits = native.CUDA_LIMITS
+    for name, words in (
+        ("rank", "rank"), ("rows", "head_dim (rows)"), ("columns", "columns"), ("num_shifts", "shifts")
+    ):  # fmt: skip
+        value = getattr(sizes, name)
+        if value > limits[name]:
+            return f"it takes {words} up to {limits[name]}, got {value}"
+    if x.dtype == torch.float64:
+        return "it takes float32, bfloat16 and float16, got float64"
+    # While a graph is traced, comparing a size that is left open would bound it; there the module refuses.
+    if not torch.compiler.is_compiling():
+        windows = sizes.num_shifts * x.numel() // max(sizes.rows * sizes.columns, 1)
+        if windows > limits["windows"] or any(extent > limits["extent"] for extent in x.shape):
+            return f"it takes up to {limits['windows']} windows, and {limits['extent']} voxels along an axis"
+    return cuda.why_no_code(x.device.index) if x.is_cuda else None
 
 
-def _as_map(x: Tensor) -> Tensor:
-    return x.reshape(prod(x.shape[:-2]), *x.shape[-2:])
+class CudaProblem(Problem):
+    @property
+    def forward(self) -> Callable[..., None]:
+        return self._forward
+
+    def _forward(self, **outputs) -> None:
+        work = self.floats(native.cuda_plan_forward(self.native, "u" in outputs))
+        native.cuda_swin_nmf_forward(self.native, *cuda.target(self.x), memory(work), **outputs)
+
+    def backward(self, factor_grads: bool, **loss) -> tuple[Tensor, Tensor, Tensor]:
+        if self.options.constant:
+            dx, reached = self.x.new_zeros(self.x.shape), False
+        else:
+            processors = cuda.processors(self.x)
+            work, sums_dx = native.cuda_plan_backward(self.native, processors)
+            work = self.floats(work)
+            dx = self.x.new_empty(self.x.shape, dtype=torch.float32 if sums_dx else self.x.dtype)
+            reached = factor_grads and self.options.grad_steps == self.options.num_iters
+            if reached:
+                du0, dv0 = self.new_factors()  # each matrix' share
+                loss |= {"du0": memory(du0), "dv0": memory(dv0)}
+            native.cuda_swin_nmf_backward(
+                self.native, *cuda.target(self.x), memory(work), processors,
+                dx=memory(dx), dx_dtype=DTYPE_CODES[dx.dtype], **loss,
+            )  # fmt: skip
+            dx = dx.to(self.x.dtype)
+        if reached:
+            return dx, *self.factor_grads(du0, dv0)  # the second stage of a sum in a fixed order
+        if factor_grads:
+            u_shape, v_shape = self.shapes
+            return dx, self.u0.new_zeros(u_shape), self.v0.new_zeros(v_shape)
+        return dx, *self.no_factor_grads()
+
+    def floats(self, count: int) -> Tensor:
+        """Scratch memory of so many float32 elements, on x's device."""
+        return self.x.new_empty((count,), dtype=torch.float32)
 
 
-def nmf(x: Tensor, u0: Tensor, v0: Tensor, num_iters, solver, eps) -> Tensor:
-    y = x.new_empty(x.shape)
-    _call(x, u0, v0, num_iters, solver, num_iters, eps).forward(y=y)
-    return y
-
-
-def nmf_backward(
-    dy: Tensor, x: Tensor, u0: Tensor, v0: Tensor, num_iters, solver, grad_steps, eps, factor_grads
-) -> tuple[Tensor, Tensor, Tensor]:
-    call = _call(x, u0, v0, num_iters, solver, grad_steps, eps)
-    dx, du0, dv0 = call.backward(factor_grads, _as_map(dy))
-    return dx.view(x.shape), du0, dv0
-
-
-def nmf_factors(x: Tensor, u0: Tensor, v0: Tensor, num_iters, solver, eps) -> tuple[Tensor, Tensor]:
-    call = _call(x, u0, v0, num_iters, solver, num_iters, eps)
-    u, v = call.factor_rows()
-    call.forward(u=u, v=v)
-    return u.mT.to(x.dtype).contiguous(), v.mT.to(x.dtype).contiguous()
-
-
-def nmf_factors_backward(
-    du: Tensor, dv: Tensor, x: Tensor, u0: Tensor, v0: Tensor,
-    num_iters, solver, grad_steps, eps, factor_grads,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    call = _call(x, u0, v0, num_iters, solver, grad_steps, eps)
-    du, dv = (grad.mT.to(u0.dtype).contiguous() for grad in (du, dv))
-    dx, du0, dv0 = call.backward(factor_grads, du=du, dv=dv)
-    return dx.view(x.shape), du0, dv0
-
-
-if cuda.native is not None:
-    for _function in (nmf, nmf_backward, nmf_factors, nmf_factors_backward):
-        registry.kernel(_function.__name__, "cuda", cuda.limit)(_function)
+register("cuda", CudaProblem, limit)

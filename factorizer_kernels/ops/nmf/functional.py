@@ -2,12 +2,15 @@
 
 from torch import Tensor
 
-from factorizer_kernels.choice import choose
-from factorizer_kernels.ops.nmf import cpu, cuda, reference  # noqa: F401  (cpu and cuda register kernels)
+from factorizer_kernels.choice import choose, load_kernels
+from factorizer_kernels.ops.nmf import reference
+from factorizer_kernels.ops.nmf.arguments import check_factorisation
 from factorizer_kernels.ops.nmf.autograd import NMF, NMFFactors
-from factorizer_kernels.shared import checks
-from factorizer_kernels.shared.autograd import apply
-from factorizer_kernels.shared.registry import Matrices
+from factorizer_kernels.ops.nmf.spec import MatrixSizes
+from factorizer_kernels.shared.autograd import call_function
+from factorizer_kernels.shared.checks import tensor
+
+load_kernels(__package__)
 
 
 def nmf(
@@ -41,7 +44,12 @@ def nmf(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, devices or options do not fit; the message names the argument.
     """
-    return _run("nmf", x, u0, v0, num_iters, solver, num_grad_steps, eps)
+    x = tensor("x", x, "(..., M, N)", 2)
+    u0, v0, options = check_factorisation(x, u0, v0, x.shape, num_iters, solver, num_grad_steps, eps)
+    backend = choose("nmf", x, MatrixSizes(x.shape[-2], x.shape[-1], u0.shape[-1], 1))
+    if backend == "reference":
+        return reference.nmf(x, u0, v0, options)
+    return call_function("nmf", NMF, x, u0, v0, options, backend)
 
 
 def nmf_factors(
@@ -54,23 +62,10 @@ def nmf_factors(
     num_grad_steps: int | None = None,
     eps: float = 1e-16,
 ) -> tuple[Tensor, Tensor]:
-    """The factors themselves: U (..., M, R) and V (..., N, R), in x's dtype. Arguments as of :func:`nmf`."""
-    return _run("nmf_factors", x, u0, v0, num_iters, solver, num_grad_steps, eps)
-
-
-_FUNCTIONS = {
-    "nmf": (reference.nmf, NMF),
-    "nmf_factors": (reference.nmf_factors, NMFFactors),
-}
-
-
-def _run(operator, x, u0, v0, num_iters, solver, num_grad_steps, eps):
-    x = checks.tensor("x", x, "(..., M, N)", 2)
-    *batch, rows, columns = x.shape
-    u0, v0 = checks.factors(x, u0, v0, rows, columns, batch)
-    options = checks.solver_options(x, num_iters, solver, num_grad_steps, eps)
-    plain, fused = _FUNCTIONS[operator]
-    backend = choose(operator, x, Matrices(rows, columns, u0.shape[-1], 1))
+    """The factors themselves: U (..., M, R) and V (..., N, R), in x's dtype. The arguments of :func:`nmf`."""
+    x = tensor("x", x, "(..., M, N)", 2)
+    u0, v0, options = check_factorisation(x, u0, v0, x.shape, num_iters, solver, num_grad_steps, eps)
+    backend = choose("nmf_factors", x, MatrixSizes(x.shape[-2], x.shape[-1], u0.shape[-1], 1))
     if backend == "reference":
-        return plain(x, u0, v0, *options)
-    return apply(fused, x, u0, v0, *options, backend)
+        return reference.nmf_factors(x, u0, v0, options)
+    return call_function("nmf_factors", NMFFactors, x, u0, v0, options, backend)

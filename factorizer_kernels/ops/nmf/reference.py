@@ -7,25 +7,22 @@ from C = XᵀU and D = UᵀU with the new U.
 import torch
 from torch import Tensor
 
-from factorizer_kernels.shared.registry import compute_dtype, without_autocast
+from factorizer_kernels.ops.nmf.arguments import Options
+from factorizer_kernels.shared.dtypes import autocast_disabled, compute_dtype
 
 
-def nmf(
-    x: Tensor, u0: Tensor, v0: Tensor, num_iters: int, solver: str, grad_steps: int, eps: float
-) -> Tensor:
-    """Y = U Vᵀ after ``num_iters`` iterations; arithmetic in float32, or float64 for float64."""
-    with without_autocast(x):
-        u, v = _factors(x, u0, v0, num_iters, solver, grad_steps, eps)
-        y = (u @ v.mT).to(x.dtype)
-    return y.expand(x.shape)  # without iterations shared factors are shared yet
+def nmf(x: Tensor, u0: Tensor, v0: Tensor, options: Options) -> Tensor:
+    """Y = U Vᵀ after the iterations; arithmetic in float32, or float64 for float64."""
+    with autocast_disabled(x):
+        u, v = _factors(x, u0, v0, options)
+        y = (u @ v.transpose(-1, -2)).to(x.dtype)
+    return y.expand(x.shape)  # with num_iters = 0 shared factors have not been broadcast to the batch
 
 
-def nmf_factors(
-    x: Tensor, u0: Tensor, v0: Tensor, num_iters: int, solver: str, grad_steps: int, eps: float
-) -> tuple[Tensor, Tensor]:
-    """U and V after ``num_iters`` iterations, each with x's leading dimensions and dtype."""
-    with without_autocast(x):
-        u, v = _factors(x, u0, v0, num_iters, solver, grad_steps, eps)
+def nmf_factors(x: Tensor, u0: Tensor, v0: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """U and V after the iterations, each with x's leading dimensions and dtype."""
+    with autocast_disabled(x):
+        u, v = _factors(x, u0, v0, options)
     u = u.expand(*x.shape[:-2], *u.shape[-2:])
     v = v.expand(*x.shape[:-2], *v.shape[-2:])
     return u.to(x.dtype), v.to(x.dtype)
@@ -51,18 +48,18 @@ def hals_update(factor: Tensor, projection: Tensor, gram: Tensor, eps: float) ->
 UPDATES = {"mu": mu_update, "hals": hals_update}
 
 
-def _factors(x, u, v, num_iters, solver, grad_steps, eps) -> tuple[Tensor, Tensor]:
+def _factors(x: Tensor, u: Tensor, v: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     x = x.to(compute_dtype(x.dtype))
-    if grad_steps < num_iters:
+    constant_steps = options.num_iters - options.grad_steps
+    if constant_steps > 0:
         with torch.no_grad():
-            u, v = _iterate(x, u, v, num_iters - grad_steps, solver, eps)
-        num_iters = grad_steps
-    return _iterate(x, u, v, num_iters, solver, eps)
+            u, v = _iterate(x, u, v, constant_steps, options)
+    return _iterate(x, u, v, options.grad_steps, options)
 
 
-def _iterate(x, u, v, num_iters, solver, eps) -> tuple[Tensor, Tensor]:
-    update = UPDATES[solver]
-    for _ in range(num_iters):
-        u = update(u, x @ v, v.mT @ v, eps)
-        v = update(v, x.mT @ u, u.mT @ u, eps)
+def _iterate(x: Tensor, u: Tensor, v: Tensor, steps: int, options: Options) -> tuple[Tensor, Tensor]:
+    update = UPDATES[options.solver]
+    for _ in range(steps):
+        u = update(u, x @ v, v.transpose(-1, -2) @ v, options.eps)
+        v = update(v, x.transpose(-1, -2) @ u, u.transpose(-1, -2) @ u, options.eps)
     return u, v

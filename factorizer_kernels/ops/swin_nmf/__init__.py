@@ -1,1 +1,4 @@
-"""Shifted-window NMF, fused. Read reference, cpu, autograd, functional."""
+"""Shifted-window NMF, fused.
+
+Read spec, reference, then a backend (cpu, cuda or triton), autograd, functional.
+"""

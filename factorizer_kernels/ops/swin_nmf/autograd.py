@@ -2,36 +2,33 @@
 
 import torch
 
-from factorizer_kernels.shared import registry  # noqa: F401  (defines the operators that are bound here)
+from factorizer_kernels.ops.nmf.arguments import Options
+from factorizer_kernels.ops.swin_nmf import spec
+from factorizer_kernels.ops.windows.geometry import Windows
 from factorizer_kernels.shared.autograd import once
-
-_swin_nmf = torch.ops.factorizer_kernels.swin_nmf.default
-_swin_nmf_backward = torch.ops.factorizer_kernels.swin_nmf_backward.default
 
 
 class SwinNMF(torch.autograd.Function):
-    """(x, u0, v0, windows, relu, num_iters, solver, grad_steps, eps, backend) -> y; keeps x, u0 and v0."""
+    """(x, u0, v0, windows, relu, options, backend) -> y; keeps x, u0 and v0, and computes all else again."""
 
     generate_vmap_rule = True  # from the operators' own
 
     @staticmethod
-    def forward(x, u0, v0, windows, relu, num_iters, solver, grad_steps, eps, backend):
-        return _swin_nmf(x, u0, v0, *windows, relu, num_iters, solver, eps, backend)
+    def forward(x, u0, v0, windows: Windows, relu: bool, options: Options, backend: str):
+        return spec.swin_nmf(x, u0, v0, *windows.options, relu, *options, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, u0, v0, windows, relu, num_iters, solver, grad_steps, eps, backend = inputs
-        ctx.options = (*windows, relu, num_iters, solver, grad_steps, eps)
-        ctx.backend = backend
+        x, u0, v0, ctx.windows, ctx.relu, ctx.options, ctx.backend = inputs
         ctx.save_for_backward(x, u0, v0)
-        if grad_steps == 0 < num_iters:  # every factor is a constant
+        if ctx.options.constant:
             ctx.mark_non_differentiable(output)
 
     @staticmethod
     def backward(ctx, dy):
         factor_grads = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
-        dx, du0, dv0 = once(
-            _swin_nmf_backward, dy, *ctx.saved_tensors, *ctx.options, factor_grads, ctx.backend
+        dx, du0, dv0 = once("swin_nmf", spec.swin_nmf_backward)(
+            dy, *ctx.saved_tensors, factor_grads, *ctx.windows.options, ctx.relu, *ctx.options, ctx.backend
         )
         du0, dv0 = (du0, dv0) if factor_grads else (None, None)
-        return dx, du0, dv0, None, None, None, None, None, None, None
+        return dx, du0, dv0, None, None, None, None

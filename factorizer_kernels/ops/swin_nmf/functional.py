@@ -4,15 +4,16 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from factorizer_kernels.choice import choose
-from factorizer_kernels.ops.swin_nmf import cpu, cuda, reference  # noqa: F401  (cpu and cuda register kernels)
+from factorizer_kernels.choice import choose, load_kernels
+from factorizer_kernels.ops.nmf.arguments import check_factorisation
+from factorizer_kernels.ops.nmf.spec import MatrixSizes
+from factorizer_kernels.ops.swin_nmf import reference
 from factorizer_kernels.ops.swin_nmf.autograd import SwinNMF
-from factorizer_kernels.ops.windows.geometry import Shift, matricized_shape, product, resolve
-from factorizer_kernels.shared import checks
-from factorizer_kernels.shared.autograd import apply
-from factorizer_kernels.shared.registry import Matrices
+from factorizer_kernels.ops.windows.geometry import Shift, resolve
+from factorizer_kernels.shared.autograd import call_function
+from factorizer_kernels.shared.checks import feature_map, one_of
 
-ACTS = ("relu", None)
+load_kernels(__package__)
 
 
 def swin_nmf(
@@ -39,6 +40,8 @@ def swin_nmf(
     Args:
         x: (B, C, S1..Sp), p = 1, 2 or 3; float32, float64, bfloat16 or float16.
         u0: (head_dim, R), or with leading dimensions that broadcast to (S·B·H, G1···Gp). Nonnegative.
+            Converted to the arithmetic's dtype: float32, or float64 where x is. A gradient
+            reaches it only where all the iterations are differentiated.
         v0: (P1···Pp, R), likewise.
         num_heads, head_dim, grid_size, patch_size, shifts: the windows, see :func:`sw_matricize`.
         act: "relu", or None for none.
@@ -50,7 +53,7 @@ def swin_nmf(
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
-    x = checks.tensor("x", x, "(B, C, S1..Sp) with p = 1, 2 or 3", 3, 5)
+    x = feature_map("x", x)
     windows = resolve(
         x.shape,
         num_heads=num_heads,
@@ -59,13 +62,12 @@ def swin_nmf(
         patch_size=patch_size,
         shifts=shifts,
     )
-    if act not in ACTS:
-        raise ValueError(f"act must be one of {ACTS}, got {act!r}")
-    batch = matricized_shape(x.shape, *windows[:2], len(windows.shifts))[:2]
-    u0, v0 = checks.factors(x, u0, v0, windows.head_dim, product(windows.patch_size), batch)
-    options = (act == "relu", *checks.solver_options(x, num_iters, solver, num_grad_steps, eps))
-    matrices = Matrices(windows.head_dim, product(windows.patch_size), u0.shape[-1], windows.num_shifts)
-    backend = choose("swin_nmf", x, matrices)
+    relu = one_of("act", act, ("relu", None)) == "relu"
+    u0, v0, options = check_factorisation(
+        x, u0, v0, windows.matrices_shape, num_iters, solver, num_grad_steps, eps
+    )
+    sizes = MatrixSizes(windows.rows, windows.columns, u0.shape[-1], windows.num_shifts)
+    backend = choose("swin_nmf", x, sizes)
     if backend == "reference":
-        return reference.swin_nmf(x, u0, v0, windows, *options)
-    return apply(SwinNMF, x, u0, v0, windows, *options, backend)
+        return reference.swin_nmf(x, u0, v0, windows, relu, options)
+    return call_function("swin_nmf", SwinNMF, x, u0, v0, windows, relu, options, backend)

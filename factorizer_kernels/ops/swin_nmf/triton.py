@@ -1,7 +1,7 @@
 """Triton kernels of ``swin_nmf``: windows are read from the map, and no window is ever written.
 
 Forward with one copy: one kernel reads x and writes y. With several: one kernel reads x and writes every
-window's factors; ``gather_kernel`` then writes y once, the mean over the copies of UVᵀ at each voxel.
+window's factors; ``gather_kernel`` then writes y once, the mean over the shifts of UVᵀ at each voxel.
 Backward: one launch for each copy; within a copy every voxel lies in one window, so the first launch
 writes dx and the later ones add to it, in a fixed order and without atomics.
 """
@@ -12,12 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from factorizer_kernels.ops.nmf.arguments import Options
 from factorizer_kernels.ops.nmf.triton.operators import backward, forward
+from factorizer_kernels.ops.nmf.triton.problem import problem_of
 from factorizer_kernels.ops.windows.address import window_at
-from factorizer_kernels.ops.windows.geometry import matricized_shape, rolls
+from factorizer_kernels.ops.windows.geometry import Windows
 from factorizer_kernels.ops.windows.triton import blocks
-from factorizer_kernels.shared import registry
-from factorizer_kernels.shared.triton import Problem, axes_3d, launch, spatial_3d
+from factorizer_kernels.shared.maps import spatial_3d
+from factorizer_kernels.shared.registry import kernel
+from factorizer_kernels.shared.triton import launch
 
 
 @triton.jit
@@ -26,11 +29,10 @@ def gather_kernel(
     M: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, RANK: tl.constexpr,
     M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of channels and voxels of the contiguous map y: the mean over the copies of UVᵀ.
+    """A block of channels and voxels of the contiguous map y: the mean over the shifts of UVᵀ.
 
     u (windows, RANK, M) and v (windows, RANK, N), windows ordered as (copy, batch and head, cell).
     """
-    copies: tl.constexpr = len(SHIFTS) // 3
     row_blocks: tl.constexpr = (M + M_BLOCK - 1) // M_BLOCK
     N: tl.constexpr = PATCH[0] * PATCH[1] * PATCH[2]
     voxels = sizes[0] * sizes[1] * sizes[2]
@@ -42,7 +44,7 @@ def gather_kernel(
     mask = (m < M)[:, None] & (voxel < voxels)[None, :]
     cells = voxels // N
     total = tl.zeros([M_BLOCK, N_BLOCK], u.dtype.element_ty)
-    for copy in tl.static_range(copies):
+    for copy in tl.static_range(len(SHIFTS)):
         cell, n = window_at(copy, voxel, sizes, PATCH, SHIFTS)
         window = (copy * batch_heads + batch_head).to(tl.int64) * cells + cell
         for r in range(RANK):
@@ -50,64 +52,42 @@ def gather_kernel(
             u_block = tl.load(u + ((window * RANK + r) * M)[None, :] + m[:, None], mask=mask, other=0.0)
             total += u_block * v_row[None, :]
     rows = (batch_head * M + m).to(tl.int64) * voxels
-    tl.store(y + rows[:, None] + voxel[None, :], total * (1.0 / copies), mask=mask)
+    tl.store(y + rows[:, None] + voxel[None, :], total * (1.0 / len(SHIFTS)), mask=mask)
 
 
-def windows_problem(
-    x: Tensor, u0: Tensor, head_dim, patch_size, shifts, relu, num_iters, solver, eps
-) -> tuple[Problem, tuple[int, int]]:
-    """The problem, and the leading dimensions (S·B·H, G1···Gp) of its matrices."""
-    axes = len(patch_size)
-    batch = matricized_shape(x.shape, head_dim, patch_size, len(shifts))[:2]
-    patch = axes_3d(patch_size, axes, 1)
-    steps = axes_3d(rolls(shifts, x.shape[2:]), axes, 0)
-    return Problem(head_dim, patch, steps, u0.shape[-1], solver == "hals", eps, relu, num_iters), batch
-
-
-@registry.kernel("swin_nmf", "triton")
-def swin_nmf(
-    x: Tensor, u0: Tensor, v0: Tensor, head_dim: int, patch_size: list[int], shifts: list[int],
-    relu: bool, num_iters: int, solver: str, eps: float,
-) -> Tensor:  # fmt: skip
-    problem, batch = windows_problem(x, u0, head_dim, patch_size, shifts, relu, num_iters, solver, eps)
+@kernel("swin_nmf", "triton")
+def swin_nmf(x: Tensor, u0: Tensor, v0: Tensor, head_dim, patch_size, shifts, relu, *options) -> Tensor:
+    windows = Windows(x.shape, head_dim, patch_size, shifts)
+    problem = problem_of(windows, u0, relu, Options(*options))
     y = x.new_empty(x.shape)
     x = spatial_3d(x)
-    if problem.copies == 1:
-        forward(problem, x, u0, v0, batch, spatial_3d(y))
+    if problem.num_shifts == 1:
+        forward(problem, x, u0, v0, windows.batch_shape, spatial_3d(y))
         return y
-    windows = prod(batch)
-    u = u0.new_empty((windows, problem.rank, problem.rows))
-    v = v0.new_empty((windows, problem.rank, problem.columns))
-    forward(problem, x, u0, v0, batch, (u.mT, v.mT))
-    m_block, n_block = blocks(head_dim)
-    sizes = tuple(x.shape[2:])
-    batch_heads = x.shape[0] * x.shape[1] // head_dim
+    matrices = prod(windows.batch_shape)
+    u = u0.new_empty((matrices, problem.rank, problem.rows))
+    v = v0.new_empty((matrices, problem.rank, problem.columns))
+    forward(problem, x, u0, v0, windows.batch_shape, (u.mT, v.mT))
+    m_block, n_block = blocks(problem.rows)
+    batch_heads, voxels = windows.size[0] * windows.heads, prod(windows.size_3d)
     launch(
-        gather_kernel, batch_heads * triton.cdiv(prod(sizes), n_block) * triton.cdiv(head_dim, m_block), x,
-        u, v, sizes, batch_heads, y,
-        M=head_dim, PATCH=problem.patch, SHIFTS=problem.shifts, RANK=problem.rank,
+        gather_kernel, batch_heads * triton.cdiv(voxels, n_block) * triton.cdiv(problem.rows, m_block), x,
+        u, v, windows.size_3d, batch_heads, y,
+        M=problem.rows, PATCH=problem.patch, SHIFTS=problem.shifts, RANK=problem.rank,
         M_BLOCK=m_block, N_BLOCK=n_block,
     )  # fmt: skip
     return y
 
 
-@registry.kernel("swin_nmf_backward", "triton")
+@kernel("swin_nmf_backward", "triton")
 def swin_nmf_backward(
-    dy: Tensor, x: Tensor, u0: Tensor, v0: Tensor, head_dim: int, patch_size: list[int], shifts: list[int],
-    relu: bool, num_iters: int, solver: str, grad_steps: int, eps: float, factor_grads: bool,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    problem, batch = windows_problem(x, u0, head_dim, patch_size, shifts, relu, num_iters, solver, eps)
-    # Copies are summed in the arithmetic's precision, not in a half-precision dx.
-    dx = x.new_empty(x.shape, dtype=x.dtype if problem.copies == 1 else u0.dtype)
+    dy: Tensor, x: Tensor, u0: Tensor, v0: Tensor, factor_grads, head_dim, patch_size, shifts, relu, *options
+) -> tuple[Tensor, Tensor, Tensor]:
+    windows = Windows(x.shape, head_dim, patch_size, shifts)
+    problem = problem_of(windows, u0, relu, Options(*options))
+    # Shifts are summed in the arithmetic's precision, not in a half-precision dx.
+    dx = x.new_empty(x.shape, dtype=x.dtype if problem.num_shifts == 1 else u0.dtype)
     du0, dv0 = backward(
-        problem,
-        grad_steps,
-        factor_grads,
-        spatial_3d(x),
-        u0,
-        v0,
-        batch,
-        spatial_3d(dy),
-        spatial_3d(dx),
+        problem, factor_grads, spatial_3d(x), u0, v0, windows.batch_shape, spatial_3d(dy), spatial_3d(dx)
     )
     return dx.to(x.dtype), du0, dv0

@@ -1,1 +1,4 @@
-"""Shifted-window matricisation. Read geometry, reference, cpu, autograd, functional."""
+"""Shifted-window matricisation.
+
+Read geometry, spec, reference, then a backend (cpu, or address and triton), autograd, functional.
+"""

@@ -1,8 +1,9 @@
-"""Where a window's matrix lies in a feature map: device functions.
+"""Triton: where a window's matrix lies in a feature map. Device functions.
 
 A feature map is (B, C, S1, S2, S3); fewer spatial axes are leading axes of size 1, and a plain batch of
-M x N matrices is the map (B, M, 1, 1, N) cut into one window each. A window's element (m, n) lies at
-``origin + m * channel_stride + column[n]``. Everything that a stride multiplies is 64-bit.
+M x N matrices is the map (B, M, 1, 1, N) cut into one window each. Each shift cuts a copy of the map, rolled
+by it. A window's element (m, n) lies at ``origin + m * channel_stride + column[n]``. Everything that a stride
+multiplies is 64-bit.
 """
 
 import triton
@@ -11,10 +12,10 @@ import triton.language as tl
 
 @triton.jit
 def shift_of(copy, AXIS: tl.constexpr, SHIFTS: tl.constexpr):
-    """The roll of one axis in one copy; SHIFTS is the row-major flattening of (copies, 3)."""
-    shift = SHIFTS[AXIS]
-    for k in tl.static_range(1, len(SHIFTS) // 3):
-        shift = tl.where(copy == k, SHIFTS[3 * k + AXIS], shift)
+    """The roll of one axis in one copy; SHIFTS holds the shifts, of 3 axes each."""
+    shift = SHIFTS[0][AXIS]
+    for k in tl.static_range(1, len(SHIFTS)):
+        shift = tl.where(copy == k, SHIFTS[k][AXIS], shift)
     return shift
 
 

@@ -3,11 +3,8 @@
 import torch
 
 from factorizer_kernels.ops.windows.geometry import Windows
-from factorizer_kernels.shared import registry  # noqa: F401  (defines the operators that are bound here)
-from factorizer_kernels.shared.autograd import apply
-
-_sw_matricize = torch.ops.factorizer_kernels.sw_matricize.default
-_sw_dematricize = torch.ops.factorizer_kernels.sw_dematricize.default
+from factorizer_kernels.ops.windows.spec import sw_dematricize, sw_matricize
+from factorizer_kernels.shared.autograd import call_function
 
 
 class SWMatricize(torch.autograd.Function):
@@ -17,31 +14,30 @@ class SWMatricize(torch.autograd.Function):
 
     @staticmethod
     def forward(x, windows: Windows, mean: bool, backend: str):
-        return _sw_matricize(x, *windows, mean, backend)
+        return sw_matricize(x, *windows.options, mean, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        x, *ctx.options = inputs
-        ctx.size = tuple(x.shape)
+        _, *ctx.options = inputs
 
     @staticmethod
     def backward(ctx, dz):
-        return apply(SWDematricize, dz, ctx.size, *ctx.options), None, None, None
+        return call_function("sw_matricize", SWDematricize, dz, *ctx.options), None, None, None
 
 
 class SWDematricize(torch.autograd.Function):
-    """(z, size, windows, mean, backend) -> x; keeps nothing. Differentiable to any order."""
+    """(z, windows, mean, backend) -> x; keeps nothing. Differentiable to any order."""
 
     generate_vmap_rule = True  # from the operators' own
 
     @staticmethod
-    def forward(z, size: tuple[int, ...], windows: Windows, mean: bool, backend: str):
-        return _sw_dematricize(z, size, *windows, mean, backend)
+    def forward(z, windows: Windows, mean: bool, backend: str):
+        return sw_dematricize(z, *windows, mean, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, *ctx.options = inputs
+        _, *ctx.options = inputs
 
     @staticmethod
     def backward(ctx, dx):
-        return apply(SWMatricize, dx, *ctx.options), None, None, None, None
+        return call_function("sw_dematricize", SWMatricize, dx, *ctx.options), None, None, None

@@ -2,30 +2,29 @@
 
 from torch import Tensor
 
-from factorizer_kernels.ops.windows.geometry import matricized_shape
-from factorizer_kernels.shared import native as cpu
-from factorizer_kernels.shared import registry
+from factorizer_kernels.ops.windows.geometry import Windows
+from factorizer_kernels.ops.windows.native import native_windows
+from factorizer_kernels.shared.native import DTYPE_CODES, memory, native, threads, volume
+from factorizer_kernels.shared.registry import kernel
 
 
+@kernel("sw_matricize", "cpu")
 def sw_matricize(x: Tensor, head_dim, patch_size, shifts, mean) -> Tensor:
-    z = x.new_empty(matricized_shape(x.shape, head_dim, patch_size, len(shifts)))
-    scale = len(patch_size) / len(shifts) if mean else 1.0
-    cut = cpu.windows(x.shape, head_dim, patch_size, shifts)
-    cpu.native.sw_matricize(cpu.DTYPE_CODES[x.dtype], cut, cpu.volume(x), cpu.memory(z), scale, cpu.threads())
+    windows = Windows(x.shape, head_dim, tuple(patch_size), tuple(shifts))
+    z = x.new_empty(windows.matrices_shape)
+    native.sw_matricize(*_arguments(x, windows, z, mean))
     return z
 
 
+@kernel("sw_dematricize", "cpu")
 def sw_dematricize(z: Tensor, size, head_dim, patch_size, shifts, mean) -> Tensor:
-    z = z.contiguous()
+    windows = Windows(tuple(size), head_dim, tuple(patch_size), tuple(shifts))
     x = z.new_empty(size)
-    scale = len(patch_size) / len(shifts) if mean else 1.0
-    cut = cpu.windows(size, head_dim, patch_size, shifts)
-    cpu.native.sw_dematricize(
-        cpu.DTYPE_CODES[z.dtype], cut, cpu.volume(x), cpu.memory(z), scale, cpu.threads()
-    )
+    z = z.contiguous()
+    native.sw_dematricize(*_arguments(x, windows, z, mean))
     return x
 
 
-if cpu.native is not None:
-    registry.kernel("sw_matricize", "cpu")(sw_matricize)
-    registry.kernel("sw_dematricize", "cpu")(sw_dematricize)
+def _arguments(x: Tensor, windows: Windows, z: Tensor, mean: bool) -> tuple:
+    scale = 1 / windows.num_shifts if mean else 1.0
+    return DTYPE_CODES[x.dtype], native_windows(windows), volume(x), memory(z), scale, threads()

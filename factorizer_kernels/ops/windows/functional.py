@@ -4,12 +4,14 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from factorizer_kernels.choice import choose
-from factorizer_kernels.ops.windows import cpu, reference  # noqa: F401  (cpu registers its kernels)
+from factorizer_kernels.choice import choose, load_kernels
+from factorizer_kernels.ops.windows import reference
 from factorizer_kernels.ops.windows.autograd import SWDematricize, SWMatricize
-from factorizer_kernels.ops.windows.geometry import Shift, matricized_shape, resolve
+from factorizer_kernels.ops.windows.geometry import Shift, map_size, resolve
 from factorizer_kernels.shared import checks
-from factorizer_kernels.shared.autograd import apply
+from factorizer_kernels.shared.autograd import call_function
+
+load_kernels(__package__)
 
 
 def sw_matricize(
@@ -37,7 +39,7 @@ def sw_matricize(
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
-    x = checks.tensor("x", x, "(B, C, S1..Sp) with p = 1, 2 or 3", 3, 5)
+    x = checks.feature_map("x", x)
     windows = resolve(
         x.shape,
         num_heads=num_heads,
@@ -49,7 +51,7 @@ def sw_matricize(
     backend = choose("sw_matricize", x)
     if backend == "reference":
         return reference.sw_matricize(x, windows)
-    return apply(SWMatricize, x, windows, False, backend)
+    return call_function("sw_matricize", SWMatricize, x, windows, False, backend)
 
 
 def sw_dematricize(
@@ -75,7 +77,7 @@ def sw_dematricize(
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
     z = checks.tensor("z", z, "(S·B·H, G1···Gp, head_dim, P1···Pp)", 4, 4)
-    size = checks.size("size", size)
+    size = map_size("size", size)
     windows = resolve(
         size,
         num_heads=num_heads,
@@ -84,12 +86,12 @@ def sw_dematricize(
         patch_size=patch_size,
         shifts=shifts,
     )
-    needed = matricized_shape(size, *windows[:2], len(windows.shifts))
-    if tuple(z.shape) != needed:
+    if tuple(z.shape) != windows.matrices_shape:
         raise ValueError(
-            f"z must have shape {needed} for size {tuple(size)} and these options, got {tuple(z.shape)}"
+            f"z must have shape {windows.matrices_shape} for size {size} and these options, "
+            f"got {tuple(z.shape)}"
         )
     backend = choose("sw_dematricize", z)
     if backend == "reference":
-        return reference.sw_dematricize(z, size, windows)
-    return apply(SWDematricize, z, size, windows, True, backend)
+        return reference.sw_dematricize(z, windows)
+    return call_function("sw_dematricize", SWDematricize, z, windows, True, backend)

@@ -1,41 +1,104 @@
-"""How a feature map is cut into (shifted) windows: the options' meaning, checked and resolved once."""
+"""How a feature map is cut into shifted windows: the options' meaning, checked and resolved once."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import numpy as np
-import torch
-
-MAX_INT = 2**63 - 1  # what an operator's argument holds
+from factorizer_kernels.shared.checks import MAX_INT, integer, integers, is_integer
+from factorizer_kernels.shared.maps import three_axes
 
 Shift = int | Sequence[int] | None
 
 
 class Windows(NamedTuple):
-    """A resolved cut of (B, C, S1..Sp): windows of ``patch_size`` voxels and ``head_dim`` channels.
+    """How a feature map (B, C, S1..Sp) is cut into windows, once for each shift.
+
+    A window of one head is a matrix: ``rows`` channels by ``columns`` voxels.
 
     Attributes:
-        head_dim: channels of one window, the rows M of its matrix; C = heads · head_dim, head_dim fastest.
-        patch_size: voxels of one window along each spatial axis; their product is the columns N.
-        shifts: cyclic roll of every spatial axis before the cut, for each copy, row-major flattened
-            (num_shifts, num_axes); any integers.
+        size: (B, C, S1..Sp).
+        head_dim: channels of one window; C = heads · head_dim, head_dim fastest.
+        patch_size: voxels of one window along each spatial axis.
+        shifts: the cyclic roll of every spatial axis before the cut, for each shift, row-major flattened
+            (num_shifts, p); any integers. They stay as given until a kernel runs: a traced graph then holds
+            for every size.
     """
 
+    size: tuple[int, ...]
     head_dim: int
     patch_size: tuple[int, ...]
     shifts: tuple[int, ...]
 
     @property
+    def options(self) -> tuple[int, tuple[int, ...], tuple[int, ...]]:
+        """head_dim, patch_size and shifts, as the operators take them."""
+        return self.head_dim, self.patch_size, self.shifts
+
+    @property
+    def rows(self) -> int:
+        return self.head_dim
+
+    @property
+    def columns(self) -> int:
+        return product(self.patch_size)
+
+    @property
+    def heads(self) -> int:
+        return self.size[1] // self.head_dim
+
+    @property
     def num_shifts(self) -> int:
         return len(self.shifts) // len(self.patch_size)
 
-    def shift(self, copy: int) -> tuple[int, ...]:
-        """The roll of each spatial axis in one copy."""
+    @property
+    def grid(self) -> tuple[int, ...]:
+        """Windows along each spatial axis."""
+        return tuple(s // p for s, p in zip(self.size[2:], self.patch_size, strict=True))
+
+    @property
+    def batch_shape(self) -> tuple[int, int]:
+        """The matrices' leading dimensions (S·B·H, G1···Gp): shifts outermost, then batch, then heads."""
+        return self.num_shifts * self.size[0] * self.heads, product(self.grid)
+
+    @property
+    def matrices_shape(self) -> tuple[int, int, int, int]:
+        """(S·B·H, G1···Gp, head_dim, P1···Pp)"""
+        return *self.batch_shape, self.rows, self.columns
+
+    def shift(self, index: int) -> tuple[int, ...]:
+        """The roll of each spatial axis for one of the shifts."""
         axes = len(self.patch_size)
-        return self.shifts[copy * axes : (copy + 1) * axes]
+        return self.shifts[index * axes : (index + 1) * axes]
+
+    # As kernels take them: three spatial axes, and shifts in [0, size).
+
+    @property
+    def size_3d(self) -> tuple[int, ...]:
+        return three_axes(self.size[2:], 1)
+
+    @property
+    def patch_3d(self) -> tuple[int, ...]:
+        return three_axes(self.patch_size, 1)
+
+    @property
+    def shifts_3d(self) -> tuple[tuple[int, ...], ...]:
+        """(num_shifts, 3)"""
+        size = self.size[2:]
+        shifts = (self.shift(index) for index in range(self.num_shifts))
+        return tuple(
+            three_axes([step % s for step, s in zip(shift, size, strict=True)], 0) for shift in shifts
+        )
 
 
-def product(values) -> int:
+def whole_matrices(shape: Sequence[int]) -> Windows:
+    """A batch of matrices (..., M, N) as a 1-D feature map (B, M, N), each item of which is one window.
+
+    So the kernels of windows are those of plain matrices.
+    """
+    *batch, rows, columns = shape
+    return Windows((product(batch), rows, columns), rows, (columns,), (0,))
+
+
+def product(values: Sequence[int]) -> int:
     """The product of integers, symbolic ones (under torch.compile) included."""
     result = 1
     for value in values:
@@ -43,20 +106,9 @@ def product(values) -> int:
     return result
 
 
-def matricized_shape(size, head_dim, patch_size, num_flat_shifts) -> tuple[int, int, int, int]:
-    """(S·B·H, G1···Gp, head_dim, P1···Pp) for x of ``size`` (B, C, S1..Sp)."""
-    batch, channels, *spatial = size
-    copies = num_flat_shifts // len(patch_size)
-    grid = product([s // p for s, p in zip(spatial, patch_size, strict=True)])
-    return (copies * batch * (channels // head_dim), grid, head_dim, product(patch_size))
-
-
-def rolls(shifts, spatial) -> list[int]:
-    """The flattened shifts modulo the spatial size, as kernels take them.
-
-    They stay as given until a kernel runs: a traced graph then holds for every size.
-    """
-    return [shift % spatial[i % len(spatial)] for i, shift in enumerate(shifts)]
+def map_size(name: str, value: object) -> tuple[int, ...]:
+    """``value`` as the full size (B, C, S1..Sp) of a feature map."""
+    return integers(name, value, 0, (3, 4, 5))
 
 
 def resolve(
@@ -78,11 +130,9 @@ def resolve(
     """
     _, channels, *spatial = size
     axes = len(spatial)
-    if not 1 <= axes <= 3:
-        raise ValueError(f"x must be (B, C, S1..Sp) with p = 1, 2 or 3 spatial axes, got shape {tuple(size)}")
 
     heads_name, heads = _exactly_one("num_heads", num_heads, "head_dim", head_dim)
-    _positive(heads_name, heads)
+    heads = integer(heads_name, heads, 1)
     if channels % heads:
         raise ValueError(f"{heads_name}={heads} must divide the {channels} channels of x")
     head_dim = heads if heads_name == "head_dim" else channels // heads
@@ -90,7 +140,7 @@ def resolve(
     cut_name, cut = _exactly_one("grid_size", grid_size, "patch_size", patch_size)
     cuts = _per_axis(cut_name, cut, axes)
     for axis, (extent, part) in enumerate(zip(spatial, cuts, strict=True)):
-        _positive(cut_name, part)
+        integer(cut_name, part, 1)
         if extent % part:
             raise ValueError(
                 f"{cut_name}={cut} must divide the spatial size of x: axis {axis} has {extent}, "
@@ -104,7 +154,7 @@ def resolve(
         if any(abs(step) > MAX_INT for step in per_axis if isinstance(step, int)):
             raise ValueError(f"shifts must fit in 64 bits, got {shift}")
         flat += per_axis
-    return Windows(head_dim, patch, tuple(flat))
+    return Windows(tuple(size), head_dim, patch, tuple(flat))
 
 
 def _exactly_one(first_name, first, second_name, second):
@@ -112,18 +162,6 @@ def _exactly_one(first_name, first, second_name, second):
         state = "neither" if first is None else "both"
         raise ValueError(f"exactly one of {first_name} and {second_name} must be given, got {state}")
     return (first_name, first) if second is None else (second_name, second)
-
-
-def is_integer(value) -> bool:
-    """Whether value is an integer, symbolic ones (under torch.compile) included; True is not."""
-    return isinstance(value, (int, torch.SymInt, np.integer)) and not isinstance(value, bool)
-
-
-def _positive(name, value):
-    if not is_integer(value):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
-    if value < 1:
-        raise ValueError(f"{name} must be at least 1, got {value}")
 
 
 def _per_axis(name, value, axes) -> tuple[int, ...]:

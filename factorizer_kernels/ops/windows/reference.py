@@ -4,24 +4,23 @@ import torch
 from torch import Tensor
 
 from factorizer_kernels.ops.windows.geometry import Windows, product
-from factorizer_kernels.shared.registry import without_autocast
+from factorizer_kernels.shared.dtypes import autocast_disabled
 
 
 def sw_matricize(x: Tensor, windows: Windows) -> Tensor:
     """x (B, C, S1..Sp) -> (S·B·H, G1···Gp, head_dim, P1···Pp)."""
-    with without_autocast(x):
+    with autocast_disabled(x):
         return torch.cat([_cut(_roll(x, windows.shift(s)), windows) for s in range(windows.num_shifts)])
 
 
-def sw_dematricize(z: Tensor, size: tuple[int, ...], windows: Windows) -> Tensor:
-    """The inverse: every copy is put together, rolled back, and the copies are averaged."""
-    copies = z.tensor_split(windows.num_shifts)
-    with without_autocast(z):
-        volumes = [
-            _roll(_join(copy, size, windows), tuple(-step for step in windows.shift(s)))
-            for s, copy in enumerate(copies)
+def sw_dematricize(z: Tensor, windows: Windows) -> Tensor:
+    """The inverse: the windows of every shift are put together and rolled back, and the maps are averaged."""
+    with autocast_disabled(z):
+        maps = [
+            _roll(_join(part, windows), tuple(-step for step in windows.shift(s)))
+            for s, part in enumerate(z.tensor_split(windows.num_shifts))
         ]
-        return torch.stack(volumes).mean(0)
+        return torch.stack(maps).mean(0)
 
 
 def _roll(x: Tensor, shift: tuple[int, ...]) -> Tensor:
@@ -35,23 +34,17 @@ def _roll(x: Tensor, shift: tuple[int, ...]) -> Tensor:
 
 
 def _cut(x: Tensor, windows: Windows) -> Tensor:
-    batch, channels, *spatial = x.shape
-    p = len(spatial)
-    heads = channels // windows.head_dim
-    split = [n for s, patch in zip(spatial, windows.patch_size, strict=True) for n in (s // patch, patch)]
+    batch, p = windows.size[0], len(windows.grid)
+    split = [n for pair in zip(windows.grid, windows.patch_size, strict=True) for n in pair]
     # (B, H, D, G1, P1, G2, P2, ...) -> (B, H, G1, G2, ..., D, P1, P2, ...)
     grid_axes, patch_axes = range(3, 3 + 2 * p, 2), range(4, 4 + 2 * p, 2)
-    cut = x.reshape(batch, heads, windows.head_dim, *split).permute(0, 1, *grid_axes, 2, *patch_axes)
-    grid = product(split[::2])
-    return cut.reshape(batch * heads, grid, windows.head_dim, product(windows.patch_size))
+    cut = x.reshape(batch, windows.heads, windows.rows, *split).permute(0, 1, *grid_axes, 2, *patch_axes)
+    return cut.reshape(batch * windows.heads, product(windows.grid), windows.rows, windows.columns)
 
 
-def _join(z: Tensor, size: tuple[int, ...], windows: Windows) -> Tensor:
-    batch, channels, *spatial = size
-    p = len(spatial)
-    grid = [s // patch for s, patch in zip(spatial, windows.patch_size, strict=True)]
-    heads = channels // windows.head_dim
+def _join(z: Tensor, windows: Windows) -> Tensor:
+    batch, p = windows.size[0], len(windows.grid)
     # (B, H, G1, .., Gp, D, P1, .., Pp) -> (B, H, D, G1, P1, ...)
     pairs = [axis for a in range(p) for axis in (2 + a, 3 + p + a)]
-    cut = z.reshape(batch, heads, *grid, windows.head_dim, *windows.patch_size)
-    return cut.permute(0, 1, 2 + p, *pairs).reshape(size)
+    cut = z.reshape(batch, windows.heads, *windows.grid, windows.rows, *windows.patch_size)
+    return cut.permute(0, 1, 2 + p, *pairs).reshape(windows.size)

@@ -7,9 +7,10 @@ import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels.ops.windows.address import column_offsets, row_offsets, window_at, window_of
-from factorizer_kernels.ops.windows.geometry import matricized_shape, rolls
-from factorizer_kernels.shared import registry
-from factorizer_kernels.shared.triton import axes_3d, compute_type, launch, padded, spatial_3d
+from factorizer_kernels.ops.windows.geometry import Windows
+from factorizer_kernels.shared.maps import spatial_3d
+from factorizer_kernels.shared.registry import kernel
+from factorizer_kernels.shared.triton import compute_type, launch, padded
 
 # Elements and rows of one program's block, at most.
 BLOCK_ELEMENTS = 4096
@@ -23,14 +24,13 @@ def matricize_kernel(
     MEAN: tl.constexpr, COMPUTE: tl.constexpr, M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A block of one window of one copy, from the map x (strides b, c, 1, 2, 3) to the contiguous z."""
-    copies: tl.constexpr = len(SHIFTS) // 3
     row_blocks: tl.constexpr = (M + M_BLOCK - 1) // M_BLOCK
     column_blocks: tl.constexpr = (N + N_BLOCK - 1) // N_BLOCK
     block, item = (
         tl.program_id(0) % (row_blocks * column_blocks),
         tl.program_id(0) // (row_blocks * column_blocks),
     )
-    copy, map_window = item % copies, item // copies
+    copy, map_window = item % len(SHIFTS), item // len(SHIFTS)
     m = block // column_blocks * M_BLOCK + tl.arange(0, M_BLOCK)
     n = block % column_blocks * N_BLOCK + tl.arange(0, N_BLOCK)
     mask = (m < M)[:, None] & (n < N)[None, :]
@@ -41,7 +41,7 @@ def matricize_kernel(
     )
     values = tl.load(x + rows[:, None] + columns[None, :], mask=mask)
     if MEAN:
-        values = values.to(COMPUTE) * (1.0 / copies)
+        values = values.to(COMPUTE) * (1.0 / len(SHIFTS))
     at = copy.to(tl.int64) * map_windows + map_window
     tl.store(z + (at * M + m)[:, None] * N + n[None, :], values, mask=mask)
 
@@ -52,11 +52,10 @@ def dematricize_kernel(
     M: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr,
     MEAN: tl.constexpr, COMPUTE: tl.constexpr, M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of channels and voxels of the contiguous map x: the sum, or mean, over the copies in z.
+    """A block of channels and voxels of the contiguous map x: the sum, or mean, over the shifts in z.
 
     z has strides (copy and batch and head, cell, m, n).
     """
-    copies: tl.constexpr = len(SHIFTS) // 3
     row_blocks: tl.constexpr = (M + M_BLOCK - 1) // M_BLOCK
     voxels = sizes[0] * sizes[1] * sizes[2]
     voxel_blocks = tl.cdiv(voxels, N_BLOCK)
@@ -68,14 +67,14 @@ def dematricize_kernel(
     cells = voxels // (PATCH[0] * PATCH[1] * PATCH[2])
     channel_blocks = map_windows // cells
     total = tl.zeros([M_BLOCK, N_BLOCK], COMPUTE)
-    for copy in tl.static_range(copies):
+    for copy in tl.static_range(len(SHIFTS)):
         cell, n = window_at(copy, voxel, sizes, PATCH, SHIFTS)
         columns = (channel_block + channel_blocks * copy).to(tl.int64) * z_strides[0]
         columns += cell.to(tl.int64) * z_strides[1] + n.to(tl.int64) * z_strides[3]
         rows = m.to(tl.int64) * z_strides[2]
         total += tl.load(z + rows[:, None] + columns[None, :], mask=mask, other=0.0).to(COMPUTE)
     if MEAN:
-        total = total * (1.0 / copies)
+        total = total * (1.0 / len(SHIFTS))
     rows = (channel_block * M + m).to(tl.int64) * voxels
     tl.store(x + rows[:, None] + voxel[None, :], total, mask=mask)
 
@@ -86,44 +85,37 @@ def blocks(rows: int) -> tuple[int, int]:
     return m_block, BLOCK_ELEMENTS // m_block
 
 
-@registry.kernel("sw_matricize", "triton")
-def sw_matricize(x: Tensor, head_dim: int, patch_size: list[int], shifts: list[int], mean: bool) -> Tensor:
-    shape = matricized_shape(x.shape, head_dim, patch_size, len(shifts))
-    z = x.new_empty(shape)
-    axes = len(patch_size)
-    heads = x.shape[1] // head_dim
-    columns = shape[-1]
-    m_block, n_block = blocks(head_dim)
+@kernel("sw_matricize", "triton")
+def sw_matricize(x: Tensor, head_dim, patch_size, shifts, mean: bool) -> Tensor:
+    windows = Windows(x.shape, head_dim, patch_size, shifts)
+    z = x.new_empty(windows.matrices_shape)
+    rows, columns = windows.rows, windows.columns
+    m_block, n_block = blocks(rows)
     n_block = min(n_block, padded(columns))
-    windows = x.numel() // (head_dim * columns)
-    copies = len(shifts) // axes
-    steps = axes_3d(rolls(shifts, x.shape[2:]), axes, 0)
+    map_windows = x.numel() // (rows * columns)
     x = spatial_3d(x)
     launch(
         matricize_kernel,
-        windows * copies * triton.cdiv(head_dim, m_block) * triton.cdiv(columns, n_block), x,
-        x, x.stride(), tuple(x.shape[2:]), heads, windows, z,
-        M=head_dim, N=columns, PATCH=axes_3d(patch_size, axes, 1), SHIFTS=steps,
+        map_windows * windows.num_shifts * triton.cdiv(rows, m_block) * triton.cdiv(columns, n_block), x,
+        x, x.stride(), windows.size_3d, windows.heads, map_windows, z,
+        M=rows, N=columns, PATCH=windows.patch_3d, SHIFTS=windows.shifts_3d,
         MEAN=mean, COMPUTE=compute_type(x), M_BLOCK=m_block, N_BLOCK=n_block,
     )  # fmt: skip
     return z
 
 
-@registry.kernel("sw_dematricize", "triton")
-def sw_dematricize(
-    z: Tensor, size: list[int], head_dim: int, patch_size: list[int], shifts: list[int], mean: bool
-) -> Tensor:
+@kernel("sw_dematricize", "triton")
+def sw_dematricize(z: Tensor, size, head_dim, patch_size, shifts, mean: bool) -> Tensor:
+    windows = Windows(size, head_dim, patch_size, shifts)
     x = z.new_empty(size)
-    axes = len(patch_size)
-    m_block, n_block = blocks(head_dim)
-    sizes = axes_3d(size[2:], axes, 1)
-    steps = axes_3d(rolls(shifts, size[2:]), axes, 0)
-    channel_blocks = size[0] * size[1] // head_dim
+    rows, columns = windows.rows, windows.columns
+    m_block, n_block = blocks(rows)
+    map_windows, voxels = x.numel() // (rows * columns), prod(windows.size_3d)
     launch(
         dematricize_kernel,
-        channel_blocks * triton.cdiv(prod(sizes), n_block) * triton.cdiv(head_dim, m_block), x,
-        z, z.stride(), sizes, x.numel() // (head_dim * prod(patch_size)), x,
-        M=head_dim, PATCH=axes_3d(patch_size, axes, 1), SHIFTS=steps,
+        windows.size[0] * windows.heads * triton.cdiv(voxels, n_block) * triton.cdiv(rows, m_block), x,
+        z, z.stride(), windows.size_3d, map_windows, x,
+        M=rows, PATCH=windows.patch_3d, SHIFTS=windows.shifts_3d,
         MEAN=mean, COMPUTE=compute_type(x), M_BLOCK=m_block, N_BLOCK=n_block,
     )  # fmt: skip
     return x

@@ -1,7 +1,8 @@
 """Compiles CUDA kernels and prints, as JSON, what they take of a multiprocessor.
 
-``python resources.py ARCHITECTURES FILES``, as in ``80,90 rank_one gather``. ``python resources.py --record``
-compiles all of them for all the architectures, some minutes, and writes resources.json.
+``python resources.py ARCHITECTURES FILES``, as in ``80,90 rank_one compose``.
+``python resources.py --record`` compiles all of them for all the architectures, some minutes, and writes
+resources.json.
 """
 
 import json
@@ -16,9 +17,8 @@ from pathlib import Path
 CSRC = Path(__file__).parents[3] / "csrc"
 RECORD = Path(__file__).with_name("resources.json")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-FILES = sorted(
-    path.stem for path in (CSRC / "cuda").glob("*.cu") if path.stem != "swin_nmf"
-)  # which has none
+WITHOUT_KERNELS = ("swin_nmf", "versions")
+SOURCES = {p.stem: p for p in sorted((CSRC / "cuda").rglob("*.cu")) if p.stem not in WITHOUT_KERNELS}
 NVCC = shutil.which("nvcc")
 
 Table = dict[str, tuple[int, int, int]]
@@ -37,8 +37,8 @@ def resources(file: str, architectures) -> Table:
     with tempfile.TemporaryDirectory() as folder:
         command = [
             *(NVCC, "-std=c++17", "-O3", "--prec-div=false", "-Xptxas", "-v"),
-            *(f"-gencode=arch=compute_{min(architectures)},code=[{codes}]", "-I", CSRC / "include"),
-            *("-c", CSRC / "cuda" / f"{file}.cu", "-o", Path(folder) / "object.o"),
+            *(f"-gencode=arch=compute_{min(architectures)},code=[{codes}]", "-I", CSRC),
+            *("-c", SOURCES[file], "-o", Path(folder) / "object.o"),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -66,7 +66,7 @@ def all_resources(files, architectures) -> Table:
 
 if __name__ == "__main__":
     if sys.argv[1] == "--record":
-        table = sorted(all_resources(FILES, ARCHITECTURES).items())
+        table = sorted(all_resources(SOURCES, ARCHITECTURES).items())
         lines = ",\n".join(f"    {json.dumps(kernel)}: {json.dumps(used)}" for kernel, used in table)
         RECORD.write_text(f'{{\n  "nvcc": "{version()}",\n  "kernels": {{\n{lines}\n  }}\n}}\n')
     else:

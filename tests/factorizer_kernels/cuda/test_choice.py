@@ -33,12 +33,12 @@ pytestmark = pytest.mark.skipif(cuda.native is None, reason="compiled without nv
         ((13000, 13000), "80,90+", (7, 5), "FACTORIZER_KERNELS_CUDA_ARCHS=75"),
     ],
 )
-def test_devices_with_and_without_code(versions, architectures, capability, words, monkeypatch):
+def test_devices_with_and_why_no_code(versions, architectures, capability, words, monkeypatch):
     native = SimpleNamespace(cuda_versions=lambda: versions, cuda_architectures=lambda: architectures)
     monkeypatch.setattr(cuda, "native", native)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
-    reason = cuda._without_code.__wrapped__(0)  # past the cache
+    reason = cuda._why_no_code.__wrapped__(0)  # past the cache
     assert reason is None if words is None else re.search(words, reason)
 
 
@@ -58,7 +58,8 @@ def test_cuda_that_does_not_start(monkeypatch):
 
 
 def test_naming_a_backend_asks_no_other(monkeypatch):
-    monkeypatch.setitem(choice._PROBES, "cuda", lambda: pytest.fail("asked the GPU"))
+    record = choice._RECORDS["cuda"]._replace(probe=lambda: pytest.fail("asked the GPU"))
+    monkeypatch.setitem(choice._RECORDS, "cuda", record)
     with fk.use_backend("reference"):
         pass
 
@@ -79,7 +80,7 @@ class Factors(torch.nn.Module):
 )
 def test_tracing_chooses_it(layer, size, columns, strict, monkeypatch):
     """In one graph, with a batch of any size. A card would be asked for its code while Dynamo looks on."""
-    monkeypatch.setattr(cuda, "_without_code", lambda device: None)
+    monkeypatch.setattr(cuda, "_why_no_code", lambda device: None)
     with FakeTensorMode():
         x, u0, v0 = (torch.empty(*shape, device="cuda") for shape in (size, (8, 1), (columns, 1)))
     batch = {0: torch.export.Dim("batch", min=1)}

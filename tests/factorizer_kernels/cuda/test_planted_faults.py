@@ -31,37 +31,38 @@ def run(module: Path, test: str) -> subprocess.CompletedProcess:
 # What is broken: the file, the text and what it becomes, the test that must fail, and words of its failure.
 FAULTS = {
     "a shift off by one": (
-        "windows.cuh", "cell + size[axis] - roll", "cell + size[axis] - roll - 1",
+        "windows/windows.cuh", "cell + size[axis] - roll", "cell + size[axis] - roll - 1",
         "test_maps[hals-1-relu-one copy]", "assert",
     ),
     "a lane left out of a sum": (
-        "sums.cuh", "v[i + HALF] : v[i]) + given", "v[i + HALF] : v[i]) + (lane() == 5 ? 0.0f : given)",
+        "common/sums.cuh", "v[i + HALF] : v[i]) + given",
+        "v[i + HALF] : v[i]) + (lane() == 5 ? 0.0f : given)",
         "test_maps[mu-2-relu-2-D odd]", "assert",
     ),
     "a wrong sign in the backward": (
-        "factorize.cuh", "return -(f_new", "return (f_new", "test_maps[hals-2-None-2-D odd]", "assert",
+        "nmf/iterations.cuh", "return -(f_new", "return (f_new", "test_maps[hals-2-None-2-D odd]", "assert",
     ),
 }  # fmt: skip
 MORE_FAULTS = {
     "a barrier that some threads pass by": (
-        "sums.cuh", "    __syncthreads();", "    if (first_warp()) __syncthreads();",
+        "common/sums.cuh", "    __syncthreads();", "    if (first_warp()) __syncthreads();",
         "test_window_sizes[10-[None, 3]]", "wait for others that never come",
     ),
     "a copy's window off by one": (
-        "windows.cuh", "at[axis] + shift[copy][axis]", "at[axis] + shift[copy][axis] + 1",
+        "windows/windows.cuh", "at[axis] + shifts[copy][axis]", "at[axis] + shifts[copy][axis] + 1",
         "test_maps[hals-1-relu-2-D odd]", "assert",
     ),
     "a warp left out of a sum": (
-        "sums.cuh", "warp < blockDim.x / 32; ++warp", "warp + 1 < blockDim.x / 32; ++warp",
+        "common/sums.cuh", "warp < blockDim.x / 32; ++warp", "warp + 1 < blockDim.x / 32; ++warp",
         "test_window_sizes[10-[None, 3]]", "assert",
     ),
     # The derivative of a scale that cancels but for eps, so only where eps can be seen.
     "a wrong sign in the rank-1 backward": (
-        "rank_one.cuh", "db = -over_rows", "db = over_rows",
+        "nmf/rank_one.cuh", "db = -over_rows", "db = over_rows",
         "test_rank_one_identity[one copy-4-None-0.01]", "assert",
     ),
     "a shuffle that some lanes pass by": (
-        "rank_one.cuh", "  const int m = lane() % max_rows;\n  float a = moments.a",
+        "nmf/rank_one.cuh", "  const int m = lane() % max_rows;\n  float a = moments.a",
         "  const int m = lane() % max_rows;\n  if (lane() == 9) return Step(0.0f, eps);\n"
         "  float a = moments.a",
         "test_maps[hals-1-relu-2-D odd]", "wait for others that never come",

@@ -16,7 +16,7 @@ RECORDED = json.loads((HERE / "resources.json").read_text())
 # Another nvcc allocates differently; of one that was not recorded only the main kernels' spills are asked.
 REGISTER_SLACK = 16
 
-MAIN = ("rank_one", "gather", "factorize_forward", "factorize_backward_1_4")
+MAIN = ("rank_one", "compose", "iterations_forward", "iterations_backward_1_4")
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
 
@@ -32,7 +32,7 @@ def compiled(architectures: str, *files: str) -> dict:
     ("architectures", "files"),
     [
         ("80,90", MAIN),
-        pytest.param("80,86,89,90,100,120", (*MAIN, "factorize_backward_5_8"), marks=pytest.mark.slow),
+        pytest.param("80,86,89,90,100,120", (*MAIN, "iterations_backward_5_8"), marks=pytest.mark.slow),
     ],
     ids=["main", "all"],
 )

@@ -146,11 +146,11 @@ def test_choice():
     """cuda where it serves, else triton, else the reference."""
     order = [name for name in ("cuda", "triton") if name not in REASONS] + ["reference"]
     from factorizer_kernels.choice import choose
-    from factorizer_kernels.shared.registry import Matrices
+    from factorizer_kernels.ops.nmf.spec import MatrixSizes
 
     x = torch.empty(1, 8, 16, device="cuda")
-    assert choose("nmf", x, Matrices(8, 16, 1, 1)) == order[0]
-    assert choose("nmf", x, Matrices(8, 16, 9, 1)) == next(name for name in order if name != "cuda")
+    assert choose("nmf", x, MatrixSizes(8, 16, 1, 1)) == order[0]
+    assert choose("nmf", x, MatrixSizes(8, 16, 9, 1)) == next(name for name in order if name != "cuda")
     assert choose("sw_matricize", x) == next(name for name in order if name != "cuda")
 
 

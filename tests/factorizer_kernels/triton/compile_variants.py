@@ -51,8 +51,8 @@ def swin(solver, rank, shifts=(0, 0, 0, 4, 4, 4), dtype=torch.float32):
     x = torch.rand(1, 32, 32, 32, 32, dtype=dtype)
     u0, v0 = torch.rand(8, rank), torch.rand(512, rank)
     windows = (8, [8, 8, 8], list(shifts))
-    OPERATORS.swin_nmf(x, u0, v0, *windows, True, 5, solver, EPS, "triton")
-    OPERATORS.swin_nmf_backward(x, x, u0, v0, *windows, True, 5, solver, 5, EPS, True, "triton")
+    OPERATORS.swin_nmf(x, u0, v0, *windows, True, 5, solver, 5, EPS, "triton")
+    OPERATORS.swin_nmf_backward(x, x, u0, v0, True, *windows, True, 5, solver, 5, EPS, "triton")
 
 
 def whole_map(solver, rank):
@@ -60,17 +60,17 @@ def whole_map(solver, rank):
     x = torch.rand(1, 16, 32, 64, 32)
     u0, v0 = torch.rand(8, rank), torch.rand(32 * 64 * 32, rank)
     windows = (8, [32, 64, 32], [0, 0, 0])
-    OPERATORS.swin_nmf(x, u0, v0, *windows, True, 5, solver, EPS, "triton")
-    OPERATORS.swin_nmf_backward(x, x, u0, v0, *windows, True, 5, solver, 5, EPS, True, "triton")
+    OPERATORS.swin_nmf(x, u0, v0, *windows, True, 5, solver, 5, EPS, "triton")
+    OPERATORS.swin_nmf_backward(x, x, u0, v0, True, *windows, True, 5, solver, 5, EPS, "triton")
 
 
 def odd(solver, rank):
     """nmf and nmf_factors where no size is a power of two."""
     x, u0, v0 = torch.rand(3, 11, 50), torch.rand(11, rank), torch.rand(50, rank)
-    OPERATORS.nmf(x, u0, v0, 5, solver, EPS, "triton")
-    OPERATORS.nmf_backward(x, x, u0, v0, 5, solver, 5, EPS, True, "triton")
-    u, v = OPERATORS.nmf_factors(x, u0, v0, 5, solver, EPS, "triton")
-    OPERATORS.nmf_factors_backward(u, v, x, u0, v0, 5, solver, 5, EPS, True, "triton")
+    OPERATORS.nmf(x, u0, v0, 5, solver, 5, EPS, "triton")
+    OPERATORS.nmf_backward(x, x, u0, v0, True, 5, solver, 5, EPS, "triton")
+    u, v = OPERATORS.nmf_factors(x, u0, v0, 5, solver, 5, EPS, "triton")
+    OPERATORS.nmf_factors_backward(u, v, x, u0, v0, True, 5, solver, 5, EPS, "triton")
 
 
 def windows():

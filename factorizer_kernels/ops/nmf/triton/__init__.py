@@ -1,7 +1,11 @@
-"""The Triton kernels. Read address, updates, rank1, resident, streaming, sweep.
+"""The Triton kernels of NMF. Read problem, updates, rank1, resident, strips, streaming, sweep, operators.
 
-``address`` finds a window's voxels in memory. ``updates`` (any rank up to 8) and ``rank1`` (the rank-1
-identity) are the arithmetic of one step, forward and backward. ``resident`` runs all the iterations of
-one window in one program; ``streaming`` passes over matrices that do not fit on chip; ``sweep`` updates
-factors of any rank around torch's matrix products. ``launch`` holds what all the launches share.
+``updates`` (any rank up to 8) and ``rank1`` (the rank-1 identity) are the arithmetic of one step,
+forward and backward. ``resident`` runs all the iterations of one window in one program. ``streaming`` and
+``streaming_rank1`` pass over matrices that do not fit on chip, in ``strips``. ``sweep`` updates factors of
+any rank around torch's matrix products. ``operators`` chooses among them.
 """
+
+from factorizer_kernels.ops.nmf.triton import operators
+
+__all__ = ["operators"]

@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.triton import rank1
+from factorizer_kernels.ops.nmf.triton.problem import Problem
 from factorizer_kernels.ops.nmf.triton.updates import (
     add,
     add_symmetric,
@@ -29,12 +30,10 @@ from factorizer_kernels.ops.nmf.triton.updates import (
     update_backward,
 )
 from factorizer_kernels.ops.windows.address import load_map, store_map, window_of
-from factorizer_kernels.shared.triton import Problem, launch, padded, processors, strides
+from factorizer_kernels.shared.triton import launch, padded, processors, strides
 
 MAX_ELEMENTS = 8192
 MAX_RANK = 8
-# Where G = XXᵀ, built row by row, costs less than the iterations that it replaces.
-MAX_IDENTITY_ROWS = 16
 
 
 @triton.jit(do_not_specialize=["map_windows", "num_iters"])
@@ -43,15 +42,14 @@ def forward_kernel(
     u0, u0_strides, v0, v0_strides, num_iters,
     y, y_strides, u_out, u_strides, v_out, v_strides,
     M: tl.constexpr, N: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, RANK: tl.constexpr,
-    HALS: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr, IDENTITY: tl.constexpr,
+    HALS: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr, CLOSED_FORM: tl.constexpr,
     PRODUCT: tl.constexpr, M_PAD: tl.constexpr, N_PAD: tl.constexpr, T_PAD: tl.constexpr,
 ):  # fmt: skip
     """One window of one copy: y = UVᵀ (PRODUCT), or the factors. Strides: x, y (b, c, 1, 2, 3),
     u0, v0 (batch, grid, row, rank), u, v (window, row, rank)."""
     # Copies of one window's neighbourhood run side by side, so that x is read from memory once.
-    copies: tl.constexpr = len(SHIFTS) // 3
-    copy = tl.program_id(0) % copies
-    map_window = tl.program_id(0) // copies
+    copy = tl.program_id(0) % len(SHIFTS)
+    map_window = tl.program_id(0) // len(SHIFTS)
     at = copy.to(tl.int64) * map_windows + map_window
     window = window_of(copy, map_window, sizes, heads, M, PATCH, SHIFTS)
     m = tl.arange(0, M_PAD)
@@ -61,7 +59,7 @@ def forward_kernel(
     if RELU:
         block = relu(block)
     v = _load_factor(v0, v0_strides, at, grid_windows, n, n < N, RANK)
-    if IDENTITY:
+    if CLOSED_FORM:
         row, v_column = rank1.window(block, v[0], m, n, tl.arange(0, T_PAD), num_iters, M, N, EPS)
         u, v = (row,), (v_column,)
     else:
@@ -114,13 +112,13 @@ def backward_kernel(
     dy, dy_strides, du, du_strides, dv, dv_strides,
     dx, dx_strides, du0, dv0, u_tape, v_tape,
     M: tl.constexpr, N: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, RANK: tl.constexpr,
-    HALS: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr, IDENTITY: tl.constexpr,
+    HALS: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr, CLOSED_FORM: tl.constexpr,
     PRODUCT: tl.constexpr, FACTOR_GRADS: tl.constexpr,
     M_PAD: tl.constexpr, N_PAD: tl.constexpr, T_PAD: tl.constexpr,
 ):  # fmt: skip
     """The windows of one copy: dx of copy 0 is written, that of every later copy added to it.
 
-    Strides as of the forward. du0 (windows, M, R) and dv0 (windows, N, R) are one window's share each.
+    Strides as in the forward. du0 (windows, M, R) and dv0 (windows, N, R) are one window's share each.
     """
     m = tl.arange(0, M_PAD)
     n = tl.arange(0, N_PAD)
@@ -136,9 +134,9 @@ def backward_kernel(
         start = _load_factor(v0, v0_strides, at, grid_windows, n, n < N, RANK)
         if PRODUCT:
             dy_block = load_map(dy, dy_strides, window, sizes, m, n, u0, M, N, PATCH)
-            dy_block *= 3.0 / len(SHIFTS)  # the mean over the copies
+            dy_block *= 1.0 / len(SHIFTS)  # the mean over the shifts
 
-        if IDENTITY:
+        if CLOSED_FORM:
             grad_x, grad_v0 = rank1.window_backward(
                 block, start[0], dy_block, m, n, t, num_iters, grad_steps, M, N, EPS
             )
@@ -203,18 +201,14 @@ def fits(problem: Problem) -> bool:
     return problem.rank <= MAX_RANK and padded(problem.rows) * padded(problem.columns) <= MAX_ELEMENTS
 
 
-def _identity(problem: Problem) -> bool:
-    return problem.identity and problem.rows <= MAX_IDENTITY_ROWS
-
-
 def _constants(problem: Problem) -> dict:
     rows, columns = padded(problem.rows), padded(problem.columns)
     return {
         "M": problem.rows, "N": problem.columns, "PATCH": problem.patch, "SHIFTS": problem.shifts,
         "RANK": problem.rank, "HALS": problem.hals, "RELU": problem.relu, "EPS": problem.eps,
-        "IDENTITY": _identity(problem), "M_PAD": rows, "N_PAD": columns,
+        "CLOSED_FORM": problem.rank1_closed_form, "M_PAD": rows, "N_PAD": columns,
         # The iterations' history in registers; its length is a compile-time constant only where it is used.
-        "T_PAD": padded(problem.num_iters) if _identity(problem) else 1,
+        "T_PAD": padded(problem.num_iters) if problem.rank1_closed_form else 1,
     }  # fmt: skip
 
 
@@ -237,7 +231,7 @@ def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | t
     nothing = x.new_empty(0)
     y, (u, v) = (out, (nothing, nothing)) if isinstance(out, Tensor) else (nothing, out)
     launch(
-        forward_kernel, problem.copies * windows, x,
+        forward_kernel, problem.num_shifts * windows, x,
         x, x.stride(), tuple(x.shape[2:]), x.shape[1] // problem.rows, windows, u0.shape[1],
         u0, u0.stride(), v0, v0.stride(), problem.num_iters,
         y, strides(y, 5), u, strides(u, 3), v, strides(v, 3),
@@ -247,7 +241,6 @@ def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | t
 
 def backward(
     problem: Problem,
-    grad_steps: int,
     factor_grads: bool,
     x: Tensor,
     u0: Tensor,
@@ -261,19 +254,19 @@ def backward(
     iterations at all.
     """
     windows = problem.map_windows(x)
-    identity = _identity(problem)
-    programs = windows if identity else min(windows, 8 * processors(x))
+    closed_form = problem.rank1_closed_form
+    programs = windows if closed_form else min(windows, 8 * processors(x))
     nothing = x.new_empty(0)
     dy, (du, dv) = (grads, (nothing, nothing)) if isinstance(grads, Tensor) else (nothing, grads)
-    tape = 0 if identity else programs * grad_steps * problem.rank
-    shares = problem.copies * windows * problem.rank if factor_grads else 0
+    tape = 0 if closed_form else programs * problem.grad_steps * problem.rank
+    shares = problem.num_shifts * windows * problem.rank if factor_grads else 0
     du0, dv0 = u0.new_empty(shares * problem.rows), u0.new_empty(shares * problem.columns)
     u_tape, v_tape = u0.new_empty(tape * problem.rows), u0.new_empty(tape * problem.columns)
-    for copy in range(problem.copies):
+    for copy in range(problem.num_shifts):
         launch(
             backward_kernel, programs, x,
             x, x.stride(), tuple(x.shape[2:]), x.shape[1] // problem.rows, windows, u0.shape[1],
-            u0, u0.stride(), v0, v0.stride(), problem.num_iters, grad_steps, copy,
+            u0, u0.stride(), v0, v0.stride(), problem.num_iters, problem.grad_steps, copy,
             dy, strides(dy, 5), du, strides(du, 3), dv, strides(dv, 3),
             dx, dx.stride(), du0, dv0, u_tape, v_tape,
             PRODUCT=isinstance(grads, Tensor), FACTOR_GRADS=factor_grads, **_constants(problem),

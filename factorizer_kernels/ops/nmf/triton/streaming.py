@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from factorizer_kernels.ops.nmf.triton.problem import Problem
+from factorizer_kernels.ops.nmf.triton.strips import Strips
 from factorizer_kernels.ops.nmf.triton.updates import (
     add,
     add_symmetric,
@@ -30,13 +32,10 @@ from factorizer_kernels.ops.nmf.triton.updates import (
     update_backward,
 )
 from factorizer_kernels.ops.windows.address import load_map, store_map, window_of_matrix
-from factorizer_kernels.shared.triton import Problem, launch, padded
+from factorizer_kernels.shared.triton import launch, padded
 
 MAX_RANK = 8
 MAX_ROWS = 64
-# Elements of one block of X, and strips of one matrix: enough to fill a device, few enough to add up.
-BLOCK_ELEMENTS = 4096
-MAX_STRIPS = 512
 
 _RUNTIME = ["map_windows", "strips", "strip_blocks", "grad_steps"]
 
@@ -144,7 +143,7 @@ def backward_pass_kernel(
         new = load_columns(v, at * (RANK * N) + n, N, n < N, RANK)
         if LAST and PRODUCT:
             dy_block = load_map(dy, dy_strides, window, sizes, m, n, u, M, N, PATCH)
-            dy_block *= 3.0 / len(SHIFTS)  # the mean over the copies
+            dy_block *= 1.0 / len(SHIFTS)  # the mean over the shifts
             grad = times_rows(dy_block, u_columns, RANK)
             grad_u = add(grad_u, times_columns(dy_block, new, RANK), RANK)
         else:
@@ -227,17 +226,12 @@ def _rank_first(factor: Tensor, like: Tensor) -> Tensor:
     return copy.copy_(factor.mT)
 
 
-class _Passes:
+class _Passes(Strips):
     """The launches of one call: what they share, and its scratch memory."""
 
     def __init__(self, problem: Problem, x: Tensor, u0: Tensor, v0: Tensor) -> None:
+        super().__init__(problem, x)
         self.problem, self.x = problem, x
-        self.map_windows = problem.map_windows(x)
-        self.windows = problem.copies * self.map_windows
-        self.block = BLOCK_ELEMENTS // padded(problem.rows)
-        blocks = triton.cdiv(problem.columns, self.block)
-        self.strip_blocks = triton.cdiv(blocks, MAX_STRIPS)
-        self.strips = triton.cdiv(blocks, self.strip_blocks)
         # Copies: they are updated in place.
         self.u0, self.v0 = _rank_first(u0.flatten(0, 1), u0), _rank_first(v0.flatten(0, 1), u0)
         self.update = {
@@ -248,9 +242,6 @@ class _Passes:
             "M": problem.rows, "N": problem.columns, "PATCH": problem.patch, "SHIFTS": problem.shifts,
             "RANK": problem.rank, "RELU": problem.relu, "M_PAD": padded(problem.rows), "BLOCK": self.block,
         }  # fmt: skip
-        self.head = (
-            x, x.stride(), tuple(x.shape[2:]), x.shape[1] // problem.rows, self.map_windows,
-        )  # fmt: skip
 
     def empty_sums(self, *leading: int) -> Tensor:
         return self.u0.new_empty((*leading, self.problem.rank * (self.problem.rows + self.problem.rank)))
@@ -260,7 +251,7 @@ class _Passes:
         sums = self.empty_sums(self.windows, self.strips)
         launch(
             kernel, self.windows * self.strips, self.x,
-            *self.head, self.strips, self.strip_blocks, *before_sums, sums, *after_sums,
+            *self.map_arguments, self.strips, self.strip_blocks, *before_sums, sums, *after_sums,
             **self.map, HALS=self.problem.hals, EPS=self.problem.eps, **constants,
         )  # fmt: skip
         return sums.sum(1)
@@ -278,7 +269,7 @@ class _Passes:
 
 
 def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> None:
-    """As of ``resident.forward``."""
+    """See ``resident.forward``."""
     passes = _Passes(problem, x, u0, v0)
     new_u, new_v = passes.u0, passes.v0
     sums = passes.sums_of(new_v)
@@ -293,7 +284,6 @@ def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | t
 
 def backward(
     problem: Problem,
-    grad_steps: int,
     factor_grads: bool,
     x: Tensor,
     u0: Tensor,
@@ -301,34 +291,35 @@ def backward(
     grads: Tensor | tuple[Tensor, Tensor],
     dx: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As of ``resident.backward``; grad_steps >= 1."""
+    """See ``resident.backward``; grad_steps >= 1."""
+    steps = problem.grad_steps
     passes = _Passes(problem, x, u0, v0)
     u, v = passes.u0, passes.v0
     sums = passes.sums_of(v)
-    for _ in range(problem.num_iters - grad_steps):
+    for _ in range(problem.num_iters - steps):
         passes.step_u(sums, u, u)
         sums = passes.step_v(u, v, v, None)
     # Slot i: the factors before the i-th differentiated iteration, the sums that its U step takes.
-    u_tape, v_tape = u.new_empty((grad_steps + 1, *u.shape)), v.new_empty((grad_steps + 1, *v.shape))
+    u_tape, v_tape = u.new_empty((steps + 1, *u.shape)), v.new_empty((steps + 1, *v.shape))
     sums_tape, grad_sums_tape = (
-        passes.empty_sums(grad_steps, passes.windows),
-        passes.empty_sums(grad_steps, passes.windows),
+        passes.empty_sums(steps, passes.windows),
+        passes.empty_sums(steps, passes.windows),
     )
     u_tape[0], v_tape[0] = u, v
-    for i in range(grad_steps):
+    for i in range(steps):
         sums_tape[i] = sums
         passes.step_u(sums, u_tape[i], u_tape[i + 1])
         sums = passes.step_v(u_tape[i + 1], v_tape[i], v_tape[i + 1], None)
 
-    grad_c_tape = v.new_empty((grad_steps, *v.shape))
+    grad_c_tape = v.new_empty((steps, *v.shape))
     if isinstance(grads, Tensor):
         grad_u, grad_v = u.new_zeros(u.shape), v.new_empty(v.shape)
         grad_y = (grads, grads.stride())
     else:
         grad_u, grad_v = _rank_first(grads[0], u), _rank_first(grads[1], u)
         grad_y = (grad_v, (0,) * 5)
-    for i in reversed(range(grad_steps)):
-        last = i == grad_steps - 1
+    for i in reversed(range(steps)):
+        last = i == steps - 1
         later = grad_sums_tape[i if last else i + 1]
         totals = passes.over_strips(
             backward_pass_kernel,
@@ -339,10 +330,10 @@ def backward(
             update_u_backward_kernel, passes.windows, x,
             totals, sums_tape[i], u_tape[i], u_tape[i + 1], grad_u, grad_sums_tape[i], **passes.update,
         )  # fmt: skip
-    for copy in range(problem.copies):
+    for copy in range(problem.num_shifts):
         launch(
             gradient_kernel, passes.map_windows * passes.strips, x,
-            *passes.head, passes.windows, passes.strips, passes.strip_blocks, grad_steps, copy,
+            *passes.map_arguments, passes.windows, passes.strips, passes.strip_blocks, steps, copy,
             u_tape, v_tape, grad_c_tape, grad_sums_tape, grad_v, dx, dx.stride(), **passes.map,
         )  # fmt: skip
     return grad_u.mT, grad_v.mT

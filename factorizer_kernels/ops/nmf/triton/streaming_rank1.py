@@ -10,11 +10,11 @@ import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.triton import rank1
-from factorizer_kernels.ops.nmf.triton.resident import MAX_IDENTITY_ROWS
-from factorizer_kernels.ops.nmf.triton.streaming import BLOCK_ELEMENTS, MAX_STRIPS
+from factorizer_kernels.ops.nmf.triton.problem import Problem
+from factorizer_kernels.ops.nmf.triton.strips import Strips
 from factorizer_kernels.ops.nmf.triton.updates import relu
 from factorizer_kernels.ops.windows.address import load_map, store_map, window_of_matrix
-from factorizer_kernels.shared.triton import Problem, launch, padded
+from factorizer_kernels.shared.triton import launch, padded
 
 _RUNTIME = ["map_windows", "strips", "strip_blocks", "num_iters", "grad_steps", "copy"]
 
@@ -127,7 +127,7 @@ def product_backward_kernel(
         n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)
         block = relu(load_map(x, x_strides, window, sizes, m, n, u, M, N, PATCH))
         dy_block = load_map(dy, dy_strides, window, sizes, m, n, u, M, N, PATCH)
-        dy_block *= 3.0 / len(SHIFTS)  # the mean over the copies
+        dy_block *= 1.0 / len(SHIFTS)  # the mean over the shifts
         grad_v = tl.sum(dy_block * row[:, None], axis=0)
         grad_u += tl.sum(dy_block * rank1.column_of_v(block, w, e, n, N)[None, :], axis=1)
         grad_w += tl.sum(block * grad_v[None, :], axis=1)
@@ -188,7 +188,7 @@ def gradient_kernel(
         n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)
         block = relu(load_map(x, x_strides, window, sizes, m, n, u, M, N, PATCH))
         dy_block = load_map(dy, dy_strides, window, sizes, m, n, u, M, N, PATCH)
-        dy_block *= 3.0 / len(SHIFTS)  # the mean over the copies
+        dy_block *= 1.0 / len(SHIFTS)  # the mean over the shifts
         start = load_vector(v0, at * N, n, N) if FROM_V0 else rank1.column_of_v(block, w_start, e_start, n, N)
         grad_v = tl.sum(dy_block * row[:, None], axis=0)
         grad_x = rank1.map_gradient(block, w, grad_v, grad_a, start, both_g, grad_r, m, M)
@@ -201,30 +201,21 @@ def gradient_kernel(
 
 
 def fits(problem: Problem) -> bool:
-    """Whether the identity holds and G fits on chip."""
-    return problem.identity and problem.rows <= MAX_IDENTITY_ROWS
+    """Whether the rank-1 identity holds, and G fits on chip."""
+    return problem.rank1_closed_form
 
 
-class _Passes:
+class _Passes(Strips):
     """The launches of one call: what they share."""
 
     def __init__(self, problem: Problem, x: Tensor, u0: Tensor, v0: Tensor) -> None:
+        super().__init__(problem, x)
         self.problem, self.x = problem, x
-        self.map_windows = problem.map_windows(x)
-        self.windows = problem.copies * self.map_windows
         self.v0 = v0.flatten(0, 1).contiguous()
         rows = padded(problem.rows)
-        block = BLOCK_ELEMENTS // rows
-        blocks = triton.cdiv(problem.columns, block)
-        self.strip_blocks = triton.cdiv(blocks, MAX_STRIPS)
-        self.strips = triton.cdiv(blocks, self.strip_blocks)
-        self.head = (
-            x, x.stride(), tuple(x.shape[2:]), x.shape[1] // problem.rows, self.map_windows,
-            self.strips, self.strip_blocks,
-        )  # fmt: skip
         self.map = {
             "M": problem.rows, "N": problem.columns, "PATCH": problem.patch, "SHIFTS": problem.shifts,
-            "EPS": problem.eps, "M_PAD": rows, "BLOCK": block,
+            "EPS": problem.eps, "M_PAD": rows, "BLOCK": self.block,
         }  # fmt: skip
         self.solve = {
             "M": problem.rows, "N": problem.columns, "EPS": problem.eps, "M_PAD": rows,
@@ -232,7 +223,10 @@ class _Passes:
         }  # fmt: skip
 
     def over_strips(self, kernel, *tensors, **constants) -> None:
-        launch(kernel, self.windows * self.strips, self.x, *self.head, *tensors, **self.map, **constants)
+        launch(
+            kernel, self.windows * self.strips, self.x,
+            *self.map_arguments, self.strips, self.strip_blocks, *tensors, **self.map, **constants,
+        )  # fmt: skip
 
     def sums_and_u(self) -> tuple[Tensor, Tensor]:
         rows = self.problem.rows
@@ -245,7 +239,7 @@ class _Passes:
 
 
 def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> None:
-    """As of ``resident.forward``."""
+    """See ``resident.forward``."""
     passes = _Passes(problem, x, u0, v0)
     _, new_u = passes.sums_and_u()
     if isinstance(out, Tensor):
@@ -259,7 +253,6 @@ def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | t
 
 def backward(
     problem: Problem,
-    grad_steps: int,
     factor_grads: bool,
     x: Tensor,
     u0: Tensor,
@@ -267,7 +260,7 @@ def backward(
     grads: Tensor | tuple[Tensor, Tensor],
     dx: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As of ``resident.backward``; grad_steps >= 1, and the gradient is dy."""
+    """See ``resident.backward``; grad_steps >= 1, and the gradient is dy."""
     assert isinstance(grads, Tensor)  # nmf_factors has no activation, so it never takes the identity
     dy = grads
     passes = _Passes(problem, x, u0, v0)
@@ -278,13 +271,15 @@ def backward(
     grad_totals, u_start = u.new_empty(sums.shape), u.new_empty(u.shape)
     launch(
         solve_backward_kernel, passes.windows, x,
-        sums, grad_sums.sum(1), u, u_start, grad_totals, problem.num_iters, grad_steps, **passes.solve,
+        sums, grad_sums.sum(1), u, u_start, grad_totals,
+        problem.num_iters, problem.grad_steps, **passes.solve,
     )  # fmt: skip
     dv0 = passes.v0.new_empty(passes.v0.shape)
-    for copy in range(problem.copies):
+    for copy in range(problem.num_shifts):
         launch(
             gradient_kernel, passes.map_windows * passes.strips, x,
-            *passes.head, copy, u, u_start, passes.v0, grad_totals, dy, dy.stride(), dx, dx.stride(), dv0,
-            FROM_V0=grad_steps == problem.num_iters, **passes.map,
+            *passes.map_arguments, passes.strips, passes.strip_blocks, copy,
+            u, u_start, passes.v0, grad_totals, dy, dy.stride(), dx, dx.stride(), dv0,
+            FROM_V0=problem.grad_steps == problem.num_iters, **passes.map,
         )  # fmt: skip
     return u.new_zeros((passes.windows, rows, 1)), dv0

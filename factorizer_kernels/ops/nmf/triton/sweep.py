@@ -11,9 +11,10 @@ import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.reference import mu_update
+from factorizer_kernels.ops.nmf.triton.problem import Problem
 from factorizer_kernels.ops.nmf.triton.updates import relu
 from factorizer_kernels.ops.windows.triton import sw_dematricize, sw_matricize
-from factorizer_kernels.shared.triton import Problem, launch, padded
+from factorizer_kernels.shared.triton import launch, padded
 
 # Elements of one program's (rows, rank) block.
 BLOCK_ELEMENTS = 1024
@@ -132,9 +133,9 @@ def _iterate_backward(problem, x, old_u, old_v, u, v, grad_u, grad_v, grad_x):
 
 def _matrices(problem: Problem, x: Tensor, mean: bool = False) -> Tensor:
     """The map's windows (windows, M, N), as they are."""
-    if x.shape[1] == problem.rows and x[0, 0].numel() == problem.columns and not any(problem.shifts):
+    if x.shape[1] == problem.rows and x[0, 0].numel() == problem.columns and not any(problem.flat_shifts):
         return x.reshape(-1, problem.rows, problem.columns)
-    z = sw_matricize(x, problem.rows, problem.patch, problem.shifts, mean)
+    z = sw_matricize(x, problem.rows, problem.patch, problem.flat_shifts, mean)
     return z.view(-1, problem.rows, problem.columns)
 
 
@@ -149,7 +150,7 @@ def _start(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor) -> tuple[Tensor,
 
 
 def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> None:
-    """As of ``resident.forward``."""
+    """See ``resident.forward``."""
     z, new_u, new_v = _start(problem, x, u0, v0)
     for _ in range(problem.num_iters):
         new_u, new_v = _iterate(problem, z, new_u, new_v)
@@ -161,15 +162,14 @@ def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | t
 
 
 def _write_map(problem: Problem, z: Tensor, x: Tensor) -> None:
-    """The sum of the copies of the windows z (windows, M, N), into the map x."""
+    """Write the windows z (windows, M, N), summed over the shifts, into the map x."""
     cells = x[0, 0].numel() // problem.columns
     z = z.view(-1, cells, problem.rows, problem.columns)
-    x.copy_(sw_dematricize(z, x.shape, problem.rows, problem.patch, problem.shifts, False))
+    x.copy_(sw_dematricize(z, x.shape, problem.rows, problem.patch, problem.flat_shifts, False))
 
 
 def backward(
     problem: Problem,
-    grad_steps: int,
     factor_grads: bool,
     x: Tensor,
     u0: Tensor,
@@ -177,11 +177,11 @@ def backward(
     grads: Tensor | tuple[Tensor, Tensor],
     dx: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """As of ``resident.backward``."""
+    """See ``resident.backward``."""
     z, u, v = _start(problem, x, u0, v0)
     tape = []
     for i in range(problem.num_iters):
-        if i >= problem.num_iters - grad_steps:
+        if i >= problem.num_iters - problem.grad_steps:
             tape.append((u, v))
         u, v = _iterate(problem, z, u, v)
     if isinstance(grads, Tensor):

@@ -59,9 +59,9 @@ class Device:
 def device(monkeypatch):
     """Lets ``use_backend("cuda")`` serve CPU tensors."""
     emulated = Device()
-    monkeypatch.setitem(choice._DEVICES, "cuda", "cpu")
     monkeypatch.setattr(cuda, "target", lambda x: (emulated.index, emulated.stream))
     monkeypatch.setattr(cuda, "processors", lambda x: 1)
-    monkeypatch.setitem(choice._PROBES, "cuda", lambda: choice.Backend("cuda", True, "emulated"))
+    record = choice._RECORDS["cuda"]._replace(devices=("cpu",), probe=lambda: (True, "emulated"))
+    monkeypatch.setitem(choice._RECORDS, "cuda", record)
     emulated.launches()
     return emulated

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import factorizer_kernels as fk
-from factorizer_kernels.shared import cuda
+from factorizer_kernels.ops.nmf import cuda
 
 OPTIONS = {"head_dim": 8, "patch_size": 4, "shifts": [None, 2]}
 
@@ -67,9 +67,9 @@ def test_empty_maps_launch_nothing(size, solver, rank, device):
         assert fk.swin_nmf(x, u0, v0, **OPTIONS).shape == size
     windows = (8, [4, 4], [0, 0, 2, 2])
     operators = torch.ops.factorizer_kernels
-    y = operators.swin_nmf(x, u0, v0, *windows, True, 3, solver, 1e-16, "cuda")
+    y = operators.swin_nmf(x, u0, v0, *windows, True, 3, solver, 3, 1e-16, "cuda")
     dx, du0, dv0 = operators.swin_nmf_backward(
-        y, x, u0, v0, *windows, True, 3, solver, 3, 1e-16, True, "cuda"
+        y, x, u0, v0, True, *windows, True, 3, solver, 3, 1e-16, "cuda"
     )
     assert y.shape == dx.shape == size
     assert torch.equal(du0, torch.zeros_like(u0))
@@ -79,7 +79,7 @@ def test_empty_maps_launch_nothing(size, solver, rank, device):
 
 def test_scratch_memory_off_its_multiple(device, monkeypatch):
     """Where a device would stop with a misaligned address, and take the context with it."""
-    monkeypatch.setattr(cuda.Call, "_floats", lambda call, count: torch.empty(count + 1)[1:])
+    monkeypatch.setattr(cuda.CudaProblem, "floats", lambda problem, count: torch.empty(count + 1)[1:])
     with fk.use_backend("cuda"), pytest.raises(ValueError, match="work must lie on a multiple of 16 bytes"):
         fk.swin_nmf(*inputs(), **OPTIONS)
     assert device.launches() == []

@@ -9,8 +9,8 @@ import torch
 from tests_support import grads_of
 
 import factorizer_kernels as fk
-from factorizer_kernels.ops.nmf.triton import resident, streaming, streaming_rank1
-from factorizer_kernels.ops.nmf.triton.operators import path
+from factorizer_kernels.ops.nmf.triton import resident, strips
+from factorizer_kernels.ops.nmf.triton.operators import kernels_for
 
 pytestmark = pytest.mark.usefixtures("poisoned")
 
@@ -25,9 +25,8 @@ GRADIENTS = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torc
 def small_blocks(monkeypatch):
     """Every matrix of more than 64 elements is long, and passes over it take several blocks and strips."""
     monkeypatch.setattr(resident, "MAX_ELEMENTS", 64)
-    for kernels in (streaming, streaming_rank1):
-        monkeypatch.setattr(kernels, "BLOCK_ELEMENTS", 32)
-        monkeypatch.setattr(kernels, "MAX_STRIPS", 3)
+    monkeypatch.setattr(strips, "BLOCK_ELEMENTS", 32)
+    monkeypatch.setattr(strips, "MAX_STRIPS", 3)
 
 
 def compare(function, inputs, rel, **options):
@@ -317,7 +316,7 @@ def test_more_iterations_than_the_identity_keeps(rel):
     ],
 )  # fmt: skip
 def test_paths(rows, columns, rank, relu, num_iters, kernels):
-    from factorizer_kernels.shared.triton import Problem
+    from factorizer_kernels.ops.nmf.triton.problem import Problem
 
-    problem = Problem(rows, (1, 1, columns), (0, 0, 0), rank, True, 1e-16, relu, num_iters)
-    assert path(problem).__name__.rsplit(".", 1)[-1] == kernels
+    problem = Problem(rows, (1, 1, columns), ((0, 0, 0),), rank, True, 1e-16, relu, num_iters, num_iters)
+    assert kernels_for(problem).__name__.rsplit(".", 1)[-1] == kernels

@@ -1,0 +1,23 @@
+// What every native file starts from: the integer of all sizes, the storage types, and how functions are
+// inlined.
+#pragma once
+
+#include <cstdint>
+
+// Always inline: the CPU kernels are compiled once per instruction set, and a shared out-of-line copy of a
+// header's function would be of one of them.
+#ifdef __CUDACC__
+#define FK_INLINE __host__ __device__ __forceinline__
+#define FK_UNROLL _Pragma("unroll")  // so that arrays become registers
+#else
+#define FK_INLINE inline __attribute__((always_inline))
+#define FK_UNROLL
+#endif
+
+namespace factorizer {
+
+using i64 = std::int64_t;
+
+enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
+
+}  // namespace factorizer

@@ -1,0 +1,100 @@
+#include "cpu/common/parallel.h"
+
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <atomic>
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+#include <system_error>
+#include <thread>
+#include <vector>
+
+namespace factorizer {
+namespace {
+
+std::atomic<TeamLauncher> team_launcher{nullptr};
+// A team of OpenMP threads does not survive fork: a child starts threads of its own.
+std::atomic<pid_t> team_process{0};
+
+struct Region {
+  i64 tasks;
+  Body body;
+  void* context;
+  std::atomic<i64> next_task{0};
+  std::atomic<int> next_worker{0};
+
+  void work() {
+    const int worker = next_worker.fetch_add(1, std::memory_order_relaxed);
+    for (;;) {
+      const i64 task = next_task.fetch_add(1, std::memory_order_relaxed);
+      if (task >= tasks) return;
+      body(context, task, worker);
+    }
+  }
+
+  static void run(void* region) { static_cast<Region*>(region)->work(); }
+};
+
+void launch_own_threads(Region& region, int threads) {
+  std::vector<std::thread> team;
+  team.reserve(threads - 1);
+  for (int t = 1; t < threads; ++t) {
+    try {
+      team.emplace_back(Region::run, &region);
+    } catch (const std::system_error&) {
+      break;  // The system has no more threads: those that there are do the work.
+    }
+  }
+  region.work();
+  for (std::thread& thread : team) thread.join();
+}
+
+}  // namespace
+
+void set_team_launcher(TeamLauncher launcher) {
+  team_launcher.store(launcher);
+  team_process.store(getpid());
+}
+
+void parallel_for(i64 tasks, int threads, Body body, void* context) {
+  if (threads > tasks) threads = static_cast<int>(tasks);
+  if (threads <= 1) {
+    for (i64 task = 0; task < tasks; ++task) body(context, task, 0);
+    return;
+  }
+  Region region;
+  region.tasks = tasks;
+  region.body = body;
+  region.context = context;
+  const TeamLauncher launcher = team_launcher.load();
+  if (launcher != nullptr && team_process.load() == getpid()) {
+    launcher(Region::run, &region, static_cast<unsigned>(threads), 0);
+  } else {
+    launch_own_threads(region, threads);
+  }
+}
+
+Scratch::Scratch(std::size_t bytes) {
+  constexpr std::size_t line = 64;
+  data_ = std::aligned_alloc(line, (bytes + line) / line * line);
+  if (data_ == nullptr) throw std::bad_alloc();
+}
+
+Scratch::~Scratch() { std::free(data_); }
+
+void expect_writes(void* data, i64 bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr std::uintptr_t huge_page = 2 << 20;
+  const auto begin = (reinterpret_cast<std::uintptr_t>(data) + huge_page - 1) / huge_page * huge_page;
+  const auto end = (reinterpret_cast<std::uintptr_t>(data) + bytes) / huge_page * huge_page;
+  // A hint: where the system refuses, pages fault one by one as ever.
+  if (bytes >= 4 * i64(huge_page) && begin < end)
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)data, (void)bytes;
+#endif
+}
+
+}  // namespace factorizer

@@ -1,0 +1,21 @@
+// From a dtype, known when a kernel is called, to code compiled for its storage type.
+#pragma once
+
+#include "common/scalar_types.h"
+
+namespace factorizer {
+namespace FK_ISA {
+
+// Calls f with a null pointer of the storage type.
+template <class F>
+inline void with_storage(DType dtype, F&& f) {
+  switch (dtype) {
+    case DType::float32: return f(static_cast<float*>(nullptr));
+    case DType::float64: return f(static_cast<double*>(nullptr));
+    case DType::bfloat16: return f(static_cast<bfloat16*>(nullptr));
+    case DType::float16: return f(static_cast<float16*>(nullptr));
+  }
+}
+
+}  // namespace FK_ISA
+}  // namespace factorizer

@@ -1,0 +1,318 @@
+// swin_nmf on the CPU: the volume is read once per shift, factorised in cache, and written once.
+//
+// Forward: first the small factors of every window, then y, line by line, as the mean of their products.
+// Backward: for each shift, dX of every window is added to dx; the windows of one shift are disjoint, and
+// the shifts follow one another, so that sums have one order. Both go through the volume in chunks of
+// heads that stay in the last-level cache between the two steps.
+#include <type_traits>
+
+#include "cpu/common/memory.h"
+#include "cpu/common/parallel.h"
+#include "cpu/common/storage.h"
+#include "cpu/nmf/compose.h"
+#include "cpu/nmf/plan.h"
+#include "cpu/nmf/solve.h"
+#include "cpu/nmf/tiles.h"
+#include "cpu/windows/strips.h"
+
+namespace factorizer {
+namespace FK_ISA {
+namespace {
+
+// --- Forward ---------------------------------------------------------------------------------
+
+// Puts v of some windows into a chunk's maps.
+template <class T>
+void write_map(const SwinNMF& p, const Chunk& chunk, const Strip& strip, const T* v,
+               const FactorsOut<T>& out) {
+  Windows windows = p.windows;
+  windows.head_dim = p.options.rank;
+  const i64 columns = windows.columns();
+  add_strip<T>(windows, strip, {v, columns}, p.options.rank * columns, false,
+               out.map(p.windows, p.options.rank, strip.shift, strip.bh - chunk.begin));
+}
+
+// u0 and v0 are indexed over the whole batch; matrix `local` of a chunk, which is one of this shift's, is:
+i64 matrix_of_batch(const Windows& w, const Chunk& chunk, i64 shift, i64 local) {
+  return local + (shift * (w.batch * w.heads - chunk.count) + chunk.begin) * w.num_windows();
+}
+
+template <class T, class S>
+void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int threads,
+                      const FactorsOut<T>& out) {
+  const Windows& w = p.windows;
+  const i64 u_size = p.options.rank * w.head_dim, v_size = p.options.rank * w.columns();
+  const StripPlan plan = StripPlan::make<T>(w, chunk.count, w.num_shifts);
+  WindowTiles<T> tiles_like{w.head_dim, w.columns(), {}, {}, {}, false};
+  const StripMemory<T> memory(w, plan.per_strip, solver_memory<T>(p.options, tiles_like, rank_one, false),
+                              plan.per_strip * v_size, threads);
+  const i64 stride = memory.window_stride();
+  parallel_for(plan.count, threads, [&](i64 task, int worker) {
+    const Strip strip = plan.strip(w, task, chunk.begin, w.num_shifts, 0);
+    const Rows<T> x = memory.x(worker);
+    read_strip<S, T>(w, strip, head_of<const S>(p.x, w, strip.bh), p.options.relu, T(1), x, stride);
+    clear_window_padding(w, strip.num_windows, x, stride);
+    const i64 first = matrix_index(w, strip, chunk.begin, chunk.count);
+    T* v = out.maps ? memory.other(worker) : out.v + first * v_size;
+    for (i64 i = 0; i < strip.num_windows; ++i) {
+      WindowTiles<T> tiles{w.head_dim, w.columns(), {x.data + i * stride, x.stride}, {}, {}, false};
+      const i64 matrix = matrix_of_batch(w, chunk, strip.shift, first + i);
+      factorize<T>(p.options, tiles, rank_one, memory.solver(worker), factor_of<T>(p.u0, matrix),
+                   factor_of<T>(p.v0, matrix), out.u + (first + i) * u_size, v + i * v_size);
+    }
+    if (out.maps) write_map(p, chunk, strip, v, out);
+  });
+}
+
+template <class T, class S>
+void factorize_long(const SwinNMF& p, bool rank_one, const Chunk& chunk, int threads,
+                    const FactorsOut<T>& out) {
+  const Windows& w = p.windows;
+  const i64 u_size = p.options.rank * w.head_dim, v_size = p.options.rank * w.columns();
+  LongTiles<T, S> tiles(p, threads);
+  const Scratch memory(solver_memory<T>(p.options, tiles, rank_one, false));
+  const Scratch v_memory(out.maps ? v_size * sizeof(T) : 0);
+  for (i64 shift = 0; shift < w.num_shifts; ++shift) {
+    for (i64 i = 0; i < chunk.count * w.num_windows(); ++i) {
+      tiles.window = whole_window(w, shift, chunk.begin + i / w.num_windows(), i % w.num_windows());
+      const i64 local = shift * chunk.count * w.num_windows() + i;
+      const i64 matrix = matrix_of_batch(w, chunk, shift, local);
+      T* v = out.maps ? static_cast<T*>(v_memory.data()) : out.v + local * v_size;
+      factorize<T>(p.options, tiles, rank_one, memory.data(), factor_of<T>(p.u0, matrix),
+                   factor_of<T>(p.v0, matrix), out.u + local * u_size, v);
+      if (!out.maps) continue;
+      tiles.each([&](i64 tile, int) { write_map(p, chunk, tiles.strip(tile), v + tiles.begin(tile), out); });
+    }
+  }
+}
+
+// The factors of every window of a chunk of heads.
+template <class T, class S>
+void factorize_chunk(const SwinNMF& p, bool rank_one, const Chunk& chunk, int threads,
+                     const FactorsOut<T>& out) {
+  if (windows_fit(p.windows, sizeof(T))) {
+    factorize_strips<T, S>(p, rank_one, chunk, threads, out);
+  } else {
+    factorize_long<T, S>(p, rank_one, chunk, threads, out);
+  }
+}
+
+template <class T, class S>
+void forward(const SwinNMF& p) {
+  const Windows& w = p.windows;
+  if (w.num_matrices() == 0) return;
+  const bool rank_one = rank_one_applies<T>(p, p.options.num_iters);
+  const int threads = threads_for(p);
+  if (p.u.data != nullptr) {
+    factorize_chunk<T, S>(p, rank_one, {0, w.batch * w.heads}, threads,
+                          {static_cast<T*>(p.u.data), static_cast<T*>(p.v.data), false});
+    return;
+  }
+  expect_writes(p.y, w.num_elements() * i64(sizeof(S)));
+  const i64 per_chunk = heads_per_chunk(w, sizeof(T));
+  const i64 matrices = w.num_shifts * per_chunk * w.num_windows();
+  const Scratch factors(matrices * p.options.rank * (w.head_dim + w.columns()) * sizeof(T));
+  T* u = static_cast<T*>(factors.data());
+  const FactorsOut<T> out{u, u + matrices * p.options.rank * w.head_dim, true};
+  each_chunk(w, per_chunk, [&](const Chunk& chunk) {
+    factorize_chunk<T, S>(p, rank_one, chunk, threads, out);
+    compose_chunk<T, S>(p, chunk, threads, out);
+  });
+}
+
+// --- Backward --------------------------------------------------------------------------------
+
+// Where the gradients of u0 or v0 go: to each matrix' place, or, for a shared factor, to one sum over all the
+// matrices in their order.
+template <class T>
+class FactorGrads {
+ public:
+  // At most `most` matrices are differentiated between two calls of add_up.
+  FactorGrads(const Factor& out, i64 size, i64 most)
+      : out_(out),
+        size_(size),
+        shared_(out.data != nullptr && out.stride == 0),
+        sums_memory_(shared_ ? size * sizeof(double) : 0),
+        grads_memory_(shared_ ? most * size * sizeof(T) : 0),
+        sums_(static_cast<double*>(sums_memory_.data())),
+        grads_(static_cast<T*>(grads_memory_.data())) {
+    if (shared_) fill(sums_, size_, 0.0);
+  }
+
+  // For matrix `matrix` of the batch, the `local`th since the last call of add_up; null where none is wanted.
+  T* of(i64 local, i64 matrix) const {
+    if (out_.data == nullptr) return nullptr;
+    return shared_ ? grads_ + local * size_ : static_cast<T*>(out_.data) + matrix * out_.stride;
+  }
+  void add_up(i64 matrices, int threads) const {
+    if (shared_) add_in_order(grads_, matrices, size_, sums_, threads);
+  }
+  void write_sum() const {
+    if (!shared_) return;
+    for (i64 i = 0; i < size_; ++i) static_cast<T*>(out_.data)[i] = T(sums_[i]);
+  }
+
+ private:
+  const Factor& out_;
+  const i64 size_;
+  const bool shared_;
+  const Scratch sums_memory_, grads_memory_;
+  double* const sums_;
+  T* const grads_;
+};
+
+template <class T>
+const T* factor_or_null(const Factor& f, i64 matrix) {
+  return f.data ? factor_of<T>(f, matrix) : nullptr;
+}
+
+// The backward of a chunk's windows of one shift: dX is written to the chunk's dx (shift 0), a contiguous map
+// of its heads, or added to it. One class for strips of windows, one for long matrices.
+template <class T, class S>
+class StripsBackward {
+ public:
+  StripsBackward(const SwinNMF& p, bool rank_one, int threads)
+      : p_(p),
+        rank_one_(rank_one),
+        threads_(threads),
+        per_strip_(StripPlan::make<T>(p.windows, 1, 1).per_strip),
+        memory_(p.windows, per_strip_, solver_bytes(p, rank_one),
+                per_strip_ * p.windows.head_dim * row_stride<T>(p.windows.columns()), threads) {}
+
+  void run(const Chunk& chunk, i64 shift, T* dx, const FactorGrads<T>& du0, const FactorGrads<T>& dv0) const {
+    const Windows& w = p_.windows;
+    const StripPlan plan = StripPlan::make<T>(w, chunk.count, 1);
+    const i64 before = shift * chunk.count * w.num_windows();  // matrices of the chunk
+    parallel_for(plan.count, threads_, [&](i64 task, int worker) {
+      const Strip strip = plan.strip(w, task, chunk.begin, 1, shift);
+      const Rows<T> x = memory_.x(worker), dy{memory_.other(worker), x.stride};
+      read(p_.x, strip, p_.options.relu, T(1), x);
+      if (p_.dy.data != nullptr) read(p_.dy, strip, false, T(1) / T(w.num_shifts), dy);
+      const i64 first = matrix_index(w, strip, chunk.begin, chunk.count);
+      for (i64 i = 0; i < strip.num_windows; ++i) {
+        const i64 at = i * memory_.window_stride(), local = first + i - before;
+        const i64 matrix = matrix_of_batch(w, chunk, shift, first + i);
+        const Rows<T> x_window{x.data + at, x.stride}, dy_window{dy.data + at, dy.stride};
+        WindowTiles<T> tiles{w.head_dim, w.columns(), x_window, dy_window, dy_window, p_.options.relu};
+        factorize_backward<T>(p_.options, tiles, rank_one_, memory_.solver(worker),
+                              factor_of<T>(p_.u0, matrix), factor_of<T>(p_.v0, matrix),
+                              factor_or_null<T>(p_.du, matrix), factor_or_null<T>(p_.dv, matrix),
+                              du0.of(local, matrix), dv0.of(local, matrix));
+      }
+      T* head = dx + (strip.bh - chunk.begin) * w.head_dim * w.voxels();
+      add_strip<T>(w, strip, dy, memory_.window_stride(), shift > 0, contiguous_head(head, w));
+    });
+  }
+
+ private:
+  static i64 solver_bytes(const SwinNMF& p, bool rank_one) {
+    WindowTiles<T> tiles{p.windows.head_dim, p.windows.columns(), {}, {}, {}, false};
+    return solver_memory<T>(p.options, tiles, rank_one, true);
+  }
+  void read(const Volume& volume, const Strip& strip, bool relu, T scale, Rows<T> to) const {
+    const Windows& w = p_.windows;
+    read_strip<S, T>(w, strip, head_of<const S>(volume, w, strip.bh), relu, scale, to,
+                     memory_.window_stride());
+    clear_window_padding(w, strip.num_windows, to, memory_.window_stride());
+  }
+
+  const SwinNMF& p_;
+  const bool rank_one_;
+  const int threads_;
+  const i64 per_strip_;
+  const StripMemory<T> memory_;
+};
+
+template <class T, class S>
+class LongBackward {
+ public:
+  LongBackward(const SwinNMF& p, bool rank_one, int threads)
+      : p_(p),
+        rank_one_(rank_one),
+        tiles_(p, threads),
+        solver_(solver_memory<T>(p.options, tiles_, rank_one, true)) {}
+
+  void run(const Chunk& chunk, i64 shift, T* dx, const FactorGrads<T>& du0, const FactorGrads<T>& dv0) {
+    const Windows& w = p_.windows;
+    const i64 matrices = chunk.count * w.num_windows();
+    for (i64 local = 0; local < matrices; ++local) {
+      const i64 bh = local / w.num_windows();
+      const i64 matrix = matrix_of_batch(w, chunk, shift, shift * matrices + local);
+      tiles_.window = whole_window(w, shift, chunk.begin + bh, local % w.num_windows());
+      tiles_.dx = contiguous_head(dx + bh * w.head_dim * w.voxels(), w);
+      factorize_backward<T>(p_.options, tiles_, rank_one_, solver_.data(), factor_of<T>(p_.u0, matrix),
+                            factor_of<T>(p_.v0, matrix), factor_or_null<T>(p_.du, matrix),
+                            factor_or_null<T>(p_.dv, matrix), du0.of(local, matrix), dv0.of(local, matrix));
+    }
+  }
+
+ private:
+  const SwinNMF& p_;
+  const bool rank_one_;
+  LongTiles<T, S> tiles_;
+  const Scratch solver_;
+};
+
+// Rounds a chunk's dx to the storage type.
+template <class T, class S>
+void store(const T* from, i64 count, S* to, int threads) {
+  parallel_for((count + line_block - 1) / line_block, threads, [&](i64 task, int) {
+    const i64 end = (task + 1) * line_block < count ? (task + 1) * line_block : count;
+    for (i64 i = task * line_block; i < end; ++i) to[i] = Storage<S>::from(from[i]);
+  });
+}
+
+template <class ShiftBackward, class T, class S>
+void backward(const SwinNMF& p) {
+  const Windows& w = p.windows;
+  const i64 head = w.head_dim * w.voxels(), per_chunk = heads_per_chunk(w, sizeof(T));
+  const int threads = threads_for(p);
+  const FactorGrads<T> du0(p.du0, p.options.rank * w.head_dim, per_chunk * w.num_windows());
+  const FactorGrads<T> dv0(p.dv0, p.options.rank * w.columns(), per_chunk * w.num_windows());
+  if (w.num_matrices() == 0) {
+    du0.write_sum();
+    dv0.write_sum();
+    return;
+  }
+  expect_writes(p.dx, w.num_elements() * i64(sizeof(S)));
+  ShiftBackward shift_backward(p, rank_one_applies<T>(p, p.options.grad_steps), threads);
+  // Sums over the shifts are kept in the arithmetic's type.
+  constexpr bool direct = sizeof(T) == sizeof(S);
+  const Scratch dx_chunk(direct ? 0 : per_chunk * head * sizeof(T));
+  each_chunk(w, per_chunk, [&](const Chunk& chunk) {
+    S* const out = static_cast<S*>(p.dx) + chunk.begin * head;
+    T* const dx = static_cast<T*>(direct ? static_cast<void*>(out) : dx_chunk.data());
+    for (i64 shift = 0; shift < w.num_shifts; ++shift) {
+      shift_backward.run(chunk, shift, dx, du0, dv0);
+      du0.add_up(chunk.count * w.num_windows(), threads);
+      dv0.add_up(chunk.count * w.num_windows(), threads);
+    }
+    if constexpr (!direct) store(dx, chunk.count * head, out, threads);
+  });
+  du0.write_sum();
+  dv0.write_sum();
+}
+
+}  // namespace
+
+void swin_nmf_forward(const SwinNMF& p) {
+  with_storage(p.dtype, [&](auto* storage) {
+    using S = std::remove_pointer_t<decltype(storage)>;
+    forward<typename Storage<S>::Compute, S>(p);
+  });
+}
+
+void swin_nmf_backward(const SwinNMF& p) {
+  with_storage(p.dtype, [&](auto* storage) {
+    using S = std::remove_pointer_t<decltype(storage)>;
+    using T = typename Storage<S>::Compute;
+    if (windows_fit(p.windows, sizeof(T))) {
+      backward<StripsBackward<T, S>, T, S>(p);
+    } else {
+      backward<LongBackward<T, S>, T, S>(p);
+    }
+  });
+}
+
+}  // namespace FK_ISA
+}  // namespace factorizer

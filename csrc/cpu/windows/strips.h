@@ -1,0 +1,171 @@
+// Reading and writing (shifted) windows of a volume.
+//
+// A strip is what is copied at once: consecutive windows along the last axis, whose voxels lie side by side
+// in memory, and of each window some lines (a line: the voxels of one window along the last axis). Windows
+// too large for the cache are cut into strips of some of their lines, or of a part of one line.
+#pragma once
+
+#include "common/scalar_types.h"
+#include "cpu/common/rows.h"
+#include "problems/windows.h"
+
+namespace factorizer {
+namespace FK_ISA {
+
+struct Strip {
+  i64 shift, bh;            // which copy; batch * heads + head
+  i64 grid[2];              // the windows' position along the first two axes
+  i64 window, num_windows;  // along the last axis
+  i64 line, num_lines;      // of each window
+  i64 voxel, num_voxels;    // of each line
+};
+
+// The place of a strip's windows in the order of matrices: shift, (batch, head), grid.
+inline i64 matrix_index(const Windows& w, const Strip& s, i64 bh_begin, i64 num_bh) {
+  const i64 window = (s.grid[0] * w.grid(1) + s.grid[1]) * w.grid(2) + s.window;
+  return (s.shift * num_bh + s.bh - bh_begin) * w.num_windows() + window;
+}
+
+inline i64 wrap(i64 index, i64 size) { return index < 0 ? index + size : index; }
+
+// Calls f(channel, i1, i2, column) for every line: where it lies in the volume, and its columns in the strip.
+template <class F>
+inline void each_line(const Windows& w, const Strip& s, F&& f) {
+  const i64* shift = w.shifts + 3 * s.shift;
+  for (i64 channel = 0; channel < w.head_dim; ++channel) {
+    i64 p1 = s.line / w.patch[1], p2 = s.line % w.patch[1];
+    for (i64 line = 0; line < s.num_lines; ++line) {
+      const i64 i1 = wrap(s.grid[0] * w.patch[0] + p1 - shift[0], w.size[0]);
+      const i64 i2 = wrap(s.grid[1] * w.patch[1] + p2 - shift[1], w.size[1]);
+      f(channel, i1, i2, line * s.num_voxels);
+      if (++p2 == w.patch[1]) {
+        p2 = 0;
+        ++p1;
+      }
+    }
+  }
+}
+
+// The pieces of a strip's lines along the last axis: a window's voxels, whole, but for one window that the
+// volume's end may cut in two.
+class Pieces {
+ public:
+  Pieces(const Windows& w, const Strip& s)
+      : size_(w.size[2]), patch_(w.patch[2]), length_(s.num_voxels), windows_(s.num_windows) {
+    first_ = wrap(s.window * patch_ + s.voxel - w.shifts[3 * s.shift + 2], size_);
+    const i64 before_end = (size_ - first_ + patch_ - 1) / patch_;  // windows that begin there
+    begin_of_rest_ = before_end < windows_ ? before_end : windows_;
+    const i64 last = first_ + (begin_of_rest_ - 1) * patch_;
+    cut_ = last + length_ > size_ ? size_ - last : 0;
+  }
+
+  // Calls f(i3, window, voxel, length): `length` voxels of a window, from its `voxel` on, which lie at i3 in
+  // the volume. The length of whole pieces is passed as `whole`, that it may be a constant.
+  template <class Length, class F>
+  void each(Length whole, F&& f) const {
+    const i64 uncut = cut_ > 0 ? begin_of_rest_ - 1 : begin_of_rest_;
+    for (i64 k = 0; k < uncut; ++k) f(first_ + k * patch_, k, i64{0}, whole);
+    if (cut_ > 0) {
+      with_length(cut_, [&](auto length) { f(first_ + uncut * patch_, uncut, i64{0}, length); });
+      with_length(length_ - cut_, [&](auto length) { f(i64{0}, uncut, cut_, length); });
+    }
+    for (i64 k = begin_of_rest_; k < windows_; ++k) f(first_ + k * patch_ - size_, k, i64{0}, whole);
+  }
+
+ private:
+  i64 size_, patch_, length_, windows_, first_;
+  i64 begin_of_rest_;  // the first window that begins again at the volume's other end
+  i64 cut_;            // voxels before the end of the window that is cut; 0: none is
+};
+
+// Where channel 0 and voxel 0 of one (batch, head) lie in a volume, and its strides.
+template <class S>
+struct Head {
+  S* data;
+  i64 channel, stride[3];
+
+  S* at(i64 c, i64 i1, i64 i2, i64 i3) const {
+    return data + c * channel + i1 * stride[0] + i2 * stride[1] + i3 * stride[2];
+  }
+};
+
+template <class S>
+inline Head<S> head_of(const Volume& v, const Windows& w, i64 bh) {
+  const i64 b = bh / w.heads, h = bh % w.heads;
+  return {static_cast<S*>(v.data) + b * v.stride[0] + h * w.head_dim * v.stride[1],
+          v.stride[1],
+          {v.stride[2], v.stride[3], v.stride[4]}};
+}
+
+// One (batch, head) of a contiguous volume that starts at `data`.
+template <class S>
+inline Head<S> contiguous_head(S* data, const Windows& w) {
+  return {data, w.voxels(), {w.size[1] * w.size[2], w.size[2], 1}};
+}
+
+// A hint, of an address that need not exist.
+inline void prefetch(const void* near, i64 offset, i64 bytes) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(near) + std::uintptr_t(offset);
+  for (i64 byte = 0; byte < bytes; byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + std::uintptr_t(byte)));
+  }
+}
+
+// Calls f(from, to, length) for every piece of a strip: where it lies along the last axis of `volume`, and in
+// buffer[window][channel].
+template <class S, class T, class F>
+inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> buffer, i64 window_stride,
+                      F&& f) {
+  const Pieces pieces(w, s);
+  // The line one plane ahead is prefetched: too far away for the hardware to foresee.
+  const i64 planes = s.num_lines / w.patch[1];
+  const i64 last_plane = (planes - 1) * w.patch[1] * s.num_voxels;
+  const i64 to_plane = volume.stride[0], to_channel = volume.channel - (planes - 1) * to_plane;
+  const i64 span = (s.num_windows - 1) * w.patch[2] + s.num_voxels;
+  const i64 bytes = volume.stride[2] == 1 ? span * i64(sizeof(S)) : 0;
+  with_length(s.num_voxels, [&](auto whole) {
+    each_line(w, s, [&](i64 channel, i64 i1, i64 i2, i64 column) {
+      S* line = volume.at(channel, i1, i2, 0);
+      T* columns = buffer[channel] + column;
+      prefetch(line, (column >= last_plane ? to_channel : to_plane) * i64(sizeof(S)), bytes);
+      pieces.each(whole, [&](i64 i3, i64 window, i64 voxel, auto length) {
+        f(line + i3 * volume.stride[2], columns + window * window_stride + voxel, length);
+      });
+    });
+  });
+}
+
+// buffer[window][channel] = scale * act(volume), for each window of the strip `window_stride` apart.
+template <class S, class T>
+void read_strip(const Windows& w, const Strip& s, Head<const S> volume, bool relu, T scale, Rows<T> buffer,
+                i64 window_stride) {
+  auto read_with = [&](auto op) {
+    auto read = [&](auto step) {
+      each_pair(w, s, volume, buffer, window_stride,
+                [&](const S* from, T* to, auto length) { transform(length, from, step, to, op); });
+    };
+    volume.stride[2] == 1 ? read(Constant<1>{}) : read(volume.stride[2]);
+  };
+  if (relu) {
+    read_with([](S x) { return T(to_compute(x)) < T(0) ? T(0) : T(to_compute(x)); });  // NaN passes
+  } else if (scale == T(1)) {
+    read_with([](S x) { return T(to_compute(x)); });
+  } else {
+    read_with([scale](S x) { return T(to_compute(x)) * scale; });
+  }
+}
+
+// sums[channel] (+)= buffer[window][channel]; strips of one shift touch disjoint voxels.
+template <class T>
+void add_strip(const Windows& w, const Strip& s, Rows<const T> buffer, i64 window_stride, bool accumulate,
+               Head<T> sums) {
+  each_pair(w, s, sums, buffer, window_stride, [&](T* to, const T* from, auto length) {
+    each_block<T>(length, [&](auto block, i64 i) {
+      const auto x = block.load(from + i);
+      block.store(to + i, accumulate ? block.load(to + i) + x : x);
+    });
+  });
+}
+
+}  // namespace FK_ISA
+}  // namespace factorizer

@@ -1,0 +1,77 @@
+// Sums over a block's threads, in a fixed order: by shuffles in each warp, then warp after warp.
+//
+// The first warp works with the sums ("row work"); the block meets before and after.
+#pragma once
+
+#include "cuda/common/device.cuh"
+
+namespace factorizer {
+namespace cuda {
+
+constexpr unsigned full_warp = 0xffffffffu;
+
+FK_DEVICE int lane() { return threadIdx.x % 32; }
+FK_DEVICE bool first_warp() { return threadIdx.x < 32; }
+
+// The entries (j, k), j <= k, of a symmetric SIZE x SIZE matrix, numbered diagonal by diagonal, cyclically: a
+// closed form, which folds into constants.
+template <int SIZE>
+struct Symmetric {
+  static constexpr int count = SIZE * (SIZE + 1) / 2;
+
+  FK_INLINE static int row(int i) { return i % SIZE; }
+  FK_INLINE static int column(int i) { return (i / SIZE + i % SIZE) % SIZE; }
+  FK_INLINE static int index(int j, int k) {
+    const int low = j < k ? j : k, distance = j < k ? k - j : j - k;
+    return 2 * distance <= SIZE && !(2 * distance == SIZE && low >= SIZE / 2)
+               ? distance * SIZE + low
+               : (SIZE - distance) * SIZE + low + distance;
+  }
+};
+
+// v[0] = the sum over the warp of v[lane]: each step halves the values that a lane holds and doubles the
+// lanes that they are summed over.
+template <int HALF>
+FK_DEVICE void fold(float (&v)[32]) {
+  const bool upper = lane() & HALF;
+  FK_UNROLL
+  for (int i = 0; i < HALF; ++i) {
+    const float given = __shfl_xor_sync(full_warp, upper ? v[i] : v[i + HALF], HALF);
+    v[i] = (upper ? v[i + HALF] : v[i]) + given;
+  }
+  if constexpr (HALF > 1) fold<HALF / 2>(v);
+}
+
+// Up to COUNT sums over at most WARPS warps.
+template <int COUNT, int WARPS>
+struct Sums {
+  float of[WARPS][COUNT];
+
+  // of[0][i] = the sum over the block of value(i), i < N, for the first warp alone. value is called with
+  // constants once the loops are unrolled, 32 of them at a time, so few of the values live in registers
+  // together.
+  template <int N = COUNT, class F>
+  FK_DEVICE void take(F&& value) {
+    static_assert(N <= COUNT, "room for the sums");
+    FK_UNROLL
+    for (int first = 0; first < N; first += 32) {
+      float v[32];
+      FK_UNROLL
+      for (int i = 0; i < 32; ++i) v[i] = first + i < N ? value(first + i) : 0.0f;
+      fold<16>(v);
+      if (first + lane() < N) of[threadIdx.x / 32][first + lane()] = v[0];
+    }
+    __syncthreads();
+    if (first_warp() && blockDim.x > 32) {
+      for (int i = lane(); i < N; i += 32) {
+        float total = of[0][i];
+        for (u32 warp = 1; warp < blockDim.x / 32; ++warp) total += of[warp][i];
+        of[0][i] = total;
+      }
+      __syncwarp();
+    }
+  }
+};
+
+}  // namespace cuda
+}  // namespace factorizer

@@ -1,0 +1,136 @@
+// What a thread holds of a window: chunks of four columns, all the rows; read from a map and written to one.
+//
+// A window is a block's. Where the windows are wide, a thread's four columns are neighbours, and one
+// instruction moves them; else they are a block's width apart, so that neighbouring threads touch
+// neighbouring voxels.
+#pragma once
+
+#include "cuda/common/storage.cuh"
+#include "cuda/windows/windows.cuh"
+#include "math/factor_update.h"
+
+namespace factorizer {
+namespace cuda {
+
+constexpr int chunk = 4;  // columns that a thread moves together
+
+// Column c of this thread's chunk k; it exists where it is less than windows.columns.
+FK_DEVICE u32 column_of(const DeviceWindows& windows, int k, int c) {
+  return windows.wide ? chunk * (k * blockDim.x + threadIdx.x) + c
+                      : (chunk * k + c) * blockDim.x + threadIdx.x;
+}
+
+// x = the chunks first, first + 1, ...; zero where there is no row or no column.
+template <int K>
+FK_DEVICE void load_tile(const DeviceWindows& windows, const Window& window, const Map& map, int first,
+                         float (&x)[K][max_rows][chunk]) {
+  with_storage(map.data, map.dtype, [&](auto* data, auto coding) {
+    const auto* base = data + DeviceWindows::origin(window, map);
+    FK_UNROLL
+    for (int k = 0; k < K; ++k) {
+      FK_UNROLL
+      for (int m = 0; m < max_rows; ++m) {
+        FK_UNROLL
+        for (int c = 0; c < chunk; ++c) x[k][m][c] = 0.0f;
+      }
+      if (windows.wide) {
+        const u32 n = column_of(windows, first + k, 0);
+        if (n >= windows.columns) continue;
+        const auto* from = base + windows.offset(window, n, map);
+        FK_UNROLL
+        for (int m = 0; m < max_rows; ++m) {
+          if (m < windows.rows) read(from + m * map.stride[1], x[k][m], coding);
+        }
+        continue;
+      }
+      FK_UNROLL
+      for (int c = 0; c < chunk; ++c) {
+        const u32 n = column_of(windows, first + k, c);
+        if (n >= windows.columns) continue;
+        const auto* from = base + windows.offset(window, n, map);
+        FK_UNROLL
+        for (int m = 0; m < max_rows; ++m) {
+          if (m < windows.rows) x[k][m][c] = coding.decode(from[m * map.stride[1]]);
+        }
+      }
+    }
+  });
+}
+
+FK_DEVICE void store_chunk(const DeviceWindows& windows, const Window& window, const Map& map, int k,
+                           const float (&x)[max_rows][chunk]) {
+  with_storage(map.data, map.dtype, [&](auto* data, auto coding) {
+    auto* base = data + DeviceWindows::origin(window, map);
+    if (windows.wide) {
+      const u32 n = column_of(windows, k, 0);
+      if (n >= windows.columns) return;
+      auto* to = base + windows.offset(window, n, map);
+      FK_UNROLL
+      for (int m = 0; m < max_rows; ++m) {
+        if (m < windows.rows) write(to + m * map.stride[1], x[m], coding);
+      }
+      return;
+    }
+    FK_UNROLL
+    for (int c = 0; c < chunk; ++c) {
+      const u32 n = column_of(windows, k, c);
+      if (n >= windows.columns) continue;
+      auto* to = base + windows.offset(window, n, map);
+      FK_UNROLL
+      for (int m = 0; m < max_rows; ++m) {
+        if (m < windows.rows) to[m * map.stride[1]] = coding.encode(x[m][c]);
+      }
+    }
+  });
+}
+
+// Chunk k of a row of windows.columns numbers; zero past its end.
+FK_DEVICE void load_row(const DeviceWindows& windows, const float* row, int k, float (&v)[chunk]) {
+  FK_UNROLL
+  for (int c = 0; c < chunk; ++c) v[c] = 0.0f;
+  if (windows.wide) {
+    const u32 n = column_of(windows, k, 0);
+    if (n < windows.columns) read(row + n, v);
+    return;
+  }
+  FK_UNROLL
+  for (int c = 0; c < chunk; ++c) {
+    const u32 n = column_of(windows, k, c);
+    if (n < windows.columns) v[c] = row[n];
+  }
+}
+
+FK_DEVICE void store_row(const DeviceWindows& windows, float* row, int k, const float (&v)[chunk]) {
+  if (windows.wide) {
+    const u32 n = column_of(windows, k, 0);
+    if (n < windows.columns) write(row + n, v);
+    return;
+  }
+  FK_UNROLL
+  for (int c = 0; c < chunk; ++c) {
+    const u32 n = column_of(windows, k, c);
+    if (n < windows.columns) row[n] = v[c];
+  }
+}
+
+template <int W>
+FK_DEVICE void relu_rows(float (&x)[max_rows][W]) {
+  FK_UNROLL
+  for (int m = 0; m < max_rows; ++m) {
+    FK_UNROLL
+    for (int c = 0; c < W; ++c) x[m][c] = relu(x[m][c]);
+  }
+}
+
+// The adjoint of relu, which keeps x where it is positive (or NaN).
+template <int W>
+FK_DEVICE void mask_rows(const float (&x)[max_rows][W], float (&dx)[max_rows][W]) {
+  FK_UNROLL
+  for (int m = 0; m < max_rows; ++m) {
+    FK_UNROLL
+    for (int c = 0; c < W; ++c) dx[m][c] = x[m][c] <= 0.0f ? 0.0f : dx[m][c];
+  }
+}
+
+}  // namespace cuda
+}  // namespace factorizer

@@ -1,0 +1,188 @@
+// Rank 1 on nonnegative X (M x N) and v0: all the iterations in terms of small sums over the columns.
+//
+// Where the projections do not act, one iteration is
+//   u = (a + e) / (b + e),  d = uᵀu,  k = 1 / (d + e),  v = k (Xᵀu + e),
+// with a = X v and b = vᵀv of the v before, and the next a and b need no look at X:
+//   a = k (G u + e r),  b = k² (uᵀG u + 2 e uᵀr + e² N),  G = X Xᵀ,  r = X 1.
+// HALS is this with e = eps, exactly. MU is it with e = 0, up to eps below rounding.
+#pragma once
+
+#include <cmath>
+
+#include "common/base.h"
+
+namespace factorizer {
+
+// Sums over the columns of X, and the first a and b (of v0). All memory is the caller's.
+struct Moments {
+  double* g;  // M x M
+  double* r;  // M
+  double* a;  // M
+  double b;
+};
+
+// What iteration t leaves, t = 1..T; index 0 holds a and b of v0.
+struct RankOneTrace {
+  double* u;          // (T + 1) x M
+  double* a;          // (T + 1) x M: X v_t
+  double* b;          // T + 1: v_tᵀ v_t
+  double* k;          // T + 1
+  double* inverse_b;  // T + 1: 1 / (b_{t-1} + e)
+
+  FK_INLINE static i64 size(i64 rows, i64 iters) { return (iters + 1) * (2 * rows + 3); }
+
+  FK_INLINE RankOneTrace(double* memory, i64 rows, i64 iters)
+      : u(memory),
+        a(u + (iters + 1) * rows),
+        b(a + (iters + 1) * rows),
+        k(b + iters + 1),
+        inverse_b(k + iters + 1) {}
+};
+
+// term(0) + .. + term(count - 1), in four sums: in one, each addition would wait for the one before.
+template <class Count, class Term>
+FK_INLINE double sum_of(Count count, Term&& term) {
+  double sums[4] = {0.0, 0.0, 0.0, 0.0};
+  i64 i = 0;
+  for (; i + 4 <= count; i += 4) {
+    for (int lane = 0; lane < 4; ++lane) sums[lane] += term(i + lane);
+  }
+  for (; i < count; ++i) sums[0] += term(i);
+  return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+// out = G w + add
+template <class Count>
+FK_INLINE void multiply_add(Count rows, const double* __restrict g, const double* __restrict w,
+                            const double* __restrict add, double* __restrict out) {
+  const i64 count = rows;
+#pragma GCC unroll 1
+  for (i64 m = 0; m < count; ++m) {
+    double even = add[m], odd = 0.0;
+    for (i64 j = 0; j + 1 < count; j += 2) {
+      even += g[j * count + m] * w[j];
+      odd += g[(j + 1) * count + m] * w[j + 1];
+    }
+    if (count % 2 != 0) even += g[(count - 1) * count + m] * w[count - 1];
+    out[m] = even + odd;
+  }
+}
+
+// Runs the iterations. For MU (hals false) returns false where eps is not negligible against `tolerance`
+// times the sums it stands beside: there the caller iterates on X itself. `work` holds 2 rows.
+template <class Count>
+FK_INLINE bool rank_one_forward(Count rows, double columns, i64 iters, bool hals, double eps,
+                                double tolerance, const Moments& moments, RankOneTrace& trace, double* work) {
+  const double e = hals ? eps : 0.0;
+  double* w = work;
+  double* ekr = work + rows;
+  for (i64 m = 0; m < rows; ++m) trace.a[m] = moments.a[m];
+  trace.b[0] = moments.b;
+  for (i64 t = 1; t <= iters; ++t) {
+    double* u = trace.u + t * rows;
+    double* a = trace.a + t * rows;
+    const double* a_before = a - rows;
+    const double inverse_b = 1.0 / (trace.b[t - 1] + e);
+    for (i64 m = 0; m < rows; ++m) u[m] = (a_before[m] + e) * inverse_b;
+    const double d = sum_of(rows, [&](i64 m) { return u[m] * u[m]; });
+    const double k = 1.0 / (d + e);
+    const double ek = e * k;
+    // w = k u first: k alone may overflow what k² is multiplied with.
+    for (i64 m = 0; m < rows; ++m) w[m] = k * u[m];
+    for (i64 m = 0; m < rows; ++m) ekr[m] = ek * moments.r[m];
+    multiply_add(rows, moments.g, w, ekr, a);
+    trace.b[t] = ek * ek * columns + sum_of(rows, [&](i64 m) { return w[m] * (a[m] + ekr[m]); });
+    trace.k[t] = k;
+    trace.inverse_b[t] = inverse_b;
+    if (!hals) {
+      // U's numerators u_m a_m / u_m and V's denominators v_n d, both in the root mean square.
+      const double numerator = sum_of(rows, [&](i64 m) { return a_before[m] * a_before[m]; });
+      const double ugu = sum_of(rows, [&](i64 m) { return w[m] * (a[m] - ekr[m]); });
+      const double scale = std::fmin(std::sqrt(numerator / rows), d * std::sqrt(ugu / columns));
+      if (!(eps <= tolerance * scale)) return false;
+    }
+  }
+  return true;
+}
+
+// dX = s X + dr 1ᵀ + k u dvᵀ + da v0ᵀ and dv0 = Xᵀ da + 2 db v0, with dv the gradient of the last v.
+struct RankOneGradient {
+  double* s;   // M x M
+  double* dr;  // M
+  double* da;  // M; zero where the iterations before `first` are constants
+  double db;
+  double* work;  // 3 M
+
+  FK_INLINE static i64 size(i64 rows) { return rows * rows + 5 * rows; }
+
+  FK_INLINE RankOneGradient(double* memory, i64 rows)
+      : s(memory), dr(s + rows * rows), da(dr + rows), db(0.0), work(da + rows) {}
+};
+
+// Differentiates iterations first + 1 .. iters. du: gradient of the last u on its own; h = X dv; dv_v = dvᵀ
+// v.
+FK_INLINE void rank_one_backward(i64 rows, i64 iters, i64 first, bool hals, double eps,
+                                 const Moments& moments, const RankOneTrace& trace, const double* du_direct,
+                                 const double* h, double dv_v, RankOneGradient& out) {
+  const double e = hals ? eps : 0.0;
+  double* du = out.work;
+  double* da = out.work + rows;
+  double* g_da = out.work + 2 * rows;
+  for (i64 i = 0; i < rows * rows; ++i) out.s[i] = 0.0;
+  for (i64 m = 0; m < rows; ++m) out.dr[m] = 0.0;
+
+  {
+    const double k = trace.k[iters];
+    const double* u = trace.u + iters * rows;
+    for (i64 m = 0; m < rows; ++m) du[m] = du_direct[m] + k * h[m] - 2.0 * k * dv_v * u[m];
+  }
+  double db = 0.0;
+  for (i64 t = iters;; --t) {
+    // u_t = (a + e) / (b + e)
+    const double* u_t = trace.u + t * rows;
+    db = 0.0;
+    for (i64 m = 0; m < rows; ++m) {
+      da[m] = du[m] * trace.inverse_b[t];
+      db -= da[m] * u_t[m];
+    }
+    if (t - 1 == first) break;
+    // a = k (G u + e r), b = k² (uᵀG u + 2 e uᵀr + e² N), k = 1 / (uᵀu + e)
+    const double* u = u_t - rows;
+    const double* a = trace.a + (t - 1) * rows;
+    const double k = trace.k[t - 1];
+    double da_a = 0.0;
+    for (i64 m = 0; m < rows; ++m) {
+      da_a += da[m] * a[m];
+      g_da[m] = 0.0;
+    }
+    for (i64 j = 0; j < rows; ++j) {
+      for (i64 m = 0; m < rows; ++m) g_da[m] += moments.g[j * rows + m] * da[j];
+    }
+    for (i64 i = 0; i < rows; ++i) {
+      const double left = k * da[i] + k * db * (k * u[i]);
+      for (i64 j = 0; j < rows; ++j) {
+        out.s[i * rows + j] += left * u[j];
+        out.s[j * rows + i] += left * u[j];
+      }
+      out.dr[i] += e * k * (da[i] + 2.0 * db * (k * u[i]));
+    }
+    const double dd = -k * (da_a + 2.0 * db * trace.b[t - 1]);
+    for (i64 m = 0; m < rows; ++m) du[m] = k * (g_da[m] + 2.0 * db * a[m]) + 2.0 * dd * u[m];
+  }
+  if (first == 0) {
+    for (i64 m = 0; m < rows; ++m) out.da[m] = da[m];
+    out.db = db;
+    return;
+  }
+  // The v before the first differentiated iteration is a constant: v = k (Xᵀu + e), a = X v.
+  const double* u = trace.u + first * rows;
+  const double k = trace.k[first];
+  for (i64 i = 0; i < rows; ++i) {
+    for (i64 j = 0; j < rows; ++j) out.s[i * rows + j] += da[i] * (k * u[j]);
+    out.dr[i] += e * k * da[i];
+    out.da[i] = 0.0;
+  }
+  out.db = 0.0;
+}
+
+}  // namespace factorizer

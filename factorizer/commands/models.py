@@ -1,0 +1,81 @@
+"""factorizer models: trained networks that are there, and one file to give one away."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from factorizer.models.build import parameter_count
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import prepare_folder
+from factorizer.segmentation.inference import Predictor
+from factorizer.segmentation.screen import table
+from factorizer.segmentation.trained import (
+    TrainedModel,
+    find_model,
+    import_model,
+    known_models,
+    load_model,
+    own_folder,
+    save_model,
+)
+
+
+def show_models(console: Console) -> None:
+    """Lists the models that `predict --model` knows."""
+    rows = table("Trained models", "name", "segments", "networks", "parameters", "file", texts=2)
+    for name, path in known_models().items():
+        model = load_model(path)
+        plan = model.members[0][1]
+        rows.add_row(
+            name,
+            f"{', '.join(plan.targets)} in {', '.join(plan.modalities)}",
+            str(len(model.members)),
+            f"{sum(parameter_count(network) for network, _ in model.members):,}",
+            str(path),
+        )
+    console.print(rows)
+    console.print(
+        "Cards: factorizer models card NAME. Models of one's own: factorizer models import FILE, into "
+        f"{own_folder()}",
+        soft_wrap=True,
+    )
+
+
+def show_card(console: Console, name: str) -> None:
+    """Prints a model's card. Raises DataError where there is no such model, or it has none."""
+    card = load_model(find_model(name)).card
+    if not card:
+        raise DataError(f"model: {name} has no card")
+    console.print(card, markup=False, highlight=False, soft_wrap=True)
+
+
+def export(
+    console: Console,
+    checkpoints: Sequence[Path],
+    out: Path,
+    *,
+    card: Path | None = None,
+    mirror: bool = False,
+) -> None:
+    """Writes the networks of the checkpoints as one model file, weights in half precision.
+
+    Raises DataError where one cannot be used, two do not segment the same, or `out` cannot be written.
+    """
+    try:
+        members = tuple(member for path in checkpoints for member in load_model(path).members)
+        text = "" if card is None else card.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise DataError(f"there is no {error.filename}") from error
+    Predictor(members)  # which refuses networks that do not segment the same
+    prepare_folder("output", out.resolve().parent)
+    save_model(TrainedModel(members, mirror=mirror, card=text), out)
+    console.print(f"{len(members)} networks, {out.stat().st_size / 1e6:.1f} MB, in {out}", soft_wrap=True)
+
+
+def take(console: Console, path: Path, name: str | None = None) -> None:
+    """Copies a model file, or a checkpoint, into one's own folder."""
+    target = import_model(path, name)
+    console.print(f"{target}: factorizer predict --model {target.stem}", soft_wrap=True)

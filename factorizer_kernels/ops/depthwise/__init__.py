@@ -1,0 +1,4 @@
+"""Depthwise convolution: each channel of a feature map has a small filter of its own.
+
+Read spec, reference, cpu, autograd, functional.
+"""

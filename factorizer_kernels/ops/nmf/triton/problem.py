@@ -1,0 +1,84 @@
+"""What the kernels are asked to do, and the constants that they are compiled for."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import NamedTuple
+
+from torch import Tensor
+
+from factorizer_kernels.ops.nmf.arguments import Options
+from factorizer_kernels.ops.windows.geometry import Windows
+
+# The identity's backward keeps a row of M numbers of each iteration in registers; past a block's largest
+# size it would not compile.
+MAX_CLOSED_FORM_ITERS = 256
+# Where G = XXᵀ, built row by row, costs less than the iterations that it replaces.
+MAX_CLOSED_FORM_ROWS = 16
+
+
+class Problem(NamedTuple):
+    """Windows of a feature map and how to factorise them; the kernels' compile-time constants come from here.
+
+    Attributes:
+        rows: head_dim.
+        patch, shifts: the windows' patch (3,) and shifts (num_shifts, 3), three spatial axes.
+        rank, hals, eps, relu, num_iters, grad_steps: the factorisation.
+    """
+
+    rows: int
+    patch: tuple[int, ...]
+    shifts: tuple[tuple[int, ...], ...]
+    rank: int
+    hals: bool
+    eps: float
+    relu: bool
+    num_iters: int
+    grad_steps: int
+
+    @property
+    def columns(self) -> int:
+        return prod(self.patch)
+
+    @property
+    def num_shifts(self) -> int:
+        return len(self.shifts)
+
+    @property
+    def flat_shifts(self) -> tuple[int, ...]:
+        return tuple(step for shift in self.shifts for step in shift)
+
+    @property
+    def rank1_closed_form(self) -> bool:
+        """Whether the rank-1 identity (``rank1``) holds, and is faster.
+
+        It holds where x >= 0 for certain: HALS' projections never act.
+        """
+        return (
+            self.rank == 1
+            and self.hals
+            and self.relu
+            and self.rows <= MAX_CLOSED_FORM_ROWS
+            and 0 < self.num_iters <= MAX_CLOSED_FORM_ITERS
+        )
+
+    def map_windows(self, x: Tensor) -> int:
+        """Windows of one shift of the (B, C, S1, S2, S3) map x."""
+        return x.numel() // (self.rows * self.columns)
+
+
+def problem_of(windows: Windows, u0: Tensor, relu: bool, options: Options) -> Problem:
+    """The problem of factorising the windows, with first factors u0 (..., M, R)."""
+    return Problem(
+        windows.rows, windows.patch_3d, windows.shifts_3d,
+        u0.shape[-1], options.hals, options.eps, relu, options.num_iters, options.grad_steps,
+    )  # fmt: skip
+
+
+def per_window(factor: Tensor, batch_shape: Sequence[int]) -> Tensor:
+    """A factor (..., L, R), broadcast to the leading dimensions ``batch_shape``, as (batch, grid, L, R).
+
+    A view wherever there is one.
+    """
+    full = factor.expand(*batch_shape, *factor.shape[-2:])
+    inner = batch_shape[-1] if len(batch_shape) > 1 else 1
+    return full.reshape(prod(batch_shape) // max(inner, 1), inner, *factor.shape[-2:])

@@ -1,0 +1,25 @@
+"""The operators of shifted-window NMF on the compiled module's kernels, for the CPU and CUDA."""
+
+from torch import Tensor
+
+from factorizer_kernels.ops.nmf.native import Problem
+from factorizer_kernels.shared.native import memory, volume
+from factorizer_kernels.shared.registry import Limit, kernel, no_limit
+
+
+def register(backend: str, problem: type[Problem], limit: Limit = no_limit) -> None:
+    """Register the operators of this family for a backend, on its kind of problem."""
+
+    @kernel("swin_nmf", backend, limit)
+    def swin_nmf(x: Tensor, u0: Tensor, v0: Tensor, head_dim, patch_size, shifts, relu, *options) -> Tensor:
+        y = x.new_empty(x.shape)
+        made = problem.of_windows(x, u0, v0, head_dim, patch_size, shifts, relu, options)
+        made.forward(y=memory(y))
+        return y
+
+    @kernel("swin_nmf_backward", backend, limit)
+    def swin_nmf_backward(
+        dy, x: Tensor, u0: Tensor, v0: Tensor, factor_grads, head_dim, patch_size, shifts, relu, *options
+    ):
+        made = problem.of_windows(x, u0, v0, head_dim, patch_size, shifts, relu, options)
+        return made.backward(factor_grads, dy=volume(dy))

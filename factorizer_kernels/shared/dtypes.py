@@ -1,0 +1,31 @@
+"""The dtypes that the operators take, and those that they compute in."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the arithmetic on tensors of ``dtype``: float64 for float64, else float32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _autocasts(device: str) -> bool:
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def autocast_disabled(x: Tensor) -> AbstractContextManager:
+    """A context in which plain PyTorch on x's device computes in the dtypes that it is given."""
+    device = x.device.type
+    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which an operator that follows autocast takes x: x's own for float64, or without it."""
+    device = x.device.type
+    if x.dtype == torch.float64 or not _autocasts(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device)

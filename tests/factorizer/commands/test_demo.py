@@ -1,0 +1,228 @@
+"""The demo from end to end, on small made-up volumes and few steps; its errors; being stopped."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+from rich.console import Console
+from typer.testing import CliRunner
+
+from factorizer.commands.cli import app
+from factorizer.commands.demo import run_demo, write_synthetic
+from factorizer.segmentation.cases import split_cases
+from factorizer.segmentation.checkpoint import load_network, read_checkpoint
+from factorizer.segmentation.errors import DataError
+
+small_synthetic = partial(write_synthetic, cases=6, shape=(18, 18, 18))
+
+
+RESULTS = {"report.json", "segmentation.png", "components.png", "checkpoint.pt", "predictions"}
+
+
+def quiet():
+    return Console(file=open(os.devnull, "w"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return small_synthetic(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A whole run as the command line makes it, without --data: (output folder, what it printed)."""
+    out = tmp_path_factory.mktemp("finished") / "new" / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("factorizer.commands.demo.run.write_synthetic", small_synthetic)
+        patch.setenv("COLUMNS", "120")
+        result = CliRunner().invoke(app, ["demo", "--out", str(out), "--steps", "4"])
+    assert result.exit_code == 0, result.output
+    return out, result.output
+
+
+def test_everything_is_there(finished):
+    out, _ = finished
+    assert {path.name for path in out.iterdir()} == RESULTS | {"data"}
+    assert not list(out.rglob(".part-*"))
+
+
+def test_report(finished):
+    out, _ = finished
+    report = json.loads((out / "report.json").read_text())
+    assert report["synthetic"] is True
+    assert "SYNTHETIC" in report["data"]
+    assert set(report["dice"]) == {"mean", "halo", "core"}
+    assert report["seconds"] > report["seconds_training"] > 0
+    assert report["backend"] in ("cpu", "reference")
+    assert len(report["split"]["training"]) == 5
+    assert list(report["dice_per_case"]) == report["split"]["held_out"]
+    assert not set(report["split"]["training"]) & set(report["split"]["held_out"])
+    assert report["settings"]["steps"] == 4
+    assert report["versions"]["torch"] == torch.__version__
+    names = [network["name"] for network in report["timings"]["networks"]]
+    assert any("reference" in name for name in names)
+    assert any("SegResNet" in name for name in names)
+    for network in report["timings"]["networks"]:
+        assert network["parameters"] > 0
+        assert 0 < network["forward_ms"] < network["training_step_ms"]
+    for depth in ("shallow", "deep"):
+        assert set(report["components"][depth]["best"]) == {"halo", "core"}
+
+
+def test_report_agrees_with_the_predictions_on_disk(finished):
+    out, _ = finished
+    report = json.loads((out / "report.json").read_text())
+    for name, scores in report["dice_per_case"].items():
+        prediction = nib.load(out / "predictions" / f"{name}.nii.gz")
+        image = nib.load(out / "data" / "imagesTr" / f"{name}.nii.gz")
+        truth = np.asarray(nib.load(out / "data" / "labelsTr" / f"{name}.nii.gz").dataobj)
+        np.testing.assert_array_equal(prediction.affine, image.affine)
+        assert prediction.shape == image.shape[:3]
+        labels = np.asarray(prediction.dataobj)
+        for value, class_name in ((1, "halo"), (2, "core")):
+            shared = 2 * ((labels == value) & (truth == value)).sum()
+            both = (labels == value).sum() + (truth == value).sum()
+            assert scores[class_name] == pytest.approx(shared / both, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", ["segmentation.png", "components.png"])
+def test_figures_decode_and_show_something(finished, name):
+    pixels = imread(finished[0] / name)
+    assert min(pixels.shape[:2]) > 300
+    assert pixels[..., :3].std() > 0.05
+
+
+def test_checkpoint_gives_the_predictions_again(finished):
+    out, _ = finished
+    network, plan = load_network(out / "checkpoint.pt")
+    assert plan.held_out == tuple(sorted(plan.held_out))
+    image = torch.randn(1, 2, *plan.crop)
+    with torch.no_grad():
+        assert network(image)[0].shape == (1, 3, *plan.crop)  # the finest of several heads
+
+
+def test_screen_says_what_is_done_and_that_it_is_synthetic(finished):
+    _, printed = finished
+    for words in ("SYNTHETIC", "5 to train on, 1 held out", "4 steps", "time expected", "halo"):
+        assert words in printed
+    for words in ("training step", "SegResNet", "report.json"):
+        assert words in printed
+
+
+def test_a_finished_run_is_not_trained_again(finished, monkeypatch):
+    out, _ = finished
+    monkeypatch.setattr("factorizer.commands.demo.run.time_networks", lambda plan: [])
+    monkeypatch.setattr("factorizer.commands.demo.screen.conclude", lambda *args: None)
+    monkeypatch.setattr("factorizer.commands.demo.run.fit", None)
+    before = json.loads((out / "report.json").read_text())
+    after = run_demo(out, out / "data", steps=4, console=quiet())
+    assert after["dice"] == before["dice"]
+
+
+def test_other_settings_do_not_continue_a_run(finished):
+    out, _ = finished
+    with pytest.raises(DataError, match=r"steps = 4, this one has 5; give another output folder"):
+        run_demo(out, out / "data", steps=5, console=quiet())
+
+
+def test_a_killed_run_continues_where_it_was_saved(data, tmp_path):
+    """SIGINT, then SIGKILL: each time the checkpoint is whole, and the next run goes on from it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    # A shell's background job is started with SIGINT ignored, and hands that on.
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "import factorizer.segmentation.training as t; t.SAVE_EVERY = 2; "
+        "import factorizer.commands.cli as c; c.main()"
+    )
+    options = ["demo", "--data", data, "--out", tmp_path / "out", "--steps", "400"]
+    command = [sys.executable, "-c", code, *map(str, options)]
+    checkpoint, steps = tmp_path / "out" / "checkpoint.pt", []
+    for stop in (signal.SIGINT, signal.SIGKILL):
+        before = checkpoint.stat().st_mtime_ns if checkpoint.exists() else 0
+        process = subprocess.Popen(
+            command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        try:
+            while not (checkpoint.exists() and checkpoint.stat().st_mtime_ns > before):
+                assert process.poll() is None, process.communicate()
+                time.sleep(0.02)
+            process.send_signal(stop)
+            printed, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+        steps.append(len(read_checkpoint(checkpoint)[1]["losses"]))
+        if stop == signal.SIGINT:
+            assert process.returncode == 130, errors
+            assert re.search(rf"continue: factorizer demo --data {data}", errors)
+            assert {p.name for p in (tmp_path / "out").iterdir()} == {
+                "checkpoint.pt",
+                "predictions",
+            }
+        else:
+            assert process.returncode == -signal.SIGKILL
+            assert f"{steps[0]} steps are done" in printed
+    assert 0 < steps[0] < steps[1] < 400
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (lambda data: (data / "dataset.json").unlink(), "dataset.json is missing"),
+        (lambda data: (data / "labelsTr" / "synthetic_002.nii.gz").unlink(), "files .* missing"),
+        (
+            lambda data: (data / "imagesTr" / "synthetic_002.nii.gz").write_bytes(b"x"),
+            "synthetic_002.nii.gz: not readable",
+        ),
+    ],
+)
+def test_data_errors_come_before_training(tmp_path, spoil, words):
+    spoil(small_synthetic(tmp_path / "data"))
+    out = tmp_path / "out"
+    result = CliRunner().invoke(app, ["demo", "--data", str(tmp_path / "data"), "--out", str(out)])
+    assert result.exit_code == 2
+    assert re.search(words, result.stderr)
+    assert "Traceback" not in result.output
+    assert not (out / "checkpoint.pt").exists()
+
+
+def test_out_errors(data, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"out: .*file is a file"):
+        run_demo(tmp_path / "file", data, console=quiet())
+    with pytest.raises(DataError, match=r"out: .* cannot be written to"):
+        run_demo(tmp_path / "file" / "below", data, console=quiet())
+    (tmp_path / "checkpoint.pt").write_text("something else")
+    with pytest.raises(DataError, match=r"checkpoint.pt: not a checkpoint"):
+        run_demo(tmp_path, data, console=quiet())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
+def test_out_without_permission(data, tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(DataError, match="cannot be written to"):
+        run_demo(tmp_path / "out", data, console=quiet())
+
+
+def test_steps_error(data, tmp_path):
+    with pytest.raises(DataError, match="steps: got 0"):
+        run_demo(tmp_path, data, steps=0, console=quiet())
+
+
+def test_split_is_the_one_reported(finished):
+    from factorizer.segmentation.cases import read_decathlon
+
+    out, _ = finished
+    report = json.loads((out / "report.json").read_text())
+    training, held_out = split_cases(read_decathlon(out / "data").cases, report["settings"]["seed"])
+    assert [case.name for case in training] == report["split"]["training"]
+    assert [case.name for case in held_out] == report["split"]["held_out"]

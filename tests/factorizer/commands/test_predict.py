@@ -1,0 +1,175 @@
+"""factorizer predict: label maps, cases and checkpoints that cannot be used."""
+
+import errno
+import os
+import re
+import shutil
+
+import nibabel as nib
+import numpy as np
+import torch
+from factorizer_support import (
+    MODALITIES,
+    ODD,
+    TUMOUR,
+    checkpoint_for,
+    four_modalities,
+    plan_for,
+    run_command,
+    save_volume,
+)
+
+
+def test_predict_four_modalities_of_any_orientation(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "straight")
+    four_modalities(tmp_path / "in", "odd", affine=ODD)
+    run_command("predict", "--checkpoint", tumour, "--input", tmp_path / "in", "--output", tmp_path / "out")
+    written = {path.name for path in (tmp_path / "out").iterdir()}
+    assert written == {"straight.nii.gz", "odd.nii.gz", "settings.json", "made_from"}
+    for name, affine in (("straight", np.eye(4)), ("odd", ODD)):
+        labels = nib.load(tmp_path / "out" / f"{name}.nii.gz")
+        assert labels.shape == (15, 20, 17)
+        np.testing.assert_allclose(labels.affine, affine)
+        assert labels.get_data_dtype() == np.uint8
+        assert set(np.unique(labels.dataobj)) <= set(TUMOUR)
+
+
+def test_cases_that_fail_are_named_and_the_others_go_on(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "good")
+    four_modalities(tmp_path / "in", "three")
+    (tmp_path / "in" / "three_0003.nii.gz").unlink()
+    four_modalities(tmp_path / "in", "corrupt")
+    (tmp_path / "in" / "corrupt_0002.nii.gz").write_bytes(b"not an image")
+    four_modalities(tmp_path / "in", "apart")
+    nib.save(
+        nib.Nifti1Image(np.ones((15, 20, 17), np.float32), 2 * np.eye(4)),
+        tmp_path / "in" / "apart_0001.nii.gz",
+    )
+    options = ["--checkpoint", tumour, "--output", tmp_path / "out"]
+    inputs = ["--input", tmp_path / "in", "--input", tmp_path / "absent.nii.gz"]
+    printed = run_command("predict", *options, *inputs, code=1)
+    assert re.search(r"three: failed: .*3 channels; there must be one for each of the 4", printed)
+    assert re.search(r"corrupt: failed: .*corrupt_0002.nii.gz: not readable as NIfTI", printed)
+    assert re.search(r"apart: failed: .*apart_0001.nii.gz: lies on another grid", printed)
+    assert re.search(r"absent: failed: .*absent.nii.gz: there is no such file", printed)
+    assert "1 segmented" in printed
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("good.nii.gz", "settings.json", "made_from"),
+    }
+    before = (tmp_path / "out" / "good.nii.gz").stat().st_mtime_ns
+    printed = run_command("predict", *options, *inputs, code=1)
+    assert "0 segmented, 1 were there, 4 failed" in printed
+    assert (tmp_path / "out" / "good.nii.gz").stat().st_mtime_ns == before
+    printed = run_command("predict", *options, *inputs, "--num-iters", 1, code=2)
+    assert "made with other settings (num_iters)" in printed
+
+
+def test_modalities_on_one_grid_but_for_rounding(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "a [b]", affine=ODD)
+    path = tmp_path / "in" / "a [b]_0002.nii.gz"
+    image = nib.load(path)
+    near = ODD.copy()
+    near[:3, 3] += 2e-3
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj), near), path)
+    options = ["--checkpoint", tumour, "--input", tmp_path / "in", "--output"]
+    run_command("predict", *options, tmp_path / "out")
+    np.testing.assert_array_equal(nib.load(tmp_path / "out" / "a [b].nii.gz").affine, ODD.astype(np.float32))
+    path.write_bytes(b"")
+    assert "a [b]: failed:" in run_command(
+        "predict", *options, tmp_path / "again", code=1
+    )  # brackets are no markup
+
+
+def test_a_full_disk_leaves_nothing_half_written(tumour, tmp_path, monkeypatch):
+    four_modalities(tmp_path / "in", "case")
+
+    def full(image, path):
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("factorizer.segmentation.volumes.nib.save", full)
+    options = ["--checkpoint", tumour, "--input", tmp_path / "in", "--output", tmp_path / "out"]
+    assert re.search(r"No space left on device: '.*case.nii.gz'", run_command("predict", *options, code=1))
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"settings.json", "made_from"}
+    assert not list((tmp_path / "out" / "made_from").iterdir())
+
+
+def test_no_input_gets_the_result_of_another(tumour, tmp_path):
+    """A result counts only where it was made from these very inputs, and is what was made."""
+    for name, seed in (("a", 1), ("b", 2)):
+        four_modalities(tmp_path / name, "scan", seed=seed)
+    out, again = tmp_path / "out", "0 segmented, 1 were there, 0 failed"
+
+    def predict(inputs, *options, code=0):
+        return run_command(
+            *("predict", "--checkpoint", tumour, "--input", inputs, "--output", out), *options, code=code
+        )
+
+    predict(tmp_path / "a")
+    first = (out / "scan.nii.gz").read_bytes()
+    assert again in predict(tmp_path / "a")
+    assert "made from other inputs" in predict(tmp_path / "b", code=1)
+    assert (out / "scan.nii.gz").read_bytes() == first
+    shutil.copytree(tmp_path / "a", tmp_path / "moved")
+    assert again in predict(tmp_path / "moved")  # the content counts, wherever it lies
+
+    path = tmp_path / "a" / "scan_0002.nii.gz"
+    times = path.stat()
+    path.write_bytes((tmp_path / "b" / "scan_0002.nii.gz").read_bytes())
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert "made from other inputs" in predict(tmp_path / "a", code=1)
+    assert "1 segmented" in predict(tmp_path / "a", "--overwrite")
+    assert again in predict(tmp_path / "a")
+
+    files = [tmp_path / "a" / f"scan_000{k}.nii.gz" for k in range(4)]
+    swapped = ",".join(str(files[k]) for k in (1, 0, 2, 3))
+    assert "their numbers must be _0000, _0001" in predict(swapped, code=2)
+    for k, name in enumerate(("t1ce", "t1", "flair", "t2")):
+        files[k] = files[k].rename(tmp_path / "a" / f"scan_{name}.nii.gz")
+    printed = predict(",".join(map(str, files)), "--overwrite", code=1)
+    assert "scan_t1ce.nii.gz: is given as FLAIR, and by its name is T1gd" in printed
+
+    save_volume(out / "scan.nii.gz", (15, 20, 17))
+    assert "was changed since it was made" in predict(tmp_path / "moved", code=1)
+    (out / "made_from" / "scan.json").unlink()
+    assert "nothing says what it was made from" in predict(tmp_path / "moved", code=1)
+    assert "made with other settings (whole)" in predict(tmp_path / "moved", "--whole", code=2)
+    assert "1 segmented" in predict(tmp_path / "moved", "--whole", "--overwrite")
+    assert "1 segmented" in predict(tmp_path / "moved", "--overwrite")
+
+
+def test_checkpoints_that_cannot_be_used(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "case")
+    options = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--checkpoint"]
+    assert "there is no" in run_command("predict", *options, tmp_path / "absent.pt", code=2)
+    (tmp_path / "text.pt").write_text("no tensors")
+    assert "text.pt: not a checkpoint" in run_command("predict", *options, tmp_path / "text.pt", code=2)
+    other = checkpoint_for(plan_for(MODALITIES), tmp_path / "other.pt")
+    printed = run_command("predict", *options, tumour, "--checkpoint", other, code=2)
+    assert "checkpoint 2: labels = " in printed
+    state = torch.load(tumour, weights_only=True)
+    state["network"] = torch.load(other, weights_only=True)["network"]
+    torch.save(state, tmp_path / "mixed.pt")
+    assert "its weights do not fit the network" in run_command(
+        "predict", *options, tmp_path / "mixed.pt", code=2
+    )
+    for content in ({"plan": {"a": 1}, "network": {}}, {"plan": 3, "network": 1}, {"state_dict": {}}):
+        torch.save(content, tmp_path / "alien.pt")
+        assert "alien.pt: not a checkpoint of this program" in run_command(
+            "predict", *options, tmp_path / "alien.pt", code=2
+        )
+    state["plan"]["network"] = {**state["plan"]["network"], "solver": "newton"}
+    torch.save(state, tmp_path / "solver.pt")
+    assert "its plan describes no network" in run_command("predict", *options, tmp_path / "solver.pt", code=2)
+    assert not (tmp_path / "out").exists()
+
+
+def test_inputs_that_cannot_be_used(tumour, tmp_path):
+    options = ["predict", "--checkpoint", tumour, "--output", tmp_path / "out", "--input"]
+    (tmp_path / "empty").mkdir()
+    assert "no cases" in run_command(*options, tmp_path / "empty", code=2)
+    assert "typo does not exist, and is no NIfTI file" in run_command(*options, tmp_path / "typo", code=2)
+    four_modalities(tmp_path / "out", "case")
+    assert "out holds the inputs" in run_command(*options, tmp_path / "out", code=2)
+    (tmp_path / "list.json").write_text("{}")
+    assert "list.json: needs one of the lists" in run_command(*options, tmp_path / "list.json", code=2)

@@ -1,0 +1,26 @@
+"""factorizer speed: the table and the plot."""
+
+import csv
+
+from factorizer_support import checkpoint_for, four_modalities, plan_for, run_command
+from matplotlib.image import imread
+
+
+def test_speed(synthetic, tmp_path):
+    plan = plan_for(held_out=("synthetic_002",), network={"rank": 1, "num_iters": 3})
+    checkpoint = checkpoint_for(plan, tmp_path / "checkpoint.pt")
+    options = ["speed", "--checkpoint", checkpoint, "--output", tmp_path, "--input"]
+    printed = run_command(*options, synthetic / "dataset.json", "--num-iters", "0,5", "--ranks", "1,2")
+    assert "task: 1 case " in printed
+    with (tmp_path / "speed.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    settings = [(int(row["num_iters"]), int(row["rank"])) for row in rows]
+    assert settings == [(0, 1), (5, 1), (3, 1), (3, 2)]
+    assert all(float(row["seconds"]) > 0 for row in rows)
+    assert imread(tmp_path / "speed.png").std() > 0.05
+    assert "'--ranks': got 'x'" in run_command(*options, synthetic / "dataset.json", "--ranks", "x", code=2)
+    assert "ranks: got 0; it must be" in run_command(
+        *options, synthetic / "dataset.json", "--ranks", "2,0", code=2
+    )
+    four_modalities(tmp_path / "in", "case")
+    assert "no case has a label" in run_command(*options, tmp_path / "in", code=2)

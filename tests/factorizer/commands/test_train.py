@@ -1,0 +1,61 @@
+"""factorizer train, with predict and evaluate after it; options that it refuses."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from factorizer_support import run_command
+
+from factorizer.segmentation.checkpoint import load_network, read_checkpoint
+
+
+def test_train_predict_evaluate(synthetic, tmp_path, monkeypatch):
+    monkeypatch.setattr("factorizer.segmentation.training.LINE_SECONDS", 0.0)
+    out = tmp_path / "run"
+    options = ["train", synthetic, "--out", out, "--steps", 4, "--validate-every", 2]
+    printed = run_command(*options)
+    assert "4 to train on, 1 held out" in printed
+    assert re.search(
+        r"step 3 of 4, loss [\d.]+, Dice [\d.]+ step 4: validating on 1 case step 4 of 4", printed
+    )
+    assert {"checkpoint.pt", "best.pt", "plan.json", "log"} == {path.name for path in out.iterdir()}
+    assert list((out / "log").iterdir())
+    plan, state = read_checkpoint(out / "checkpoint.pt")
+    assert [step for step, _ in state["scores"]] == [2, 4]
+    assert json.loads((out / "plan.json").read_text())["steps"] == 4
+    _, same = load_network(out / "best.pt")
+    assert same == plan
+    assert "4 steps are done" in run_command(*options)
+
+    predict = ["predict", "--checkpoint", out / "checkpoint.pt", "--input", synthetic / "dataset.json"]
+    run_command(*predict, "--output", tmp_path / "p")
+    run_command(*predict, "--output", tmp_path / "w", "--whole", "--mirror", "--checkpoint", out / "best.pt")
+    arguments = ["--labels", synthetic, "--output", tmp_path / "scores.csv"]
+    printed = run_command("evaluate", "--predictions", tmp_path / "p", *arguments)
+    assert "halo" in printed
+    rows = (tmp_path / "scores.csv").read_text().splitlines()
+    assert len(rows) == 1 + 5 * 2
+    # The validation that training made is the evaluation of what predict writes.
+    held_out = [row.split(",") for row in rows[1:] if row.split(",")[0] in plan.held_out]
+    mean = np.mean([float(row[2]) for row in held_out])
+    assert mean == pytest.approx(state["scores"][-1][1], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--steps", 0], "steps: got 0"),
+        (["--patience", 2], "needs validate-every"),
+        (["--config", "four_shifts"], "needs --bundle"),
+        (["--bundle", "nowhere"], "nowhere/configs/train.json is missing"),
+        (["--fold", 7], "fold: got 7"),
+        (["--device", "cuda:9"], "device: 'cuda:9'"),
+        (["--device", "abacus"], "device: 'abacus' is no device"),
+        (["--device", "meta"], "device: 'meta' is not supported"),
+        (["--workers", -1], "workers: got -1"),
+    ],
+)
+def test_train_errors(synthetic, tmp_path, options, words):
+    assert words in run_command("train", synthetic, "--out", tmp_path / "run", *options, code=2)
+    assert not (tmp_path / "run" / "checkpoint.pt").exists()

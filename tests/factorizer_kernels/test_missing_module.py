@@ -1,0 +1,55 @@
+"""Where the compiled module is missing the package works, and says why and what to do."""
+
+import importlib.machinery
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import factorizer_kernels as fk
+
+PROGRAM = """
+import torch, factorizer_kernels as fk
+for backend in fk.backends():
+    print(backend.name, backend.available, backend.reason)
+fk.nmf(torch.rand(3, 4), torch.rand(3, 1), torch.rand(4, 1))
+"""
+
+
+@pytest.fixture
+def package(tmp_path):
+    """A copy of the package without its module."""
+    kept = shutil.ignore_patterns("_native*", "_left_out.txt", "__pycache__")
+    shutil.copytree(Path(fk.__file__).parent, tmp_path / "factorizer_kernels", ignore=kept)
+    return tmp_path
+
+
+def reasons(package: Path) -> dict[str, str]:
+    command = [sys.executable, "-c", PROGRAM]
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    done = subprocess.run(command, env=environment, cwd=package, capture_output=True, text=True, check=True)
+    return dict(line.split(" ", 1) for line in done.stdout.splitlines())
+
+
+def test_a_source_folder(package):
+    (package / "CMakeLists.txt").touch()
+    reason = f"False {package} is a source folder without a compiled module: start Python in another folder"
+    found = reasons(package)
+    assert found["cpu"].startswith(reason)
+    assert found["cuda"].startswith(reason)
+    assert f"pip install -e {package}" in found["cpu"]
+
+
+def test_an_installation_without_a_compiler(package):
+    assert (
+        "installed without its compiled module: reinstall it with a C++17 compiler" in reasons(package)["cpu"]
+    )
+
+
+def test_a_module_that_cannot_be_loaded(package):
+    suffix = importlib.machinery.EXTENSION_SUFFIXES[0]
+    (package / "factorizer_kernels" / f"_native{suffix}").write_text("no machine code")
+    assert reasons(package)["cpu"].startswith("False the compiled module cannot be loaded: ")
