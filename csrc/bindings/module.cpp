@@ -15,6 +15,7 @@ namespace bindings {
 void def_depthwise(py::module_& m);
 void def_windows(py::module_& m);
 void def_nmf(py::module_& m);
+void def_pointwise(py::module_& m);
 
 }  // namespace bindings
 }  // namespace factorizer
@@ -45,4 +46,5 @@ PYBIND11_MODULE(_native, m) {
   def_depthwise(m);
   def_windows(m);
   def_nmf(m);
+  def_pointwise(m);
 }

@@ -40,7 +40,7 @@ struct NormLinear : Pointwise {
 // z + W2 gelu(W1 n(z) + b1) + b2, where z = x + W y + b.
 struct LinearNormMLP : Pointwise {
   i64 in_channels, channels, hidden;
-  FeatureMap y, x, out;  // y of in_channels
+  FeatureMap y, x, out;                 // y of in_channels
   const void *weight, *bias;            // channels x in_channels
   const void *norm_weight, *norm_bias;  // channels
   const void *weight1, *bias1;          // hidden x channels

@@ -2,7 +2,8 @@
 //
 //   multiply(w, in, out, length, start)     out (rows x length) = W in, W (rows x depth), in (depth x length)
 //   multiply(wᵀ, ...)                       Wᵀ dY: the same, of weights taken with their strides swapped
-//   multiply_by_transpose(a, b, ...)        out (rows x columns) += A Bᵀ, both with `length` columns: dY Xᵀ
+//   multiply_by_transpose(a, b, ...)        out (rows x columns) += A Bᵀ, both with `length` columns: dY Xᵀ,
+//   A Aᵀ
 //
 // One microkernel does all of it: some rows of `out` by some vectors of columns are held in registers while
 // it goes along the depth. What is guaranteed:
@@ -13,16 +14,17 @@
 //     touched.
 //   - No allocation, no threads: the caller brings the memory and cuts the columns. 64 to 256 columns are a
 //     good tile, 32 rows and more are what registers are used well with.
-//   - Rows of a tile should lie an odd number of cache lines apart (tile_stride): at a power of two they fall
-//     into a few sets of the cache and evict one another.
+//   - Rows of a tile should lie an odd number of cache lines apart (row_stride): at a power of two they fall into a
+//     few sets of the cache and evict one another.
 #pragma once
 
 #include <cstdint>
 #include <type_traits>
 #include <utility>
 
-#include "../rows.h"
-#include "scalar_types.h"
+#include "cpu/common/cache.h"
+#include "cpu/common/rows.h"
+#include "common/scalar_types.h"
 
 namespace factorizer {
 namespace FK_ISA {
@@ -43,14 +45,15 @@ constexpr i64 max_height = 4, short_height = 4;
 constexpr i64 short_depth = 64;
 
 // Columns of W that one go of the microkernel takes: what it reads of `in`, at most depth_block x two vectors
-// or chunk_bytes, stays in the first-level cache while the panels of W pass.
+// or slice_bytes, stays in the first-level cache while the panels of W pass.
 constexpr i64 depth_block = 256;
-constexpr i64 chunk_bytes = 16 << 10;
+constexpr i64 slice_bytes = first_level_bytes / 2;
 
-// Panels of W that stay in the second-level cache while the columns of a tile pass: 128 KB at the full depth.
-constexpr i64 panel_group = 128 / max_height;
+// Panels of W that stay in the second-level cache while the columns of a tile pass.
+template <class T>
+constexpr i64 panel_group = second_level_bytes / 2 / (depth_block * max_height * i64(sizeof(T)));
 
-// A cut into as few pieces of at most `largest` as there can be, at least one; their sizes differ by one at
+// A cut into as few parts of at most `largest` as there can be, at least one; their sizes differ by one at
 // most.
 struct Parts {
   i64 total, count;
@@ -201,14 +204,14 @@ void multiply_columns(const Weights<T>& w, Parts panels, Rows<const T> in, Rows<
   constexpr i64 step = V * Simd<T>::width;
   const Parts blocks = Parts::of(w.depth, depth_block);
   const i64 whole = length / step * step;
-  const i64 block_bytes = blocks.largest() * step * i64(sizeof(T));
-  const i64 chunk = block_bytes < chunk_bytes ? chunk_bytes / block_bytes * step : step;
+  const i64 block_bytes = (blocks.largest() + 1) * step * i64(sizeof(T));
+  const i64 chunk = block_bytes < slice_bytes ? slice_bytes / block_bytes * step : step;
   for (i64 block = 0; block < blocks.count; ++block) {
     const i64 first_k = blocks.begin(block), depth = blocks.size(block);
     const bool accumulate = start.accumulate || block > 0;
     const T* bias = block > 0 ? nullptr : start.bias;
-    for (i64 first = 0; first < panels.count; first += panel_group) {
-      const i64 last = first + panel_group < panels.count ? first + panel_group : panels.count;
+    for (i64 first = 0; first < panels.count; first += panel_group<T>) {
+      const i64 last = first + panel_group<T> < panels.count ? first + panel_group<T> : panels.count;
       const auto columns = [&](i64 n, i64 count, auto vectors) {
         for (i64 i = first; i < last; ++i) {
           const i64 row = panels.begin(i), height = panels.size(i);
@@ -238,101 +241,176 @@ void multiply(const Weights<T>& w, Rows<const T> in, Rows<T> out, i64 length, St
   }
 }
 
-// --- The product with a transpose ------------------------------------------------------------
+// --- Lanes that change places ----------------------------------------------------------------
 
+template <class V>
+struct SameSize {
+  using Lane = std::conditional_t<sizeof(V{}[0]) == 4, std::int32_t, std::int64_t>;
+  typedef Lane Integers __attribute__((vector_size(sizeof(V))));
+};
+
+// Of each two blocks of S lanes the first of a and the first of b, or the second of both.
 template <int S, class V, int... I>
-FK_INLINE V exchanged(V a, V b, bool upper, std::integer_sequence<int, I...>) {
-  constexpr int width = sizeof...(I);
+FK_INLINE V firsts(V a, V b, std::integer_sequence<int, I...>) {
 #if defined(__clang__)
-  return upper ? __builtin_shufflevector(a, b, ((I & S) ? width + I : I + S)...)
-               : __builtin_shufflevector(a, b, ((I & S) ? width + I - S : I)...);
+  return __builtin_shufflevector(a, b, ((I & S) ? int(sizeof...(I)) + I - S : I)...);
 #else
-  using Lane = std::conditional_t<sizeof(a[0]) == 4, std::int32_t, std::int64_t>;
-  typedef Lane Mask __attribute__((vector_size(sizeof(V))));
-  return upper ? __builtin_shuffle(a, b, Mask{((I & S) ? width + I : I + S)...})
-               : __builtin_shuffle(a, b, Mask{((I & S) ? width + I - S : I)...});
+  return __builtin_shuffle(a, b,
+                           typename SameSize<V>::Integers{((I & S) ? int(sizeof...(I)) + I - S : I)...});
 #endif
 }
+
+template <int S, class V, int... I>
+FK_INLINE V seconds(V a, V b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, ((I & S) ? int(sizeof...(I)) + I : I + S)...);
+#else
+  return __builtin_shuffle(a, b,
+                           typename SameSize<V>::Integers{((I & S) ? int(sizeof...(I)) + I : I + S)...});
+#endif
+}
+
+template <class T>
+constexpr std::make_integer_sequence<int, int(Simd<T>::width)> lanes_of{};
 
 // Transposes a square of vectors: the blocks of S x S lanes off the diagonal change places, S = width/2 .. 1.
 template <class T, int S = int(Simd<T>::width) / 2>
 FK_INLINE void transpose_square(Vec<T> (&rows)[Simd<T>::width]) {
   if constexpr (S > 0) {
-    constexpr std::make_integer_sequence<int, int(Simd<T>::width)> lanes{};
 #pragma GCC unroll 16
     for (int i = 0; i < int(Simd<T>::width); ++i) {
       if (i & S) continue;
       const Vec<T> a = rows[i], b = rows[i + S];
-      rows[i] = exchanged<S>(a, b, false, lanes);
-      rows[i + S] = exchanged<S>(a, b, true, lanes);
+      rows[i] = firsts<S>(a, b, lanes_of<T>);
+      rows[i + S] = seconds<S>(a, b, lanes_of<T>);
     }
     transpose_square<T, S / 2>(rows);
   }
 }
 
-// to[n, q] = from_q[n] for q < rows and zero up to `stride`, a multiple of the width, as is length.
+// Adds the lanes of N vectors until these are as few as hold the sums, one in a lane.
+template <class T, int N, int S>
+FK_INLINE void fold_lanes(Vec<T>* vectors) {
+  if constexpr (S > 0) {
+    constexpr int half = N > 1 ? N / 2 : 1;
+#pragma GCC unroll 16
+    for (int i = 0; i < half; ++i) {
+      const Vec<T> a = vectors[i], b = vectors[N > 1 ? i + half : i];
+      vectors[i] = firsts<S>(a, b, lanes_of<T>) + seconds<S>(a, b, lanes_of<T>);
+    }
+    fold_lanes<T, half, S / 2>(vectors);
+  }
+}
+
+// The sums over the lanes of N vectors, a power of two, to sums[0 .. N).
+template <class T, int N>
+FK_INLINE void sum_lanes(Vec<T> (&vectors)[N], T* sums) {
+  constexpr int width = int(Simd<T>::width), left = N > width ? N / width : 1;
+  fold_lanes<T, N, width / 2>(vectors);
+  T lanes[left][width];
+#pragma GCC unroll 16
+  for (int i = 0; i < left; ++i) store(lanes[i], vectors[i]);
+#pragma GCC unroll 16
+  for (int i = 0; i < N; ++i) sums[i] = lanes[i % left][N > width ? i / left : i * (width / N)];
+}
+
+// --- The product with a transpose ------------------------------------------------------------
+
+// All of a product, or its elements at and below the diagonal; what is above them is then undefined.
+enum class Wanted { all, lower };
+
+// P rows of A by Q of B, whose sums are held in registers while they go along the columns.
+template <int P, int Q, class T>
+void dot_block(Rows<const T> a, Rows<const T> b, i64 length, Rows<T> out, bool accumulate) {
+  Vec<T> sums[P * Q] = {};
+  for (i64 n = 0; n < length; n += Simd<T>::width) {
+    Vec<T> as[P];
+#pragma GCC unroll 16
+    for (int p = 0; p < P; ++p) as[p] = load(a[p] + n);
+#pragma GCC unroll 16
+    for (int q = 0; q < Q; ++q) {
+      const Vec<T> bs = load(b[q] + n);
+#pragma GCC unroll 16
+      for (int p = 0; p < P; ++p) sums[q * P + p] += as[p] * bs;
+    }
+  }
+  T totals[P * Q];
+  sum_lanes<T, P * Q>(sums, totals);
+  for (int p = 0; p < P; ++p) {
+    for (int q = 0; q < Q; ++q) out[p][q] = (accumulate ? out[p][q] : T(0)) + totals[q * P + p];
+  }
+}
+
+// Elements one by one, each the sum of a product along the columns: for few rows.
+template <int P, class T>
+void dot_rows(i64 first, i64 columns, Rows<const T> a, Rows<const T> b, i64 length, Rows<T> out,
+              bool accumulate, Wanted wanted) {
+  constexpr int Q = 8 / P;
+  const i64 end = wanted == Wanted::lower && first + P < columns ? first + P : columns;
+  const Rows<const T> rows{a[first], a.stride};
+  i64 q = 0;
+  for (; q + Q <= end; q += Q)
+    dot_block<P, Q, T>(rows, {b[q], b.stride}, length, {out[first] + q, out.stride}, accumulate);
+  for (; q < end; ++q)
+    dot_block<P, 1, T>(rows, {b[q], b.stride}, length, {out[first] + q, out.stride}, accumulate);
+}
+
 template <class T>
-void transpose_tile(Rows<const T> from, i64 rows, i64 length, T* to, i64 stride) {
+void multiply_by_dots(i64 rows, Rows<const T> a, i64 columns, Rows<const T> b, i64 length, Rows<T> out,
+                      bool accumulate, Wanted wanted) {
+  i64 p = 0;
+  for (; p + 4 <= rows; p += 4) dot_rows<4>(p, columns, a, b, length, out, accumulate, wanted);
+  for (; p + 2 <= rows; p += 2) dot_rows<2>(p, columns, a, b, length, out, accumulate, wanted);
+  for (; p < rows; ++p) dot_rows<1>(p, columns, a, b, length, out, accumulate, wanted);
+}
+
+// to_n[q] = from_q[n] for n < length, and zero for q from `rows` to the next multiple of the vector width. Rows of
+// `from` are read up to such a multiple.
+template <class T>
+void transpose(i64 rows, Rows<const T> from, i64 length, Rows<T> to) {
   constexpr i64 width = Simd<T>::width;
-  for (i64 q = 0; q < stride; q += width) {
+  for (i64 q = 0; q < rows; q += width) {
     for (i64 n = 0; n < length; n += width) {
       Vec<T> square[width];
 #pragma GCC unroll 16
       for (int i = 0; i < width; ++i) square[i] = q + i < rows ? load(from[q + i] + n) : Vec<T>{};
       transpose_square<T>(square);
 #pragma GCC unroll 16
-      for (int i = 0; i < width; ++i) store(to + (n + i) * stride + q, square[i]);
+      for (int i = 0; i < width; ++i) {
+        if (n + i < length) store(to[n + i] + q, square[i]);
+      }
     }
   }
 }
 
-// out (rows x columns) (+)= A Bᵀ, with A (rows x length) and B (columns x length). B is transposed on the
-// way, a work that A's rows share: let B be the one of fewer rows. out's rows hold round_up(columns)
-// elements. first_row(column): rows before it are left alone.
-template <class T, class FirstRow>
+// out (rows x columns) (+)= A Bᵀ, with A (rows x length) and B (columns x length). Where both have rows
+// enough B is transposed on the way, a work that A's rows share: let B be the one of fewer. out's rows hold
+// round_up(columns) elements.
+template <class T>
 void multiply_by_transpose(i64 rows, Rows<const T> a, i64 columns, Rows<const T> b, i64 length, Rows<T> out,
-                           bool accumulate, FirstRow first_row) {
-  constexpr i64 step = 2 * Simd<T>::width;
+                           bool accumulate, Wanted wanted = Wanted::all) {
+  constexpr i64 width = Simd<T>::width, step = 2 * width;
+  if (columns < width || rows < width / 2 || (columns == width && rows <= 2 * width))
+    return multiply_by_dots(rows, a, columns, b, length, out, accumulate, wanted);
   alignas(64) T transposed[depth_block * step];
   for (i64 n = 0; n < length; n += depth_block) {
     const i64 depth = length - n < depth_block ? length - n : depth_block;
     for (i64 q = 0; q < columns; q += step) {
-      const i64 count = columns - q < step ? columns - q : step, first = first_row(q);
+      const i64 count = columns - q < step ? columns - q : step, first = wanted == Wanted::lower ? q : 0;
       const i64 vectors = round_up<T>(count);
-      transpose_tile<T>({b[q] + n, b.stride}, count, depth, transposed, vectors);
+      transpose<T>(count, {b[q] + n, b.stride}, depth, {transposed, vectors});
       multiply<T>(Weights<T>::in_place(a[first] + n, rows - first, depth, a.stride, 1), {transposed, vectors},
                   {out[first] + q, out.stride}, vectors, {accumulate || n > 0});
     }
   }
 }
 
-template <class T>
-void multiply_by_transpose(i64 rows, Rows<const T> a, i64 columns, Rows<const T> b, i64 length, Rows<T> out,
-                           bool accumulate) {
-  multiply_by_transpose(rows, a, columns, b, length, out, accumulate, [](i64) { return i64{0}; });
-}
-
-// out (rows x rows) (+)= A Aᵀ, its elements on and below the diagonal; what lies above is undefined until
-// mirror().
-template <class T>
-void multiply_by_own_transpose(i64 rows, Rows<const T> a, i64 length, Rows<T> out, bool accumulate) {
-  multiply_by_transpose(rows, a, rows, a, length, out, accumulate, [](i64 column) { return column; });
-}
-
+// What lies above the diagonal, from below it.
 template <class T>
 void mirror(i64 rows, Rows<T> out) {
   for (i64 p = 0; p < rows; ++p) {
     for (i64 q = p + 1; q < rows; ++q) out[p][q] = out[q][p];
   }
-}
-
-// --- Tiles -----------------------------------------------------------------------------------
-
-// Elements from one row to the next of a tile in scratch memory: an odd number of cache lines.
-template <class T>
-constexpr i64 tile_stride(i64 length) {
-  constexpr i64 line = 64 / i64(sizeof(T));
-  return ((length + line - 1) / line | 1) * line;
 }
 
 }  // namespace FK_ISA

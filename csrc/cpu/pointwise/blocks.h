@@ -23,8 +23,7 @@ class Lines {
         for (i64 c = 0; c < channels; ++c) convert(data + offset + c * map.channel, to[c] + column, length);
       });
     });
-    for (i64 c = 0; c < channels; ++c)
-      fill(to[c] + tile.count * p_.scale[2], (tile.length - tile.count) * p_.scale[2], T(0));
+    clear_padding<T>(channels, to, tile.count * p_.scale[2], tile.length * p_.scale[2]);
   }
 
   void write(const Tile& tile, i64 line, Rows<const T> from, i64 channels, const FeatureMap& map) const {

@@ -1,10 +1,9 @@
-// The columns of a batch of maps: a voxel's channels. They are numbered through the batch, cut into tiles, and
-// copied tile by tile to and from scratch memory, where they are of the arithmetic's type.
+// The columns of a batch of maps: a voxel's channels. They are numbered through the batch, cut into tiles,
+// and copied tile by tile to and from scratch memory, where they are of the arithmetic's type.
 #pragma once
 
 #include <type_traits>
 
-#include "cpu/common/memory.h"
 #include "cpu/common/parallel.h"
 #include "cpu/common/product.h"
 #include "cpu/common/storage.h"
@@ -13,8 +12,8 @@
 namespace factorizer {
 namespace FK_ISA {
 
-// A tile's scratch: rows of `length` columns, of which the first `count` are columns `begin`.. of the maps and
-// the rest padding up to a multiple of the vector width.
+// A tile's scratch: rows of `length` columns, of which the first `count` are columns `begin`.. of the maps
+// and the rest padding up to a multiple of the vector width.
 struct Tile {
   i64 begin, count, length;
 };
@@ -146,13 +145,12 @@ void read(const Columns& columns, const Tile& tile, const FeatureMap& map, i64 c
       for (i64 c = 0; c < channels; ++c) convert(from + c * map.channel, to[c] + column, length);
     });
   });
-  for (i64 c = 0; c < channels; ++c) {
-    for (i64 i = tile.count; i < tile.length; ++i) to[c][i] = T(0);
-  }
+  clear_padding<T>(channels, to, tile.count, tile.length);
 }
 
 template <class T>
-void write(const Columns& columns, const Tile& tile, Rows<const T> from, i64 channels, const FeatureMap& map) {
+void write(const Columns& columns, const Tile& tile, Rows<const T> from, i64 channels,
+           const FeatureMap& map) {
   with_storage_for<T>(map.dtype, [&](auto* storage) {
     auto* data = static_cast<decltype(storage)>(map.data);
     columns.each_run(tile, [&](i64 item, i64 voxel, i64 column, i64 length) {
@@ -162,18 +160,12 @@ void write(const Columns& columns, const Tile& tile, Rows<const T> from, i64 cha
   });
 }
 
-template <class T>
-inline void clear_padding(const Tile& tile, i64 channels, Rows<T> x) {
-  if (tile.count == tile.length) return;
-  for (i64 c = 0; c < channels; ++c) fill(x[c] + tile.count, tile.length - tile.count, T(0));
-}
-
 // Scratch for the tiles that a worker has in hand: some rows, and a number for each column.
 template <class T>
 class TileMemory {
  public:
   TileMemory(i64 rows, i64 columns, int threads, Arena& arena)
-      : stride_(tile_stride<T>(columns)), size_((rows + 1) * stride_) {
+      : stride_(row_stride<T>(columns)), size_((rows + 1) * stride_) {
     memory_ = arena.take<T>(threads * size_);
   }
 

@@ -85,12 +85,19 @@ struct Normal<double> {
 
   static FK_INLINE L exponential(const L& a) {
     constexpr double half_log2e = 0.72134752044448170368;
-    constexpr double power[] = {
-        2.5733568308756891235e-11, 4.4566753410492058782e-10, 7.0548943863483480445e-9,
-        1.017805119296064896e-7,   1.3215486815999976975e-6,  1.5252733856293466416e-5,
-        1.5403530393362755291e-4,  1.3333558146390352775e-3,  9.6181291076284830543e-3,
-        5.5504108664821698992e-2,  2.4022650695910071228e-1,  6.9314718055994530835e-1,
-        1.0};
+    constexpr double power[] = {2.5733568308756891235e-11,
+                                4.4566753410492058782e-10,
+                                7.0548943863483480445e-9,
+                                1.017805119296064896e-7,
+                                1.3215486815999976975e-6,
+                                1.5252733856293466416e-5,
+                                1.5403530393362755291e-4,
+                                1.3333558146390352775e-3,
+                                9.6181291076284830543e-3,
+                                5.5504108664821698992e-2,
+                                2.4022650695910071228e-1,
+                                6.9314718055994530835e-1,
+                                1.0};
     return power_of_two<double, std::int64_t, 52>(
         power, L::of([&](int i) { return a.at[i] * a.at[i] * -half_log2e; }));
   }
@@ -126,8 +133,7 @@ FK_INLINE Lockstep<T> tail_argument(const Lockstep<T>& x) {
 // x Φ(x) = max(x, 0) - a Φ(-a).
 template <class T>
 FK_INLINE Lockstep<T> gelu(const Lockstep<T>& x, const Lockstep<T>& a, const Lockstep<T>& tail) {
-  return Lockstep<T>::of(
-      [&](int i) { return (x.at[i] < T(0) ? Vec<T>{} : x.at[i]) - a.at[i] * tail.at[i]; });
+  return Lockstep<T>::of([&](int i) { return (x.at[i] < T(0) ? Vec<T>{} : x.at[i]) - a.at[i] * tail.at[i]; });
 }
 
 template <class T>

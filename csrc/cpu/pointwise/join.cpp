@@ -1,5 +1,5 @@
-// V s + W* x + b, where W* is a transposed convolution whose stride is its kernel, and the convolution that is
-// its adjoint: products of the coarse voxels with all places of a block at once.
+// V s + W* x + b, where W* is a transposed convolution whose stride is its kernel, and the convolution that
+// is its adjoint: products of the coarse voxels with all places of a block at once.
 #include "cpu/pointwise/blocks.h"
 #include "cpu/pointwise/sums.h"
 #include "cpu/pointwise/weights.h"
@@ -32,7 +32,8 @@ struct JoinForward {
         lines(p, columns),
         skip_map(Prepared<T>::whole(p.out_channels, p.skip_channels, columns.many(), arena)),
         map(Prepared<T>::whole(p.out_channels * p.block(), p.channels, true, arena)),
-        memory(p, p.channels + p.out_channels * p.block(), p.skip_channels + p.out_channels, columns, arena) {}
+        memory(p, p.channels + p.out_channels * p.block(), p.skip_channels + p.out_channels, columns, arena) {
+  }
 
   void run() {
     skip_map.set(typed<T>(p.skip_weight), p.skip_channels, 1);

@@ -1,6 +1,6 @@
-// z + W2 gelu(W1 n(z) + b1) + b2 with z = x + W y + b, tile by tile, and its adjoint, which computes each tile
-// again. In memory there is nothing but the inputs and the outputs. The hidden layer is taken in pieces, so
-// that a tile of it stays in cache however wide it is.
+// z + W2 gelu(W1 n(z) + b1) + b2 with z = x + W y + b, tile by tile, and its adjoint, which computes each
+// tile again. In memory there is nothing but the inputs and the outputs. The hidden layer is taken in pieces,
+// so that a tile of it stays in cache however wide it is.
 #include "cpu/common/parallel.h"
 #include "cpu/pointwise/columns.h"
 #include "cpu/pointwise/gelu.h"
@@ -56,7 +56,8 @@ struct Forward {
       : p(problem),
         chain(p, arena),
         out(Prepared<T>::of_columns(p.channels, p.hidden, chain.hidden, chain.columns.many(), arena)),
-        memory(p.in_channels + 2 * p.channels + chain.hidden.largest(), chain.columns.largest(), p.threads, arena) {}
+        memory(p.in_channels + 2 * p.channels + chain.hidden.largest(), chain.columns.largest(), p.threads,
+               arena) {}
 
   void run() {
     chain.set_weights();
@@ -108,7 +109,8 @@ struct Backward {
         dbias1(shares.vector(p.hidden)),
         dweight2(shares.matrix(p.hidden, p.channels)),
         dbias2(shares.vector(p.channels)),
-        memory(p.in_channels + 3 * p.channels + 2 * chain.hidden.largest(), chain.columns.largest(), p.threads, arena) {
+        memory(p.in_channels + 3 * p.channels + 2 * chain.hidden.largest(), chain.columns.largest(),
+               p.threads, arena) {
     shares.take(weights, arena);
   }
 
@@ -121,7 +123,8 @@ struct Backward {
     expect_writes(p, p.dy, p.in_channels);
     parallel_for(shares.groups(), p.threads, [&](i64 group, int worker) {
       for (i64 index = shares.begin(group); index < shares.end(group); ++index)
-        tile(chain.columns.tile(index), chain.columns.next(index), group, worker, index > shares.begin(group));
+        tile(chain.columns.tile(index), chain.columns.next(index), group, worker,
+             index > shares.begin(group));
     });
     if (weights) add_up();
   }
@@ -141,7 +144,7 @@ struct Backward {
     fetch.add(next, p.x, p.channels);
     fetch.add(next, p.dout, p.channels);
     standardise<T>(p.channels, p.eps, z, z, length, scales);
-    clear_padding<T>(tile, p.channels, z);
+    clear_padding<T>(p.channels, z, tile.count, tile.length);
     read<T>(chain.columns, tile, p.dout, p.channels, d);
     if (weights) add_rows<T>(p.channels, d, length, shares.of(dbias2, group)[0], add);
     for (i64 i = 0; i < chain.hidden.count; ++i) {
@@ -151,8 +154,10 @@ struct Backward {
       gelu_backward<T>(size, h, g, length, [&] { fetch.step(); });
       if (weights) {
         add_rows<T>(size, g, length, shares.of(dbias1, group)[begin], add);
-        multiply_by_transpose<T>(size, g, p.channels, z, length, from_row(shares.of(dweight1, group), begin), add);
-        multiply_by_transpose<T>(size, h, p.channels, d, length, from_row(shares.of(dweight2, group), begin), add);
+        multiply_by_transpose<T>(size, g, p.channels, z, length, from_row(shares.of(dweight1, group), begin),
+                                 add);
+        multiply_by_transpose<T>(size, h, p.channels, d, length, from_row(shares.of(dweight2, group), begin),
+                                 add);
       }
       multiply<T>(in_transposed.piece(i), g, dn, length, {i > 0});
     }

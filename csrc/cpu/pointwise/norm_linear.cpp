@@ -119,12 +119,13 @@ struct Backward {
     fetch.step();
     if (maps.norm) {
       standardise<T>(p.channels, p.eps, x, x, tile.length, scales);
-      clear_padding<T>(tile, p.channels, x);
+      clear_padding<T>(p.channels, x, tile.count, tile.length);
     }
     if (weights) add_rows<T>(p.out_channels, dy, tile.length, shares.of(dbias, group)[0], add);
     if (maps.linear) {
       if (weights)
-        multiply_by_transpose<T>(p.out_channels, dy, p.channels, x, tile.length, shares.of(dweight, group), add);
+        multiply_by_transpose<T>(p.out_channels, dy, p.channels, x, tile.length, shares.of(dweight, group),
+                                 add);
       multiply<T>(transposed.piece(0), dy, dx, tile.length);
     } else {
       if (weights) add_products<T>(p.channels, dy, x, tile.length, shares.of(dscale, group)[0], add);

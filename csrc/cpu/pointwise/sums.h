@@ -36,7 +36,9 @@ class Shares {
   void take(bool wanted, Arena& arena) {
     // Enough groups for many threads, unless their shares would take more memory than that is worth.
     constexpr i64 most = 64, least = 4, elements = 1 << 21;
-    const i64 fitting = elements / (size_ + 1), groups = fitting < least ? least : fitting > most ? most : fitting;
+    const i64 fitting = elements / (size_ + 1), groups = fitting < least  ? least
+                                                         : fitting > most ? most
+                                                                          : fitting;
     groups_ = {tiles_, tiles_ < groups ? (tiles_ > 0 ? tiles_ : 1) : groups};
     if (wanted) memory_ = arena.take<T>(groups_.count * size_);
   }
