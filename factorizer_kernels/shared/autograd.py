@@ -118,7 +118,9 @@ def _with_jvp(name: str, function: type[torch.autograd.Function]) -> type[torch.
                 filled[i] = t
             return reference(*filled[:-1])
 
-        return torch.func.jvp(along, tuple(inputs[i] for i in moved), tuple(tangents[i] for i in moved))[1]
+        # The transpose of the transpose: forward mode does not nest, and this may be inside of one.
+        y, transposed = torch.func.vjp(along, *(inputs[i] for i in moved))
+        return torch.func.vjp(transposed, y)[1](tuple(tangents[i] for i in moved))[0]
 
     methods = {"jvp": staticmethod(jvp), "setup_context": staticmethod(setup_context)}
     return type(function.__name__, (function,), methods)

@@ -274,7 +274,7 @@ def test_gradcheck(name, backend):
     leaves = [t.requires_grad_() for t in arguments]
     function = OPERATORS[name].function
     assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
-    assert torch.autograd.gradgradcheck(function, leaves)
+    assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -332,7 +332,8 @@ def test_layouts(name, dtype, backend):
         leaves = [t.detach().requires_grad_() for t in others]
         y = OPERATORS[name].function(*leaves)
         gradients = torch.autograd.grad(y, leaves, other_dy)
-        torch.testing.assert_close((y, *gradients), expected)
+        tolerance = {"rtol": 1e-5, "atol": 5e-5} if dtype == torch.float32 else {}  # of sums in another order
+        torch.testing.assert_close((y, *gradients), expected, **tolerance)
 
 
 @pytest.mark.parametrize("name", OPERATORS)

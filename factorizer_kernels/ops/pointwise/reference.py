@@ -1,7 +1,5 @@
 """The pointwise operators in plain PyTorch: the definition, on any device, differentiable to any order."""
 
-from collections.abc import Sequence
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -21,23 +19,6 @@ def standardise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     centred = x - x.mean(1, keepdim=True)
     scale = (centred.square().mean(1, keepdim=True) + eps).rsqrt()
     return centred * scale, scale
-
-
-def blocks_of(x: Tensor, kernel: Sequence[int]) -> Tensor:
-    """The blocks of a fine map: (B, C, k1 S1..kp Sp) to (B, C k1..kp, S1..Sp as one axis)."""
-    axes = len(kernel)
-    pairs = (n for s, k in zip(x.shape[2:], kernel, strict=True) for n in (s // k, k))
-    places, voxels = (3 + 2 * i for i in range(axes)), (2 + 2 * i for i in range(axes))
-    return x.reshape(*x.shape[:2], *pairs).permute(0, 1, *places, *voxels).flatten(2 + axes).flatten(1, -2)
-
-
-def grid_of(blocks: Tensor, kernel: Sequence[int], size: Sequence[int]) -> Tensor:
-    """The inverse of :func:`blocks_of`: to (B, C, *size), a view where it can be one."""
-    axes = len(kernel)
-    coarse = [s // k for s, k in zip(size, kernel, strict=True)]
-    x = blocks.unflatten(2, coarse).unflatten(1, (-1, *kernel))
-    pairs = (a for i in range(axes) for a in (2 + axes + i, 2 + i))
-    return x.permute(0, 1, *pairs).reshape(*x.shape[:2], *size)
 
 
 def norm_linear(
@@ -88,14 +69,18 @@ def join(
 ) -> Tensor:
     """W_s skip + (the transposed convolution of x by weight_x, of stride and kernel k) + bias."""
     with autocast_disabled(x):
-        kernel, size = weight_x.shape[2:], fine_size(x, weight_x)
-        blocks = weight_x.to(dtype).flatten(1).mT @ x.to(dtype).flatten(2)
-        y = linear(skip.flatten(2), weight_skip, bias, dtype).unflatten(2, size)
-        return y + grid_of(blocks, kernel, size)
+        y = linear(skip.flatten(2), weight_skip, bias, dtype).unflatten(2, fine_size(x, weight_x))
+        if x.numel() == 0:  # torch's convolution takes no empty map
+            return y + x.sum() * weight_x.sum()
+        convolve = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[x.dim() - 3]
+        return y + convolve(x.to(dtype), weight_x.to(dtype), stride=weight_x.shape[2:])
 
 
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     """The convolution of x by weight, whose stride is its kernel, + bias."""
     with autocast_disabled(x):
-        blocks = blocks_of(x, weight.shape[2:])
-        return linear(blocks, weight.flatten(1), bias, dtype).unflatten(2, coarse_size(x, weight))
+        if x.numel() == 0:  # torch's convolution takes no empty map
+            y = x.new_zeros((x.shape[0], weight.shape[0], *coarse_size(x, weight)), dtype=dtype)
+            return y + (x.sum() * weight.sum() + bias.sum()).to(dtype)
+        convolve = (F.conv1d, F.conv2d, F.conv3d)[x.dim() - 3]
+        return convolve(x.to(dtype), weight.to(dtype), bias.to(dtype), stride=weight.shape[2:])

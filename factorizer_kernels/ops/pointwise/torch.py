@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from factorizer_kernels.ops.pointwise import reference
-from factorizer_kernels.ops.pointwise.reference import blocks_of, grid_of, linear, standardise
-from factorizer_kernels.ops.pointwise.spec import fine_size, gradients_like
+from factorizer_kernels.ops.pointwise.reference import linear, standardise
+from factorizer_kernels.ops.pointwise.spec import gradients_like
 from factorizer_kernels.shared.registry import kernel
 
 # Elements of a block: on a CPU one MiB of float32, elsewhere only the intermediates' memory counts.
@@ -170,14 +170,32 @@ def linear_norm_mlp_backward(dout: Tensor, y: Tensor, x: Tensor, *others) -> tup
     return _backward(chain, [dout, y, x], gradients_like([y, x], weights, weight_grads), 2)
 
 
-# --- join and patch_conv: nothing to do in blocks, as they keep no intermediate ----------------
+# --- join and patch_conv: torch's own convolutions, which keep no intermediate ---------------------
+
+
+def _convolution_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype, transposed: bool, weight_grads: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The gradients of x, of the weight and of the bias, for a stride that is the kernel."""
+    kernel_size, zeros, ones = weight.shape[2:], [0] * (x.dim() - 2), [1] * (x.dim() - 2)
+    return torch.ops.aten.convolution_backward(
+        dy.to(dtype), x.to(dtype), weight.to(dtype), [dy.shape[1]], kernel_size, zeros, ones, transposed,
+        zeros, 1, [True, weight_grads, weight_grads],
+    )  # fmt: skip
+
+
+def _copied(outputs: list[Tensor], gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    for output, gradient in zip(outputs, gradients, strict=True):
+        if gradient is not None:
+            output.copy_(gradient)
+    return tuple(outputs)
 
 
 @kernel("join", "torch")
 def join(
     skip: Tensor, x: Tensor, weight_skip: Tensor, weight_x: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    return reference.join(skip, x, weight_skip, weight_x, bias, dtype)
+    return reference.join(skip, x, weight_skip, weight_x, bias, dtype).contiguous()
 
 
 @kernel("join_backward", "torch")
@@ -191,20 +209,12 @@ def join_backward(
     dtype: torch.dtype,
     weight_grads: bool,
 ) -> tuple[Tensor, ...]:
-    kernel_size = weight_x.shape[2:]
-    dskip, *of_skip = _linear_backward(dy.flatten(2), skip.flatten(2), weight_skip, dtype, weight_grads)
-    # The upsampling's weight, (E, D k1..kp), is the transpose of a linear map's.
-    transposed = weight_x.flatten(1)
-    blocks = blocks_of(dy, kernel_size).to(dtype)
-    dx = transposed.to(dtype) @ blocks
+    dskip, dweight_skip, dbias = _linear_backward(
+        dy.flatten(2), skip.flatten(2), weight_skip, dtype, weight_grads
+    )
+    dx, dweight_x, _ = _convolution_backward(dy, x, weight_x, dtype, True, weight_grads)
     outputs = gradients_like([skip, x], [weight_skip, weight_x, bias], weight_grads)
-    grads = [dskip.unflatten(2, skip.shape[2:]), dx.unflatten(2, x.shape[2:])]
-    if weight_grads:
-        dweight_x = (x.flatten(2).to(dtype) @ blocks.mT).sum(0)
-        grads += [of_skip[0], dweight_x.view(weight_x.shape), of_skip[1]]
-    for output, grad in zip(outputs, grads, strict=False):
-        output.copy_(grad)
-    return tuple(outputs)
+    return _copied(outputs, (dskip.view(skip.shape), dx, dweight_skip, dweight_x, dbias))
 
 
 @kernel("patch_conv", "torch")
@@ -216,12 +226,5 @@ def patch_conv(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> T
 def patch_conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, weight_grads: bool
 ) -> tuple[Tensor, ...]:
-    kernel_size = weight.shape[2:]
-    blocks = blocks_of(x, kernel_size)
-    dblocks, *grads = _linear_backward(dy.flatten(2), blocks, weight.flatten(1), dtype, weight_grads)
-    outputs = gradients_like([x], [weight, bias], weight_grads)
-    outputs[0].copy_(grid_of(dblocks, kernel_size, fine_size(dy, weight)))
-    if weight_grads:
-        outputs[1].copy_(grads[0].view(weight.shape))
-        outputs[2].copy_(grads[1])
-    return tuple(outputs)
+    gradients = _convolution_backward(dy, x, weight, dtype, False, weight_grads)
+    return _copied(gradients_like([x], [weight, bias], weight_grads), gradients)
