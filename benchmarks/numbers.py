@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 FAMILY = "numbers"
 VOLUME, TWO_SIZES = "volume", "two sizes"
 MANY_CHANNELS, ONE_MATRIX = "8x8x8, 512 channels", "one 8 x 64 matrix"
+DEPTHWISE = "depthwise convolution"
 
 
 class Number(NamedTuple):
@@ -68,6 +69,10 @@ NUMBERS = {
     "cpu": (
         Number("forward over relu", VOLUME, _F, "ours", "relu", "<=", 2, 1.3),
         Number("forward+backward over relu's", VOLUME, _FB, "ours", "relu", "<=", 6, 4),
+        Number("depthwise 3x3x3: forward, against torch", DEPTHWISE, _F, "torch", "ours", ">=", 4, 8),
+        Number(
+            "depthwise 3x3x3: forward+backward, against torch", DEPTHWISE, _FB, "torch", "ours", ">=", 8, 20
+        ),
         *_ANY_DEVICE,
     ),
     "cuda": (

@@ -1,7 +1,8 @@
-"""The operators, beside the floor, the reference, attention, and other people's NMF."""
+"""The operators, beside the floor, the reference, attention, other people's NMF, torch's convolution."""
 
 import torch
 
+from .convolutions import DEPTHWISE, NATIVE, TORCH, Depthwise
 from .harness import cases, extent
 from .operators import (
     ATTENTION,
@@ -23,11 +24,19 @@ _ATTENTIONS = (ATTENTION, WINDOW_ATTENTION, SHIFTED_ATTENTION, LINEAR_ATTENTION)
 _ALL = (OURS, RELU, COPY, REFERENCE, *_ATTENTIONS)
 
 # Voxels along an axis of the maps for each --size: the volumes that speed is plotted over, the one that
-# torch.compile joins in on, the images, the volume whose other options are varied; then N of the matrices.
+# torch.compile joins in on, the images, the volume whose other options are varied; N of the matrices;
+# channels of the maps that are convolved, as a MedNeXt's, and their voxels along an axis.
 _SIZES = {
-    "tiny": ((8, 16), 8, (16,), 8, 64),
-    "default": ((16, 32, 64, 128), 64, (256, 512), 32, 4096),
-    "paper": ((16, 32, 64, 128, 192), 128, (256, 512, 1024), 64, 65536),
+    "tiny": ((8, 16), 8, (16,), 8, 64, ((4, 8),)),
+    "default": ((16, 32, 64, 128), 64, (256, 512), 32, 4096, ((32, 64), (64, 32), (128, 16), (256, 8))),
+    "paper": (
+        (16, 32, 64, 128, 192),
+        128,
+        (256, 512, 1024),
+        64,
+        65536,
+        ((32, 128), (64, 64), (128, 32), (256, 16)),
+    ),
 }
 
 
@@ -41,7 +50,7 @@ def _modes(size: str, largest: bool) -> tuple[str, ...]:
 
 
 def cases_of(size):
-    sides, compiled, images, swept, columns = _SIZES[size]
+    sides, compiled, images, swept, columns, convolved = _SIZES[size]
     for side in sides:
         extra = (COMPILED,) if side == compiled else ()
         modes = _modes(size, side == sides[-1])
@@ -80,6 +89,15 @@ def cases_of(size):
         [(f"4 of 8 x {columns * 64}, rank 1 (global)", Matrices((4, 8, columns * 64)))],
         few,
     )
+    for kernel_size in (3, 5):
+        yield from cases(
+            f"depthwise {extent(kernel_size)}",
+            [
+                (f"{channels} of {extent(n)}", Depthwise((1, channels, n, n, n), kernel_size))
+                for channels, n in convolved
+            ],
+            (DEPTHWISE, TORCH, NATIVE, COPY),
+        )
 
 
 def test_operators(replay):

@@ -77,6 +77,8 @@ def test_runs_and_reports(tmp_path):
         ("swin_nmf", "numbers and volume and ours and not 20", 2),
         ("swin_nmf_backward", "numbers and volume and ours and not 20", 1),
         ("nmf", "numbers and matrix and ours", 2),
+        ("depthwise_conv", "numbers and depthwise and ours", 2),
+        ("depthwise_conv_backward", "numbers and depthwise and ours", 1),
     ],
 )
 def test_a_wrong_kernel_gets_no_time(operator, selection, caught, tmp_path):

@@ -221,7 +221,7 @@ def test_what_was_asked_for_is_never_dropped_silently(tmp_path, env, words):
 
 def test_error_in_the_sources_is_shown(tmp_path):
     tree = copy_tree(tmp_path / "tree")
-    with (tree / "csrc/cpu/dispatch.cpp").open("a") as source:
+    with (tree / "csrc/cpu/common/dispatch.cpp").open("a") as source:
         source.write('\n#error "broken on purpose"\n')
     done = build_wheel(tree, tmp_path)
     assert done.returncode != 0

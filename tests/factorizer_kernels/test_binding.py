@@ -4,6 +4,8 @@ import pytest
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tests_support import NATIVE_OPERATORS as OPERATORS
+from tests_support import NativeCall as Call
 
 from factorizer_kernels.shared import native
 
@@ -11,77 +13,6 @@ pytestmark = pytest.mark.skipif(native.native is None, reason=f"no compiled modu
 
 HUGE = 2**62
 NONE = (0, 0)
-
-
-class Call:
-    """A right call on a 1 x 8 x 4 x 6 map in windows of 4 channels and 2 x 3 voxels, two shifts, rank 2."""
-
-    def __init__(self, per_matrix=False):
-        matrices = 2 * 2 * 4
-        lead = (matrices,) if per_matrix else ()
-        self.tensors = {
-            "x": torch.rand(1, 8, 1, 4, 6), "dy": torch.rand(1, 8, 1, 4, 6),
-            "u0": torch.rand(*lead, 2, 4), "v0": torch.rand(*lead, 2, 6),
-            "du": torch.rand(matrices, 2, 4), "dv": torch.rand(matrices, 2, 6),
-            "y": torch.full((192,), 7.0), "dx": torch.full((192,), 7.0), "z": torch.full((384,), 7.0),
-            "u": torch.full((matrices, 2, 4), 7.0), "v": torch.full((matrices, 2, 6), 7.0),
-            "du0": torch.full((*lead, 2, 4), 7.0), "dv0": torch.full((*lead, 2, 6), 7.0),
-        }  # fmt: skip
-        self.before = {name: tensor.clone() for name, tensor in self.tensors.items()}
-        self.windows = {
-            "batch": 1, "heads": 2, "head_dim": 4, "size": [1, 4, 6], "patch": [1, 2, 3],
-            "shifts": [0, 0, 0, 0, 1, 2],
-        }  # fmt: skip
-        self.memory = {name: native.memory(tensor) for name, tensor in self.tensors.items()}
-        self.map_stride = {name: list(self.tensors[name].stride()) for name in ("x", "dy")}
-        self.options = {
-            "rank": 2, "num_iters": 2, "solver": "hals", "grad_steps": 1, "relu": True, "eps": 1e-16,
-        }  # fmt: skip
-        self.dtype, self.shared, self.threads = 0, not per_matrix, 2
-
-    def written(self):
-        """The tensors that are no longer what they were."""
-        return {name for name, tensor in self.tensors.items() if not torch.equal(tensor, self.before[name])}
-
-    def volume(self, name):
-        memory = self.memory[name]
-        return None if memory is None else (*memory, self.map_stride[name])
-
-    def problem(self):
-        module = native.native
-        return module.NMFProblem(
-            self.dtype, module.Windows(**self.windows), self.volume("x"), self.memory["u0"],
-            self.memory["v0"], self.shared, module.NMFOptions(**self.options),
-        )  # fmt: skip
-
-    def run(self, operator):
-        """The factors' operators are those of ``swin_nmf`` with u and v in place of y."""
-        module, memory = native.native, self.memory
-        if operator.startswith("sw_"):
-            windows = module.Windows(**self.windows)
-            getattr(module, operator)(self.dtype, windows, self.volume("x"), memory["z"], 1.0, self.threads)
-            return
-        problem = self.problem()
-        gradients = {name: memory[name] for name in ("dx", "du0", "dv0")}
-        if operator == "forward":
-            module.swin_nmf_forward(problem, self.threads, y=memory["y"])
-        elif operator == "factors":
-            module.swin_nmf_forward(problem, self.threads, u=memory["u"], v=memory["v"])
-        elif operator == "backward":
-            module.swin_nmf_backward(problem, self.threads, **gradients, dy=self.volume("dy"))
-        else:
-            module.swin_nmf_backward(problem, self.threads, **gradients, du=memory["du"], dv=memory["dv"])
-
-
-# operator: what it reads, and what it writes
-OPERATORS = {
-    "forward": (["x", "u0", "v0"], ["y"]),
-    "factors": (["x", "u0", "v0"], ["u", "v"]),
-    "backward": (["x", "u0", "v0", "dy"], ["dx", "du0", "dv0"]),
-    "factors backward": (["x", "u0", "v0", "du", "dv"], ["dx", "du0", "dv0"]),
-    "sw_matricize": (["x"], ["z"]),
-    "sw_dematricize": (["z"], ["x"]),
-}
 EACH_MEMORY = [(operator, name) for operator, (ins, outs) in OPERATORS.items() for name in (*ins, *outs)]
 
 

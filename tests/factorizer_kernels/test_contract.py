@@ -5,8 +5,8 @@ import pkgutil
 from pathlib import Path
 
 import pytest
+import tests_support
 import torch
-from tests_support import defined_operators
 
 import factorizer_kernels.ops
 from factorizer_kernels import choice
@@ -24,7 +24,7 @@ def operators_of(family: str) -> list[str]:
 
 
 def test_every_family_is_imported_with_the_package():
-    assert {name for family in FAMILIES for name in operators_of(family)} == defined_operators()
+    assert {name for family in FAMILIES for name in operators_of(family)} == tests_support.defined_operators()
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -38,10 +38,11 @@ def test_every_backend_has_kernels_for_all_of_a_family_or_for_none(family, backe
 
 
 def test_every_entry_of_the_module_is_called_wrongly():
-    """By test_binding.py, or, of those for CUDA, by the tests of the emulated kernels."""
+    """By test_binding.py and the calls that it shares; those for CUDA by the emulated kernels' tests."""
     if native.native is None:
         pytest.skip(native.missing)
-    tests = [Path(__file__).with_name("test_binding.py"), *(Path(__file__).parent / "cuda").rglob("*.py")]
+    here = Path(__file__).parent
+    tests = [Path(tests_support.__file__), here / "test_binding.py", *(here / "cuda").rglob("*.py")]
     text = "".join(file.read_text() for file in tests)
     asks_only = {"isa", "set_team_launcher", "cuda_architectures", "cuda_versions"}
     entries = {

@@ -3,6 +3,7 @@
 import importlib.machinery
 import os
 import shutil
+import site
 import subprocess
 import sys
 from pathlib import Path
@@ -28,8 +29,10 @@ def package(tmp_path):
 
 
 def reasons(package: Path) -> dict[str, str]:
-    command = [sys.executable, "-c", PROGRAM]
-    environment = {**os.environ, "PYTHONPATH": str(package)}
+    # -S: no .pth file, which might bring in another installation's module.
+    command = [sys.executable, "-S", "-c", PROGRAM]
+    path = os.pathsep.join([str(package), *site.getsitepackages()])
+    environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, cwd=package, capture_output=True, text=True, check=True)
     return dict(line.split(" ", 1) for line in done.stdout.splitlines())
 

@@ -8,6 +8,7 @@ KERNELS = (
     "tests/factorizer_kernels/test_swin_nmf.py",
     "tests/factorizer_kernels/test_nmf.py",
 )
+DEPTHWISE = ("tests/factorizer_kernels/test_depthwise.py",)
 SETTINGS = ("tests/factorizer_kernels/test_torch.py", "tests/factorizer_kernels/test_arguments.py")
 BINDING = ("tests/factorizer_kernels/test_binding.py", "tests/factorizer_kernels/test_processes.py")
 TRITON = ("tests/factorizer_kernels/triton/interpreted",)
@@ -25,6 +26,7 @@ class Fault(NamedTuple):
 
 _MATH = "csrc/math/"
 _TRITON = "factorizer_kernels/ops/nmf/triton/"
+_DEPTHWISE = "csrc/cpu/depthwise/"
 
 FAULTS = (
     # The solvers' arithmetic, shared by the native backends.
@@ -69,6 +71,27 @@ FAULTS = (
         "dematricize: a shift in the wrong direction", "csrc/cpu/windows/windows.cpp",
         "q1 = (i1 + by[0]) % w.size[0]", "q1 = (i1 + w.size[0] - by[0]) % w.size[0]",
     ),
+    Fault(
+        "depthwise: where the ring of planes begins is forgotten", _DEPTHWISE + "depthwise.cpp",
+        "add((first + a) % k[0], 0, c)", "add(a, 0, c)", DEPTHWISE,
+    ),
+    Fault(
+        "depthwise: another tile's voxels stay around this one", _DEPTHWISE + "depthwise.cpp",
+        "if (!plan_.whole_planes()) clear(slot);", "", DEPTHWISE,
+    ),
+    Fault(
+        "depthwise: dx by weights that are not mirrored", _DEPTHWISE + "depthwise.cpp",
+        "take_weights(tile.channel, true)", "take_weights(tile.channel, false)", DEPTHWISE,
+    ),
+    Fault(
+        "depthwise: the last block of rows begins where the one before it ends", _DEPTHWISE + "filter.h",
+        "if (rows >= 8) return f(rows - 8, i64{8});", "if (rows >= 8) return f(row, i64{8});", DEPTHWISE,
+    ),
+    Fault(
+        "depthwise: the last tile's share of the weights' gradients", _DEPTHWISE + "depthwise.cpp",
+        "add_in_order(shares + channel * tiles * size, tiles,",
+        "add_in_order(shares + channel * tiles * size, tiles > 1 ? tiles - 1 : 1,", DEPTHWISE,
+    ),
     # The binding.
     Fault(
         "binding: the last element is not counted", "csrc/bindings/memory.h",
@@ -87,12 +110,17 @@ FAULTS = (
     ),
     Fault(
         "autograd: the adjoint lacks the mean over the shifts", "factorizer_kernels/ops/windows/autograd.py",
-        "return apply(SWMatricize, dx, *ctx.options)",
-        "return apply(SWMatricize, dx, ctx.options[0], False, ctx.options[2])",
+        'return call_function("sw_dematricize", SWMatricize, dx, *ctx.options)',
+        'return call_function("sw_dematricize", SWMatricize, dx, ctx.options[0], False, ctx.options[2])',
     ),
     Fault(
-        "vmap: copies and mapped dimension change places", "factorizer_kernels/shared/vmap.py",
-        "z.unflatten(1, (copies, -1)).transpose(0, 1).flatten(0, 2)", "z.flatten(0, 1)", SETTINGS,
+        "depthwise: a term of the second derivative", "factorizer_kernels/ops/depthwise/autograd.py",
+        "terms.append(call_function(NAME, DepthwiseConv, x, ddweight, None, ctx.backend))",
+        "terms.append(x * 0)", DEPTHWISE,
+    ),
+    Fault(
+        "vmap: copies and mapped dimension change places", "factorizer_kernels/ops/windows/spec.py",
+        "z.unflatten(1, (num_shifts, -1)).transpose(0, 1).flatten(0, 2)", "z.flatten(0, 1)", SETTINGS,
     ),
     Fault(
         "reference: eps above MU's fraction line too", "factorizer_kernels/ops/nmf/reference.py",
@@ -117,7 +145,7 @@ FAULTS = (
     ),
     Fault(
         "Triton: dy's mean over the copies is missing", _TRITON + "resident.py",
-        "dy_block *= 3.0 / len(SHIFTS)  # the mean over the copies", "dy_block *= 1.0", TRITON,
+        "dy_block *= 1.0 / len(SHIFTS)  # the mean over the shifts", "dy_block *= 1.0", TRITON,
     ),
     Fault(
         "Triton, long matrices: the last column of V is not written", _TRITON + "streaming.py",

@@ -8,6 +8,7 @@
 //
 // The backward streams dy: dx is dy filtered by the mirrored weights, and the weights' gradients are what x
 // and the shifted dy have in common, tile by tile; the tiles' shares are added up in their order.
+#include <optional>
 #include <type_traits>
 #include <vector>
 
@@ -287,16 +288,17 @@ void each_tile(const DepthwiseConv& p, const Plan& plan, F&& work) {
   Arena counter(nullptr);
   Worker<T, S>(plan, p, counter);
   const Scratch scratch(threads * counter.used());
-  fill(static_cast<char*>(scratch.data()), threads * counter.used(), char(0));
-  Arena arena(scratch.data());
-  std::vector<Worker<T, S>> workers;
-  for (int thread = 0; thread < threads; ++thread) {
-    workers.emplace_back(plan, p, arena);
-    workers.back().prepare();
-  }
-  parallel_for(tasks, threads, [&](i64 task, int worker) {
+  std::vector<std::optional<Worker<T, S>>> workers(threads);
+  parallel_for(tasks, threads, [&](i64 task, int thread) {
+    auto& worker = workers[thread];
+    if (!worker) {
+      char* const memory = static_cast<char*>(scratch.data()) + thread * counter.used();
+      fill(memory, counter.used(), char(0));
+      Arena arena(memory);
+      worker.emplace(plan, p, arena).prepare();
+    }
     const i64 end = std::min(tiles, (task + 1) * group);
-    for (i64 tile = task * group; tile < end; ++tile) work(workers[worker], tile);
+    for (i64 tile = task * group; tile < end; ++tile) work(*worker, tile);
   });
 }
 

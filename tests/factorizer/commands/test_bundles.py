@@ -11,6 +11,7 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
+from factorizer_support import run_command
 from monai.bundle import ConfigParser, run, verify_metadata, verify_net_in_out
 from typer.testing import CliRunner
 
@@ -133,7 +134,7 @@ def test_train_evaluate_and_infer(name, data, tmp_path):
     assert len(state["losses"]) == 2
     assert (tmp_path / "models" / "best.pt").is_file()
     (train,) = (json.loads(Path(file).read_text()) for file in configs(name, "train"))
-    assert plan.regions == {region: tuple(v) for region, v in train["plan"]["regions"].items()}
+    assert plan.regions == {region: tuple(v) for region, v in train["regions"].items()}
 
     run(config_file=configs(name, "train", "evaluate"), spacing=[2.0, 2.0, 2.0], **options)
     lines = (tmp_path / "predictions" / "scores.csv").read_text().splitlines()
@@ -152,6 +153,63 @@ def test_train_evaluate_and_infer(name, data, tmp_path):
     (again,) = plan.held_out
     before = (tmp_path / "predictions" / f"{again}.nii.gz").read_bytes()
     assert (tmp_path / "all" / f"{again}.nii.gz").read_bytes() == before
+
+
+def test_files_for_training_work_with_inference(name, tmp_path):
+    """Whatever part of the training's configuration they change: inference has all of its names."""
+    (tmp_path / "more.json").write_text(
+        json.dumps(
+            {
+                **TINY,
+                "weight_decay": 0.5,
+                "recipe#noise_std": 0.2,
+                "plan#task": "mine",
+                "split#seed": 3,
+                "train#trainer#workers": 1,
+                "validate#metric#device": "cpu",
+                "task#root": ".",
+            }
+        )
+    )
+    for files in (("train",), ("inference",)):
+        parser = ConfigParser()
+        parser.read_config([*configs(name, *files), str(tmp_path / "more.json")])
+        network = parser.get_parsed_content("network_def")
+        assert sum(p.numel() for p in network.parameters()) < 100_000
+
+
+def test_brain_tumours_as_brats_numbers_them(tmp_path):
+    """Labels 1, 2, 4, the modalities in another order, a folder for each patient."""
+    names, entries, rng = ("t1", "t1ce", "t2", "flair"), [], np.random.default_rng(0)
+    for case in range(4):
+        folder = tmp_path / "data" / f"patient_{case}"
+        folder.mkdir(parents=True)
+        label = np.zeros((17, 18, 16), np.uint8)
+        for depth, value in enumerate((2, 1, 4)):
+            label[4 + depth : 13 - depth, 5:12, 4:11] = value
+        for file in names:
+            image = (label + rng.gamma(2, 0.3, label.shape)).astype(np.float32)
+            nib.save(nib.Nifti1Image(image, np.eye(4)), folder / f"{file}.nii.gz")
+        nib.save(nib.Nifti1Image(label, np.eye(4)), folder / "seg.nii.gz")
+        images = [f"patient_{case}/{file}.nii.gz" for file in names]
+        entries.append({"image": images, "label": f"patient_{case}/seg.nii.gz"})
+    content = {
+        "modality": dict(zip("0123", ("T1", "T1ce", "T2", "FLAIR"), strict=True)),
+        "labels": {"0": "background", "1": "NCR/NET", "2": "ED", "4": "ET"},
+        "training": entries,
+    }
+    (tmp_path / "data" / "dataset.json").write_text(json.dumps(content))
+    bundle = shutil.copytree(BUNDLES / "brats_factorizer", tmp_path / "bundle")
+    (bundle / "configs" / "tiny.json").write_text(json.dumps(TINY))
+    run_command(
+        *("train", tmp_path / "data", "--out", tmp_path / "run", "--bundle", bundle, "--config", "tiny"),
+        *("--steps", 1, "--workers", 0, "--device", "cpu", "--flips", "none", "--learning-rate", "1e-3"),
+    )
+    plan = json.loads((tmp_path / "run" / "plan.json").read_text())
+    assert plan["regions"] == {"ET": [4], "TC": [1, 4], "WT": [1, 2, 4]}
+    assert plan["modalities"] == ["T1", "T1ce", "T2", "FLAIR"]
+    assert (plan["flips"], plan["learning_rate"]) == ([], 1e-3)
+    assert plan["held_out"][0].startswith("patient_")
 
 
 def test_the_command_line_follows_a_bundle(tmp_path):

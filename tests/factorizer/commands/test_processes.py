@@ -69,4 +69,4 @@ def test_inference_splits_the_cases(synthetic, tmp_path):
     assert "5 segmented" in printed
     assert "1 failed" in printed
     names = {f"synthetic_{i:03d}.nii.gz" for i in range(1, 6)}
-    assert {path.name for path in (tmp_path / "two").iterdir()} == names | {"settings.json"}
+    assert {path.name for path in (tmp_path / "two").iterdir()} == names | {"settings.json", "made_from"}

@@ -171,7 +171,11 @@ def test_lengths_are_in_mm(tmp_path, unit, length):
     [
         ("meter", 1.0, "are 1000 x 1000 x 1000 mm large, by a header in metres"),
         ("micron", 1.0, "are 0.001 x 0.001 x 0.001 mm large, by a header in micrometres"),
-        ("mm", 101.0, "by a header in mm; they must be between 0.01 and 100 mm"),
+        (
+            "mm",
+            101.0,
+            "are 101 x 101 x 101 mm large, by a header in mm; they must be between 0.01 and 100 mm",
+        ),
     ],
 )
 def test_voxels_of_no_scanner(tmp_path, unit, length, words):
@@ -194,7 +198,7 @@ def sloped(values, slope, intercept=0.0):
         LABEL * np.float32(0.99999994),
         LABEL * np.float64(0.99999994),
         LABEL * np.float32(1.0000001),
-        LABEL.astype(np.int64),
+        LABEL.astype(np.int16),
         LABEL.astype(np.float32),
         LABEL[..., None],
         LABEL[..., None, None],
@@ -212,7 +216,7 @@ def test_labels_to_within_rounding(tmp_path, label):
         (LABEL * np.float32(0.9882), r"label value 0\.98820\d+ has no class; there are classes for \[0, 1\]"),
         (sloped(LABEL * np.uint8(252), 1 / 255), r"label value 0\.9882\d+ has no class"),
         (LABEL * np.float32(1.001), r"label value 1\.00\d+ has no class"),
-        (LABEL * 256, "label value 256 has no class"),
+        (LABEL.astype(np.int16) * 256, "label value 256 has no class"),
         (-LABEL.astype(np.int16), "label value -1 has no class"),
         (np.where(LABEL > 0, np.nan, 0), "holds NaN or infinite values; a label must be a whole number"),
         (np.where(LABEL > 0, np.inf, 0), "holds NaN or infinite values"),
