@@ -92,10 +92,10 @@ std::vector<void*> addresses(const Call<Problem>& call, const std::vector<Field>
   std::vector<void*> found;
   for (std::size_t i = 0; i < fields.size(); ++i) {
     const Field& field = fields[i];
+    const std::string name = (gradients ? "d" : "") + std::string(field.name);
     call.bound({64, field.elements});
-    if (!args[i] && !(field.optional && !gradients))
-      throw std::invalid_argument(std::string(field.name) + " must be given");
-    found.push_back(call.numbers(field.name, args[i], field.elements));
+    if (!args[i] && !(field.optional && !gradients)) throw std::invalid_argument(name + " must be given");
+    found.push_back(call.numbers(name.c_str(), args[i], field.elements));
   }
   return found;
 }
@@ -144,8 +144,9 @@ struct NormLinearCall : Call<NormLinear> {
     void* at[4] = {};
     for (int i = 0; i < 4; ++i) {
       if (wanted[i].elements == 0) continue;
-      if (!args[i]) throw std::invalid_argument(std::string("d") + wanted[i].name + " must be given");
-      at[i] = numbers(wanted[i].name, args[i], wanted[i].elements);
+      const std::string name = "d" + std::string(wanted[i].name);
+      if (!args[i]) throw std::invalid_argument(name + " must be given");
+      at[i] = numbers(name.c_str(), args[i], wanted[i].elements);
     }
     p.dnorm_weight = at[0], p.dnorm_bias = at[1], p.dweight = at[2], p.dbias = at[3];
   }
@@ -265,8 +266,8 @@ struct BlocksCall : Call<Problem> {
       coarse = product({coarse, p.size[axis]});
       fine = product({fine, p.size[axis], p.scale[axis]});
     }
-    this->bound({batch, fine});
-    this->bound({p.scale[0], p.scale[1], p.scale[2]});
+    // Each of an empty grid too, whose voxels are none.
+    this->bound({batch, p.size[0], p.size[1], p.size[2], p.scale[0], p.scale[1], p.scale[2]});
     p.voxels = coarse;
   }
 };
