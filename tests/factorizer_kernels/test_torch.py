@@ -133,7 +133,7 @@ def test_compile_fullgraph(backend_name):
         y = fk.swin_nmf(fk.depthwise_conv(x * 2, weight, bias), u0, v0, **CUT)
         z = fk.sw_matricize(y, **CUT)
         z = z + fk.nmf(z.relu(), u0, v0, num_iters=2, solver="mu")
-        y = fk.norm_linear(fk.sw_dematricize(z, y.shape, **CUT), scale, shift, square, shift)
+        y = fk.norm_linear(fk.sw_dematricize(z, y.shape, **CUT), scale, shift, square, bias)
         y = fk.linear_norm_mlp(y, x, square, None, scale, shift, wide, None, wide.mT, None)
         return fk.join(y, fk.patch_conv(y, patch), square, patch).tanh()
 
