@@ -4,6 +4,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+JOBS ?= 2# processes of pytest, each with as many threads as there are cores
 SANITIZERS := address undefined thread
 CPP := csrc tests/cpp tests/cuda_emulation
 
@@ -11,16 +12,17 @@ CPP := csrc tests/cpp tests/cuda_emulation
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
 .NOTPARALLEL:
-.PHONY: help demo test nightly mutants coverage bench docs lint format sanitize clean
+.PHONY: help demo test nightly mutants coverage bench wheel docs lint format sanitize clean
 .PRECIOUS: .venv/.installed-%
 
 help:
 	@echo "make demo [DATA=DIR] [OUT=DIR]  train, segment and explain on a small data set"
-	@echo "make test                       the whole test suite"
+	@echo "make test [JOBS=2]              the whole test suite, in so many processes"
 	@echo "make nightly                    the tests that draw their arguments, 10,000 times each"
 	@echo "make mutants                    plants faults in the kernels and shows that the tests see them"
 	@echo "make coverage                   lines and branches of factorizer_kernels that the tests run"
 	@echo "make bench [SIZE=paper]         the benchmarks, and their page in docs/benchmarks"
+	@echo "make wheel                      the wheels of this platform, checked and tried, in dist"
 	@echo "make docs                       the documentation's site, in build/site"
 	@echo "make lint | format              check, or rewrite, the sources' style"
 	@echo "make sanitize                   the C++ tests under $(SANITIZERS) sanitizers"
@@ -30,7 +32,7 @@ demo: .venv/.installed-seg
 	$(BIN)/factorizer demo $(if $(DATA),--data "$(DATA)") $(if $(OUT),--out "$(OUT)")
 
 test: .venv/.installed-test
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(ARGS)
 
 nightly: .venv/.installed-test
 	$(BIN)/python -m pytest --hypothesis-profile=nightly -k "fuzz or any_call" $(ARGS)
@@ -46,6 +48,9 @@ bench: .venv/.installed-bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json \
 	  $(if $(SIZE),--size $(SIZE)) $(ARGS)
 	$(BIN)/python -m benchmarks.report build/benchmarks.json
+
+wheel: .venv/.installed-wheel
+	$(BIN)/python packaging/wheels.py $(ARGS)
 
 docs: .venv/.installed-docs
 	$(BIN)/mkdocs build --strict --quiet

@@ -13,7 +13,8 @@ Environment variables:
     ``0`` leaves the CUDA kernels out, ``1`` makes a missing nvcc an error. Unset: they are built
     where a working nvcc is found.
 ``FACTORIZER_KERNELS_CUDA_ARCHS``
-    CUDA architectures separated by semicolons, as in ``"80;90"``.
+    CUDA architectures separated by semicolons, as in ``"80;90"``, or ``all``, for a wheel. Unset: 80, whose
+    PTX the drivers of newer cards compile at the first use, and those of the cards in this machine.
 ``CXX``, ``CUDACXX``, ``CXXFLAGS``, ``CMAKE_BUILD_PARALLEL_LEVEL`` and the like
     are CMake's own and work as ever. A compiler that is named and not there is an error.
 

@@ -62,18 +62,7 @@ class Suite:
             path = os.pathsep.join([str(TESTS.parent), str(TESTS)])
             environment = {**os.environ, "PYTHONPATH": path, **environment}
             environment |= {SELECTED: str(names), REPORTS: str(reports)}
-            command = [
-                sys.executable,
-                "-m",
-                "pytest",
-                "-q",
-                "-m",
-                "",
-                "-p",
-                "nested",
-                *arguments,
-                str(self.folder),
-            ]
+            command = [sys.executable, "-m", "pytest", "-q", "-m", "", "-p", "nested"]
             done = subprocess.run(
                 [*command, *arguments, str(self.folder)],
                 env=environment,

@@ -122,31 +122,50 @@ def _value_and_grad(function, x):
     return y.detach(), dx
 
 
-@pytest.mark.parametrize("backend_name", ["cpu", "reference"])
-def test_compile_fullgraph(backend_name):
-    """Forward and backward in one graph, and no new one for another batch or another map."""
-    u0, v0, weight, bias = torch.rand(4, 1), torch.rand(16, 1), torch.rand(8, 3, 5), torch.rand(8)
-    scale, shift, square, wide = torch.rand(8), torch.rand(8), torch.rand(8, 8), torch.rand(12, 8)
-    patch = torch.rand(8, 8, 2, 2)
+@pytest.mark.parametrize(
+    ("backend_name", "dynamic"),
+    [
+        ("cpu", True),
+        ("reference", False),
+        # Two minutes: each of the reference's reshapes is reasoned about in symbols.
+        pytest.param("reference", True, marks=pytest.mark.slow),
+    ],
+)
+def test_compile_fullgraph(backend_name, dynamic):
+    """Forward and backward in one graph, and, of dynamic ones, no new one for another batch or map."""
+    u0, v0, weight, bias = torch.rand(4, 1), torch.rand(16, 1), torch.rand(8, 1, 3), torch.rand(8)
 
     def network(x):
-        y = fk.swin_nmf(fk.depthwise_conv(x * 2, weight, bias), u0, v0, **CUT)
+        y = fk.swin_nmf(fk.depthwise_conv(x * 2, weight, bias), u0, v0, num_iters=2, **CUT)
         z = fk.sw_matricize(y, **CUT)
-        z = z + fk.nmf(z.relu(), u0, v0, num_iters=2, solver="mu")
-        y = fk.norm_linear(fk.sw_dematricize(z, y.shape, **CUT), scale, shift, square, bias)
-        y = fk.linear_norm_mlp(y, x, square, None, scale, shift, wide, None, wide.mT, None)
-        return fk.join(y, fk.patch_conv(y, patch), square, patch).tanh()
+        z = z + fk.nmf(z.relu(), u0, v0, num_iters=1, solver="mu")
+        return fk.sw_dematricize(z, y.shape, **CUT).tanh()
 
     torch._dynamo.reset()
-    compiled = torch.compile(network, fullgraph=True, dynamic=True, backend="aot_eager")
+    compiled = torch.compile(network, fullgraph=True, dynamic=dynamic, backend="aot_eager")
     with fk.use_backend(backend_name):
         with torch._dynamo.config.patch(error_on_recompile=False):
             first = torch.rand(2, 8, 12, 20)  # no size equals another, which would tie them together
             torch.testing.assert_close(_value_and_grad(compiled, first), _value_and_grad(network, first))
         with torch._dynamo.config.patch(error_on_recompile=True):
-            for shape in ((3, 8, 12, 20), (5, 8, 16, 24)):
+            for shape in ((3, 8, 12, 20), (5, 8, 16, 24)) if dynamic else ():
                 x = torch.rand(shape)
                 torch.testing.assert_close(_value_and_grad(compiled, x), _value_and_grad(network, x))
+
+
+def test_compile_pointwise():
+    """The chains stay operators of ours, in one graph with their backwards."""
+    square, wide, patch = torch.rand(4, 4), torch.rand(6, 4), torch.rand(4, 4, 2, 2)
+
+    def network(x):
+        y = fk.norm_linear(x, *_NORM, square)
+        y = fk.linear_norm_mlp(y, x, square, None, *_NORM, wide, None, wide.mT, None)
+        return fk.join(y, fk.patch_conv(y, patch), square, patch)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    x = torch.rand(2, 4, 4, 6)
+    torch.testing.assert_close(_value_and_grad(compiled, x), _value_and_grad(network, x))
 
 
 def test_export_and_reload(tmp_path):

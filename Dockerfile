@@ -1,0 +1,16 @@
+# The command line on a CPU: docker build -t factorizer . && docker run --rm -v "$PWD:/data" factorizer predict \
+#   --model hippocampus --input /data/scans --output /data/segmentations
+# For a GPU begin from an image with torch, CUDA's driver interface and nvcc, such as pytorch/pytorch:*-devel, leave out
+# the line that installs torch, and run with --gpus all --shm-size 2g: loaders pass batches through shared memory.
+FROM python:3.11-slim AS build
+RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
+COPY . /source
+RUN FACTORIZER_KERNELS_NATIVE=1 pip wheel --no-deps --wheel-dir /wheels /source
+
+FROM python:3.11-slim
+COPY --from=build /wheels /wheels
+# Without this index torch comes with gigabytes of CUDA.
+RUN pip install --no-cache-dir torch --index-url https://download.pytorch.org/whl/cpu
+RUN wheel=$(ls /wheels/factorizer_kernels-*.whl) && pip install --no-cache-dir "${wheel}[seg]" && rm -r /wheels
+ENTRYPOINT ["factorizer"]
+CMD ["--help"]
