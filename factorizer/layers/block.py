@@ -80,11 +80,11 @@ class FactorizerBlock(nn.Module):
         fact, norm1, norm2 = self.fact, self.norm1, self.norm2
         check_features("FactorizerBlock", x, norm1.dim, len(fact.spatial_size))
         check_dtype(x, fact.out_proj.linear.weight)
-        y = fk.norm_linear(x, *norm1.affine(x), *fact.in_proj.weights, eps=norm1.norm.eps)
+        weights: list[Any] = [*norm1.affine(x), *fact.in_proj.weights]
+        y = fact.mix(fk.norm_linear(x, *weights, eps=norm1.norm.eps))
         first, second = (part.weights for part in self.mlp.linears)
-        return fk.linear_norm_mlp(
-            fact.mix(y), x, *fact.out_proj.weights, *norm2.affine(x), *first, *second, eps=norm2.norm.eps
-        )
+        weights = [*fact.out_proj.weights, *norm2.affine(x), *first, *second]
+        return fk.linear_norm_mlp(y, x, *weights, eps=norm2.norm.eps)
 
 
 class FactorizerStage(nn.Module):

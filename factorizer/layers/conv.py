@@ -68,7 +68,7 @@ def _takes_blocks(conv: Any) -> bool:
     )
 
 
-def can_join(upsample: nn.Module, adapter: nn.Module | None) -> bool:
+def can_join(upsample: Any, adapter: Any) -> bool:
     """Whether `join` does what the two do: a transposed convolution by blocks, and a linear layer."""
     return (
         type(upsample) in CONV_TRANSPOSE.values()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -86,9 +87,10 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """x (B, C, S1..Sp) and the finer skip (B, width, T1..Tp) to (B, width, T1..Tp)."""
-        adapter = getattr(self.block, "adapter", None)
-        if can_join(self.upsample, adapter) and not has_hooks(self.block):
-            return self.block.after_adapter(join(skip, x, self.upsample, adapter))
+        block: Any = self.block
+        adapter: Any = getattr(block, "adapter", None)
+        if can_join(self.upsample, adapter) and not has_hooks(block):
+            return block.after_adapter(join(skip, x, self.upsample, adapter))
         return self.block(torch.cat([skip, self.upsample(x)], 1))
 
 

@@ -119,7 +119,7 @@ def _with_jvp(name: str, function: type[torch.autograd.Function]) -> type[torch.
             return reference(*filled[:-1])
 
         # The transpose of the transpose: forward mode does not nest, and this may be inside of one.
-        y, transposed = torch.func.vjp(along, *(inputs[i] for i in moved))
+        y, transposed = torch.func.vjp(along, *(inputs[i] for i in moved))[:2]
         return torch.func.vjp(transposed, y)[1](tuple(tangents[i] for i in moved))[0]
 
     methods = {"jvp": staticmethod(jvp), "setup_context": staticmethod(setup_context)}

@@ -1,5 +1,8 @@
 """The pointwise operators: the calls of the C++ kernels."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,15 +28,15 @@ def _written(x: Tensor) -> tuple[int, int, int]:
     return cpu.DTYPE_CODES[x.dtype], *cpu.memory(x)
 
 
-def _contiguous(*weights: Tensor | None) -> list[Tensor | None]:
+def _contiguous(*weights: Tensor | None) -> list[Any]:
     return [w if w is None else w.contiguous() for w in weights]
 
 
-def _memories(tensors: list[Tensor | None]) -> list[tuple[int, int] | None]:
+def _memories(tensors: Sequence[Tensor | None]) -> list[tuple[int, int] | None]:
     return [None if t is None else cpu.memory(t) for t in tensors]
 
 
-def _gradients(outputs: list[Tensor], weight_grads: bool) -> list[tuple[int, int] | None]:
+def _gradients(outputs: Sequence[Tensor], weight_grads: bool) -> list[tuple[int, int] | None]:
     return _memories(outputs) if weight_grads else []
 
 

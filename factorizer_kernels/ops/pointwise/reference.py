@@ -33,9 +33,9 @@ def norm_linear(
     """W n(x) + b; without n where there is no norm_weight, without W and b where there is no weight."""
     with autocast_disabled(x):
         y = x.flatten(2)
-        if norm_weight is not None:
+        if norm_weight is not None and norm_bias is not None:
             y = standardise(y, eps)[0] * norm_weight[:, None] + norm_bias[:, None]
-        if weight is not None:
+        if weight is not None and bias is not None:
             y = linear(y, weight, bias, dtype)
         return y.to(dtype).unflatten(2, x.shape[2:])
 

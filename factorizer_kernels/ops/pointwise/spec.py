@@ -10,6 +10,7 @@ wanted; those that are not wanted, or belong to an argument that is None, are em
 from collections.abc import Callable
 
 from torch import Tensor
+from torch._ops import OpOverload
 
 from factorizer_kernels.shared.registry import define
 from factorizer_kernels.shared.vmap import joined, looped, parted
@@ -112,26 +113,26 @@ _JOIN = "Tensor weight_skip, Tensor weight_x, Tensor bias, ScalarType dtype"
 _PATCH = "Tensor weight, Tensor bias, ScalarType dtype"
 
 #: W n(x) + b, without n where there is no norm_weight, without W and b where there is no weight.
-norm_linear = define(
+norm_linear: OpOverload = define(
     "norm_linear",
     f"(Tensor x, {_NORM}, str backend) -> Tensor",
     _norm_linear,
     _forward_rule(lambda: norm_linear, 1),
 )
-norm_linear_backward = define(
+norm_linear_backward: OpOverload = define(
     "norm_linear_backward",
     f"(Tensor dy, Tensor x, {_NORM}, bool weight_grads, str backend)"
     " -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight, Tensor dbias)",
     _norm_linear_backward,
     _backward_rule(lambda: norm_linear_backward, 1),
 )
-linear_norm_mlp = define(
+linear_norm_mlp: OpOverload = define(
     "linear_norm_mlp",
     f"(Tensor y, Tensor x, {_MLP}, str backend) -> Tensor",
     _linear_norm_mlp,
     _forward_rule(lambda: linear_norm_mlp, 2),
 )
-linear_norm_mlp_backward = define(
+linear_norm_mlp_backward: OpOverload = define(
     "linear_norm_mlp_backward",
     f"(Tensor dout, Tensor y, Tensor x, {_MLP}, bool weight_grads, str backend)"
     " -> (Tensor dy, Tensor dx, Tensor dweight, Tensor dbias, Tensor dnorm_weight, Tensor dnorm_bias,"
@@ -139,26 +140,26 @@ linear_norm_mlp_backward = define(
     _linear_norm_mlp_backward,
     _backward_rule(lambda: linear_norm_mlp_backward, 2),
 )
-join = define(
+join: OpOverload = define(
     "join",
     f"(Tensor skip, Tensor x, {_JOIN}, str backend) -> Tensor",
     _join,
     _forward_rule(lambda: join, 2),
 )
-join_backward = define(
+join_backward: OpOverload = define(
     "join_backward",
     f"(Tensor dy, Tensor skip, Tensor x, {_JOIN}, bool weight_grads, str backend)"
     " -> (Tensor dskip, Tensor dx, Tensor dweight_skip, Tensor dweight_x, Tensor dbias)",
     _join_backward,
     _backward_rule(lambda: join_backward, 2),
 )
-patch_conv = define(
+patch_conv: OpOverload = define(
     "patch_conv",
     f"(Tensor x, {_PATCH}, str backend) -> Tensor",
     _patch_conv,
     _forward_rule(lambda: patch_conv, 1),
 )
-patch_conv_backward = define(
+patch_conv_backward: OpOverload = define(
     "patch_conv_backward",
     f"(Tensor dy, Tensor x, {_PATCH}, bool weight_grads, str backend)"
     " -> (Tensor dx, Tensor dweight, Tensor dbias)",

@@ -56,7 +56,8 @@ def _backward(
     for at in _blocks(maps[-1]):
         grads = chain(*(m[at] for m in maps))
         for dmap, grad in zip(dmaps, grads, strict=False):
-            dmap[at] = grad
+            if grad is not None:
+                dmap[at] = grad
         for dweight, grad in zip(dweights, grads[num_maps:], strict=True):
             if grad is not None and dweight.numel() > 0:
                 dweight.add_(grad)
@@ -119,12 +120,12 @@ def norm_linear_backward(
     def chain(dy: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
         scale = dscale = dshift = dweight = dbias = None
         normed = x
-        if norm_weight is not None:
+        if norm_weight is not None and norm_bias is not None:
             x, scale = standardise(x, eps)
             normed = x * norm_weight[:, None] + norm_bias[:, None]
         if weight is not None:
             dy, dweight, dbias = _linear_backward(dy, normed, weight, dtype, weight_grads)
-        if norm_weight is not None:
+        if norm_weight is not None and scale is not None:
             if weight_grads:
                 dscale, dshift = _over_columns(dy * x), _over_columns(dy)
             dy = _standardise_backward(dy * norm_weight[:, None], x, scale)
@@ -139,10 +140,8 @@ def norm_linear_backward(
 
 @kernel("linear_norm_mlp", "torch")
 def linear_norm_mlp(y: Tensor, x: Tensor, *others) -> Tensor:
-    *weights, eps, dtype = others
-
     def chain(y: Tensor, x: Tensor) -> Tensor:
-        return reference.linear_norm_mlp(y, x, *weights, eps, dtype)
+        return reference.linear_norm_mlp(y, x, *others)
 
     return _forward(chain, [y, x], x.new_empty(x.shape))
 
