@@ -12,7 +12,7 @@ CPP := csrc tests/cpp tests/cuda_emulation
 SOURCES := pyproject.toml setup.py CMakeLists.txt constraints.txt $(shell find csrc -type f)
 
 .NOTPARALLEL:
-.PHONY: help demo test nightly mutants coverage bench wheel docs lint format sanitize clean
+.PHONY: help demo test nightly mutants coverage bench gpu wheel docs lint format sanitize clean
 .PRECIOUS: .venv/.installed-%
 
 help:
@@ -22,6 +22,7 @@ help:
 	@echo "make mutants                    plants faults in the kernels and shows that the tests see them"
 	@echo "make coverage                   lines and branches of factorizer_kernels that the tests run"
 	@echo "make bench [SIZE=paper]         the benchmarks, and their page in docs/benchmarks"
+	@echo "make gpu                        tests, training and benchmarks on a card, 8 minutes, one report"
 	@echo "make wheel                      the wheels of this platform, checked and tried, in dist"
 	@echo "make docs                       the documentation's site, in build/site"
 	@echo "make lint | format              check, or rewrite, the sources' style"
@@ -48,6 +49,9 @@ bench: .venv/.installed-bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json \
 	  $(if $(SIZE),--size $(SIZE)) $(ARGS)
 	$(BIN)/python -m benchmarks.report build/benchmarks.json
+
+gpu: .venv/.installed-bench
+	$(BIN)/python -m benchmarks.gpu $(ARGS)
 
 wheel: .venv/.installed-wheel
 	$(BIN)/python packaging/wheels.py $(ARGS)

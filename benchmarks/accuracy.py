@@ -40,7 +40,7 @@ from factorizer.segmentation.files import atomic
 from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.measure import side_by_side
 from factorizer.segmentation.plan import Plan, plan_run
-from factorizer.segmentation.screen import progress
+from factorizer.segmentation.screen import log_lines, progress
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import CropBatches, PreparedCase, training_volumes
 from factorizer.segmentation.volumes import Geometry, check_cases, check_label
@@ -185,6 +185,7 @@ def execute_all(console: Console, runs: Sequence[Run], data: Data, out: Path, jo
         pending = {pool.submit(execute, run, data, out) for run in runs}
         everything = bars.add_task("Runs", total=len(runs))
         shown: dict[Run, TaskID] = {}
+        tell = log_lines(console)
         try:
             while pending:
                 done, pending = wait(pending, timeout=1, return_when=FIRST_COMPLETED)
@@ -198,6 +199,7 @@ def execute_all(console: Console, runs: Sequence[Run], data: Data, out: Path, jo
                     total = run.steps if what == "training" else len(data.held_out)
                     text = f"{run.network}, seed {run.seed}: {what}"
                     bars.update(shown[run], description=text, completed=number, total=total)
+                    tell(f"{text} {number} of {total}; {len(pending)} of {len(runs)} runs to go")
         except BaseException:
             for process in multiprocessing.active_children():
                 process.terminate()  # a run is worth no more than its last checkpoint
@@ -387,7 +389,7 @@ def main(
         f"{len(runs)} runs of {steps} steps, {len(left)} of them to do, {jobs} at a time, into {out}"
     )
     if left:
-        execute_all(console, left, studied, out, jobs)
+        execute_all(console, left, studied, out, min(jobs, os.cpu_count() or 1))
     report(console, studied, out)
 
 

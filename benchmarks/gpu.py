@@ -1,9 +1,11 @@
 """Everything there is to know of a card, by one command: ``python -m benchmarks.gpu [FOLDER]``.
 
-At most 8 minutes. Writes <card>.md, and the run as <card>.json, into the folder, docs/benchmarks unless told
-otherwise: a copy's bandwidth, relu, the reference eager and compiled, attention in windows, and both GPU
-backends, forward and backward, at ranks 1 to 8; whole networks beside SwinUNETR and SegResNet; the bounds of
-numbers.py. How it is measured is README.md's.
+At most 8 minutes, without a network. Writes <card>.md, and the run as <card>.json, into the folder,
+docs/benchmarks unless told otherwise: first what contradicts the predictions of docs/performance.md; the
+tests on the card, with compute-sanitizer where it is; the demo's training; then a copy's bandwidth, relu,
+the reference eager and compiled, attention in windows, and both GPU backends, forward and backward, at
+ranks 1 to 8; whole networks, eager and compiled, beside MONAI's; the bounds of numbers.py. What fails is a
+line of the report, and the rest goes on. How it is measured is README.md's.
 """
 
 from __future__ import annotations
@@ -13,13 +15,14 @@ import platform
 import re
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,13 +35,92 @@ from .operators import COMPILED, COPY, REFERENCE, RELU, WINDOW_ATTENTION, Window
 from .report import FOLDER, _replace, number_lines, page, summary_lines, table
 
 COMMAND = "python -m benchmarks.gpu"
-MOST_SECONDS = 420  # after that no other group begins
+MOST_SECONDS = 400  # after that no other group begins
+ROOT = Path(__file__).parents[1]
 EFFORT = replace(EFFORTS["default"], name="gpu", seconds=0.5, fewest_rounds=5, most_rounds=51)
+
+
+# Multiples of relu on the same card, from the counts of docs/performance.md.
+PREDICTED = {
+    ("swin_nmf, 128x128x128, rank 1, forward", "cuda"): 1.6,
+    ("swin_nmf, 128x128x128, rank 1, forward+backward", "cuda"): 2.0,
+    ("swin_nmf, 128x128x128, rank 1, forward", "triton"): 2.4,
+    ("swin_nmf, 128x128x128, rank 1, forward+backward", "triton"): 2.9,
+}
+PREDICTED_WITHIN = 1.3
+
+
+class Part(NamedTuple):
+    """A command of its own process: its name in the report, its words, and the seconds that it may take."""
+
+    name: str
+    words: tuple[str, ...]
+    seconds: float
+
+
+# Of the tests those that compile little: all of them take Triton minutes.
+TESTS = "rank1 or special or graph or choice or forked or sanitizer"
+# Before the races: what is wrong need not be timed.
+PARTS = (
+    Part("tests on the card", ("-m", "pytest", "-q", "tests/factorizer_kernels/gpu", "-k", TESTS), 120),
+    Part("the demo's training", ("-m", "factorizer", "demo", "--steps", "30", "--out", "{scratch}/demo"), 60),
+)
+
+
+def ran(part: Part, scratch: Path) -> tuple[bool, str]:
+    """Whether it went well, and a line on it: seconds, and its last words."""
+    words = [sys.executable, *(word.format(scratch=scratch) for word in part.words)]
+    start = time.monotonic()
+    try:
+        done = subprocess.run(
+            words, cwd=ROOT, timeout=part.seconds, capture_output=True, text=True, errors="replace"
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return False, f"{part.name}: {error}"
+    output = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()]
+    last = output[-1].strip() if output else "no output"
+    state = "" if done.returncode == 0 else f"exit status {done.returncode}, "
+    return done.returncode == 0, f"{part.name}: {state}{time.monotonic() - start:.0f} s; {last}"
+
+
+def contradictions(records: list[dict[str, Any]]) -> list[str]:
+    """A line for each time that is further from its prediction than that claims to be near."""
+    lines = []
+    for record in records:
+        predicted = PREDICTED.get((record["group"], record["name"]))
+        measured = record["extra_info"].get("x_relu")
+        if predicted is None or measured is None:
+            continue
+        if not predicted / PREDICTED_WITHIN <= measured <= predicted * PREDICTED_WITHIN:
+            where = f"{record['group']}, {record['name']}"
+            lines.append(f"{where}: {measured:.2f} times relu, predicted {predicted:.1f}")
+    return lines
 
 
 def on(backend: str) -> Contender:
     """The operator on one backend, by its name."""
     return Contender(backend, lambda problem, effort: Under(backend, problem.function()), backend)
+
+
+class InBfloat16(torch.nn.Module):
+    """A network under autocast."""
+
+    def __init__(self, network: torch.nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(DEVICE.type, torch.bfloat16):
+            return self.network(x)
+
+
+def changed(contender: Contender, name: str, change: Callable[[torch.nn.Module], Any]) -> Contender:
+    """A network run otherwise; its results are not compared with those in float64."""
+    return Contender(
+        f"{contender.name}, {name}",
+        lambda problem, effort: change(contender.build(problem, effort)),
+        modes=contender.modes,
+    )
 
 
 def all_cases() -> Iterable[Case]:
@@ -49,10 +131,13 @@ def all_cases() -> Iterable[Case]:
         size = (1, 32, side, side, side)
         others = (REFERENCE, COMPILED, WINDOW_ATTENTION) if side == 64 else (WINDOW_ATTENTION,)
         yield from cases("swin_nmf", [(f"{extent(side)}, rank 1", Windows(size))], (*backends, *others))
-    networks = [c for c in test_networks.CONTENDERS if c.name in ("ours", "SegResNet", "SwinUNETR")]
-    for side in (64, 128):
+    names = ("ours", "SegResNet", "DynUNet", "SwinUNETR")
+    networks = [c for c in test_networks.CONTENDERS if c.name in names]
+    compiled = [changed(c, "compiled", torch.compile) for c in networks[:2]]  # each takes a minute or so
+    in_bfloat16 = [changed(c, "bfloat16", InBfloat16) for c in networks]
+    for side, contenders in ((64, networks), (128, [*networks, *in_bfloat16, *compiled])):
         volume = [(extent(side), test_networks.Volume(side))]
-        yield from cases("network", volume, networks, ("forward", "training step"))
+        yield from cases("network", volume, contenders, ("forward", "training step"))
     half = Windows((1, 32, 128, 128, 128), dtype=torch.bfloat16)
     yield from cases("swin_nmf", [("128x128x128, rank 1, bfloat16", half)], backends)
     for rank in (2, 4, 8):
@@ -135,10 +220,15 @@ def commit_info() -> dict[str, Any]:
     return {"id": git("rev-parse", "HEAD") or "unknown", "dirty": bool(git("status", "--porcelain"))}
 
 
-def write(run: dict[str, Any], missing: list[str], folder: Path) -> Path:
+def write(run: dict[str, Any], parts: list[str], missing: list[str], folder: Path) -> Path:
     """The page and the run; returns the page's path."""
     records = run["benchmarks"]
-    lines = [page(run, (), f"`{COMMAND}`")]
+    against = contradictions(records) or ["nothing that was measured"]
+    lines = ["## Contradicts the predictions\n", *(f"- {line}" for line in against), ""]
+    if parts:
+        lines += ["## Tests and training\n", *(f"- {line}" for line in parts), ""]
+    title, _, body = page(run, (), f"`{COMMAND}`").partition("\n")
+    lines = [title, "", *lines, body]
     if rows := bandwidth_lines(records):
         lines += ["## Bandwidth\n", *rows, ""]
     if missing:
@@ -150,9 +240,17 @@ def write(run: dict[str, Any], missing: list[str], folder: Path) -> Path:
     return folder / f"{name}.md"
 
 
-def main(groups: Iterable[Case], effort: Effort, folder: Path) -> Path:
-    """Race the groups, print as they come, write the page."""
+def main(groups: Iterable[Case], effort: Effort, folder: Path, parts: Iterable[Part] = ()) -> Path:
+    """Run the parts, race the groups, print as they come, write the page.
+
+    The page is written anew after each group, so that one that never ends leaves what came before it.
+    """
     start = time.monotonic()
+    lines = []
+    with tempfile.TemporaryDirectory() as scratch:
+        for part in parts:
+            lines.append(ran(part, Path(scratch))[1])
+            print(lines[-1], flush=True)
     run: dict[str, Any] = {
         "datetime": datetime.now(timezone.utc).isoformat(), "machine_info": machine_info(),
         "commit_info": commit_info(), "benchmarks": [],
@@ -162,15 +260,20 @@ def main(groups: Iterable[Case], effort: Effort, folder: Path) -> Path:
         if time.monotonic() - start > MOST_SECONDS:
             missing.append(f"{case.group}: no time was left")
             continue
-        records, without = measured(case, effort)
+        try:
+            records, without = measured(case, effort)
+        except Exception as error:  # a group that cannot even be set up hides no other
+            records, without = [], [f"{case.group}: {str(error).strip() or repr(error)}".splitlines()[0]]
         run["benchmarks"] += records
         missing += without
         for line in (*summary_lines(records), *without):
             print(line, flush=True)
+        write(run, lines, missing, folder)
+    print("Contradicts the predictions:", *(contradictions(run["benchmarks"]) or ["nothing"]), sep="\n  ")
     if run["benchmarks"]:
         for line in (*number_lines(run["benchmarks"]), *bandwidth_lines(run["benchmarks"])):
             print(line)
-    path = write(run, missing, folder)
+    path = write(run, lines, missing, folder)
     print(path)
     return path
 
@@ -179,4 +282,4 @@ if __name__ == "__main__":
     if DEVICE.type != "cuda":
         built = f"torch {torch.__version__}, built for CUDA {torch.version.cuda}"
         sys.exit(f"benchmarks.gpu needs a CUDA device, and torch sees none ({built})")
-    main(all_cases(), EFFORT, Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER)
+    main(all_cases(), EFFORT, Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER, PARTS)

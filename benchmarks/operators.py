@@ -149,7 +149,9 @@ class Windows(OperatorProblem):
 
 @dataclass(frozen=True)
 class Matrices(OperatorProblem):
-    """``nmf`` of a batch of nonnegative matrices (B, M, N)."""
+    """``nmf`` of a batch of nonnegative matrices (B, M, N); u0 and v0 are shared, or each has its own."""
+
+    own_factors: bool = False
 
     @property
     def columns(self) -> int:
@@ -157,6 +159,8 @@ class Matrices(OperatorProblem):
 
     def draw(self) -> tuple[Tensor, Tensor, Tensor]:
         x, *factors = self.draw_matrices(*self.size, self.size[-1])
+        if self.own_factors:
+            factors = [factor.repeat(self.size[0], 1, 1) for factor in factors]
         return x.abs(), *factors
 
     def function(self, dtype: torch.dtype = torch.float32) -> Function:

@@ -38,7 +38,7 @@ def summary_lines(records: list[Record]) -> Iterable[str]:
 def number_lines(records: list[Record]) -> list[str]:
     """The bounds of numbers.py beside what was measured, as a Markdown table."""
     rows = []
-    for number in NUMBERS[records[0]["extra_info"]["device"]]:
+    for number in NUMBERS[records[0]["extra_info"]["device"]] if records else ():
         value = number.measure(records)
         if value is not None:
             verdict = next(

@@ -102,13 +102,22 @@ def test_gpu_page(tmp_path):
     """Its parts that need no GPU: a race becomes records, and these a page."""
     script = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 from benchmarks import gpu
 from benchmarks.harness import EFFORTS, cases
 
 contenders = (gpu.on("reference"), gpu.on("cuda"), gpu.RELU, gpu.COPY)
 groups = cases("swin_nmf", [("8x8x8, rank 1", gpu.Windows((1, 8, 8, 8, 8)))], contenders)
-gpu.main(groups, EFFORTS["tiny"], Path(sys.argv[1]))
+gpu.PREDICTED["swin_nmf, 8x8x8, rank 1, forward", "reference"] = 1e-6
+groups = list(groups)
+broken = replace(groups[0], problem=None, label="broken")
+parts = (
+    gpu.Part("a part", ("-c", "print('well')"), 60),
+    gpu.Part("a failing part", ("-c", "raise SystemExit('its last words')"), 60),
+    gpu.Part("an endless part", ("-c", "while True: pass"), 0.5),
+)
+gpu.main([broken, *groups], EFFORTS["tiny"], Path(sys.argv[1]), parts)
 assert len({case.group for case in gpu.all_cases()}) == len(list(gpu.all_cases()))
 """
     (tmp_path / "run_page.py").write_text(script)
@@ -118,6 +127,14 @@ assert len({case.group for case in gpu.all_cases()}) == len(list(gpu.all_cases()
     assert "Made by `python -m benchmarks.gpu`" in page
     assert "### swin_nmf, 8x8x8, rank 1, forward+backward" in page
     assert "- swin_nmf, 8x8x8, rank 1, forward, cuda: backend 'cuda' cannot be used here" in page
+    # Parts that fail, and a group that cannot be set up, hide nothing; contradictions come first.
+    assert page.index("## Contradicts the predictions") < page.index("## Tests and training")
+    assert "- swin_nmf, 8x8x8, rank 1, forward, reference: " in page.split("## Tests and training")[0]
+    assert "- swin_nmf, broken, forward" in page
+    assert "- a part: " in page
+    assert "- a failing part: exit status 1, " in page
+    assert "; its last words" in page
+    assert "- an endless part: Command" in page
 
 
 def test_accuracy_study(tmp_path):

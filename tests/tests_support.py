@@ -116,6 +116,7 @@ def check_spoiled_voxel(backend, value, solver, rank, act="relu"):
         assert torch.equal(ours[~reached], before[~reached])
     if math.isnan(value):
         assert spoiled.values[0][0, 1, 3, 6].isnan()
+        assert spoiled.gradients[0][0, 1, 3, 6].isnan()  # the ReLU's mask does not hide it
 
 
 class NativeCall:

@@ -13,6 +13,7 @@ namespace factorizer {
 namespace bindings {
 
 void def_depthwise(py::module_& m);
+void def_product(py::module_& m);
 void def_windows(py::module_& m);
 void def_nmf(py::module_& m);
 void def_pointwise(py::module_& m);
@@ -44,6 +45,7 @@ PYBIND11_MODULE(_native, m) {
   for (const DTypeName& known : dtype_names) dtypes[known.name] = static_cast<int>(known.dtype);
   m.attr("DTYPES") = dtypes;  // torch's name of each, and the number that stands for it in every call
   def_depthwise(m);
+  def_product(m);
   def_windows(m);
   def_nmf(m);
   def_pointwise(m);

@@ -56,8 +56,8 @@ FK_INLINE void mu_update_backward(i64 rank, T eps, const T* gram, const Rows& f,
     for (i64 j = 1; j < rank; ++j) q += f.get(j) * gram[j * rank + r];
     const auto dp = df.get(r) / (q + eps);
     dq.set(r, -dp * f_new.get(r));
-    dc.set(r, dp * f.get(r));
     df.set(r, dp * c.get(r));
+    dc.set(r, dp * f.get(r));  // last: it may lie where c does
   }
   FK_UNROLL
   for (i64 j = 0; j < rank; ++j) {

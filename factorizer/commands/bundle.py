@@ -108,7 +108,8 @@ def train_bundle(
             if list(task.labels) != list(plan.labels):
                 raise DataError(f"data: labels {task.labels}; the bundle needs {plan.labels}")
             if not checkpoint.exists():
-                parser["geometries"] = check_cases(console, task)
+                learned = [case for case in task.cases if case.name in plan.training]
+                parser["geometries"] = check_cases(console, task, learned)
             trainer = parser.get_parsed_content("train#trainer")
             batches = parser.get_parsed_content("train#crops")
         except RuntimeError as error:  # MONAI's, about the part of the configuration that failed

@@ -53,6 +53,10 @@ Whole = Annotated[
     bool, typer.Option("--whole", help="Whole volumes at once, no sliding window: no seams, more memory.")
 ]
 Steps = Annotated[int | None, typer.Option(help="Training steps. Default: derived from the data's size.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option("--overwrite", help="Write over results that were made from other inputs or settings."),
+]
 Resample = Annotated[
     str,
     typer.Option(
@@ -264,9 +268,12 @@ def predict(
             help="Average over the mirror images that training drew from. Default: as the model says.",
         ),
     ] = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Write over results that were made from other inputs or settings."),
+    overwrite: Overwrite = False,
+    preview: Annotated[
+        bool, typer.Option("--preview", help="Draw each case: three planes through the largest structure.")
+    ] = False,
+    statistics: Annotated[
+        bool, typer.Option("--statistics", help="Write the ml of each class and case to statistics.csv.")
     ] = False,
     device: Device = None,
 ) -> None:
@@ -286,6 +293,8 @@ def predict(
             whole=whole,
             mirror=mirror,
             overwrite=overwrite,
+            preview=preview,
+            statistics=statistics,
             device=device,
         )
         if any(outcome.failed for outcome in outcomes):
@@ -302,6 +311,13 @@ def evaluate(
     checkpoint: Annotated[
         Path | None, typer.Option(help="Names the classes, and the regions that are measured.")
     ] = None,
+    preview: Annotated[
+        bool,
+        typer.Option(
+            "--preview",
+            help="Draw each case beside the scores, over its image where --labels is a data list.",
+        ),
+    ] = False,
 ) -> None:
     """Dice and HD95 of each class and case; exit code 1 if a case failed."""
     with _errors():
@@ -309,7 +325,7 @@ def evaluate(
 
         from factorizer.segmentation.evaluation import evaluate as run
 
-        if run(Console(), predictions, labels, output, checkpoint):
+        if run(Console(), predictions, labels, output, checkpoint, preview=preview):
             raise typer.Exit(1)
 
 
@@ -324,10 +340,18 @@ def explain(
         typer.Option(help="shallow, deep, all, or a mixer's name. Default: shallow and deep."),
     ] = None,
     labels: Annotated[
-        Path | None, typer.Option(help="Folder with NAME.nii.gz. Without labels: the prediction.")
+        Path | None,
+        typer.Option(
+            help="Folder with NAME.nii.gz, Decathlon folder, or data list. Without labels: the prediction."
+        ),
+    ] = None,
+    background: Annotated[
+        str | None,
+        typer.Option(help="Modality under the figures. Default: the one that shows the classes best."),
     ] = None,
     section: Section = None,
     resample: Resample = "",
+    overwrite: Overwrite = False,
     num_iters: Iterations = None,
     whole: Whole = False,
     device: Device = None,
@@ -349,6 +373,8 @@ def explain(
             resample=resample,
             num_iters=num_iters,
             whole=whole,
+            background=background,
+            overwrite=overwrite,
             device=device,
         ):
             raise typer.Exit(1)

@@ -7,20 +7,32 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
+import torch
 from rich.console import Console
 from rich.table import Table
 
 from factorizer.segmentation.cases import Case, find_cases, with_grid
 from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.evaluation import label_in
-from factorizer.segmentation.explanation import Agreement, agreements, case_components, find_layers
+from factorizer.segmentation.evaluation import known_labels
+from factorizer.segmentation.explanation import (
+    Agreement,
+    agreements,
+    case_components,
+    clearest_channel,
+    find_layers,
+)
 from factorizer.segmentation.figures import component_row, draw_components, picture
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.inference import Predictor, load_predictor
-from factorizer.segmentation.screen import count, each_case, table
+from factorizer.segmentation.inference import Predictor, check_finite, load_predictor
+from factorizer.segmentation.intensities import body
+from factorizer.segmentation.provenance import made, write_result
+from factorizer.segmentation.screen import count, each_case, table, tell_warning
 from factorizer.segmentation.transforms import PreparedCase
-from factorizer.segmentation.volumes import check_image, check_label, write_nifti
+from factorizer.segmentation.volumes import check_image, check_label, doubts_of_sides, on_grid_of, write_maps
+
+EMPTY = {"label": "label is empty", "prediction": "prediction is empty"}
 
 
 @dataclass(frozen=True)
@@ -31,7 +43,7 @@ class Row:
     layer: str
     component: int
     target: str
-    reference: str  # "label" or "prediction"
+    reference: str  # "label" or "prediction", and whether it is empty
     agreement: Agreement
 
 
@@ -47,28 +59,44 @@ def explain(
     resample: str = "",
     num_iters: int | None = None,
     whole: bool = False,
+    background: str | None = None,
+    overwrite: bool = False,
     device: str | None = None,
 ) -> int:
     """Writes for each case out/NAME_LAYER.nii.gz (X, Y, Z, component) on the image's grid,
     out/NAME_prediction.nii.gz and the figure out/NAME.png, and for all of them out/components.csv.
 
-    A component is compared with the label of its case, in a data list or as labels/NAME.nii.gz, or
-    without one with the prediction. Returns how many cases failed.
+    A component is compared with the label of its case, in the data list of the inputs or in `labels`
+    (`known_labels`), or without one with the prediction. The figure lies over the modality `background`, or
+    the one in which the classes stand out best. Where results of other inputs are there under its name, a
+    case fails, unless `overwrite`. Returns how many cases failed.
 
-    Raises DataError for a checkpoint, inputs, layers or an `out` that cannot be used.
+    Raises DataError for a checkpoint, inputs, layers, labels, a background or an `out` that cannot be used.
     """
     predictor = load_predictor([checkpoint], device=device, num_iters=num_iters, whole=whole)
     network, plan = predictor.models[0]
     chosen = find_layers(network, plan, layers)
     cases = with_grid(find_cases(inputs, section), predictor.plan.modalities, resample)
+    channel = None if background is None else _place(background, plan.modalities)
     if labels is not None:
-        if not labels.is_dir():
-            raise DataError(f"labels: {labels} is not a folder")
-        cases = tuple(replace(case, label=label_in(labels, case.name)) for case in cases)
+        known = known_labels(labels)[0]
+        unknown = Case("", ())
+        cases = tuple(replace(case, label=known.get(case.name, unknown).label) for case in cases)
     prepare_folder("output", out, (path for case in cases for path in case.images))
-    outcomes = each_case(
-        console, cases, "Explaining", lambda case: _explain_case(predictor, chosen, case, out)
-    )
+    for doubt in doubts_of_sides(cases):
+        tell_warning(console, doubt)
+
+    def work(case: Case) -> list[Row]:
+        if labels is not None and case.label is None:
+            raise DataError(f"{labels}: has no label for it")
+        if not overwrite:
+            made(out / f"{case.name}_prediction.nii.gz", case, {})
+        rows = _explain_case(predictor, chosen, case, out, channel)
+        if rows and rows[0].reference in EMPTY.values():
+            tell_warning(console, f"{case.name}: the {rows[0].reference}: no component can agree with it")
+        return rows
+
+    outcomes = each_case(console, cases, "Explaining", work)
     rows = [row for outcome in outcomes for row in outcome.result or ()]
     failed = sum(outcome.failed for outcome in outcomes)
     _write(out / "components.csv", rows)
@@ -77,30 +105,53 @@ def explain(
     return failed
 
 
-def _explain_case(predictor: Predictor, layers: dict[str, str], case: Case, out: Path) -> list[Row]:
+def _explain_case(
+    predictor: Predictor, layers: dict[str, str], case: Case, out: Path, channel: int | None
+) -> list[Row]:
     network, plan = predictor.models[0]
     _, image = check_image(case, plan.modalities)
     truth = None if case.label is None else check_label(case, list(plan.labels))
     prepared = PreparedCase(plan, case)
     logits = predictor.run(network, plan, prepared.image)
+    check_finite(logits, case)
     prediction = plan.decide(prepared.to_own_grid(logits)).numpy()
-    labels, reference = (prediction, "prediction") if truth is None else (truth, "label")
-    signal = (image != 0).any(axis=3)
+    labels, compared = (prediction, "prediction") if truth is None else (truth, "label")
+    reference = compared if labels.any() else EMPTY[compared]
+    signal = body(image, plan.modalities) | (labels != 0)
     components = case_components(predictor, list(layers.values()), case, prepared)
+    volume = on_grid_of(prediction, case.image)
+    # The first that is written, so that what comes after it never lies beside another input's.
+    result = out / f"{case.name}_prediction.nii.gz"
+    write_result(result, case, {}, lambda temporary: nib.save(volume, temporary))
     rows, shown = [], []
+    maps = np.zeros((0, *labels.shape), np.float32)
     for name, layer in layers.items():
-        maps = components.on_grid(layer)
-        write_nifti(np.moveaxis(maps.numpy(), 0, -1), case.image, out / f"{case.name}_{name}.nii.gz")
-        found = agreements(maps, labels, signal, plan)
+        path = out / f"{case.name}_{name}.nii.gz"
+        maps = write_maps(components.on_grid(layer).numpy(), case.image, path)
+        found = agreements(torch.from_numpy(maps), labels, signal, plan)
         for target, of_maps in found.items():
             rows += [Row(case.name, name, m, target, reference, a) for m, a in enumerate(of_maps)]
         shown.append(component_row(name, components.maps[layer], map(_best_map, found, found.values())))
-    write_nifti(prediction, case.image, out / f"{case.name}_prediction.nii.gz")
-    title = f"{plan.task}: NMF components, {case.name}; bright: much of it; compared with the {reference}"
+    if channel is None:
+        masks = [np.isin(labels, list(values)) for values in plan.targets.values()]
+        if not labels.any():  # where the components of the last layer are high
+            masks = [maps[k] > np.quantile(maps[k][signal], 0.95) for k in range(len(maps))]
+        channel = clearest_channel(image, masks, signal)
+    title = (
+        f"{plan.task}: NMF components over {plan.modalities[channel]}, {case.name}; bright: much of it; "
+        f"{'compared with the ' + compared if labels.any() else 'the ' + reference}"
+    )
     draw_components(
-        out / f"{case.name}.png", picture(prepared, prediction, truth), shown, plan.classes, title
+        out / f"{case.name}.png", picture(prepared, prediction, truth), shown, plan.classes, title, channel
     )
     return rows
+
+
+def _place(name: str, modalities: Sequence[str]) -> int:
+    names = [modality.lower() for modality in modalities]
+    if name.lower() not in names:
+        raise DataError(f"background: got {name!r}; it must be one of {', '.join(modalities)}")
+    return names.index(name.lower())
 
 
 def _best_map(target: str, of_maps: list[Agreement]) -> tuple[int, float, str]:

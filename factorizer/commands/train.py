@@ -64,7 +64,7 @@ def train(
         training, held_out = read_split(split, task.cases, fold)
         task = replace(task, cases=(*training, *held_out))
     prepare_folder("out", out)
-    geometries = check_cases(console, task)
+    geometries = check_cases(console, task, training)
     plan = plan_run(task, geometries, training, held_out, wishes, seed=seed, resample=resample)
     checkpoint = out / "checkpoint.pt"
     if init is not None:

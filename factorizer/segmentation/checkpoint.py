@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,23 @@ def read_checkpoint(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
 
     Raises FileNotFoundError where there is none, DataError where the file is not one of ours.
     """
-    content = load_tensors(path)
-    members = content.get("members", [content])
+    members = entries_of(load_tensors(path), path)
     if len(members) != 1:
         raise DataError(f"{path}: holds {len(members)} networks; this needs a file with one")
     return read_entry(members[0], path)
+
+
+def entries_of(content: Mapping[str, Any], path: str | Path) -> Sequence[Mapping[str, Any]]:
+    """The networks of a model file's content, or the one of a checkpoint's.
+
+    Raises DataError where the file at `path` is neither.
+    """
+    entries = content.get("members", [content])
+    listed = isinstance(entries, Sequence) and bool(entries)
+    if not listed or not all(isinstance(entry, Mapping) for entry in entries):
+        told = textwrap.shorten(repr(entries), 80, placeholder=" ...")
+        raise DataError(f"{path}: not a model file: its members are {told}")
+    return entries
 
 
 def read_entry(state: Mapping[str, Any], path: str | Path) -> tuple[Plan, Mapping[str, Any]]:

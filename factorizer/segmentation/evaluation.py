@@ -7,7 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import nibabel as nib
@@ -21,12 +21,14 @@ from torch import nn
 
 from factorizer.segmentation.cases import Case, find_cases, read_classes, volumes_in
 from factorizer.segmentation.checkpoint import read_checkpoint
+from factorizer.segmentation.dataset import read_modalities
 from factorizer.segmentation.errors import DataError, FlatImageError
-from factorizer.segmentation.files import atomic, prepare_folder
+from factorizer.segmentation.files import atomic, prepare_folder, read_json
 from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
-from factorizer.segmentation.screen import count, each_case, table
+from factorizer.segmentation.provenance import made_from_others
+from factorizer.segmentation.screen import count, each_case, table, tell_warning
 from factorizer.segmentation.volumes import check_label, read_grid, read_labels
 
 SURFACE_TOLERANCE = 1.0  # mm
@@ -172,12 +174,6 @@ def write_scores(path: Path, scores: Iterable[Score]) -> None:
             table.writerow((score.case, score.target, *values))
 
 
-def label_in(folder: Path, name: str) -> Path:
-    """folder/NAME.nii where it is there, else folder/NAME.nii.gz, which reading finds missing or not."""
-    plain = folder / f"{name}.nii"
-    return plain if plain.is_file() else folder / f"{name}.nii.gz"
-
-
 class MeanDice:
     """A validation: the mean Dice of a network over cases and targets, on the cases' own grids.
 
@@ -211,9 +207,18 @@ class MeanDice:
 
 
 def evaluate(
-    console: Console, predictions: Path, labels: Path, out: Path, checkpoint: Path | None = None
+    console: Console,
+    predictions: Path,
+    labels: Path,
+    out: Path,
+    checkpoint: Path | None = None,
+    *,
+    preview: bool = False,
 ) -> int:
     """Compares every predictions/NAME.nii.gz with its label, and writes the scores to the CSV `out`.
+
+    With `preview` a picture of each case goes to the folder OUT_previews beside it (`draw_preview`), over the
+    image where `labels` is a data list.
 
     `labels`: a folder with NAME.nii.gz, a folder in the Decathlon's layout, or a data list. What is
     measured (names, label values, nested regions) is read from `checkpoint`, or without one from
@@ -223,13 +228,36 @@ def evaluate(
     """
     if out.is_dir():
         raise DataError(f"output: {out} is a folder; it must be a file for the scores, such as scores.csv")
-    known, classes, regions = _labels(labels)
-    cases = [Case(case.name, case.images, known.get(case.name)) for case in _predictions(predictions)]
+    known, classes, regions = known_labels(labels)
+    cases = [
+        Case(case.name, case.images, known[case.name].label if case.name in known else None)
+        for case in _predictions(predictions)
+    ]
     prepare_folder("output", out.resolve().parent)
     targets, values = _targets(cases, classes, regions, checkpoint)
-    outcomes = each_case(
-        console, cases, "Comparing", lambda case: evaluate_case(case.image, case, values, targets)
-    )
+    folder = out.with_name(f"{out.stem}_previews")
+    if preview:
+        from factorizer.segmentation.preview import draw_preview  # matplotlib takes a second
+
+        prepare_folder("preview", folder)
+        modalities = _modalities(labels, checkpoint)
+
+    def compare(case: Case) -> list[Score]:
+        scores = evaluate_case(case.image, case, values, targets)
+        if case.name in known and made_from_others(case.image, known[case.name]):
+            tell_warning(
+                console, f"{case.name}: {case.image} was made from other files than the case's in {labels}"
+            )
+        if preview:
+            dices = {score.target: f"Dice {score.dice:.3f}" for score in scores}
+            try:
+                drawn = replace(known[case.name], resample=True)
+                draw_preview(folder, drawn, case.image, targets, dices, modalities)
+            except DataError as error:
+                tell_warning(console, f"{case.name}: no picture: {error}")
+        return scores
+
+    outcomes = each_case(console, cases, "Comparing", compare)
     scores = [score for outcome in outcomes for score in outcome.result or ()]
     failed = sum(outcome.failed for outcome in outcomes)
     write_scores(out, scores)
@@ -258,15 +286,30 @@ def _predictions(folder: Path) -> tuple[Case, ...]:
     return cases
 
 
-def _labels(labels: Path) -> tuple[dict[str, Path | None], dict[int, str], Targets]:
-    """The label file of each case, the names of the label values and the regions where they are known."""
+def known_labels(labels: Path) -> tuple[dict[str, Case], dict[int, str], Targets]:
+    """The cases by name that `labels` has a label for, and the names of the label values and the regions
+    where they are known. A case of a folder of label files has no images.
+
+    `labels` is a folder with NAME.nii.gz, a folder with a dataset.json, or a data list. Raises DataError
+    where it is none of these.
+    """
     listing = labels / "dataset.json" if labels.is_dir() else labels
     if listing.suffix.lower() == ".json" and listing.is_file():
-        known: dict[str, Path | None] = {c.name: c.label for c in find_cases([listing], labelled=True)}
-        return known, *read_classes(listing)
+        return {c.name: c for c in find_cases([listing], labelled=True)}, *read_classes(listing)
     if not labels.is_dir():
         raise DataError(f"labels: {labels} is no folder and no data list")
-    return {case.name: case.image for case in volumes_in(labels)}, {}, {}
+    return {case.name: Case(case.name, (), case.image) for case in volumes_in(labels)}, {}, {}
+
+
+def _modalities(labels: Path, checkpoint: Path | None) -> tuple[str, ...] | None:
+    """The names of the images' channels, where the checkpoint or a dataset.json tells them."""
+    if checkpoint is not None:
+        return read_checkpoint(checkpoint)[0].modalities
+    listing = labels / "dataset.json" if labels.is_dir() else labels
+    content = read_json(listing) if listing.is_file() else None
+    if not isinstance(content, dict) or not {"modality", "channel_names"}.intersection(content):
+        return None
+    return read_modalities(listing, content)
 
 
 def _targets(

@@ -11,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from scipy import ndimage
 from torch import Tensor
 
 from factorizer.segmentation.files import atomic
@@ -108,30 +109,34 @@ def draw_components(
     layers: Sequence[tuple[str, np.ndarray, Sequence[str]]],
     classes: Sequence[str],
     title: str,
+    channel: int = 0,
 ) -> None:
-    """A row for each layer (its name, its maps (n, X, Y, Z), their captions), on one slice.
+    """A row for each layer (its name, its maps (n, X, Y, Z), their captions), on one slice of `channel`.
 
     The first column has the truth as outlines, in the second row the prediction; the maps have the
     truth's, or without a truth the prediction's.
     """
     columns = 1 + max(len(maps) for _, maps, _ in layers)
     outlined = case.prediction if case.truth is None else case.truth
-    axis = max(range(3), key=lambda a: slice_scores(outlined, len(classes))[a].max())
-    index = int(slice_scores(outlined, len(classes))[axis].argmax())
+    axis, index = 2, outlined.shape[2] // 2  # where nothing is labelled
+    if outlined.any():
+        scores = slice_scores(outlined, len(classes))
+        axis = max(range(3), key=lambda a: scores[a].max())
+        index = int(scores[axis].argmax())
     figure, grid = _panels(case, axis, len(layers), columns)
     known = [("ground truth", case.truth), ("prediction", case.prediction)]
     outlines = [(name, labels) for name, labels in known if labels is not None]
     outline = np.take(outlined, index, axis)
     for number, (row, (name, maps, captions)) in enumerate(zip(grid, layers, strict=True)):
         label_name, labels = outlines[min(number, len(outlines) - 1)]
-        _show(row[0], case, 0, axis, index)
+        _show(row[0], case, channel, axis, index)
         _overlay(row[0], np.take(labels, index, axis), len(classes), fill=0)
-        row[0].set_title(label_name, color=TEXT, fontsize=9)
+        row[0].set_title(label_name if labels.any() else f"{label_name}: empty", color=TEXT, fontsize=9)
         row[0].set_ylabel(name, color=TEXT, fontsize=10)
         for ax in row[1 + len(maps) :]:
             ax.set_visible(False)
         for ax, volume, caption in zip(row[1:], maps, captions, strict=False):
-            _show(ax, case, 0, axis, index)
+            _show(ax, case, channel, axis, index)
             plane = np.take(volume, index, axis).T
             strength = np.clip(plane / (np.quantile(plane, 0.995) or 1), 0, 1)
             ax.imshow(
@@ -144,6 +149,47 @@ def draw_components(
             _overlay(ax, outline, len(classes), fill=0)
             ax.set_title(caption, color=TEXT, fontsize=9)
     _finish(figure, path, title, classes)
+
+
+def draw_planes(
+    path: Path, case: Picture, classes: Sequence[str], title: str, channel: int, captions: Sequence[str]
+) -> None:
+    """Three planes through the largest structure: the image, the truth where there is one, the prediction.
+
+    `captions` stand under the columns.
+    """
+    whole = case.prediction if case.truth is None or not case.truth.any() else case.truth
+    places = [length // 2 for length in whole.shape]
+    if whole.any():
+        places = [int(scores.argmax()) for scores in slice_scores(_largest(whole), len(classes))]
+    rows: list[tuple[str, np.ndarray | None]] = [("image", None)] if case.image.any() else []
+    rows += [] if case.truth is None else [("ground truth", case.truth)]
+    rows += [("prediction", case.prediction)]
+    extent = [n * mm for n, mm in zip(case.prediction.shape, case.spacing, strict=True)]
+    widths, heights = [extent[1], extent[0], extent[0]], [extent[2], extent[2], extent[1]]
+    scale = PANEL / max(extent)
+    size = (scale * sum(widths) + 1.6, len(rows) * (scale * max(heights) + 0.25) + 1.4)
+    figure = Figure(figsize=(max(size[0], 5.0), size[1]), facecolor=BACKGROUND)
+    figure.set_layout_engine("constrained", w_pad=0.06, h_pad=0.06)
+    grid = figure.subplots(len(rows), 3, squeeze=False, width_ratios=widths)
+    for line, (name, labels) in zip(grid, rows, strict=True):
+        for axis, ax in enumerate(line):
+            _show(ax, case, channel, axis, places[axis])
+            if labels is not None:
+                _overlay(ax, np.take(labels, places[axis], axis), len(classes), fill=0.3)
+        empty = labels is not None and not labels.any()
+        line[0].set_ylabel(f"{name}: empty" if empty else name, color=TEXT, fontsize=9)
+    for axis, ax in enumerate(grid[0]):
+        ax.set_title(f"{VIEWS[axis]}, {places[axis]}", color=TEXT, fontsize=9)
+    _finish(figure, path, "\n".join([title, *captions]), classes)
+
+
+def _largest(labels: np.ndarray) -> np.ndarray:
+    """Class indices (X, Y, Z) without all that is not connected to the largest structure."""
+    parts, _ = ndimage.label(labels)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    return np.where(parts == sizes.argmax(), labels, 0)
 
 
 def slice_scores(labels: np.ndarray, num_classes: int) -> list[np.ndarray]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -115,8 +115,7 @@ class Predictor:
             total = total + prepared.to_own_grid(
                 sum(self.run(network, plan, prepared.image) for network, plan in members)  # type: ignore[arg-type]
             )
-        if not total.isfinite().all():
-            raise DataError(f"{case.image}: the network's output for it is not finite")
+        check_finite(total, case)
         return total / len(self.models)
 
     @torch.no_grad()
@@ -162,6 +161,12 @@ def keep_largest(labels: np.ndarray, targets: Sequence[Sequence[int]]) -> np.nda
     return labels
 
 
+def check_finite(logits: Tensor, case: Case) -> None:
+    """Raises DataError where a network's output for a case is not finite: it decides nothing."""
+    if not logits.isfinite().all():
+        raise DataError(f"{case.image}: the network's output for it is not finite")
+
+
 def load_predictor(
     checkpoints: Sequence[Path],
     *,
@@ -197,13 +202,20 @@ def load_predictor(
 
 
 def run_cases(
-    console: Console, predictor: Predictor, cases: Sequence[Case], folder: Path, *, overwrite: bool = False
+    console: Console,
+    predictor: Predictor,
+    cases: Sequence[Case],
+    folder: Path,
+    *,
+    overwrite: bool = False,
+    then: Callable[[Case, Path], object] = lambda case, path: None,
 ) -> list[Outcome[str]]:
     """Segments cases into folder/NAME.nii.gz; the results are "done" and "skipped".
 
     A case is skipped where its file is there and was made from these very inputs by these networks
     (`provenance`). Where another file is there the case fails, unless `overwrite`. A case that cannot be
-    read, or fails otherwise, leaves no file, is told, and the others go on.
+    read, or fails otherwise, leaves no file, is told, and the others go on. `then` is called with each case
+    and its file, also where that was there.
     folder/settings.json says what the results were made with. Raises DataError where those that are there
     were made with another network or other settings, unless `overwrite`.
     """
@@ -212,11 +224,12 @@ def run_cases(
 
     def segment(case: Case) -> str:
         path = folder / f"{case.name}.nii.gz"
-        if not overwrite and made(path, case, settings):
-            return "skipped"
-        labels = on_grid_of(predictor.segment(case), case.image)
-        write_result(path, case, settings, lambda temporary: nib.save(labels, temporary))
-        return "done"
+        skipped = not overwrite and made(path, case, settings)
+        if not skipped:
+            labels = on_grid_of(predictor.segment(case), case.image)
+            write_result(path, case, settings, lambda temporary: nib.save(labels, temporary))
+        then(case, path)
+        return "skipped" if skipped else "done"
 
     return each_case(console, cases, "Segmenting", segment)
 

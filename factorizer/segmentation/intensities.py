@@ -12,6 +12,7 @@ import re
 from collections.abc import Sequence
 
 import numpy as np
+from scipy import ndimage
 
 NO_DATA = 1e30  # no scanner's intensity; squares of more than 1.8e19 are beyond float32
 REACH = 10.0  # fill values and outliers lie so many times the spread of the others away from them
@@ -22,6 +23,10 @@ FILL = 1e5  # more than 16 bits hold
 FACES = 0.01  # share of the voxels on the volume's faces; structures of the body seldom lie there
 MAX_GAPS, MIN_DISTINCT = 8, 8
 SAMPLE = 2**20  # voxels that quantiles are taken from, at most
+AIR_CT = -500.0  # Hounsfield units; half way between air and water
+RIM_QUANTILES, NOISE_REACH = (0.05, 0.25), 6.0  # of the voxels at the rim, and how far noise goes beyond them
+MAX_AIR = 0.3  # of the bright tissue's intensity (its 95 percentile); noise is darker
+CUT_AWAY = 0.05  # share of zeros from which on something was cut away
 
 _CT = re.compile(r"(nc|ce|cb|hr|ld|hd|de|ne|low|dual)*ct(a|v|pa|scan|image|volume)?")
 _NOT_CT = {"pet", "suv", "spect", "nm", "mr", "mri", "ctp", "cbf", "cbv", "mtt", "tmax", "ttp", "mask", "seg"}
@@ -104,6 +109,54 @@ def window_of(values: np.ndarray, quantiles: Sequence[float]) -> tuple[float, fl
     """The quantiles of labelled intensities that CT is clipped to; None where they are one value."""
     low, high = np.quantile(values.astype(np.float64), quantiles).tolist()
     return (low, high) if high > low else None
+
+
+def body(image: np.ndarray, modalities: Sequence[str]) -> np.ndarray:
+    """The voxels (X, Y, Z) of an image (X, Y, Z, channel) that are no air.
+
+    Air is what was cut away (zeros), what is below −500 HU in CT, and noise: what is as dark as most of the
+    rim, if that is much darker than the tissue. A channel that shows no air says nothing; where none does,
+    every voxel with a signal counts, as in a volume that lies within the head.
+    """
+    found = [
+        mask
+        for name, channel in zip(modalities, np.moveaxis(image, 3, 0), strict=True)
+        if (mask := _body_in(channel, ct=is_ct(name))) is not None
+    ]
+    return np.any(found or [(image != 0).any(axis=3)], axis=0)
+
+
+def _body_in(channel: np.ndarray, *, ct: bool) -> np.ndarray | None:
+    """The voxels (X, Y, Z) of one channel that are no air; None where it shows none."""
+    if ct and channel.min() < AIR_CT:
+        inside = _without_specks(channel > AIR_CT)
+        return inside if inside.any() else None
+    signal = channel != 0
+    if not signal.any():
+        return None
+    rim = channel[signal & ~ndimage.binary_erosion(signal)]
+    low, middle = np.quantile(rim, RIM_QUANTILES).tolist()
+    air = middle + NOISE_REACH * (middle - low)
+    if air < MAX_AIR * float(np.quantile(channel[signal], 0.95)):
+        inside = _without_specks(channel > air)
+        if inside.any():
+            return inside
+    return signal if signal.mean() < 1 - CUT_AWAY else None
+
+
+def _without_specks(mask: np.ndarray) -> np.ndarray:
+    """The large parts of a mask (X, Y, Z), with the holes that planes along any axis have in them."""
+    parts, number = ndimage.label(ndimage.binary_opening(mask))
+    if not number:
+        return np.zeros_like(mask)
+    sizes = np.bincount(parts.ravel())
+    sizes[0] = 0
+    kept = (sizes >= sizes.max() / 10)[parts]
+    for axis in range(3):
+        plane = ndimage.generate_binary_structure(3, 1)
+        plane[tuple(slice(None, None, 2) if a == axis else slice(None) for a in range(3))] = False
+        kept = ndimage.binary_fill_holes(kept, plane)
+    return kept
 
 
 def _share_of_faces(mask: np.ndarray) -> float:

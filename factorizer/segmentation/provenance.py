@@ -71,6 +71,15 @@ def write_result(
             path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
+def made_from_others(result: Path, case: Case) -> bool:
+    """Whether a result is known to be made from other files than the images of `case`, if these are here."""
+    record = _record_of(result)
+    if not record.is_file() or not case.images or not all(path.exists() for path in case.images):
+        return False
+    known = read_json(record)
+    return isinstance(known, dict) and list(known.get("inputs", ()))[:-2] != _inputs(case)[:-2]
+
+
 def differences(before: Any, now: Mapping[str, Any]) -> list[str]:
     """The names of the settings that are others than before."""
     before = before if isinstance(before, dict) else {}

@@ -24,6 +24,7 @@ from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError
 
 T = TypeVar("T")
+LINE_SECONDS = 60.0  # between two lines of a log file, where a bar would be seen at its end alone
 
 
 def console_of_process() -> Console:
@@ -42,6 +43,19 @@ def progress(console: Console) -> Progress:
         TimeRemainingColumn(),
         console=console,
     )
+
+
+def log_lines(console: Console) -> Callable[[str], None]:
+    """Prints what it is called with where the console is no terminal, a line in LINE_SECONDS at most."""
+    told = time.perf_counter()
+
+    def tell(text: str) -> None:
+        nonlocal told
+        if not console.is_terminal and time.perf_counter() - told >= LINE_SECONDS:
+            console.print(text, soft_wrap=True, markup=False, highlight=False)
+            told = time.perf_counter()
+
+    return tell
 
 
 @dataclass(frozen=True)
@@ -67,6 +81,7 @@ def each_case(
     others: every error is caught here and told at once.
     """
     outcomes: list[Outcome[T]] = []
+    tell = log_lines(console)
     with progress(console) as bar:
         for case in bar.track(cases, description=description):
             start, result, reason = time.perf_counter(), None, ""
@@ -78,6 +93,7 @@ def each_case(
                 reason = f"{type(error).__name__}: {error}"
             outcomes.append(Outcome(case.name, result, reason, time.perf_counter() - start))
             tell_failures(console, outcomes[-1:])
+            tell(f"{description}: {len(outcomes)} of {count(len(cases), 'case')}")
     return outcomes
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 from torch import Tensor, nn
 
 import factorizer
-from factorizer.segmentation.checkpoint import network_of_entry, read_entry
+from factorizer.segmentation.checkpoint import entries_of, network_of_entry, read_entry
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import load_tensors, save_tensors
 from factorizer.segmentation.plan import Plan
@@ -54,9 +54,7 @@ def load_model(path: str | Path) -> TrainedModel:
     Raises FileNotFoundError where there is none, DataError where it is neither.
     """
     content = load_tensors(path)
-    entries = content.get("members", [content])
-    if not isinstance(entries, Sequence) or not entries:
-        raise DataError(f"{path}: not a model file: its members are {entries!r}")
+    entries = entries_of(content, path)
     members = tuple(network_of_entry(*read_entry(entry, path), path) for entry in entries)
     return TrainedModel(
         members,

@@ -32,11 +32,10 @@ from factorizer.segmentation.measure import side_by_side
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import gather, group_position
 from factorizer.segmentation.recipe import BUDGETS, MAX_BUDGET_STEPS, MIN_STEPS, Recipe
-from factorizer.segmentation.screen import count, progress
+from factorizer.segmentation.screen import count, log_lines, progress
 from factorizer.segmentation.transforms import CropBatches
 
 SAVE_EVERY, SAVE_SECONDS = 20, 30.0  # steps, or seconds and one step, that a killed run loses at most
-LINE_SECONDS = 60.0  # between two lines of a log file, where a bar would be seen at its end alone
 
 
 class SegmentationLoss(nn.Module):
@@ -103,7 +102,8 @@ class Trainer:
             a score, the same in every process, more is better. The checkpoint with the best one is
             kept beside the last, as best.pt.
         patience: stop after so many validations in a row that were no better than the best before.
-        workers: processes that prepare batches ahead, as many as there are cores at most; 0: none.
+        workers: processes that prepare batches ahead; those of all processes together are as many as there
+            are cores at most; 0: none.
     """
 
     def __init__(
@@ -354,8 +354,9 @@ def _averaged(decay: float, mean: Tensor, value: Tensor, steps: Tensor | int) ->
 
 
 def _cores() -> int:
-    """The processor cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    """The processor cores that this process may use, its part where torchrun started several here."""
+    found = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, found // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def _float(logits: Tensor | list[Tensor]) -> Tensor | list[Tensor]:
@@ -389,18 +390,14 @@ def fit(console: Console, trainer: Trainer, batches: CropBatches, path: Path) ->
         trainer.resume(path)
     with progress(console) as bar:
         task = bar.add_task("Training", total=trainer.plan.steps, completed=trainer.step)
-
-        told = time.perf_counter()
+        tell = log_lines(console)
 
         def advance(step: int) -> None:
-            nonlocal told
             recent = trainer.losses[-20:]
             loss = sum(recent) / len(recent)
             score = f", Dice {trainer.scores[-1][1]:.3f}" if trainer.scores else ""
             bar.update(task, completed=step, description=f"Training, loss {loss:.3f}{score}")
-            if not console.is_terminal and time.perf_counter() - told >= LINE_SECONDS:
-                console.print(f"step {step} of {trainer.plan.steps}, loss {loss:.3f}{score}")
-                told = time.perf_counter()
+            tell(f"step {step} of {trainer.plan.steps}, loss {loss:.3f}{score}")
 
         if isinstance(trainer.validate, Watched):
             validation = bar.add_task("Validating", total=None, visible=False)

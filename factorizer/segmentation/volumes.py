@@ -25,7 +25,7 @@ from factorizer.segmentation.files import atomic, digest_of
 from factorizer.segmentation.intensities import clean, is_ct, window_of
 from factorizer.segmentation.names import PAIRED, places_by_name
 from factorizer.segmentation.recipe import RANGE_QUANTILES
-from factorizer.segmentation.screen import count, progress, tell_warning
+from factorizer.segmentation.screen import count, log_lines, progress, tell_warning
 
 # What a NIfTI header says about the grid, beside the voxel sizes. Its other fields (dtype, scaling, intent,
 # description) are about the image's intensities and do not hold for what is written on its grid.
@@ -36,6 +36,9 @@ GRID_FIELDS = (
 GRID_TOLERANCE = 1e-2  # mm, and a fifth of a voxel at most, between the places that two files give to a voxel
 MILLIMETRES = {1: 1e3, 2: 1.0, 3: 1e-3}  # of NIfTI's units; a file that says none means mm
 MIN_SPACING, MAX_SPACING = 0.01, 100.0  # mm; no scanner's beyond
+MAX_LABEL = 2**31  # beyond it not every whole number has a float of its own, nor a class
+ALIKE, ALIKE_SAMPLE = 1 - 1e-4, 2**18  # correlation of a volume with its copy; by so many voxels
+MAP_STEPS = 4095  # from 0 to the largest value of maps in a file
 LABEL_ROUNDING = 0.05  # a label's distance from a whole number, at most, where the file's steps are coarse
 
 
@@ -51,7 +54,7 @@ class Geometry:
         sides: for each of them, from where to where its voxels lie from left (-1) to right (1) in the
             nonzero part: their 5 and 95 percentiles.
         constant: channels that hold a single value.
-        identical: pairs of channels with the same voxels.
+        identical: pairs of channels with the same voxels, but for a factor and an offset.
         digest: of the files' contents.
     """
 
@@ -101,7 +104,7 @@ def check_case(task: Task, case: Case) -> Geometry:
             if value
         },
         tuple(k for k, channel in enumerate(channels) if channel.min() == channel.max()),
-        tuple((a, b) for a, b in pairs if np.array_equal(channels[a], channels[b])),
+        tuple((a, b) for a, b in pairs if _alike(channels[a], channels[b])),
         digest_of_case(case),
     )
 
@@ -202,13 +205,14 @@ def read_labels(path: Path, values: Sequence[int] | None, *, grid_of: Path | Non
     whole = np.rint(found.astype(np.float64))
     apart = np.abs(found.astype(np.float64) - whole)
     wrong = found[apart > np.maximum(_precision(path, voxels) * np.maximum(np.abs(whole), 1), _step(path))]
+    wrong = np.union1d(wrong, found[np.abs(whole) > MAX_LABEL])
     if values is not None:
         unknown = found[~np.isin(whole, list(values))]
         wrong = np.union1d(wrong, unknown)
     if len(wrong):
         number = repr(wrong[0].item()).removesuffix(".0")
         known = "" if values is None else f"; there are classes for {list(values)}"
-        reason = "has no class" if values is not None else "is not a whole number"
+        reason = "has no class" if values is not None else "is not a whole number below 2^31"
         raise DataError(f"{path}: label value {number} {reason}{known}")
     smallest = np.uint8 if len(whole) and 0 <= whole.min() <= whole.max() <= 255 else np.int64
     return whole.astype(smallest)[place].reshape(labels.shape)
@@ -244,6 +248,18 @@ def write_nifti(voxels: np.ndarray, like: Path, path: Path) -> None:
         nib.save(on_grid_of(voxels, like), temporary)
 
 
+def write_maps(maps: np.ndarray, like: Path, path: Path) -> np.ndarray:
+    """Write maps (n, X, Y, Z), none negative, on the grid of `like`, as (X, Y, Z, n) in steps of a 4095th of
+    the largest value: a quarter of the file that floats make. Returns them as the file has them."""
+    slope = np.float32(float(maps.max()) / MAP_STEPS or 1.0)
+    steps = np.rint(maps / slope).astype(np.uint16)
+    volume = on_grid_of(np.moveaxis(steps, 0, -1), like)
+    volume.header.set_slope_inter(slope, 0)
+    with atomic(path) as temporary:
+        nib.save(volume, temporary)
+    return steps * slope
+
+
 def on_grid_of(voxels: np.ndarray, like: Path) -> nib.Nifti1Image:
     """Voxels (X, Y, Z) or (X, Y, Z, n) on the grid of the file `like`, in its unit."""
     source = _load(like)
@@ -277,27 +293,34 @@ def parts_of(path: Path) -> list[Path]:
     ]
 
 
-def check_cases(console: Console, task: Task) -> dict[str, Geometry]:
-    """The geometry of each case of a task; what looks wrong is told.
+def check_cases(console: Console, task: Task, training: Iterable[Case] | None = None) -> dict[str, Geometry]:
+    """The geometry of each case of a task; what looks wrong is told. `training`: the cases to learn from,
+    where they are not all.
 
     Raises DataError for the first case that cannot be used.
     """
-    geometries = {}
+    geometries: dict[str, Geometry] = {}
+    tell = log_lines(console)
     with progress(console) as bar:
         for case in bar.track(task.cases, description="Checking volumes"):
             geometries[case.name] = check_case(task, case)
-    for warning in doubts(task, geometries):
+            tell(f"checked {len(geometries)} of {count(len(task.cases), 'case')}")
+    for warning in doubts(task, geometries, [case.name for case in training or task.cases]):
         tell_warning(console, warning)
     return geometries
 
 
-def doubts(task: Task, geometries: Mapping[str, Geometry]) -> list[str]:
-    """Sentences about what is allowed, and seldom meant: each names the cases."""
+def doubts(task: Task, geometries: Mapping[str, Geometry], training: Sequence[str]) -> list[str]:
+    """Sentences about what is allowed, and seldom meant: each names the cases. `training`: names of those
+    that are learned from."""
     found = []
     for value, name in task.labels.items():
-        if value and not any(value in geometry.labelled for geometry in geometries.values()):
+        having = [case for case, geometry in geometries.items() if value in geometry.labelled]
+        if value and not set(having).intersection(training):
+            others = f", but only {_some(having)}" if having else ""
             found.append(
-                f"no case has a voxel of {name!r} (label value {value}): nothing can be learned about it"
+                f"no training case has a voxel of {name!r} (label value {value}){others}: nothing can be "
+                "learned about it"
             )
     empty = [name for name, geometry in geometries.items() if not geometry.sides]
     if 2 * len(empty) > len(geometries):
@@ -313,6 +336,14 @@ def doubts(task: Task, geometries: Mapping[str, Geometry]) -> list[str]:
         if same:
             which = f"{task.modalities[a]} and {task.modalities[b]}"
             found.append(f"{which} are the same volume in {count(len(same), 'case')}: {_some(same)}")
+    for kind in ("label", "images"):
+        by_path: dict[object, list[str]] = {}
+        for case in task.cases:
+            by_path.setdefault(getattr(case, kind), []).append(case.name)
+        for path, names in by_path.items():
+            if path and len(names) > 1:
+                found.append(f"these cases have the same {kind} file: {_some(names)}")
+    found.extend(doubts_of_sides(task.cases))
     by_digest: dict[str, list[str]] = {}
     for name, geometry in geometries.items():
         by_digest.setdefault(geometry.digest, []).append(name)
@@ -320,6 +351,45 @@ def doubts(task: Task, geometries: Mapping[str, Geometry]) -> list[str]:
         if digest and len(names) > 1:
             found.append(f"these cases hold the same files: {_some(names)}")
     return found
+
+
+def doubts_of_sides(cases: Iterable[Case]) -> list[str]:
+    """Sentences about files whose headers do not agree with themselves on which side is left, or do not say
+    it; they name the cases. Files that cannot be read are told elsewhere."""
+    silent, two = [], []
+    for case in cases:
+        try:
+            header = _load(case.image).header
+            known = [form for form in (header.get_sform(coded=True), header.get_qform(coded=True)) if form[1]]
+            directions = {nib.aff2axcodes(affine) for affine, _ in known}
+        except (DataError, ValueError, nib.spatialimages.HeaderDataError):
+            continue
+        if not known:
+            silent.append(case.name)
+        elif len(directions) > 1:
+            two.append(case.name)
+    found = []
+    if silent:
+        found.append(
+            f"the header does not say which side is left (sform_code and qform_code are 0) in "
+            f"{count(len(silent), 'case')}, and the first axis is taken to run from right to left: "
+            f"{_some(silent)}"
+        )
+    if two:
+        found.append(
+            f"sform and qform give the axes different directions in {count(len(two), 'case')}, and the sform "
+            f"is believed: {_some(two)}"
+        )
+    return found
+
+
+def _alike(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two channels are the same volume, on another scale too (a copy in other units, or rounded)."""
+    if np.array_equal(one, other):
+        return True
+    step = max(1, one.size // ALIKE_SAMPLE)
+    samples = np.stack([one.reshape(-1)[::step], other.reshape(-1)[::step]]).astype(np.float64)
+    return bool((samples.std(axis=1) > 0).all() and float(np.corrcoef(*samples)[0, 1]) > ALIKE)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -342,10 +412,11 @@ def _load(path: Path) -> Any:
     except Exception as error:  # a broken file makes nibabel, zlib or numpy raise one of a dozen
         raise DataError(f"{path}: not readable as NIfTI ({str(error) or type(error).__name__})") from error
     if not isinstance(file.header, nib.Nifti1Header):
+        analyze = isinstance(file.header, nib.AnalyzeHeader)
+        sides = "it does not say which side is left. Convert it" if analyze else "convert it"
         raise DataError(
-            f"{path}: is {type(file).__name__}, no NIfTI: it does not say which side is left. Convert it "
-            "to NIfTI "
-            "with a program that knows where it came from"
+            f"{path}: is {type(file).__name__}, no NIfTI: {sides} to NIfTI with a program that knows where "
+            "it came from"
         )
     return file
 

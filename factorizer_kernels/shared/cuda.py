@@ -1,5 +1,7 @@
 """The compiled module's CUDA code: whether it is there, on which device and stream it runs."""
 
+import warnings
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -21,6 +23,17 @@ if native is None:
 def why_no_code(device: int) -> str | None:
     """Why no kernel runs on the device of this index, or None where they do."""
     return _why_no_code(device)
+
+
+@constant_while_compiling
+def warn_once(reason: str) -> None:
+    """Say once a process that the compiled kernels are passed over: others take their place silently."""
+    _warn(reason)
+
+
+@cache
+def _warn(reason: str) -> None:
+    warnings.warn(f"the CUDA kernels of factorizer_kernels are not used: {reason}", stacklevel=3)
 
 
 @cache
@@ -48,8 +61,13 @@ def _why_no_code(device: int) -> str | None:
     )
 
 
+def current(x: Tensor) -> AbstractContextManager:
+    """Makes x's device the current one; torch goes back to the other without creating a context there."""
+    return torch.cuda.device(x.device)
+
+
 def target(x: Tensor) -> tuple[int, int]:
-    """(device index, handle of its current stream): where a launch for x belongs."""
+    """(device index, handle of its current stream): where a launch for x belongs, on the current device."""
     return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
 

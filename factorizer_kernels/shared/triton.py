@@ -13,7 +13,13 @@ try:
 except ImportError as _error:
     missing: str | None = f"Triton is missing ({_error}): pip install triton"
 else:
-    missing = None
+    # Earlier ones fail in every kernel here: they know no tuples of blocks.
+    too_old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4)
+    missing = (
+        f"Triton {triton.__version__} is too old: pip install 'triton>=3.4', which torch 2.8 and later bring"
+        if too_old
+        else None
+    )
 
 # Triton reads the variable when a kernel is decorated, so this is final once this module is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
@@ -40,8 +46,16 @@ def launch(kernel: Any, programs: int | tuple[int, ...], x: Tensor, *args: Any, 
     if not all(grid):
         return
     with torch.cuda.device(x.device) if x.is_cuda else nullcontext():
-        # Fused multiply-adds are named so that the bits do not depend on Triton's default.
-        kernel[grid](*args, **constants, enable_fp_fusion=True)
+        try:
+            # Fused multiply-adds are named so that the bits do not depend on Triton's default.
+            kernel[grid](*args, **constants, enable_fp_fusion=True)
+        except Exception as error:
+            if x.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    f"factorizer_kernels, backend 'triton': {kernel.__name__} failed while a CUDA graph was "
+                    "captured: make the same call once before, since the first one compiles and loads it"
+                ) from error
+            raise
 
 
 def processors(x: Tensor) -> int:

@@ -225,6 +225,22 @@ def test_what_was_asked_for_is_never_dropped_silently(tmp_path, env, words):
     assert not list(tmp_path.glob("*.whl"))
 
 
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on PATH")
+def test_an_nvcc_that_is_too_old_counts_as_absent(tmp_path):
+    """Ubuntu 22.04's own: it has no cudaLaunchKernelEx, and stopped the installation."""
+    nvcc = tmp_path / "nvcc"
+    nvcc.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && echo "Cuda compilation tools, release 11.5, V11.5.119" && exit\n'
+        f'exec {shutil.which("nvcc")} "$@"\n'
+    )
+    nvcc.chmod(0o755)
+    done = build_wheel(
+        copy_tree(tmp_path / "tree"), tmp_path, FACTORIZER_KERNELS_CUDA=1, CUDACXX=nvcc
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "nvcc is of CUDA 11.5, and the kernels need 11.8 or later" in " ".join(done.stdout.split())
+
+
 def test_error_in_the_sources_is_shown(tmp_path):
     tree = copy_tree(tmp_path / "tree")
     with (tree / "csrc/cpu/common/dispatch.cpp").open("a") as source:

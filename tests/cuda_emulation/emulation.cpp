@@ -25,7 +25,7 @@ struct Fiber {
   std::uint64_t value = 0;
 };
 
-int device = 0, num_devices = 2;
+int device = 0;
 cudaError_t pending = cudaSuccess, next = cudaSuccess;
 std::string message;
 std::vector<Launch> launches;
@@ -163,15 +163,6 @@ cudaError_t cudaGetDevice(int* device) {
   return cudaSuccess;
 }
 
-cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= emulation::num_devices) {
-    emulation::message = "invalid device ordinal";
-    return emulation::pending = cudaErrorInvalidDevice;
-  }
-  emulation::device = device;
-  return cudaSuccess;
-}
-
 cudaError_t cudaGetLastError() {
   const cudaError_t error = emulation::pending;
   emulation::pending = cudaSuccess;
@@ -204,7 +195,7 @@ int emulation_launches(std::int64_t* to, int room) {
   return count;
 }
 
-int emulation_device() { return emulation::device; }
+void emulation_set_device(int device) { emulation::device = device; }
 
 int emulation_pending_error() { return emulation::pending; }
 

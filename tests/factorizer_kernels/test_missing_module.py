@@ -28,13 +28,17 @@ def package(tmp_path):
     return tmp_path
 
 
-def reasons(package: Path) -> dict[str, str]:
+def run(package: Path, program: str) -> str:
     # -S: no .pth file, which might bring in another installation's module.
-    command = [sys.executable, "-S", "-c", PROGRAM]
+    command = [sys.executable, "-S", "-c", program]
     path = os.pathsep.join([str(package), *site.getsitepackages()])
     environment = {**os.environ, "PYTHONPATH": path}
     done = subprocess.run(command, env=environment, cwd=package, capture_output=True, text=True, check=True)
-    return dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    return done.stdout
+
+
+def reasons(package: Path) -> dict[str, str]:
+    return dict(line.split(" ", 1) for line in run(package, PROGRAM).splitlines())
 
 
 def test_a_source_folder(package):
@@ -50,6 +54,15 @@ def test_an_installation_without_a_compiler(package):
     assert (
         "installed without its compiled module: reinstall it with a C++17 compiler" in reasons(package)["cpu"]
     )
+
+
+def test_a_triton_that_is_too_old(package):
+    """Of which no more is looked at than the version."""
+    (package / "triton/language").mkdir(parents=True)
+    (package / "triton/language/__init__.py").touch()
+    (package / "triton/__init__.py").write_text("__version__ = '3.3.1+git'\n")
+    reason = "False Triton 3.3.1+git is too old: pip install 'triton>=3.4'"
+    assert reasons(package)["triton"].startswith(reason)
 
 
 def test_a_module_that_cannot_be_loaded(package):

@@ -8,6 +8,7 @@ KERNELS = (
     "tests/factorizer_kernels/test_swin_nmf.py",
     "tests/factorizer_kernels/test_nmf.py",
 )
+PRODUCT = ("tests/factorizer_kernels/test_product.py",)
 DEPTHWISE = ("tests/factorizer_kernels/test_depthwise.py",)
 POINTWISE = ("tests/factorizer_kernels/test_pointwise.py",)
 SETTINGS = ("tests/factorizer_kernels/test_torch.py", "tests/factorizer_kernels/test_arguments.py")
@@ -27,6 +28,8 @@ class Fault(NamedTuple):
 
 _MATH = "csrc/math/"
 _TRITON = "factorizer_kernels/ops/nmf/triton/"
+_PRODUCT = "csrc/cpu/common/product.h"
+_NMF = "csrc/cpu/nmf/"
 _DEPTHWISE = "csrc/cpu/depthwise/"
 _POINTWISE = "csrc/cpu/pointwise/"
 
@@ -57,17 +60,76 @@ FAULTS = (
         "rank 1: eps is left out of the next a", _MATH + "rank_one.h",
         "out.dr[i] += e * k * (da[i] + 2.0 * db * (k * u[i]));", "out.dr[i] += e * k * da[i];",
     ),
+    # The products, and the iterations on them.
     Fault(
-        "iterations: the Gram matrix' gradient is not made symmetric", "csrc/cpu/nmf/iterations.h",
-        "combine<T>(rank_, dgram, 1, rank_, rank_, f, df, length, true);", "",
+        "product: a block of the depth begins anew", _PRODUCT,
+        "const bool accumulate = start.accumulate || block > 0;", "const bool accumulate = start.accumulate;",
+        PRODUCT,
     ),
     Fault(
-        "iterations: which columns of U were new when r was updated", "csrc/cpu/nmf/iterations.h",
-        "entry = -(j <= r ?", "entry = -(j < r ?",
+        "product: where a packed panel begins", _PRODUCT,
+        "first_row * block_depth, 1, height", "first_row * depth, 1, height", PRODUCT,
     ),
     Fault(
-        "long matrices: where a tile of a long line begins", "csrc/cpu/nmf/tiles.h",
-        "* line + tile % tiles_per_line * shape.voxels;", "* line + tile * shape.voxels;",
+        "product: the columns after the last whole step", _PRODUCT,
+        "if (whole < length) columns(whole, length - whole, std::integral_constant<int, 1>{});", "", PRODUCT,
+    ),
+    Fault(
+        "product with a transpose: lanes of few sums", _PRODUCT,
+        "i / left : i * (width / N)]", "i / left : i]", PRODUCT,
+    ),
+    Fault(
+        "product with a transpose: a block of columns begins anew", _PRODUCT,
+        "{accumulate || n > 0});", "{accumulate});", PRODUCT,
+    ),
+    Fault(
+        "product with a transpose: the last section's share", "csrc/cpu/product/product.cpp",
+        "sums.add(sections.count, row", "sums.add(sections.count > 1 ? sections.count - 1 : 1, row", PRODUCT,
+    ),
+    Fault(
+        "iterations: a section's second tile begins its sums anew", _NMF + "iterations.h",
+        "return tile > tiles_.sections.begin(section);", "return tile > tiles_.sections.begin(section) + 1;",
+    ),
+    Fault(
+        "iterations: the gradient of V lacks the Gram matrix' part", _NMF + "iterations.h",
+        "add_gram_gradient({db_, gram_stride_}, v_at(t, tile), dv(tile), length);", "",
+    ),
+    Fault(
+        "iterations: every part of U takes the first one's sums", _NMF + "iterations.h",
+        "sums_.add(tiles_.sections.count, part * u_part * gram_stride_, valid",
+        "sums_.add(tiles_.sections.count, 0, valid",
+    ),
+    Fault(
+        "iterations: the gradient of x lacks the last iterations' V", _NMF + "iterations.h",
+        "multiply<T>(u, tile_row(tile, kept_ + 1), dx, length, {true});", "",
+    ),
+    Fault(
+        "HALS in blocks: the components after the block", _NMF + "updates.h",
+        "multiply_components<T>(gram, first, count, first + count, rank, f, work, length, true);", "",
+    ),
+    Fault(
+        "HALS in blocks, backward: the old components' gradient", _NMF + "updates.h",
+        "load(df[first + r] + n) - load(work[r] + n)", "load(df[first + r] + n) + load(work[r] + n)",
+    ),
+    Fault(
+        "MU at large ranks, backward: the denominator's gradient", _NMF + "updates.h",
+        "store(work[r] + n, -dp * load(f_new[r] + n));", "store(work[r] + n, dp * load(f_new[r] + n));",
+    ),
+    Fault(
+        "updates: the Gram matrix' gradient is not made symmetric", _NMF + "updates.h",
+        "-dgram[j][r] : dgram[j][r] + dgram[r][j];", "-dgram[j][r] : 2 * dgram[j][r];",
+    ),
+    Fault(
+        "updates: the old components stand for the new ones", _NMF + "updates.h",
+        "multiply_by_transpose<T>(rank, dc, rank, f_new,", "multiply_by_transpose<T>(rank, dc, rank, f,",
+    ),
+    Fault(
+        "long matrices: where a tile of a long line begins", _NMF + "tiles.h",
+        "* line + tile % tiles_per_line * voxels;", "* line + tile * voxels;",
+    ),
+    Fault(
+        "tiles: zeros of x keep their gradient under a ReLU", _NMF + "tiles.h",
+        "x[m][n] <= T(0) ? T(0) : dx[m][n]", "x[m][n] < T(0) ? T(0) : dx[m][n]",
     ),
     Fault(
         "dematricize: a shift in the wrong direction", "csrc/cpu/windows/windows.cpp",

@@ -1,5 +1,5 @@
-// The caches that work is cut to fit: of the smaller processors in use, since a piece too small costs less
-// than one too large.
+// The caches that work is cut to fit (of the smaller processors in use, since a piece too small costs less
+// than one too large), and a hint to them.
 #pragma once
 
 #include "common/base.h"
@@ -10,6 +10,14 @@ namespace FK_ISA {
 constexpr i64 first_level_bytes = 32 << 10;    // of data, one core's
 constexpr i64 second_level_bytes = 256 << 10;  // one core's
 constexpr i64 last_level_bytes = 8 << 20;      // shared by the cores
+
+// A hint, of an address that need not exist.
+inline void prefetch(const void* near, i64 offset, i64 bytes) {
+  const auto begin = reinterpret_cast<std::uintptr_t>(near) + std::uintptr_t(offset);
+  for (i64 byte = 0; byte < bytes; byte += 64) {
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + std::uintptr_t(byte)));
+  }
+}
 
 }  // namespace FK_ISA
 }  // namespace factorizer

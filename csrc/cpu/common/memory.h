@@ -43,14 +43,19 @@ class OrderedSums {
   i64 size() const { return size_; }
   T* share(i64 task) const { return shares_ + task * size_; }
 
-  // to[i] = the sum over the tasks of their shares' element first + i. The number of tasks is an argument so
-  // that it may be a constant.
+  // to[i] = the sum over the tasks of their shares' element first + i.
   template <class To>
   void add(i64 tasks, i64 first, i64 count, To* to) const {
-    for (i64 i = 0; i < count; ++i) {
-      double total = 0.0;
-      for (i64 task = 0; task < tasks; ++task) total += shares_[task * size_ + first + i];
-      to[i] = To(total);
+    constexpr i64 block = 256;
+    for (i64 begin = 0; begin < count; begin += block) {
+      const i64 length = count - begin < block ? count - begin : block;
+      double totals[block];
+      fill(totals, length, 0.0);
+      for (i64 task = 0; task < tasks; ++task) {
+        const T* share = shares_ + task * size_ + first + begin;
+        for (i64 i = 0; i < length; ++i) totals[i] += share[i];
+      }
+      for (i64 i = 0; i < length; ++i) to[begin + i] = To(totals[i]);
     }
   }
 

@@ -14,7 +14,8 @@
 //     touched.
 //   - No allocation, no threads: the caller brings the memory and cuts the columns. 64 to 256 columns are a
 //     good tile, 32 rows and more are what registers are used well with.
-//   - Rows of a tile should lie an odd number of cache lines apart (row_stride): at a power of two they fall into a
+//   - Rows of a tile should lie an odd number of cache lines apart (row_stride): at a power of two they fall
+//   into a
 //     few sets of the cache and evict one another.
 #pragma once
 
@@ -22,9 +23,9 @@
 #include <type_traits>
 #include <utility>
 
+#include "common/scalar_types.h"
 #include "cpu/common/cache.h"
 #include "cpu/common/rows.h"
-#include "common/scalar_types.h"
 
 namespace factorizer {
 namespace FK_ISA {
@@ -364,8 +365,8 @@ void multiply_by_dots(i64 rows, Rows<const T> a, i64 columns, Rows<const T> b, i
   for (; p < rows; ++p) dot_rows<1>(p, columns, a, b, length, out, accumulate, wanted);
 }
 
-// to_n[q] = from_q[n] for n < length, and zero for q from `rows` to the next multiple of the vector width. Rows of
-// `from` are read up to such a multiple.
+// to_n[q] = from_q[n] for n < length, and zero for q from `rows` to the next multiple of the vector width.
+// Rows of `from` are read up to such a multiple.
 template <class T>
 void transpose(i64 rows, Rows<const T> from, i64 length, Rows<T> to) {
   constexpr i64 width = Simd<T>::width;
@@ -390,7 +391,7 @@ template <class T>
 void multiply_by_transpose(i64 rows, Rows<const T> a, i64 columns, Rows<const T> b, i64 length, Rows<T> out,
                            bool accumulate, Wanted wanted = Wanted::all) {
   constexpr i64 width = Simd<T>::width, step = 2 * width;
-  if (columns < width || rows < width / 2 || (columns == width && rows <= 2 * width))
+  if (columns < width || rows < width / 2 || (columns <= step && rows <= step))
     return multiply_by_dots(rows, a, columns, b, length, out, accumulate, wanted);
   alignas(64) T transposed[depth_block * step];
   for (i64 n = 0; n < length; n += depth_block) {

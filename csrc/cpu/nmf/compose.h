@@ -17,12 +17,16 @@ constexpr i64 spread_bytes = first_level_bytes / 2;  // of u along a line
 constexpr i64 most_terms = 8;                        // of y that are added up in registers
 
 // Where the factors of a chunk of heads go: u of every matrix to `u`, in the matrices' order from the chunk's
-// first on; v likewise, or, for composing y, voxel by voxel to maps (head, shift, rank, voxels).
+// first on; v likewise, or, for composing y, voxel by voxel to maps (head, shift, rank, voxels). Null:
+// nowhere, each matrix' product goes to y at once.
 template <class T>
 struct FactorsOut {
-  T* u;
-  T* v;
-  bool maps;
+  T* u = nullptr;
+  T* v = nullptr;
+  bool maps = false;
+
+  T* u_of(i64 matrix, i64 size) const { return u == nullptr ? nullptr : u + matrix * size; }
+  T* v_of(i64 matrix, i64 size) const { return v == nullptr ? nullptr : v + matrix * size; }
 
   Head<T> map(const Windows& w, i64 rank, i64 shift, i64 bh) const {
     return contiguous_head(v + (bh * w.num_shifts + shift) * rank * w.voxels(), w);

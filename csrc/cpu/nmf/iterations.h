@@ -1,254 +1,285 @@
 // The iterations of one matrix X (rows x columns) as they are written in the reference, and their backward,
 // over tiles of its columns (tiles.h).
 //
-// A pass over the tiles updates V and leaves, for the next update of U, each tile's share of A = X V and
-// B = VᵀV.
+// A pass over the tiles updates V and leaves, for the next update of U, each section's share of A = X V and
+// B = VᵀV. U is updated by parts of its rows. Factors lie transposed, rank rows; those of V tile by tile, all
+// that belongs to a tile side by side.
 #pragma once
 
 #include "cpu/common/memory.h"
-#include "cpu/common/rows.h"
-#include "math/factor_update.h"
+#include "cpu/common/product.h"
+#include "cpu/nmf/tiles.h"
+#include "cpu/nmf/updates.h"
 #include "problems/nmf.h"
 
 namespace factorizer {
 namespace FK_ISA {
 
-// One vector of columns of a row list, as factor_update.h wants it.
-template <class T>
-struct LaneRows {
-  T* data;
-  i64 stride;
-
-  LaneRows(Rows<T> rows, i64 column) : data(rows.data + column), stride(rows.stride) {}
-  auto get(i64 r) const { return load(data + r * stride); }
-  template <class V>
-  void set(i64 r, V v) {
-    store(data + r * stride, v);
-  }
-};
-
-// out = the updated factor f, for `valid` of `length` columns; the padding becomes zero.
-template <class T>
-void update(const NMFOptions& o, const T* gram, Rows<const T> f, Rows<const T> c, Rows<T> out, i64 valid,
-            i64 length) {
-  const T eps = T(o.eps);
-  with_small(o.rank, [&](auto rank) {
-    for (i64 n = 0; n < length; n += Simd<T>::width) {
-      const LaneRows<const T> fs(f, n), cs(c, n);
-      LaneRows<T> outs(out, n);
-      if (o.hals) {
-        hals_update<T>(rank, eps, gram, fs, cs, outs);
-      } else {
-        mu_update<T>(rank, eps, gram, fs, cs, outs);
-      }
-    }
-  });
-  clear_padding(o.rank, out, valid, length);
-}
-
-// The adjoint: df in place, dc out, and dgram (rank x rank) out. dq and gram_scratch are scratch.
-template <class T>
-void update_backward(const NMFOptions& o, const T* gram, Rows<const T> f, Rows<const T> f_new,
-                     Rows<const T> c, Rows<T> df, Rows<T> dc, Rows<T> dq, T* dgram, T* gram_scratch,
-                     i64 length) {
-  const T eps = T(o.eps);
-  with_small(o.rank, [&](auto rank) {
-    for (i64 n = 0; n < length; n += Simd<T>::width) {
-      const LaneRows<const T> fs(f, n), news(f_new, n), cs(c, n);
-      LaneRows<T> dfs(df, n), dcs(dc, n), dqs(dq, n);
-      if (o.hals) {
-        hals_update_backward<T>(rank, eps, gram, news, dfs, dcs);
-      } else {
-        mu_update_backward<T>(rank, eps, gram, fs, news, cs, dfs, dcs, dqs);
-      }
-    }
-  });
-  if (!o.hals) {
-    correlate<T>(o.rank, f, o.rank, dq, length, dgram, o.rank);
-    return;
-  }
-  correlate<T>(o.rank, f, o.rank, dc, length, dgram, o.rank);
-  correlate<T>(o.rank, f_new, o.rank, dc, length, gram_scratch, o.rank);
-  for (i64 j = 0; j < o.rank; ++j) {
-    for (i64 r = 0; r < o.rank; ++r) {
-      T& entry = dgram[j * o.rank + r];
-      entry = -(j <= r ? gram_scratch[j * o.rank + r] : entry);
-    }
-  }
-}
-
 // The solver; its constructor takes the memory that it needs from the arena.
-template <class T, class Tiles>
+template <class T>
 class Iterations {
  public:
   // backward: keep the differentiated iterations' factors.
-  Iterations(const NMFOptions& o, Tiles& tiles, bool backward, Arena& arena)
+  Iterations(const NMFOptions& o, Tiles<T>& tiles, bool backward, Arena& arena)
       : o_(o),
         tiles_(tiles),
         rank_(o.rank),
-        rows_(round_up<T>(tiles.rows)),
-        columns_(round_up<T>(tiles.columns)),
-        sums_(tiles.count, rank_ * rows_ + rank_ * rank_, arena) {
-    const i64 kept = backward ? o.grad_steps : (o.num_iters > 0 ? 1 : 0);
-    first_ = o.num_iters - kept;
-    slots_ = (kept > 1 ? kept : 1) + 1;
-    u_ = arena.template take<T>(slots_ * rank_ * rows_);
-    a_ = arena.template take<T>(slots_ * rank_ * rows_);
-    v_ = arena.template take<T>(slots_ * rank_ * columns_);
-    b_ = arena.template take<T>(slots_ * rank_ * rank_);
-    d_ = arena.template take<T>(slots_ * rank_ * rank_);
-    scratch_size_ = 2 * rank_ * tiles.max_length() + rank_ * rank_;
+        kept_(backward ? o.grad_steps : 0),
+        first_(o.num_iters - kept_),
+        gram_stride_(gram_stride<T>(o.rank)),
+        rows_(row_stride<T>(tiles.rows)),
+        stride_(row_stride<T>(tiles.max_length())),
+        tile_rows_((kept_ + 1) * rank_ + (backward ? (kept_ + 1) * rank_ : 0)),
+        u_parts_((tiles.rows + u_part - 1) / u_part),
+        sums_(tiles.sections.count, (tiles.rows + rank_) * gram_stride_, arena),
+        u_sums_(backward ? u_parts_ : 0, rank_ * gram_stride_, arena) {
+    const i64 grams = kept_ > 1 ? kept_ : 1;
+    u_ = arena.template take<T>((kept_ + 1) * rank_ * rows_);
+    a_ = arena.template take<T>(grams * rank_ * rows_);
+    v_ = arena.template take<T>(tiles.count * tile_rows_ * stride_);
+    b_ = arena.template take<T>(grams * rank_ * gram_stride_);
+    d_ = arena.template take<T>(grams * rank_ * gram_stride_);
+    const i64 longest = row_stride<T>(u_part) > stride_ ? row_stride<T>(u_part) : stride_;
+    scratch_size_ = 2 * rank_ * longest + u_part * gram_stride_;
     scratch_ = arena.template take<T>(tiles.workers * scratch_size_);
+    // Weights are packed where many tiles use them.
+    packed_ = packs() ? arena.template take<T>(2 * (kept_ + 1) * rank_ * tiles.rows) : nullptr;
     if (!backward) return;
     du_ = arena.template take<T>(rank_ * rows_);
-    dv_ = arena.template take<T>(rank_ * columns_);
-    da_ = arena.template take<T>(kept * rank_ * rows_);
-    dc_ = arena.template take<T>(kept * rank_ * columns_);
-    du_sum_ = arena.template take<T>(rank_ * rows_);
-    dd_ = arena.template take<T>(rank_ * rank_);
-    db_ = arena.template take<T>(rank_ * rank_);
-    gram_scratch_ = arena.template take<T>(rank_ * rank_);
+    dd_ = arena.template take<T>(rank_ * gram_stride_);
+    db_ = arena.template take<T>(rank_ * gram_stride_);
   }
 
   Rows<T> u() const { return u_at(o_.num_iters); }
-  Rows<T> v() const { return v_at(o_.num_iters); }
+  Rows<T> v(i64 tile) const { return v_at(o_.num_iters, tile); }
   Rows<T> du() const { return {du_, rows_}; }
-  Rows<T> dv() const { return {dv_, columns_}; }
+  Rows<T> dv(i64 tile) const { return tile_row(tile, 2 * kept_ + 1); }
 
-  void forward(const T* u0, const T* v0) {
-    load_factor(u0, tiles_.rows, u_at(0), rows_);
-    load_factor(v0, tiles_.columns, v_at(0), columns_);
-    if (o_.num_iters > 0) pass_of_v(0);
-    for (i64 t = 1; t <= o_.num_iters; ++t) {
-      add_shares(a_at(t).data, b_at(t));
-      update<T>(o_, b_at(t), u_at(t - 1), a_at(t), u_at(t), tiles_.rows, rows_);
-      gram<T>(rank_, u_at(t), rows_, d_at(t));
-      pass_of_v(t);
+  void write_y(i64 tile, int worker) const {
+    const Weights<T> u = Weights<T>::in_place(this->u().data, tiles_.rows, rank_, 1, rows_);
+    multiply<T>(u, v(tile), tiles_.y(tile, worker), tiles_.length(tile));
+    tiles_.write_y(tile, worker);
+  }
+
+  // done(tile, worker) is called for each tile when its last V is there.
+  template <class Done>
+  void forward(const T* u0, const T* v0, Done&& done) {
+    load_rows(u0, tiles_.rows, 0, tiles_.rows, u_at(0));
+    for (i64 t = 0; t <= o_.num_iters; ++t) {
+      if (t > 0) u_step(t);
+      const Weights<T> u = packed(Weights<T>::in_place(u_at(t).data, rank_, tiles_.rows, rows_, 1), packed_);
+      tiles_.each([&](i64 tile, i64 section, int worker) {
+        if (t == 0) load_rows(v0, tiles_.columns, tiles_.begin(tile), tiles_.valid(tile), v_at(0, tile));
+        if (o_.num_iters > 0) pass_of_v(t, u, tile, section, worker);
+        if (t == o_.num_iters) done(tile, worker);
+      });
     }
   }
 
-  // Sets dU and dV from dY; without it the caller fills du() and dv(), zero in the padding.
-  void start_backward_from_dy() {
-    tiles_.each([&](i64 tile, int worker) {
+  // Sets dU and dV: from dY,
+  void start_backward() {
+    const Weights<T> u = packed(Weights<T>::in_place(this->u().data, rank_, tiles_.rows, rows_, 1), packed_);
+    tiles_.each([&](i64 tile, i64 section, int worker) {
+      const i64 length = tiles_.length(tile);
       const Rows<const T> dy = tiles_.dy(tile, worker);
-      T* share = cleared_share(tile);
-      combine<T>(rank_, u().data, rows_, 1, tiles_.rows, dy, part(dv(), tile), tiles_.length(tile));
-      correlate<T>(rank_, part(v(), tile), tiles_.rows, dy, tiles_.length(tile), share, rows_);
+      multiply<T>(u, dy, dv(tile), length);
+      multiply_by_transpose<T>(tiles_.rows, dy, rank_, v(tile), length, a_share(section),
+                               continues(tile, section));
     });
-    sums_.add(tiles_.count, 0, rank_ * rows_, du_);
+    tiles_.parallel(u_parts_, [&](i64 part, int worker) { add_shares(part, worker, du(), false); });
+  }
+  // or from the gradients of the factors.
+  void start_backward(const T* du_rows, const T* dv_rows) {
+    load_rows(du_rows, tiles_.rows, 0, tiles_.rows, du());
+    tiles_.each([&](i64 tile, i64, int) {
+      load_rows(dv_rows, tiles_.columns, tiles_.begin(tile), tiles_.valid(tile), dv(tile));
+    });
   }
 
   // Leaves dX with the tiles, and dU0 and dV0 in du() and dv() where all the iterations are differentiated.
   void backward() {
-    const bool reaches_v0 = first_ == 0;
     for (i64 t = o_.num_iters; t > first_; --t) {
-      tiles_.each([&](i64 tile, int worker) { backward_pass_of_v(t, tile, worker); });
-      add_shares(du_sum_, dd_);
-      for (i64 i = 0; i < rank_ * rows_; ++i) du_[i] += du_sum_[i];
-      add_gram_gradient(dd_, u_at(t), du(), rows_);
-      const Rows<T> da{da_ + (t - first_ - 1) * rank_ * rows_, rows_};
-      const Rows<T> dq{du_sum_, rows_};  // the sum has been used
-      update_backward<T>(o_, b_at(t), u_at(t - 1), u_at(t), a_at(t), du(), da, dq, db_, gram_scratch_, rows_);
-      u_step_pending_ = true;
+      const Weights<T> da = weights_of_a(t + 1);
+      tiles_.each(
+          [&](i64 tile, i64 section, int worker) { backward_pass_of_v(t, da, tile, section, worker); });
+      u_step_backward(t);
     }
-    tiles_.each([&](i64 tile, int worker) {
-      const i64 length = tiles_.length(tile), kept = o_.num_iters - first_;
+    // dX = sum_t dA_tᵀ V_{t-1} + U_tᵀ dC_t, in two products over all the iterations at once.
+    const i64 depth = kept_ * rank_;
+    const bool reaches_v0 = first_ == 0 && kept_ > 0;
+    const Weights<T> da_first = weights_of_a(first_ + 1);
+    T* rest = packs() ? packed_ + rank_ * tiles_.rows : nullptr;
+    const Weights<T> da = packed(Weights<T>::in_place(a_, tiles_.rows, depth, 1, rows_), rest);
+    const Weights<T> u = packed(Weights<T>::in_place(u_ + rank_ * rows_, tiles_.rows, depth, 1, rows_),
+                                packs() ? rest + depth * tiles_.rows : nullptr);
+    tiles_.each([&](i64 tile, i64, int worker) {
+      const i64 length = tiles_.length(tile);
       const Rows<const T> x = tiles_.x(tile, worker);
-      if (u_step_pending_ && reaches_v0) add_gradient_through_a(first_, tile, x);
-      tiles_.write_dx(tile, worker, x, [&](Rows<T> dx) {
-        // dX = sum_t dA_tᵀ V_{t-1} + U_tᵀ dC_t, in two contractions over all the iterations at once.
-        combine<T>(tiles_.rows, da_, 1, rows_, kept * rank_, part({v_, columns_}, tile), dx, length);
-        combine<T>(tiles_.rows, u_at(first_ + 1).data, 1, rows_, kept * rank_, part({dc_, columns_}, tile),
-                   dx, length, true);
-      });
+      if (reaches_v0) add_gradient_through_a(0, da_first, tile, x);
+      const Rows<T> dx = tiles_.dx(tile, worker);
+      multiply<T>(da, tile_row(tile, 0), dx, length);
+      multiply<T>(u, tile_row(tile, kept_ + 1), dx, length, {true});
+      tiles_.write_dx(tile, worker, x);
     });
   }
 
  private:
-  // Iterations first_ .. num_iters are kept; those before alternate between two slots.
-  i64 slot(i64 t) const { return t < first_ ? (first_ - t) & 1 : t - first_; }
+  static constexpr i64 u_part = 128;  // rows of U that one task updates
+
+  // Iterations first_ .. num_iters are kept; those before are updated in place.
+  i64 slot(i64 t) const { return t > first_ ? t - first_ : 0; }
+  i64 step(i64 t) const { return t > first_ ? t - first_ - 1 : 0; }
   Rows<T> u_at(i64 t) const { return {u_ + slot(t) * rank_ * rows_, rows_}; }
-  Rows<T> v_at(i64 t) const { return {v_ + slot(t) * rank_ * columns_, columns_}; }
-  Rows<T> a_at(i64 t) const { return {a_ + slot(t) * rank_ * rows_, rows_}; }
-  T* b_at(i64 t) const { return b_ + slot(t) * rank_ * rank_; }
-  T* d_at(i64 t) const { return d_ + slot(t) * rank_ * rank_; }
-  Rows<T> part(Rows<T> v, i64 tile) const { return {v.data + tiles_.begin(tile), v.stride}; }
+  Rows<T> a_at(i64 t) const { return {a_ + step(t) * rank_ * rows_, rows_}; }
+  Rows<T> b_at(i64 t) const { return {b_ + step(t) * rank_ * gram_stride_, gram_stride_}; }
+  Rows<T> d_at(i64 t) const { return {d_ + step(t) * rank_ * gram_stride_, gram_stride_}; }
+  // What belongs to a tile, rank rows each: V of each slot, C of each step (in the backward its gradient),
+  // dV.
+  Rows<T> tile_row(i64 tile, i64 index) const {
+    return {v_ + (tile * tile_rows_ + index * rank_) * stride_, stride_};
+  }
+  Rows<T> v_at(i64 t, i64 tile) const { return tile_row(tile, slot(t)); }
+  Rows<T> c_at(i64 t, i64 tile, int worker) const {
+    return t > first_ ? tile_row(tile, kept_ + 1 + step(t)) : scratch(worker, 0);
+  }
   Rows<T> scratch(int worker, i64 index) const {
-    return {scratch_ + worker * scratch_size_ + index * rank_ * tiles_.max_length(), tiles_.max_length()};
+    const i64 stride = row_stride<T>(u_part) > stride_ ? row_stride<T>(u_part) : stride_;
+    return {scratch_ + worker * scratch_size_ + index * rank_ * stride, stride};
+  }
+  // A section's shares of a pass' two sums.
+  Rows<T> a_share(i64 section) const { return {sums_.share(section), gram_stride_}; }
+  Rows<T> b_share(i64 section) const {
+    return {sums_.share(section) + tiles_.rows * gram_stride_, gram_stride_};
+  }
+  bool continues(i64 tile, i64 section) const { return tile > tiles_.sections.begin(section); }
+
+  bool packs() const { return tiles_.count > 2; }
+  Weights<T> packed(const Weights<T>& w, T* memory) const {
+    return packs() ? Weights<T>::pack(w.data, w.rows, w.depth, w.row, w.column, memory) : w;
+  }
+  Weights<T> weights_of_a(i64 t) const {
+    if (t > o_.num_iters) return {};
+    return packed(Weights<T>::in_place(a_at(t).data, rank_, tiles_.rows, rows_, 1), packed_);
   }
 
-  void load_factor(const T* from, i64 valid, Rows<T> to, i64 length) const {
-    for (i64 r = 0; r < rank_; ++r) copy(from + r * valid, valid, to[r]);
-    clear_padding(rank_, to, valid, length);
+  void load_rows(const T* from, i64 extent, i64 begin, i64 valid, Rows<T> to) const {
+    for (i64 r = 0; r < rank_; ++r) copy(from + r * extent + begin, valid, to[r]);
+    clear_padding(rank_, to, valid, round_up<T>(valid));
   }
+
+  // --- Forward ---
 
   // Update V_t (t > 0), then, for the next U, A = X V and B = VᵀV.
-  void pass_of_v(i64 t) {
-    tiles_.each([&](i64 tile, int worker) {
-      const i64 length = tiles_.length(tile);
-      const Rows<const T> x = tiles_.x(tile, worker);
-      const Rows<T> v = part(v_at(t), tile);
-      if (t > 0) {
-        const Rows<T> c = scratch(worker, 0);
-        combine<T>(rank_, u_at(t).data, rows_, 1, tiles_.rows, x, c, length);
-        update<T>(o_, d_at(t), part(v_at(t - 1), tile), c, v, tiles_.valid(tile), length);
-      }
-      if (t == o_.num_iters) return;
-      T* share = cleared_share(tile);
-      correlate<T>(rank_, v, tiles_.rows, x, length, share, rows_);
-      gram<T>(rank_, v, length, share + rank_ * rows_);
-    });
-  }
-
-  void backward_pass_of_v(i64 t, i64 tile, int worker) {
+  void pass_of_v(i64 t, const Weights<T>& u, i64 tile, i64 section, int worker) {
     const i64 length = tiles_.length(tile);
     const Rows<const T> x = tiles_.x(tile, worker);
-    if (u_step_pending_) add_gradient_through_a(t, tile, x);
-    const Rows<T> c = scratch(worker, 0), dq = scratch(worker, 1);
-    if (!o_.hals) combine<T>(rank_, u_at(t).data, rows_, 1, tiles_.rows, x, c, length);
-    const Rows<T> dc = part({dc_ + (t - first_ - 1) * rank_ * columns_, columns_}, tile);
-    T* share = cleared_share(tile);
-    T* gram_scratch = scratch_ + worker * scratch_size_ + 2 * rank_ * tiles_.max_length();
-    update_backward<T>(o_, d_at(t), part(v_at(t - 1), tile), part(v_at(t), tile), c, part(dv(), tile), dc, dq,
-                       share + rank_ * rows_, gram_scratch, length);
-    correlate<T>(rank_, dc, tiles_.rows, x, length, share, rows_);
+    const Rows<T> v = v_at(t, tile);
+    if (t > 0) {
+      const Rows<T> c = c_at(t, tile, worker);
+      multiply<T>(u, x, c, length);
+      update<T>(o_, d_at(t), v_at(t - 1, tile), c, v, scratch(worker, 1), tiles_.valid(tile), length);
+    }
+    if (t == o_.num_iters) return;
+    const bool continued = continues(tile, section);
+    multiply_by_transpose<T>(tiles_.rows, x, rank_, v, length, a_share(section), continued);
+    multiply_by_transpose<T>(rank_, v, rank_, v, length, b_share(section), continued, Wanted::lower);
+  }
+
+  // U_t and D = UᵀU from A and B.
+  void u_step(i64 t) {
+    add_gram_shares(b_at(t));
+    mirror(rank_, b_at(t));
+    tiles_.parallel(u_parts_, [&](i64 part, int worker) {
+      add_shares(part, worker, a_at(t), false);
+      update<T>(o_, b_at(t), of_part(u_at(t - 1), part), of_part(a_at(t), part), of_part(u_at(t), part),
+                scratch(worker, 1), part_valid(part), part_length(part));
+    });
+    // By columns of D, each over all of U.
+    constexpr i64 width = 2 * Simd<T>::width;
+    const Rows<T> u = u_at(t), d = d_at(t);
+    tiles_.parallel((rank_ + width - 1) / width, [&](i64 task, int) {
+      const i64 r = task * width, count = rank_ - r < width ? rank_ - r : width;
+      multiply_by_transpose<T>(rank_ - r, {u[r], rows_}, count, {u[r], rows_}, round_up<T>(tiles_.rows),
+                               {d[r] + r, gram_stride_}, false);
+    });
+    mirror(rank_, d);
+  }
+
+  Rows<T> of_part(Rows<T> rows, i64 part) const { return {rows.data + part * u_part, rows.stride}; }
+  i64 part_valid(i64 part) const {
+    const i64 left = tiles_.rows - part * u_part;
+    return left < u_part ? left : u_part;
+  }
+  i64 part_length(i64 part) const { return round_up<T>(part_valid(part)); }
+
+  // to (+)= the sum of the sections' shares of A, transposed, for a part of U's rows.
+  void add_shares(i64 part, int worker, Rows<T> to, bool accumulate) const {
+    const i64 valid = part_valid(part), length = part_length(part);
+    T* total = scratch(worker, 0).data + 2 * rank_ * scratch(worker, 0).stride;
+    sums_.add(tiles_.sections.count, part * u_part * gram_stride_, valid * gram_stride_, total);
+    const Rows<T> transposed = accumulate ? scratch(worker, 0) : of_part(to, part);
+    transpose<T>(valid, {total, gram_stride_}, rank_, transposed);
+    if (!accumulate) return;
+    for (i64 r = 0; r < rank_; ++r) {
+      T* row = of_part(to, part)[r];
+      each_lane<T>(length, [&](i64 n) { store(row + n, load(row + n) + load(transposed[r] + n)); });
+    }
+  }
+  void add_gram_shares(Rows<T> to) const {
+    sums_.add(tiles_.sections.count, tiles_.rows * gram_stride_, rank_ * gram_stride_, to.data);
+  }
+
+  // --- Backward ---
+
+  void backward_pass_of_v(i64 t, const Weights<T>& da, i64 tile, i64 section, int worker) {
+    const i64 length = tiles_.length(tile);
+    const Rows<const T> x = tiles_.x(tile, worker);
+    if (t < o_.num_iters) add_gradient_through_a(t, da, tile, x);
+    const Rows<T> dc = c_at(t, tile, worker);
+    const bool continued = continues(tile, section);
+    update_backward<T>(o_, d_at(t), v_at(t - 1, tile), v_at(t, tile), dc, dv(tile), scratch(worker, 1),
+                       b_share(section), continued, length);
+    multiply_by_transpose<T>(tiles_.rows, x, rank_, dc, length, a_share(section), continued);
   }
 
   // dV_t += Xᵀ dA + V_t (dB + dBᵀ), of the U step that came after V_t.
-  void add_gradient_through_a(i64 t, i64 tile, Rows<const T> x) {
+  void add_gradient_through_a(i64 t, const Weights<T>& da, i64 tile, Rows<const T> x) const {
     const i64 length = tiles_.length(tile);
-    const T* da = da_ + (t - first_) * rank_ * rows_;
-    combine<T>(rank_, da, rows_, 1, tiles_.rows, x, part(dv(), tile), length, true);
-    add_gram_gradient(db_, part(v_at(t), tile), part(dv(), tile), length);
+    multiply<T>(da, x, dv(tile), length, {true});
+    add_gram_gradient({db_, gram_stride_}, v_at(t, tile), dv(tile), length);
+  }
+
+  void u_step_backward(i64 t) {
+    const Rows<T> dd{dd_, gram_stride_}, db{db_, gram_stride_};
+    add_gram_shares(dd);
+    symmetric_gram_gradient<T>(o_, dd);
+    tiles_.parallel(u_parts_, [&](i64 part, int worker) {
+      const i64 length = part_length(part);
+      const Rows<T> u = of_part(u_at(t), part), du = of_part(this->du(), part);
+      add_shares(part, worker, this->du(), true);
+      add_gram_gradient(dd, u, du, length);
+      update_backward<T>(o_, b_at(t), of_part(u_at(t - 1), part), u, of_part(a_at(t), part), du,
+                         scratch(worker, 1), {u_sums_.share(part), gram_stride_}, false, length);
+    });
+    u_sums_.add(u_parts_, 0, rank_ * gram_stride_, db_);
+    symmetric_gram_gradient<T>(o_, db);
   }
 
   // df += (dgram + dgramᵀ) f
-  void add_gram_gradient(const T* dgram, Rows<const T> f, Rows<T> df, i64 length) const {
-    combine<T>(rank_, dgram, rank_, 1, rank_, f, df, length, true);
-    combine<T>(rank_, dgram, 1, rank_, rank_, f, df, length, true);
-  }
-
-  // A tile's share of a pass' two sums: rank x rows, then rank x rank.
-  T* cleared_share(i64 tile) const {
-    T* share = sums_.share(tile);
-    fill(share, sums_.size(), T(0));  // the padding of its rows is not written
-    return share;
-  }
-  void add_shares(T* rows_sum, T* gram_sum) const {
-    sums_.add(tiles_.count, 0, rank_ * rows_, rows_sum);
-    sums_.add(tiles_.count, rank_ * rows_, rank_ * rank_, gram_sum);
+  void add_gram_gradient(Rows<const T> dgram, Rows<const T> f, Rows<T> df, i64 length) const {
+    multiply<T>(Weights<T>::in_place(dgram.data, rank_, rank_, dgram.stride, 1), f, df, length, {true});
   }
 
   const NMFOptions o_;
-  Tiles& tiles_;
-  const i64 rank_, rows_, columns_;  // rows and columns padded
-  const OrderedSums<T> sums_;
-  i64 first_, slots_, scratch_size_;
-  bool u_step_pending_ = false;  // V's gradient lacks what comes through the A and B of the U step after it
-  T *u_, *a_, *v_, *b_, *d_, *scratch_;
-  // Of the backward: gradients of the last U and V, of every A and C; then those of one D and one B.
-  T *du_ = nullptr, *dv_ = nullptr, *da_ = nullptr, *dc_ = nullptr;
-  T *du_sum_ = nullptr, *dd_ = nullptr, *db_ = nullptr, *gram_scratch_ = nullptr;
+  Tiles<T>& tiles_;
+  const i64 rank_, kept_, first_;
+  const i64 gram_stride_, rows_, stride_,
+      tile_rows_;  // rows_, stride_: from one row of U, of a tile to the next
+  const i64 u_parts_;
+  const OrderedSums<T> sums_, u_sums_;
+  i64 scratch_size_;
+  T *u_, *a_, *v_, *b_, *d_, *scratch_, *packed_;
+  T *du_ = nullptr, *dd_ = nullptr, *db_ = nullptr;  // gradients of the last U, of one D and one B
 };
 
 }  // namespace FK_ISA

@@ -3,7 +3,8 @@
 #pragma once
 
 #include "cpu/common/memory.h"
-#include "cpu/common/rows.h"
+#include "cpu/common/product.h"
+#include "cpu/nmf/tiles.h"
 #include "math/rank_one.h"
 #include "problems/nmf.h"
 
@@ -14,20 +15,21 @@ namespace FK_ISA {
 enum class Sign { known, nonnegative, positive };
 
 // The solver; its constructor takes the memory that it needs from the arena.
-template <class T, class Tiles>
+template <class T>
 class RankOne {
  public:
   // The M x M sums pay while they cost no more than some iterations.
   static constexpr i64 max_rows = 32;
 
-  RankOne(const NMFOptions& o, Tiles& tiles, bool backward, Arena& arena)
+  RankOne(const NMFOptions& o, Tiles<T>& tiles, bool backward, Arena& arena)
       : o_(o),
         tiles_(tiles),
         m_(tiles.rows),
+        row_(round_up<T>(tiles.rows)),
         columns_(round_up<T>(tiles.columns)),
-        sums_(tiles.count, m_ * m_ + 2 * m_ + 1, arena) {
+        sums_(tiles.count, (m_ + 2) * row_ + 1, arena) {
     trace_memory_ = arena.template take<double>(RankOneTrace::size(m_, o.num_iters));
-    moments_ = arena.template take<double>(m_ * m_ + 2 * m_ + 1);
+    moments_ = arena.template take<double>((m_ + 2) * row_ + 1);
     work_ = arena.template take<double>(2 * m_);
     weights_ = arena.template take<T>(m_ * (m_ + 4));
     v_ = arena.template take<T>(columns_);
@@ -35,77 +37,95 @@ class RankOne {
     dv_ = arena.template take<T>(3 * columns_);
     if (!backward) return;
     gradient_memory_ = arena.template take<double>(RankOneGradient::size(m_));
-    totals_ = arena.template take<double>(2 * m_ + 1);
+    totals_ = arena.template take<double>(2 * row_ + 1);
   }
 
-  const T* v() const { return v_; }
-  T* dv() const { return dv_; }
+  Rows<T> v(i64 tile) const { return {v_ + tiles_.begin(tile), columns_}; }
+  Rows<T> dv(i64 tile) const { return {dv_ + tiles_.begin(tile), columns_}; }
   double u(i64 m) const { return trace().u[o_.num_iters * m_ + m]; }
 
+  // Once forward() calls done().
+  void write_y(i64 tile, int worker) const {
+    multiply<T>(Weights<T>::in_place(u_row(), m_, 1, 1, 1), v(tile), tiles_.y(tile, worker),
+                tiles_.length(tile));
+    tiles_.write_y(tile, worker);
+  }
+
   // False where X has not the sign it must have, or where eps matters to MU: then the iterations must be run.
-  bool forward(const T* v0, Sign sign) {
+  // done(tile, worker) is called for each tile when its V is there.
+  template <class Done>
+  bool forward(const T* v0, Sign sign, Done&& done) {
     if (sign != Sign::known && !has_sign(sign)) return false;
     copy(v0, tiles_.columns, v0_row());
     fill(v0_row() + tiles_.columns, columns_ - tiles_.columns, T(0));
     fill(ones_row(), columns_, T(1));
-    tiles_.each([&](i64 tile, int worker) {
-      const i64 length = tiles_.length(tile);
+    tiles_.each([&](i64 tile, i64, int worker) {
+      const i64 length = tiles_.length(tile), begin = tiles_.begin(tile);
       const Rows<const T> x = tiles_.x(tile, worker);
       T* share = sums_.share(tile);
-      const i64 begin = tiles_.begin(tile);
-      gram<T>(m_, x, length, share);
-      correlate<T>(2, {ones_row() + begin, columns_}, m_, x, length, share + m_ * m_, m_);
-      gram<T>(1, {v0_row() + begin, 0}, length, share + m_ * m_ + 2 * m_);
+      multiply_by_transpose<T>(m_, x, m_, x, length, {share, row_}, false, Wanted::lower);
+      multiply_by_transpose<T>(2, {ones_row() + begin, columns_}, m_, x, length, {share + m_ * row_, row_},
+                               false);
+      const Rows<const T> v0_tile{v0_row() + begin, 0};
+      multiply_by_transpose<T>(1, v0_tile, 1, v0_tile, length, {share + (m_ + 2) * row_, row_}, false);
     });
     sums_.add(tiles_.count, 0, sums_.size(), moments_);
+    for (i64 m = 0; m < m_ + 2; ++m) {  // G is symmetric; its rows follow one another, and R and A follow it
+      for (i64 j = 0; j < m_; ++j) moments_[m * m_ + j] = moments_[m < j ? j * row_ + m : m * row_ + j];
+    }
     RankOneTrace steps = trace();
     const double tolerance = sizeof(T) == 4 ? 1e-7 : 1e-12;
-    bool done = false;
+    bool applies = false;
     with_small(m_, [&](auto rows) {
-      done = rank_one_forward(rows, double(tiles_.columns), o_.num_iters, o_.hals, o_.eps, tolerance,
-                              moments(), steps, work_);
+      applies = rank_one_forward(rows, double(tiles_.columns), o_.num_iters, o_.hals, o_.eps, tolerance,
+                                 moments(), steps, work_);
     });
-    if (!done) return false;
+    if (!applies) return false;
     // v = k (Xᵀu + e)
     const double k = steps.k[o_.num_iters];
     T* w = weights_;
     for (i64 m = 0; m < m_; ++m) w[m] = T(k * u(m));
+    for (i64 m = 0; m < m_; ++m) u_row()[m] = T(u(m));
     const T constant = T(k * (o_.hals ? o_.eps : 0.0));
-    tiles_.each([&](i64 tile, int worker) {
-      T* v = v_ + tiles_.begin(tile);
-      combine<T>(1, w, 0, 1, m_, tiles_.x(tile, worker), {v, 0}, tiles_.length(tile));
-      for (i64 n = 0; n < tiles_.valid(tile); ++n) v[n] += constant;
+    tiles_.each([&](i64 tile, i64, int worker) {
+      const Rows<T> v = this->v(tile);
+      multiply<T>(Weights<T>::in_place(w, 1, m_, 0, 1), tiles_.x(tile, worker), v, tiles_.length(tile));
+      const i64 valid = tiles_.valid(tile);
+      for (i64 n = 0; n < valid; ++n) v[0][n] += constant;
+      done(tile, worker);
     });
     return true;
   }
 
-  // du: the gradient of the last u on its own; dv() holds that of the last v, or from_dy computes both.
-  void backward(const T* du, bool from_dy) {
+  // du and dv: the gradients of the last u and v, each on its own; null for those of a loss of Y.
+  void backward(const T* du, const T* dv) {
     const bool reaches_v0 = o_.grad_steps == o_.num_iters;
     T* u = weights_;
     for (i64 m = 0; m < m_; ++m) u[m] = T(this->u(m));
     // One pass: dv = dYᵀu, then dY v, X dv and dvᵀv.
-    tiles_.each([&](i64 tile, int worker) {
+    tiles_.each([&](i64 tile, i64, int worker) {
       const i64 length = tiles_.length(tile);
       T* share = sums_.share(tile);
-      T* dv = dv_ + tiles_.begin(tile);
-      const T* v = v_ + tiles_.begin(tile);
-      if (from_dy) {
+      const Rows<T> dv_tile = this->dv(tile), v_tile = v(tile);
+      if (dv == nullptr) {
         const Rows<const T> dy = tiles_.dy(tile, worker);
-        combine<T>(1, u, 0, 1, m_, dy, {dv, 0}, length);
-        correlate<T>(1, {v, 0}, m_, dy, length, share, m_);
+        multiply<T>(Weights<T>::in_place(u, 1, m_, 0, 1), dy, dv_tile, length);
+        multiply_by_transpose<T>(1, v_tile, m_, dy, length, {share, row_}, false);
+      } else {
+        copy(dv + tiles_.begin(tile), tiles_.valid(tile), dv_tile[0]);
+        clear_padding(1, dv_tile, tiles_.valid(tile), length);
       }
-      correlate<T>(1, {dv, 0}, m_, tiles_.x(tile, worker), length, share + m_, m_);
-      correlate<T>(1, {dv, 0}, 1, {v, 0}, length, share + 2 * m_, 1);
+      multiply_by_transpose<T>(1, dv_tile, m_, tiles_.x(tile, worker), length, {share + row_, row_}, false);
+      multiply_by_transpose<T>(1, dv_tile, 1, v_tile, length, {share + 2 * row_, row_}, false);
     });
-    sums_.add(tiles_.count, 0, 2 * m_ + 1, totals_);
-    if (!from_dy) {
+    sums_.add(tiles_.count, 0, 2 * row_ + 1, totals_);
+    if (du != nullptr) {
       for (i64 m = 0; m < m_; ++m) totals_[m] = du[m];
     }
     RankOneGradient gradient(gradient_memory_, m_);
     const RankOneTrace steps = trace();
     rank_one_backward(m_, o_.num_iters, o_.num_iters - o_.grad_steps, o_.hals, o_.eps, moments(), steps,
-                      totals_, totals_ + m_, totals_[2 * m_], gradient);
+                      totals_, totals_ + row_, totals_[2 * row_], gradient);
 
     // dX = [s | k u | dr | da] [X; dv; 1; v0]
     const double k = steps.k[o_.num_iters];
@@ -118,29 +138,32 @@ class RankOne {
       w[m * stride + m_ + 2] = T(gradient.da[m]);
     }
     const T two_db = T(2.0 * gradient.db);
-    tiles_.each([&](i64 tile, int worker) {
-      const i64 length = tiles_.length(tile), begin = tiles_.begin(tile);
+    const i64 added = reaches_v0 ? 3 : 2;
+    tiles_.each([&](i64 tile, i64, int worker) {
+      const i64 length = tiles_.length(tile);
       const Rows<const T> x = tiles_.x(tile, worker);
-      tiles_.write_dx(tile, worker, x, [&](Rows<T> dx) {
-        combine<T>(m_, w, stride, 1, m_, x, dx, length);
-        combine<T>(m_, w + m_, stride, 1, reaches_v0 ? 3 : 2, {dv_ + begin, columns_}, dx, length, true);
-      });
+      const Rows<T> dv_tile = this->dv(tile);
+      const Rows<T> dx = tiles_.dx(tile, worker);
+      multiply<T>(Weights<T>::in_place(w, m_, m_, stride, 1), x, dx, length);
+      multiply<T>(Weights<T>::in_place(w + m_, m_, added, stride, 1), dv_tile, dx, length, {true});
+      tiles_.write_dx(tile, worker, x);
       if (reaches_v0) {
-        combine<T>(1, w + m_ + 2, 0, stride, m_, x, {dv_ + begin, 0}, length);
-        combine<T>(1, &two_db, 0, 0, 1, {v0_row() + begin, 0}, {dv_ + begin, 0}, length, true);
+        const Rows<const T> v0_tile{v0_row() + tiles_.begin(tile), 0};
+        multiply<T>(Weights<T>::in_place(w + m_ + 2, 1, m_, 0, stride), x, dv_tile, length);
+        multiply<T>(Weights<T>::in_place(&two_db, 1, 1, 0, 0), v0_tile, dv_tile, length, {true});
       }
     });
   }
 
  private:
   bool has_sign(Sign sign) {
-    tiles_.each([&](i64 tile, int worker) {
+    tiles_.each([&](i64 tile, i64, int worker) {
       const Rows<const T> x = tiles_.x(tile, worker);
+      const i64 valid = tiles_.valid(tile);
       int violations = 0;
       for (i64 m = 0; m < m_; ++m) {
         const T* row = x[m];
-        for (i64 n = 0; n < tiles_.valid(tile); ++n)
-          violations |= sign == Sign::positive ? !(row[n] > 0) : row[n] < 0;
+        for (i64 n = 0; n < valid; ++n) violations |= sign == Sign::positive ? !(row[n] > 0) : row[n] < 0;
       }
       sums_.share(tile)[0] = T(violations);
     });
@@ -150,16 +173,17 @@ class RankOne {
     return true;
   }
 
+  T* u_row() const { return weights_ + m_; }
   T* ones_row() const { return dv_ + columns_; }
   T* v0_row() const { return dv_ + 2 * columns_; }
   RankOneTrace trace() const { return RankOneTrace(trace_memory_, m_, o_.num_iters); }
   Moments moments() const {
-    return {moments_, moments_ + m_ * m_, moments_ + m_ * m_ + m_, moments_[m_ * m_ + 2 * m_]};
+    return {moments_, moments_ + m_ * m_, moments_ + m_ * m_ + m_, moments_[(m_ + 2) * row_]};
   }
 
   const NMFOptions o_;
-  Tiles& tiles_;
-  const i64 m_, columns_;  // columns padded
+  Tiles<T>& tiles_;
+  const i64 m_, row_, columns_;  // row_, columns_: M and N padded
   const OrderedSums<T> sums_;
   double *trace_memory_, *moments_, *work_, *gradient_memory_ = nullptr, *totals_ = nullptr;
   T *weights_, *v_, *dv_ = nullptr;  // weights: of the rows that a combination adds up

@@ -43,9 +43,9 @@ void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int t
   const Windows& w = p.windows;
   const i64 u_size = p.options.rank * w.head_dim, v_size = p.options.rank * w.columns();
   const StripPlan plan = StripPlan::make<T>(w, chunk.count, w.num_shifts);
-  WindowTiles<T> tiles_like{w.head_dim, w.columns(), {}, {}, {}, false};
+  WindowTiles<T> tiles_like(w.head_dim, w.columns(), {}, {}, false);
   const StripMemory<T> memory(w, plan.per_strip, solver_memory<T>(p.options, tiles_like, rank_one, false),
-                              plan.per_strip * v_size, threads);
+                              out.maps ? plan.per_strip * v_size : 0, threads);
   const i64 stride = memory.window_stride();
   parallel_for(plan.count, threads, [&](i64 task, int worker) {
     const Strip strip = plan.strip(w, task, chunk.begin, w.num_shifts, 0);
@@ -53,14 +53,18 @@ void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int t
     read_strip<S, T>(w, strip, head_of<const S>(p.x, w, strip.bh), p.options.relu, T(1), x, stride);
     clear_window_padding(w, strip.num_windows, x, stride);
     const i64 first = matrix_index(w, strip, chunk.begin, chunk.count);
-    T* v = out.maps ? memory.other(worker) : out.v + first * v_size;
     for (i64 i = 0; i < strip.num_windows; ++i) {
-      WindowTiles<T> tiles{w.head_dim, w.columns(), {x.data + i * stride, x.stride}, {}, {}, false};
+      WindowTiles<T> tiles(w.head_dim, w.columns(), {x.data + i * stride, x.stride}, {}, false);
       const i64 matrix = matrix_of_batch(w, chunk, strip.shift, first + i);
       factorize<T>(p.options, tiles, rank_one, memory.solver(worker), factor_of<T>(p.u0, matrix),
-                   factor_of<T>(p.v0, matrix), out.u + (first + i) * u_size, v + i * v_size);
+                   factor_of<T>(p.v0, matrix), out.u_of(first + i, u_size),
+                   out.maps ? memory.other(worker) + i * v_size : out.v_of(first + i, v_size));
     }
-    if (out.maps) write_map(p, chunk, strip, v, out);
+    if (out.maps) {
+      write_map(p, chunk, strip, memory.other(worker), out);
+    } else if (out.v == nullptr) {
+      write_strip<T, S>(w, strip, x, stride, y_head<S>(p, strip.bh));
+    }
   });
 }
 
@@ -69,21 +73,20 @@ void factorize_long(const SwinNMF& p, bool rank_one, const Chunk& chunk, int thr
                     const FactorsOut<T>& out) {
   const Windows& w = p.windows;
   const i64 u_size = p.options.rank * w.head_dim, v_size = p.options.rank * w.columns();
-  LongTiles<T, S> tiles(p, threads);
-  const Scratch memory(solver_memory<T>(p.options, tiles, rank_one, false));
-  const Scratch v_memory(out.maps ? v_size * sizeof(T) : 0);
-  for (i64 shift = 0; shift < w.num_shifts; ++shift) {
-    for (i64 i = 0; i < chunk.count * w.num_windows(); ++i) {
-      tiles.window = whole_window(w, shift, chunk.begin + i / w.num_windows(), i % w.num_windows());
-      const i64 local = shift * chunk.count * w.num_windows() + i;
-      const i64 matrix = matrix_of_batch(w, chunk, shift, local);
-      T* v = out.maps ? static_cast<T*>(v_memory.data()) : out.v + local * v_size;
-      factorize<T>(p.options, tiles, rank_one, memory.data(), factor_of<T>(p.u0, matrix),
-                   factor_of<T>(p.v0, matrix), out.u + local * u_size, v);
-      if (!out.maps) continue;
-      tiles.each([&](i64 tile, int) { write_map(p, chunk, tiles.strip(tile), v + tiles.begin(tile), out); });
-    }
-  }
+  const i64 windows = chunk.count * w.num_windows();
+  LongMatrices<T, S> matrices(p, rank_one, false, w.num_shifts * windows, threads);
+  const Scratch v_memory(out.maps ? matrices.workers() * v_size * sizeof(T) : 0);
+  matrices.each(w.num_shifts * windows, [&](i64 local, int worker, LongTiles<T, S>& tiles, void* memory) {
+    const i64 shift = local / windows, i = local % windows;
+    tiles.select(whole_window(w, shift, chunk.begin + i / w.num_windows(), i % w.num_windows()));
+    const i64 matrix = matrix_of_batch(w, chunk, shift, local);
+    T* v = out.maps ? static_cast<T*>(v_memory.data()) + worker * v_size : out.v_of(local, v_size);
+    factorize<T>(p.options, tiles, rank_one, memory, factor_of<T>(p.u0, matrix), factor_of<T>(p.v0, matrix),
+                 out.u_of(local, u_size), v);
+    if (!out.maps) return;
+    tiles.each(
+        [&](i64 tile, i64, int) { write_map(p, chunk, tiles.strip(tile), v + tiles.begin(tile), out); });
+  });
 }
 
 // The factors of every window of a chunk of heads.
@@ -103,12 +106,13 @@ void forward(const SwinNMF& p) {
   if (w.num_matrices() == 0) return;
   const bool rank_one = rank_one_applies<T>(p, p.options.num_iters);
   const int threads = threads_for(p);
+  const Chunk all{0, w.batch * w.heads};
   if (p.u.data != nullptr) {
-    factorize_chunk<T, S>(p, rank_one, {0, w.batch * w.heads}, threads,
-                          {static_cast<T*>(p.u.data), static_cast<T*>(p.v.data), false});
-    return;
+    return factorize_chunk<T, S>(p, rank_one, all, threads,
+                                 {static_cast<T*>(p.u.data), static_cast<T*>(p.v.data), false});
   }
   expect_writes(p.y, w.num_elements() * i64(sizeof(S)));
+  if (w.num_shifts == 1) return factorize_chunk<T, S>(p, rank_one, all, threads, {});
   const i64 per_chunk = heads_per_chunk(w, sizeof(T));
   const i64 matrices = w.num_shifts * per_chunk * w.num_windows();
   const Scratch factors(matrices * p.options.rank * (w.head_dim + w.columns()) * sizeof(T));
@@ -193,7 +197,7 @@ class StripsBackward {
         const i64 at = i * memory_.window_stride(), local = first + i - before;
         const i64 matrix = matrix_of_batch(w, chunk, shift, first + i);
         const Rows<T> x_window{x.data + at, x.stride}, dy_window{dy.data + at, dy.stride};
-        WindowTiles<T> tiles{w.head_dim, w.columns(), x_window, dy_window, dy_window, p_.options.relu};
+        WindowTiles<T> tiles(w.head_dim, w.columns(), x_window, dy_window, p_.options.relu);
         factorize_backward<T>(p_.options, tiles, rank_one_, memory_.solver(worker),
                               factor_of<T>(p_.u0, matrix), factor_of<T>(p_.v0, matrix),
                               factor_or_null<T>(p_.du, matrix), factor_or_null<T>(p_.dv, matrix),
@@ -206,7 +210,7 @@ class StripsBackward {
 
  private:
   static i64 solver_bytes(const SwinNMF& p, bool rank_one) {
-    WindowTiles<T> tiles{p.windows.head_dim, p.windows.columns(), {}, {}, {}, false};
+    WindowTiles<T> tiles(p.windows.head_dim, p.windows.columns(), {}, {}, false);
     return solver_memory<T>(p.options, tiles, rank_one, true);
   }
   void read(const Volume& volume, const Strip& strip, bool relu, T scale, Rows<T> to) const {
@@ -229,28 +233,27 @@ class LongBackward {
   LongBackward(const SwinNMF& p, bool rank_one, int threads)
       : p_(p),
         rank_one_(rank_one),
-        tiles_(p, threads),
-        solver_(solver_memory<T>(p.options, tiles_, rank_one, true)) {}
+        matrices_(p, rank_one, true, heads_per_chunk(p.windows, sizeof(T)) * p.windows.num_windows(),
+                  threads) {}
 
   void run(const Chunk& chunk, i64 shift, T* dx, const FactorGrads<T>& du0, const FactorGrads<T>& dv0) {
     const Windows& w = p_.windows;
     const i64 matrices = chunk.count * w.num_windows();
-    for (i64 local = 0; local < matrices; ++local) {
+    matrices_.each(matrices, [&](i64 local, int, LongTiles<T, S>& tiles, void* memory) {
       const i64 bh = local / w.num_windows();
       const i64 matrix = matrix_of_batch(w, chunk, shift, shift * matrices + local);
-      tiles_.window = whole_window(w, shift, chunk.begin + bh, local % w.num_windows());
-      tiles_.dx = contiguous_head(dx + bh * w.head_dim * w.voxels(), w);
-      factorize_backward<T>(p_.options, tiles_, rank_one_, solver_.data(), factor_of<T>(p_.u0, matrix),
+      tiles.select(whole_window(w, shift, chunk.begin + bh, local % w.num_windows()),
+                   contiguous_head(dx + bh * w.head_dim * w.voxels(), w));
+      factorize_backward<T>(p_.options, tiles, rank_one_, memory, factor_of<T>(p_.u0, matrix),
                             factor_of<T>(p_.v0, matrix), factor_or_null<T>(p_.du, matrix),
                             factor_or_null<T>(p_.dv, matrix), du0.of(local, matrix), dv0.of(local, matrix));
-    }
+    });
   }
 
  private:
   const SwinNMF& p_;
   const bool rank_one_;
-  LongTiles<T, S> tiles_;
-  const Scratch solver_;
+  LongMatrices<T, S> matrices_;
 };
 
 // Rounds a chunk's dx to the storage type.

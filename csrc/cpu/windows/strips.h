@@ -6,6 +6,7 @@
 #pragma once
 
 #include "common/scalar_types.h"
+#include "cpu/common/cache.h"
 #include "cpu/common/rows.h"
 #include "problems/windows.h"
 
@@ -59,6 +60,9 @@ class Pieces {
     cut_ = last + length_ > size_ ? size_ - last : 0;
   }
 
+  // Where the first one lies along the axis.
+  i64 first() const { return first_; }
+
   // Calls f(i3, window, voxel, length): `length` voxels of a window, from its `voxel` on, which lie at i3 in
   // the volume. The length of whole pieces is passed as `whole`, that it may be a constant.
   template <class Length, class F>
@@ -103,13 +107,7 @@ inline Head<S> contiguous_head(S* data, const Windows& w) {
   return {data, w.voxels(), {w.size[1] * w.size[2], w.size[2], 1}};
 }
 
-// A hint, of an address that need not exist.
-inline void prefetch(const void* near, i64 offset, i64 bytes) {
-  const auto begin = reinterpret_cast<std::uintptr_t>(near) + std::uintptr_t(offset);
-  for (i64 byte = 0; byte < bytes; byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(begin + std::uintptr_t(byte)));
-  }
-}
+constexpr i64 prefetch_distance = 4096;  // bytes copied between a prefetch and its use
 
 // Calls f(from, to, length) for every piece of a strip: where it lies along the last axis of `volume`, and in
 // buffer[window][channel].
@@ -117,17 +115,21 @@ template <class S, class T, class F>
 inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> buffer, i64 window_stride,
                       F&& f) {
   const Pieces pieces(w, s);
-  // The line one plane ahead is prefetched: too far away for the hardware to foresee.
+  // What comes some way on is prefetched, too far away for the hardware to foresee: the line one plane ahead,
+  // or, where there is one plane, of a channel ahead.
   const i64 planes = s.num_lines / w.patch[1];
   const i64 last_plane = (planes - 1) * w.patch[1] * s.num_voxels;
-  const i64 to_plane = volume.stride[0], to_channel = volume.channel - (planes - 1) * to_plane;
   const i64 span = (s.num_windows - 1) * w.patch[2] + s.num_voxels;
   const i64 bytes = volume.stride[2] == 1 ? span * i64(sizeof(S)) : 0;
+  const i64 to_plane = volume.stride[0];
+  const i64 ahead = planes > 1 || bytes <= 0 || bytes >= prefetch_distance ? 1 : prefetch_distance / bytes;
+  const i64 to_channel = ahead * volume.channel - (planes - 1) * to_plane;
   with_length(s.num_voxels, [&](auto whole) {
     each_line(w, s, [&](i64 channel, i64 i1, i64 i2, i64 column) {
       S* line = volume.at(channel, i1, i2, 0);
       T* columns = buffer[channel] + column;
-      prefetch(line, (column >= last_plane ? to_channel : to_plane) * i64(sizeof(S)), bytes);
+      const i64 ahead_of_line = pieces.first() + (column >= last_plane ? to_channel : to_plane);
+      prefetch(line, ahead_of_line * i64(sizeof(S)), bytes);
       pieces.each(whole, [&](i64 i3, i64 window, i64 voxel, auto length) {
         f(line + i3 * volume.stride[2], columns + window * window_stride + voxel, length);
       });
@@ -165,6 +167,18 @@ void add_strip(const Windows& w, const Strip& s, Rows<const T> buffer, i64 windo
       block.store(to + i, accumulate ? block.load(to + i) + x : x);
     });
   });
+}
+
+// volume = buffer[window][channel], rounded to the storage type.
+template <class T, class S>
+void write_strip(const Windows& w, const Strip& s, Rows<const T> buffer, i64 window_stride, Head<S> volume) {
+  if constexpr (std::is_same_v<S, T>) {
+    add_strip<T>(w, s, buffer, window_stride, false, volume);
+  } else {
+    each_pair(w, s, volume, buffer, window_stride, [&](S* to, const T* from, auto length) {
+      transform(length, from, Constant<1>{}, to, [](T value) { return Storage<S>::from(value); });
+    });
+  }
 }
 
 }  // namespace FK_ISA

@@ -15,33 +15,27 @@ namespace cuda {
 inline void check(cudaError_t status, const char* operation) {
   if (status == cudaSuccess) return;
   cudaGetLastError();  // clear it, so that a later call does not report it
-  throw std::runtime_error(std::string("factorizer_kernels, backend 'cuda', ") + operation + ": " +
-                           cudaGetErrorString(status));
+  std::string words =
+      std::string("factorizer_kernels, backend 'cuda', ") + operation + ": " + cudaGetErrorString(status);
+  // A kernel's first launch loads its code, which a capture may forbid.
+  if (status == cudaErrorStreamCaptureUnsupported || status == cudaErrorStreamCaptureInvalidated) {
+    words += ": make the same call once before the graph is captured";
+  }
+  throw std::runtime_error(words);
 }
 
-// The target's device is the current one while this lives.
-class DeviceGuard {
- public:
-  DeviceGuard(int device, const char* operation) : device_(device) {
-    check(cudaGetDevice(&previous_), operation);
-    if (device_ != previous_) check(cudaSetDevice(device_), operation);
-  }
-  ~DeviceGuard() {
-    if (device_ != previous_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-
- private:
-  int device_, previous_ = 0;
-};
-
-// One operator's launches, in their order.
+// One operator's launches, in their order. The target's device is the current one: the caller sees to it,
+// since cudaSetDevice, to go back to a device that nobody uses, would create a context there.
 class Launcher {
  public:
   Launcher(const Target& target, const char* operation)
-      : guard_(target.device, operation),
-        stream_(static_cast<cudaStream_t>(target.stream)),
-        operation_(operation) {}
+      : stream_(static_cast<cudaStream_t>(target.stream)), operation_(operation) {
+    int current = 0;
+    check(cudaGetDevice(&current), operation);
+    if (current != target.device) {
+      throw std::invalid_argument(std::string(operation) + ": its device must be the current one");
+    }
+  }
 
   template <class... Parameters, class... Arguments>
   void operator()(void (*kernel)(Parameters...), i64 blocks, int threads,
@@ -54,7 +48,6 @@ class Launcher {
   }
 
  private:
-  DeviceGuard guard_;
   cudaStream_t stream_;
   const char* operation_;
 };

@@ -12,47 +12,57 @@ struct alignas(W * sizeof(S)) Pack {
   S at[W];
 };
 
-// How numbers of a map are stored. Both half precisions share their code: which it is, is asked for each
-// number.
-struct Single {
-  FK_DEVICE static float decode(float x) { return x; }
-  FK_DEVICE static float encode(float x) { return x; }
-};
-
-struct Half {
-  bool brain;
-
-  FK_DEVICE float decode(std::uint16_t bits) const {
-    return brain ? to_compute(bfloat16{bits}) : to_compute(float16{bits});
-  }
-  FK_DEVICE std::uint16_t encode(float x) const {
-    return brain ? Storage<bfloat16>::from(x).bits : Storage<float16>::from(x).bits;
-  }
-};
-
-// Calls f with the data of a map of this dtype, and their coding.
+// Calls f with the data of a map, as numbers of its dtype: inside, every load and conversion is that dtype's
+// own.
 template <class F>
 FK_DEVICE void with_storage(void* data, DType dtype, F&& f) {
   if (dtype == DType::float32) {
-    f(static_cast<float*>(data), Single{});
+    f(static_cast<float*>(data));
+  } else if (dtype == DType::bfloat16) {
+    f(static_cast<bfloat16*>(data));
   } else {
-    f(static_cast<std::uint16_t*>(data), Half{dtype == DType::bfloat16});
+    f(static_cast<float16*>(data));
   }
 }
 
+// W neighbours as they lie in memory, in words: taken as numbers of 16 bits they would be split where they
+// are read, and each read waited for there.
+template <int W, class S>
+struct alignas(W * sizeof(S)) Words {
+  static constexpr int in_word = 4 / sizeof(S);
+  u32 at[W / in_word];
+
+  FK_DEVICE static Words read(const S* from) { return *reinterpret_cast<const Words*>(from); }
+  FK_DEVICE float number(int c) const {
+    if constexpr (in_word == 1) {
+      return bit_cast<float>(at[c]);
+    } else {
+      return to_compute(S{static_cast<std::uint16_t>(at[c / 2] >> (c % 2 * 16))});
+    }
+  }
+  // Of words that are zero.
+  FK_DEVICE void put(int c, S number) {
+    if constexpr (in_word == 1) {
+      at[c] = bit_cast<u32>(number);
+    } else {
+      at[c / 2] |= u32{number.bits} << (c % 2 * 16);
+    }
+  }
+};
+
 // W neighbours, on a multiple of their size.
-template <int W, class S, class Coding = Single>
-FK_DEVICE void read(const S* from, float (&to)[W], Coding coding = {}) {
+template <int W, class S>
+FK_DEVICE void read(const S* from, float (&to)[W]) {
   const Pack<W, S> pack = *reinterpret_cast<const Pack<W, S>*>(from);
   FK_UNROLL
-  for (int c = 0; c < W; ++c) to[c] = coding.decode(pack.at[c]);
+  for (int c = 0; c < W; ++c) to[c] = to_compute(pack.at[c]);
 }
 
-template <int W, class S, class Coding = Single>
-FK_DEVICE void write(S* to, const float (&from)[W], Coding coding = {}) {
+template <int W, class S>
+FK_DEVICE void write(S* to, const float (&from)[W]) {
   Pack<W, S> pack;
   FK_UNROLL
-  for (int c = 0; c < W; ++c) pack.at[c] = coding.encode(from[c]);
+  for (int c = 0; c < W; ++c) pack.at[c] = Storage<S>::from(from[c]);
   *reinterpret_cast<Pack<W, S>*>(to) = pack;
 }
 

@@ -35,14 +35,14 @@ __global__ void __launch_bounds__(most_threads)
         }
       }
     }
-    with_storage(y.data, y.dtype, [&](auto* data, auto coding) {
+    with_storage(y.data, y.dtype, [&](auto* data) {
       auto* to = data + DeviceWindows::origin(window, y) + DeviceWindows::offset(at, y);
       FK_UNROLL
       for (int m = 0; m < max_rows; ++m) {
         if (m >= windows.rows) continue;
         FK_UNROLL
         for (int c = 0; c < W; ++c) sum[m][c] *= scale;
-        write(to + m * y.stride[1], sum[m], coding);
+        write(to + m * y.stride[1], sum[m]);
       }
     });
   }
@@ -57,11 +57,11 @@ __global__ void __launch_bounds__(most_threads)
     u32 at[3];
     windows.voxel(window, n, at);
     float values[max_rows][W] = {}, grad[max_rows][W] = {};
-    with_storage(x.data, x.dtype, [&](auto* data, auto coding) {
+    with_storage(x.data, x.dtype, [&](auto* data) {
       const auto* from = data + DeviceWindows::origin(window, x) + DeviceWindows::offset(at, x);
       FK_UNROLL
       for (int m = 0; m < max_rows; ++m) {
-        if (m < windows.rows) read(from + m * x.stride[1], values[m], coding);
+        if (m < windows.rows) read(from + m * x.stride[1], values[m]);
       }
     });
     relu_rows(values);
@@ -74,11 +74,11 @@ __global__ void __launch_bounds__(most_threads)
       add_gradient(coefficients[matrix], values, dv_at, v0_at, grad);
     }
     mask_rows(values, grad);
-    with_storage(dx.data, dx.dtype, [&](auto* data, auto coding) {
+    with_storage(dx.data, dx.dtype, [&](auto* data) {
       auto* to = data + DeviceWindows::origin(window, dx) + DeviceWindows::offset(at, dx);
       FK_UNROLL
       for (int m = 0; m < max_rows; ++m) {
-        if (m < windows.rows) write(to + m * dx.stride[1], grad[m], coding);
+        if (m < windows.rows) write(to + m * dx.stride[1], grad[m]);
       }
     });
   }

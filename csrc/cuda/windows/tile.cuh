@@ -5,6 +5,8 @@
 // neighbouring voxels.
 #pragma once
 
+#include <type_traits>
+
 #include "cuda/common/storage.cuh"
 #include "cuda/windows/windows.cuh"
 #include "math/factor_update.h"
@@ -21,25 +23,25 @@ FK_DEVICE u32 column_of(const DeviceWindows& windows, int k, int c) {
 }
 
 // x = the chunks first, first + 1, ...; zero where there is no row or no column.
+//
+// Everything is read before the first number is converted: a conversion between the reads of two chunks would
+// wait for the first, once for each chunk.
 template <int K>
 FK_DEVICE void load_tile(const DeviceWindows& windows, const Window& window, const Map& map, int first,
                          float (&x)[K][max_rows][chunk]) {
-  with_storage(map.data, map.dtype, [&](auto* data, auto coding) {
+  with_storage(map.data, map.dtype, [&](auto* data) {
     const auto* base = data + DeviceWindows::origin(window, map);
+    using Chunk = Words<chunk, std::decay_t<decltype(*data)>>;
+    Chunk words[K][max_rows] = {};  // zeros, in every dtype
     FK_UNROLL
     for (int k = 0; k < K; ++k) {
-      FK_UNROLL
-      for (int m = 0; m < max_rows; ++m) {
-        FK_UNROLL
-        for (int c = 0; c < chunk; ++c) x[k][m][c] = 0.0f;
-      }
       if (windows.wide) {
         const u32 n = column_of(windows, first + k, 0);
         if (n >= windows.columns) continue;
         const auto* from = base + windows.offset(window, n, map);
         FK_UNROLL
         for (int m = 0; m < max_rows; ++m) {
-          if (m < windows.rows) read(from + m * map.stride[1], x[k][m], coding);
+          if (m < windows.rows) words[k][m] = Chunk::read(from + m * map.stride[1]);
         }
         continue;
       }
@@ -50,8 +52,16 @@ FK_DEVICE void load_tile(const DeviceWindows& windows, const Window& window, con
         const auto* from = base + windows.offset(window, n, map);
         FK_UNROLL
         for (int m = 0; m < max_rows; ++m) {
-          if (m < windows.rows) x[k][m][c] = coding.decode(from[m * map.stride[1]]);
+          if (m < windows.rows) words[k][m].put(c, from[m * map.stride[1]]);
         }
+      }
+    }
+    FK_UNROLL
+    for (int k = 0; k < K; ++k) {
+      FK_UNROLL
+      for (int m = 0; m < max_rows; ++m) {
+        FK_UNROLL
+        for (int c = 0; c < chunk; ++c) x[k][m][c] = words[k][m].number(c);
       }
     }
   });
@@ -59,7 +69,7 @@ FK_DEVICE void load_tile(const DeviceWindows& windows, const Window& window, con
 
 FK_DEVICE void store_chunk(const DeviceWindows& windows, const Window& window, const Map& map, int k,
                            const float (&x)[max_rows][chunk]) {
-  with_storage(map.data, map.dtype, [&](auto* data, auto coding) {
+  with_storage(map.data, map.dtype, [&](auto* data) {
     auto* base = data + DeviceWindows::origin(window, map);
     if (windows.wide) {
       const u32 n = column_of(windows, k, 0);
@@ -67,7 +77,7 @@ FK_DEVICE void store_chunk(const DeviceWindows& windows, const Window& window, c
       auto* to = base + windows.offset(window, n, map);
       FK_UNROLL
       for (int m = 0; m < max_rows; ++m) {
-        if (m < windows.rows) write(to + m * map.stride[1], x[m], coding);
+        if (m < windows.rows) write(to + m * map.stride[1], x[m]);
       }
       return;
     }
@@ -78,7 +88,7 @@ FK_DEVICE void store_chunk(const DeviceWindows& windows, const Window& window, c
       auto* to = base + windows.offset(window, n, map);
       FK_UNROLL
       for (int m = 0; m < max_rows; ++m) {
-        if (m < windows.rows) to[m * map.stride[1]] = coding.encode(x[m][c]);
+        if (m < windows.rows) to[m * map.stride[1]] = Storage<std::decay_t<decltype(*to)>>::from(x[m][c]);
       }
     }
   });

@@ -29,7 +29,12 @@ def limit(x: Tensor, sizes: MatrixSizes) -> str | None:
         windows = sizes.num_shifts * x.numel() // max(sizes.rows * sizes.columns, 1)
         if windows > limits["windows"] or any(extent > limits["extent"] for extent in x.shape):
             return f"it takes up to {limits['windows']} windows, and {limits['extent']} voxels along an axis"
-    return cuda.why_no_code(x.device.index) if x.is_cuda else None
+    if not x.is_cuda:
+        return None
+    reason = cuda.why_no_code(x.device.index)
+    if reason is not None:
+        cuda.warn_once(reason)
+    return reason
 
 
 class CudaProblem(Problem):
@@ -39,7 +44,12 @@ class CudaProblem(Problem):
 
     def _forward(self, **outputs) -> None:
         work = self.floats(native.cuda_plan_forward(self.native, "u" in outputs))
-        native.cuda_swin_nmf_forward(self.native, *cuda.target(self.x), memory(work), **outputs)
+        with cuda.current(self.x):
+            native.cuda_swin_nmf_forward(self.native, *cuda.target(self.x), memory(work), **outputs)
+
+    def loss_gradient(self, dy: Tensor) -> Tensor:
+        """Contiguous: a copy costs less than to read single elements, twice the instructions or more."""
+        return dy.contiguous()
 
     def backward(self, factor_grads: bool, **loss) -> tuple[Tensor, Tensor, Tensor]:
         if self.options.constant:
@@ -53,10 +63,11 @@ class CudaProblem(Problem):
             if reached:
                 du0, dv0 = self.new_factors()  # each matrix' share
                 loss |= {"du0": memory(du0), "dv0": memory(dv0)}
-            native.cuda_swin_nmf_backward(
-                self.native, *cuda.target(self.x), memory(work), processors,
-                dx=memory(dx), dx_dtype=DTYPE_CODES[dx.dtype], **loss,
-            )  # fmt: skip
+            with cuda.current(self.x):
+                native.cuda_swin_nmf_backward(
+                    self.native, *cuda.target(self.x), memory(work), processors,
+                    dx=memory(dx), dx_dtype=DTYPE_CODES[dx.dtype], **loss,
+                )  # fmt: skip
             dx = dx.to(self.x.dtype)
         if reached:
             return dx, *self.factor_grads(du0, dv0)  # the second stage of a sum in a fixed order

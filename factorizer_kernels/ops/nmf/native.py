@@ -63,6 +63,10 @@ class Problem(ABC):
         # A view where the leading dimensions are strided as one, else a copy.
         return cls(x.reshape(windows.size), windows, u0, v0, x.shape[:-2], False, Options(*options))
 
+    def loss_gradient(self, dy: Tensor) -> Tensor:
+        """dy as the backward reads it."""
+        return dy
+
     @property
     @abstractmethod
     def forward(self) -> Callable[..., None]:
@@ -103,7 +107,7 @@ def register(backend: str, problem: type[Problem], limit: Limit = no_limit) -> N
     @kernel("nmf_backward", backend, limit)
     def nmf_backward(dy, x: Tensor, u0: Tensor, v0: Tensor, factor_grads: bool, *options):
         made = problem.of_matrices(x, u0, v0, options)
-        dy = dy.reshape(made.x.shape)
+        dy = made.loss_gradient(dy.reshape(made.x.shape))
         dx, du0, dv0 = made.backward(factor_grads, dy=volume(dy))
         return dx.view(x.shape), du0, dv0
 

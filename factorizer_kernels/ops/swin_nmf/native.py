@@ -22,4 +22,5 @@ def register(backend: str, problem: type[Problem], limit: Limit = no_limit) -> N
         dy, x: Tensor, u0: Tensor, v0: Tensor, factor_grads, head_dim, patch_size, shifts, relu, *options
     ):
         made = problem.of_windows(x, u0, v0, head_dim, patch_size, shifts, relu, options)
+        dy = made.loss_gradient(dy)  # a name, since the call reads it by its address
         return made.backward(factor_grads, dy=volume(dy))

@@ -3,7 +3,7 @@
 Forward with one copy: one kernel reads x and writes y. With several: one kernel reads x and writes every
 window's factors; ``gather_kernel`` then writes y once, the mean over the shifts of UVᵀ at each voxel.
 Backward: one launch for each copy; within a copy every voxel lies in one window, so the first launch
-writes dx and the later ones add to it, in a fixed order and without atomics.
+writes its share of dx and the later ones add to it, in a fixed order and without atomics.
 """
 
 from math import prod
@@ -85,9 +85,9 @@ def swin_nmf_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     windows = Windows(x.shape, head_dim, patch_size, shifts)
     problem = problem_of(windows, u0, relu, Options(*options))
-    # Shifts are summed in the arithmetic's precision, not in a half-precision dx.
-    dx = x.new_empty(x.shape, dtype=x.dtype if problem.num_shifts == 1 else u0.dtype)
+    dy = dy.contiguous()  # of y.sum() it has strides of 0, and would be read element by element
+    dx = x.new_empty(x.shape)
     du0, dv0 = backward(
         problem, factor_grads, spatial_3d(x), u0, v0, windows.batch_shape, spatial_3d(dy), spatial_3d(dx)
     )
-    return dx.to(x.dtype), du0, dv0
+    return dx, du0, dv0

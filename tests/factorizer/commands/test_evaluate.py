@@ -7,7 +7,7 @@ import re
 import nibabel as nib
 import numpy as np
 import pytest
-from factorizer_support import run_command
+from factorizer_support import four_modalities, run_command
 
 
 def evaluate(tmp_path, prediction, truth, *options, code=0):
@@ -94,3 +94,49 @@ def test_evaluate_finds_labels_beside_a_list_of_unlabelled_cases(tmp_path):
         assert "1 of 3 labels have no prediction" in run_command("evaluate", *options)
         rows = [line.split(",")[:3] for line in (tmp_path / "scores.csv").read_text().splitlines()]
         assert rows[1:] == [[f"case_000{n}", target, "1.000000"] for n in range(2)]
+
+
+def test_evaluate_draws_over_the_image_that_a_list_names(tumour, tmp_path):
+    truth = np.zeros((8, 8, 8), np.uint8)
+    truth[2:5, 2:6, 2:5] = 1
+    evaluate(tmp_path, truth, truth, "--preview")
+    plain = (tmp_path / "scores_previews" / "case.png").stat().st_size
+    image = np.random.default_rng(0).gamma(2, 100, truth.shape).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.diag([1.0, 2, 3, 1])), tmp_path / "case.nii.gz")
+    content = {
+        "labels": {"0": "background", "1": "lesion"},
+        "modality": {"0": "T1"},
+        "training": [
+            {"image": "case.nii.gz", "label": "t/case.nii.gz"},
+            {"image": "no.nii.gz", "label": "t/no.nii.gz"},
+        ],
+    }
+    (tmp_path / "dataset.json").write_text(json.dumps(content))
+    options = [
+        "--predictions",
+        tmp_path / "p",
+        "--labels",
+        tmp_path,
+        "--output",
+        tmp_path / "s.csv",
+        "--preview",
+    ]
+    run_command("evaluate", *options)
+    assert (tmp_path / "s_previews" / "case.png").stat().st_size > 1.2 * plain
+    (tmp_path / "case.nii.gz").write_bytes(b"broken")
+    assert "case: no picture: " in run_command("evaluate", *options, "--preview")
+    assert "lesion" in (tmp_path / "s.csv").read_text()
+
+
+def test_evaluate_tells_of_a_segmentation_of_another_scan(tumour, tmp_path):
+    four_modalities(tmp_path / "a", "scan")
+    four_modalities(tmp_path / "b", "scan", seed=1)
+    run_command("predict", "--checkpoint", tumour, "--input", tmp_path / "a", "--output", tmp_path / "p")
+    nib.save(nib.load(tmp_path / "p" / "scan.nii.gz"), tmp_path / "label.nii.gz")
+    for folder, told in (("a", False), ("b", True)):
+        images = [f"{folder}/scan_{k:04d}.nii.gz" for k in range(4)]
+        entry = {"name": "scan", "image": images, "label": "label.nii.gz"}
+        (tmp_path / "list.json").write_text(json.dumps([entry]))
+        options = ["--predictions", tmp_path / "p", "--labels", tmp_path / "list.json"]
+        printed = run_command("evaluate", *options, "--output", tmp_path / "s.csv")
+        assert ("was made from other files" in printed) == told

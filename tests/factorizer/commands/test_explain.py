@@ -1,6 +1,7 @@
 """factorizer explain: components, their ranking and figures."""
 
 import csv
+import json
 
 import nibabel as nib
 import numpy as np
@@ -25,7 +26,7 @@ def test_explain_writes_components_and_ranks_them(tumour, tmp_path, monkeypatch)
     assert "best Dice" in printed
     assert {path.name for path in out.iterdir()} == {
         *("components.csv", "odd.png", "odd_prediction.nii.gz"),
-        *("odd_shallow.nii.gz", "odd_deep.nii.gz"),
+        *("odd_shallow.nii.gz", "odd_deep.nii.gz", "made_from"),
     }
     deep = nib.load(out / "odd_deep.nii.gz")
     np.testing.assert_allclose(deep.affine, ODD)
@@ -55,4 +56,51 @@ def test_explain_writes_components_and_ranks_them(tumour, tmp_path, monkeypatch)
     run_command(*options, "--layer", "deep", "--output", tmp_path / "without")
     assert len(prepared) == 1
     assert "prediction" in (tmp_path / "without" / "components.csv").read_text()
+    stored = nib.load(tmp_path / "without" / "odd_deep.nii.gz")
+    assert stored.get_data_dtype() == np.uint16
+    assert "background: got 'PD'; it must be one of" in run_command(
+        *options, "--background", "PD", "--output", out, code=2
+    )
     assert "no 'nowhere'" in run_command(*options, "--layer", "nowhere", "--output", out, code=2)
+
+
+def test_explain_takes_lists_and_calls_empty_what_is(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "a")
+    four_modalities(tmp_path / "in", "b")
+    nib.save(nib.Nifti1Image(np.zeros((15, 20, 17), np.uint8), np.eye(4)), tmp_path / "a_seg.nii.gz")
+    entry = {"name": "a", "image": [f"in/a_{k:04d}.nii.gz" for k in range(4)], "label": "a_seg.nii.gz"}
+    (tmp_path / "list.json").write_text(json.dumps({"training": [entry]}))
+    options = ["explain", "--checkpoint", tumour, "--input", tmp_path / "in", "--layer", "deep"]
+    options += ["--output", tmp_path / "out", "--background", "t1GD"]
+    printed = run_command(*options, "--labels", tmp_path / "list.json", code=1)
+    assert "a: the label is empty: no component can agree with it" in printed
+    assert "b: failed:" in printed
+    assert "has no label for it" in printed
+    with (tmp_path / "out" / "components.csv").open() as file:
+        assert {row["compared_with"] for row in csv.DictReader(file)} == {"label is empty"}
+    assert {path.name for path in (tmp_path / "out").glob("*.png")} == {"a.png"}
+    assert "no folder and no data list" in run_command(*options, "--labels", tmp_path / "typo", code=2)
+
+
+def test_explain_writes_over_no_other_case(tumour, tmp_path):
+    four_modalities(tmp_path / "a", "scan")
+    four_modalities(tmp_path / "b", "scan", seed=1)
+    options = ["explain", "--checkpoint", tumour, "--layer", "deep", "--output", tmp_path / "out", "--input"]
+    run_command(*options, tmp_path / "a")
+    before = (tmp_path / "out" / "scan_deep.nii.gz").read_bytes()
+    printed = run_command(*options, tmp_path / "b", code=1)
+    assert "scan: failed:" in printed
+    assert "was made from other inputs" in printed
+    assert (tmp_path / "out" / "scan_deep.nii.gz").read_bytes() == before
+    run_command(*options, tmp_path / "b", "--overwrite")
+    assert (tmp_path / "out" / "scan_deep.nii.gz").read_bytes() != before
+
+
+def test_a_network_whose_output_is_not_finite_explains_nothing(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "a")
+    state = torch.load(tumour, weights_only=True)
+    state["network"] = {name: value * float("nan") for name, value in state["network"].items()}
+    torch.save(state, tmp_path / "nan.pt")
+    options = ["--checkpoint", tmp_path / "nan.pt", "--input", tmp_path / "in", "--output", tmp_path / "out"]
+    assert "output for it is not finite" in run_command("explain", *options, "--layer", "deep", code=1)
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"components.csv"}

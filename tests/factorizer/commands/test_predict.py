@@ -1,5 +1,6 @@
 """factorizer predict: label maps, cases and checkpoints that cannot be used."""
 
+import csv
 import errno
 import os
 import re
@@ -7,6 +8,7 @@ import shutil
 
 import nibabel as nib
 import numpy as np
+import pytest
 import torch
 from factorizer_support import (
     MODALITIES,
@@ -18,6 +20,7 @@ from factorizer_support import (
     run_command,
     save_volume,
 )
+from matplotlib.image import imread
 
 
 def test_predict_four_modalities_of_any_orientation(tumour, tmp_path):
@@ -153,6 +156,11 @@ def test_checkpoints_that_cannot_be_used(tumour, tmp_path):
     assert "its weights do not fit the network" in run_command(
         "predict", *options, tmp_path / "mixed.pt", code=2
     )
+    for content in ({"members": 3}, {"members": [3]}, {"members": []}):
+        torch.save(content, tmp_path / "members.pt")
+        for command in ("predict", "explain"):
+            printed = run_command(command, *options[1:], tmp_path / "members.pt", code=2)
+            assert "members.pt: not a model file: its members are" in printed
     for content in ({"plan": {"a": 1}, "network": {}}, {"plan": 3, "network": 1}, {"state_dict": {}}):
         torch.save(content, tmp_path / "alien.pt")
         assert "alien.pt: not a checkpoint of this program" in run_command(
@@ -173,3 +181,21 @@ def test_inputs_that_cannot_be_used(tumour, tmp_path):
     assert "out holds the inputs" in run_command(*options, tmp_path / "out", code=2)
     (tmp_path / "list.json").write_text("{}")
     assert "list.json: needs one of the lists" in run_command(*options, tmp_path / "list.json", code=2)
+
+
+def test_predict_draws_and_measures(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "a", affine=ODD)
+    out = tmp_path / "out"
+    options = ["predict", "--checkpoint", tumour, "--input", tmp_path / "in", "--output", out]
+    run_command(*options, "--preview", "--statistics")
+    assert imread(out / "previews" / "a.png")[..., :3].std() > 0.03
+    voxels = np.asarray(nib.load(out / "a.nii.gz").dataobj)
+    with (out / "statistics.csv").open() as file:
+        rows = {row["target"]: row for row in csv.DictReader(file)}
+    assert int(rows["WT"]["voxels"]) == (voxels > 0).sum()
+    assert float(rows["WT"]["ml"]) == pytest.approx((voxels > 0).sum() * 3e-3)
+    (out / "previews" / "a.png").unlink()
+    assert "1 were there" in run_command(*options, "--preview")  # drawn, though not made anew
+    assert (out / "previews" / "a.png").exists()
+    run_command(*options, "--overwrite", "--no-mirror")
+    assert not (out / "previews" / "a.png").exists()  # it may be another result's

@@ -11,7 +11,7 @@ from factorizer.segmentation.checkpoint import load_network, read_checkpoint
 
 
 def test_train_predict_evaluate(synthetic, tmp_path, monkeypatch):
-    monkeypatch.setattr("factorizer.segmentation.training.LINE_SECONDS", 0.0)
+    monkeypatch.setattr("factorizer.segmentation.screen.LINE_SECONDS", 0.0)
     out = tmp_path / "run"
     options = ["train", synthetic, "--out", out, "--steps", 4, "--validate-every", 2]
     printed = run_command(*options)

@@ -7,7 +7,13 @@ import pytest
 import torch
 
 from factorizer import FactMixer, Factorizer, LayerNorm, SWMatricize
-from factorizer.segmentation.explanation import ComponentMaps, agreement, component_maps, mixers
+from factorizer.segmentation.explanation import (
+    ComponentMaps,
+    agreement,
+    clearest_channel,
+    component_maps,
+    mixers,
+)
 
 WINDOWS = {"head_dim": 8, "patch_size": 4}
 
@@ -112,3 +118,18 @@ def test_best_dice_is_that_of_the_best_threshold():
     assert found.dice == pytest.approx(max(by_threshold.values()))
     assert by_threshold[int(found.threshold)] == pytest.approx(found.dice)
     assert agreement(mask.float(), mask)[1:] == (1, 1)
+
+
+def test_the_channel_that_shows_the_classes_best():
+    rng = np.random.default_rng(0)
+    image = rng.normal(0, 1, (8, 8, 8, 3)).astype(np.float32)
+    mask = np.zeros((8, 8, 8), bool)
+    mask[2:5, 2:5, 2:5] = True
+    image[mask, 1] += 1
+    image[mask, 2] -= 3  # dark shows as well as bright
+    everywhere = np.ones_like(mask)
+    assert clearest_channel(image, [mask], everywhere) == 2
+    image[~mask, 2] = image[mask, 2].mean()
+    image[4:, :, :, 0] += 9
+    assert clearest_channel(image, [mask, image[..., 0] > 5], mask | (image[..., 0] > 5)) == 0
+    assert clearest_channel(image, [mask & False], everywhere) == 0

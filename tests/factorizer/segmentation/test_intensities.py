@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from factorizer.segmentation.intensities import clean, is_ct
+from factorizer.segmentation.intensities import body, clean, is_ct
 
 LARGEST = {"float32": 3.4028235e38, "float64": 1.7976931348623157e308}
 
@@ -123,3 +123,38 @@ def test_scales_that_float32_has_no_squares_for():
 
 def test_nothing_but_fill_values():
     assert clean(np.full((4, 4, 4), -LARGEST["float64"]), ct=False) is None
+
+
+def head(noise, seed=0):
+    """A ball of tissue with a dark cavity, in air; the ball's mask."""
+    rng = np.random.default_rng(seed)
+    places = np.stack(np.meshgrid(*[np.arange(32) - 15.5] * 3, indexing="ij"), -1)
+    distance = np.sqrt((places**2).sum(-1))
+    signal = np.where(distance < 12, 100.0, 0) * (distance > 3)
+    volume = np.hypot(signal + rng.normal(0, noise, signal.shape), rng.normal(0, noise, signal.shape))
+    return volume.astype(np.float32), distance < 12
+
+
+@pytest.mark.parametrize("scale", [(1, 0), (0.01, 0), (0.02, -0.6)], ids=["plain", "small", "z-scores"])
+def test_noise_around_a_head_is_air(scale):
+    volume, ball = head(4)
+    found = body((volume * scale[0] + scale[1])[..., None], ["T1"])
+    assert (found & ball).sum() > 0.97 * ball.sum()
+    assert (found & ~ball).sum() < 0.03 * ball.sum()
+
+
+def test_air_that_was_cut_away_or_is_no_mr():
+    volume, ball = head(4)
+    cut = np.where(ball, volume + 1, 0)[..., None]
+    np.testing.assert_array_equal(body(cut, ["T1"]), ball)
+    hounsfield = (np.where(ball, 0, -1000) + np.random.default_rng(1).normal(0, 20, ball.shape)).astype("f4")
+    assert (body(hounsfield[..., None], ["CT"]) == ball).mean() > 0.99
+    # A map of noise in air beside a volume that shows where air is.
+    both = np.stack([volume, np.random.default_rng(2).uniform(1, 1000, ball.shape)], -1).astype(np.float32)
+    assert (body(both, ["DWI", "ADC"]) == ball).mean() > 0.98
+
+
+def test_a_volume_within_the_head_has_no_air():
+    volume = np.random.default_rng(0).gamma(20, 5, (16, 16, 16, 1)).astype(np.float32)
+    volume[3, 3, 3] = 0
+    assert body(volume, ["MRI"]).sum() == 16**3 - 1

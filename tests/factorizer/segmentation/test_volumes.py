@@ -15,7 +15,9 @@ from factorizer.segmentation.volumes import (
     check_image,
     check_label,
     doubts,
+    doubts_of_sides,
     on_grid_of,
+    read_labels,
     write_nifti,
 )
 
@@ -281,11 +283,17 @@ def test_doubts_are_told_before_training(synthetic):
     task = read_decathlon(synthetic)
     task = replace(task, labels={**task.labels, 3: "necrosis"})
     geometries = {case.name: check_case(task, case) for case in task.cases}
-    assert doubts(task, geometries) == [
-        "no case has a voxel of 'necrosis' (label value 3): nothing can be learned about it"
+    names = list(geometries)
+    learned = "nothing can be learned about it"
+    assert doubts(task, geometries, names) == [
+        f"no training case has a voxel of 'necrosis' (label value 3): {learned}"
+    ]
+    held_out = geometries | {names[0]: replace(geometries[names[0]], labelled={0: 9, 3: 1})}
+    assert doubts(task, held_out, names[1:]) == [
+        f"no training case has a voxel of 'necrosis' (label value 3), but only {names[0]}: {learned}"
     ]
     odd = [replace(g, sides={}, constant=(1,), identical=((0, 1),), digest="d") for g in geometries.values()]
-    told = " ".join(doubts(task, dict(zip(geometries, odd, strict=True))))
+    told = " ".join(doubts(task, dict(zip(names, odd, strict=True)), names))
     for words in (
         "the label map is empty in 5 of 5 cases: synthetic_001, ",
         "contrast B holds a single value in 5 cases",
@@ -293,3 +301,52 @@ def test_doubts_are_told_before_training(synthetic):
         "these cases hold the same files: synthetic_001, ",
     ):
         assert words in told
+
+
+def test_a_copy_of_a_modality_is_seen_on_another_scale_too(tmp_path):
+    rng = np.random.default_rng(0)
+    first = rng.gamma(5, 100, (12, 12, 12)).astype(np.float32)
+    label = (first > 500).astype(np.uint8)
+    others = {"copy": np.rint(first * 0.5 + 3), "other": first + rng.normal(0, 50, first.shape)}
+    found = {}
+    for name, second in others.items():
+        for part, voxels in (("0000", first), ("0001", second.astype(np.int16)), ("label", label)):
+            nib.save(nib.Nifti1Image(voxels, np.eye(4)), tmp_path / f"{name}_{part}.nii.gz")
+        images = tuple(tmp_path / f"{name}_{k:04d}.nii.gz" for k in range(2))
+        case = Case(name, images, tmp_path / f"{name}_label.nii.gz")
+        task = Task("task", ("A", "B"), {0: "background", 1: "lesion"}, (case,))
+        found[name] = check_case(task, case).identical
+    assert found == {"copy": ((0, 1),), "other": ()}
+
+
+def test_headers_that_do_not_say_which_side_is_left(tmp_path):
+    voxels, affine = np.ones((4, 5, 6), np.uint8), np.diag([-1.0, 1, 1, 1])
+    images = {name: nib.Nifti1Image(voxels, affine) for name in ("silent", "two", "sform", "qform")}
+    images["silent"] = nib.Nifti1Image(voxels, None)
+    images["two"].set_qform(np.eye(4), 1)
+    images["two"].set_sform(affine, 1)
+    images["qform"].set_qform(affine, 1)
+    images["qform"].set_sform(None, 0)
+    for name, image in images.items():
+        nib.save(image, tmp_path / f"{name}.nii.gz")
+    names = [*images, "missing"]
+    found = doubts_of_sides([Case(name, (tmp_path / f"{name}.nii.gz",)) for name in names])
+    assert [text.split()[-1] for text in found] == ["silent", "two"]
+    assert "sform_code and qform_code are 0" in found[0]
+    assert "the sform is believed" in found[1]
+
+
+def test_two_cases_with_one_label_file_are_told(synthetic):
+    task = read_decathlon(synthetic)
+    first, second, *others = task.cases
+    task = replace(task, cases=(first, replace(second, label=first.label), *others))
+    geometries = {case.name: check_case(task, case) for case in task.cases[2:]}
+    assert doubts(task, geometries, list(geometries)) == [
+        f"these cases have the same label file: {first.name}, {second.name}"
+    ]
+
+
+def test_a_label_beyond_every_class_is_refused(tmp_path):
+    nib.save(nib.Nifti1Image(np.full((2, 2, 2), 1e20, np.float32), np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(DataError, match="is not a whole number below"):
+        read_labels(tmp_path / "a.nii.gz", None)

@@ -14,14 +14,20 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from machine_code import instructions
+
 CSRC = Path(__file__).parents[3] / "csrc"
 RECORD = Path(__file__).with_name("resources.json")
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 WITHOUT_KERNELS = ("swin_nmf", "versions")
 SOURCES = {p.stem: p for p in sorted((CSRC / "cuda").rglob("*.cu")) if p.stem not in WITHOUT_KERNELS}
 NVCC = shutil.which("nvcc")
+# Files whose instructions are counted, of one architecture: the kernels of most calls.
+COUNTED, COUNTED_ARCHITECTURE = ("rank_one", "compose"), 90
 
-Table = dict[str, tuple[int, int, int]]
+Table = dict[str, tuple]
+KERNEL = r"_Z.*?\d([a-z_]+_kernel)ILi(\d+)E"
 
 
 def version() -> str:
@@ -31,7 +37,10 @@ def version() -> str:
 
 
 def resources(file: str, architectures) -> Table:
-    """(registers, bytes of shared memory, bytes of spills) of "file kernel<K> sm_N"."""
+    """(registers, bytes of shared memory, bytes of spills) of "file kernel<K> sm_N".
+
+    Of COUNTED files the instructions of COUNTED_ARCHITECTURE, by class, are the fourth.
+    """
     # The flags are those of CMakeLists.txt.
     codes = ",".join(f"sm_{a}" for a in architectures)
     with tempfile.TemporaryDirectory() as folder:
@@ -41,7 +50,9 @@ def resources(file: str, architectures) -> Table:
             *("-c", SOURCES[file], "-o", Path(folder) / "object.o"),
         ]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stderr
+        counted = file in COUNTED and COUNTED_ARCHITECTURE in architectures
+        counts = instruction_counts(file, Path(folder) / "object.o") if counted else {}
     table: Table = {}
     kernel, spills = "", 0
     for line in done.stderr.splitlines():
@@ -54,8 +65,30 @@ def resources(file: str, architectures) -> Table:
         elif found := re.search(r"Used (\d+) registers", line):
             shared = re.search(r"(\d+) bytes smem", line)
             table[kernel] = (int(found[1]), int(shared[1]) if shared else 0, spills)
+            if kernel in counts:
+                table[kernel] += (counts[kernel],)
     assert table, done.stderr
     return table
+
+
+def _cuobjdump() -> str:
+    """The toolkit's, or that of Triton's wheel, which can be newer."""
+    import triton
+
+    beside = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    return shutil.which("cuobjdump") or str(beside)
+
+
+def instruction_counts(file: str, compiled: Path) -> dict[str, dict[str, int]]:
+    """Of each kernel in an object file."""
+    architecture = f"sm_{COUNTED_ARCHITECTURE}"
+    command = [_cuobjdump(), "-sass", "-arch", architecture, compiled]
+    listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    counts = {}
+    for part in listing.split("Function : ")[1:]:
+        if found := re.match(KERNEL, part):
+            counts[f"{file} {found[1]}<{found[2]}> {architecture}"] = instructions(part)
+    return counts
 
 
 def all_resources(files, architectures) -> Table:

@@ -1,6 +1,7 @@
 """How the CUDA backend is chosen, and refused with a reason, where there is no card to ask."""
 
 import re
+import warnings
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import factorizer_kernels as fk
 from factorizer_kernels import choice
+from factorizer_kernels.ops.nmf.spec import MatrixSizes
 from factorizer_kernels.shared import cuda
 
 pytestmark = pytest.mark.skipif(cuda.native is None, reason="compiled without nvcc")
@@ -40,6 +42,26 @@ def test_devices_with_and_why_no_code(versions, architectures, capability, words
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
     reason = cuda._why_no_code.__wrapped__(0)  # past the cache
     assert reason is None if words is None else re.search(words, reason)
+
+
+def test_a_driver_that_is_too_old_is_told_once(monkeypatch):
+    """The kernels are passed over for Triton's: without a word nobody would know."""
+    monkeypatch.setattr(cuda, "native", SimpleNamespace(
+        cuda_versions=lambda: (12080, 13000), cuda_architectures=lambda: "80,90+"
+    ))  # fmt: skip
+    cuda._why_no_code.cache_clear()
+    cuda._warn.cache_clear()
+    with FakeTensorMode():
+        x = torch.empty(1, 8, 16, device="cuda")
+    try:
+        with pytest.warns(UserWarning, match=r"are not used: the driver knows CUDA up to 12\.8"):
+            assert choice.choose("nmf", x, MatrixSizes(8, 16, 1, 1)) != "cuda"
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            choice.choose("nmf", x, MatrixSizes(8, 16, 1, 1))
+    finally:
+        cuda._why_no_code.cache_clear()
+        cuda._warn.cache_clear()
 
 
 def test_cuda_that_does_not_start(monkeypatch):

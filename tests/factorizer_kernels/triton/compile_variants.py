@@ -1,11 +1,12 @@
 """Compile the Triton kernels for a GPU that is not there, and print what they use.
 
-    python compile_variants.py CAPABILITY [--slow] [--record]
+    python compile_variants.py CAPABILITY [--slow] [--record] [--only CASE]
 
 Runs the operators on CPU tensors with every launch replaced by a compilation for the given compute
 capability, so that the variants are those of real calls. Prints a table as JSON: for each case and
-kernel the largest number of registers, bytes of shared memory and bytes of stack (spills) of its cubins.
-With --record the table is written to resources.json beside this file, as the bound for the tests.
+kernel the largest number of registers, bytes of shared memory and bytes of stack (spills) of its cubins, and
+of those that COUNTED names the instructions in the machine code, by class. With --record the table is written
+to resources.json beside this file, as the bound for the tests.
 """
 
 import json
@@ -23,6 +24,9 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 import factorizer_kernels as fk  # noqa: F401  (registers the operators)
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+from machine_code import instructions
 
 OPERATORS = torch.ops.factorizer_kernels
 RESOURCES = Path(__file__).with_name("resources.json")
@@ -97,6 +101,20 @@ SLOW_CASES = {
 }
 
 
+# The cases that most calls are: their instructions are counted too.
+COUNTED = ("swin hals 1", "swin hals 1 one copy bfloat16")
+
+
+def instructions_of(cubin: bytes) -> dict[str, int]:
+    """The instructions in a cubin, by class."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "-sass", file.name]
+        listing = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return instructions(listing)
+
+
 def registers_and_stack(cubin: bytes) -> tuple[int, int]:
     """(registers, bytes of stack) of a cubin's one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
@@ -109,8 +127,11 @@ def registers_and_stack(cubin: bytes) -> tuple[int, int]:
     return registers, stack + local
 
 
-def table(capability: int, cases: dict) -> dict[str, list[int]]:
-    """{capability / case / kernel: [registers, shared memory, stack]}, the largest of its variants."""
+def table(capability: int, cases: dict) -> dict[str, list]:
+    """{capability / case / kernel: [registers, shared memory, stack]}, the largest of its variants.
+
+    Of COUNTED cases a dictionary of ``machine_code.instructions`` is the fourth.
+    """
     compiled = []
     run = JITFunction.run
 
@@ -121,7 +142,7 @@ def table(capability: int, cases: dict) -> dict[str, list[int]]:
 
     JITFunction.run = compile_only
     driver.set_active(AbsentDevice(capability))
-    found: dict[str, list[int]] = {}
+    found: dict[str, list] = {}
     try:
         for case, call in cases.items():
             compiled.clear()
@@ -130,7 +151,13 @@ def table(capability: int, cases: dict) -> dict[str, list[int]]:
                 key = f"sm_{capability} / {case} / {name}"
                 registers, stack = registers_and_stack(kernel.asm["cubin"])
                 used = (registers, kernel.metadata.shared, stack)
-                found[key] = [max(a, b) for a, b in zip(found.get(key, used), used, strict=True)]
+                before = found.get(key, used)
+                found[key] = [max(a, b) for a, b in zip(before[:3], used, strict=True)]
+                if case in COUNTED:
+                    counts = instructions_of(kernel.asm["cubin"])
+                    if len(before) > 3:
+                        counts = {of: max(count, before[3][of]) for of, count in counts.items()}
+                    found[key].append(counts)
     finally:
         JITFunction.run = run
     return found
@@ -139,11 +166,14 @@ def table(capability: int, cases: dict) -> dict[str, list[int]]:
 def main() -> None:
     capability = sys.argv[1]
     cases = SLOW_CASES if "--slow" in sys.argv else CASES
+    if "--only" in sys.argv:
+        case = sys.argv[sys.argv.index("--only") + 1]
+        cases = {case: cases[case]}
     result = table(int(capability), cases)
     if "--record" in sys.argv:
         recorded = json.loads(RESOURCES.read_text()) if RESOURCES.exists() else {}
         recorded.update(result)
-        lines = [f'  "{variant}": {used}' for variant, used in sorted(recorded.items())]
+        lines = [f'  "{variant}": {json.dumps(used)}' for variant, used in sorted(recorded.items())]
         temporary = RESOURCES.with_suffix(".tmp")
         temporary.write_text("{\n" + ",\n".join(lines) + "\n}\n")
         os.replace(temporary, RESOURCES)

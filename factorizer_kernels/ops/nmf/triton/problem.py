@@ -1,6 +1,6 @@
 """What the kernels are asked to do, and the constants that they are compiled for."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -72,6 +72,17 @@ def problem_of(windows: Windows, u0: Tensor, relu: bool, options: Options) -> Pr
         windows.rows, windows.patch_3d, windows.shifts_3d,
         u0.shape[-1], options.hals, options.eps, relu, options.num_iters, options.grad_steps,
     )  # fmt: skip
+
+
+def shares_of(problem: Problem, dx: Tensor, u0: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(copy, before, out) of each shift's launch, which writes ``out``: its share of dx, and ``before``.
+
+    (The first has nothing before it.) The shares are summed in the arithmetic's precision, and the last
+    launch writes dx: a dx of half precision is rounded once, and written once.
+    """
+    before = dx if problem.num_shifts == 1 or dx.dtype == u0.dtype else u0.new_empty(dx.shape)
+    for copy in range(problem.num_shifts):
+        yield copy, before, dx if copy == problem.num_shifts - 1 else before
 
 
 def per_window(factor: Tensor, batch_shape: Sequence[int]) -> Tensor:

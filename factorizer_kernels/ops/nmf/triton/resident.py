@@ -10,12 +10,13 @@ cache because the programs go on to the next window with the same slot.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.triton import rank1
-from factorizer_kernels.ops.nmf.triton.problem import Problem
+from factorizer_kernels.ops.nmf.triton.problem import Problem, shares_of
 from factorizer_kernels.ops.nmf.triton.updates import (
     add,
     add_symmetric,
@@ -110,13 +111,13 @@ def backward_kernel(
     x, x_strides, sizes, heads, map_windows, grid_windows,
     u0, u0_strides, v0, v0_strides, num_iters, grad_steps, copy,
     dy, dy_strides, du, du_strides, dv, dv_strides,
-    dx, dx_strides, du0, dv0, u_tape, v_tape,
+    dx_before, dx, dx_strides, du0, dv0, u_tape, v_tape,
     M: tl.constexpr, N: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, RANK: tl.constexpr,
     HALS: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr, CLOSED_FORM: tl.constexpr,
     PRODUCT: tl.constexpr, FACTOR_GRADS: tl.constexpr,
     M_PAD: tl.constexpr, N_PAD: tl.constexpr, T_PAD: tl.constexpr,
 ):  # fmt: skip
-    """The windows of one copy: dx of copy 0 is written, that of every later copy added to it.
+    """The windows of one copy: their share of dx, and of every copy but the first what those before it wrote.
 
     Strides as in the forward. du0 (windows, M, R) and dv0 (windows, N, R) are one window's share each.
     """
@@ -179,9 +180,9 @@ def backward_kernel(
             tl.debug_barrier()
 
         if RELU:
-            grad_x = tl.where(block > 0, grad_x, 0.0)
+            grad_x = tl.where(block <= 0, 0.0, grad_x)  # NaN keeps its gradient, as in torch
         if copy > 0:
-            grad_x += load_map(dx, dx_strides, window, sizes, m, n, u0, M, N, PATCH)
+            grad_x += load_map(dx_before, dx_strides, window, sizes, m, n, u0, M, N, PATCH)
         store_map(dx, dx_strides, window, sizes, m, n, grad_x, M, N, PATCH)
         if FACTOR_GRADS:
             store_columns(du0, (at * M + m) * RANK, 1, grad_u, m < M, RANK)
@@ -218,7 +219,20 @@ def _num_warps(problem: Problem, blocks: int, columns: int, per_lane: int) -> in
     The counts are those of the registers' report of the compiler: tests/factorizer_kernels/triton.
     """
     held = blocks * padded(problem.rows) + columns * problem.rank
-    warps = triton.next_power_of_2(held * padded(problem.columns)) // (32 * per_lane)
+    return _power(triton.next_power_of_2(held * padded(problem.columns)) // (32 * per_lane))
+
+
+def _closed_form_warps(problem: Problem, x: Tensor, blocks: int) -> int:
+    """As few as hold ``blocks`` blocks of a window in 128 registers a lane.
+
+    A sum over the columns takes as many shuffles of each warp, however few columns it has: of a window of
+    8 x 512 one warp makes less than half of the instructions that four make.
+    """
+    registers = 2 if x.dtype == torch.float64 else 1
+    return _power(registers * blocks * padded(problem.rows) * padded(problem.columns) // (32 * 128))
+
+
+def _power(warps: int) -> int:
     return min(max(warps, 1), 8)
 
 
@@ -230,12 +244,14 @@ def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | t
     windows = problem.map_windows(x)
     nothing = x.new_empty(0)
     y, (u, v) = (out, (nothing, nothing)) if isinstance(out, Tensor) else (nothing, out)
+    closed_form = problem.rank1_closed_form
     launch(
         forward_kernel, problem.num_shifts * windows, x,
         x, x.stride(), tuple(x.shape[2:]), x.shape[1] // problem.rows, windows, u0.shape[1],
         u0, u0.stride(), v0, v0.stride(), problem.num_iters,
         y, strides(y, 5), u, strides(u, 3), v, strides(v, 3),
-        PRODUCT=isinstance(out, Tensor), **_constants(problem), num_warps=_num_warps(problem, 1, 2, 64),
+        PRODUCT=isinstance(out, Tensor), **_constants(problem),
+        num_warps=_closed_form_warps(problem, x, 1) if closed_form else _num_warps(problem, 1, 2, 64),
     )  # fmt: skip
 
 
@@ -262,14 +278,14 @@ def backward(
     shares = problem.num_shifts * windows * problem.rank if factor_grads else 0
     du0, dv0 = u0.new_empty(shares * problem.rows), u0.new_empty(shares * problem.columns)
     u_tape, v_tape = u0.new_empty(tape * problem.rows), u0.new_empty(tape * problem.columns)
-    for copy in range(problem.num_shifts):
+    for copy, dx_before, dx_out in shares_of(problem, dx, u0):
         launch(
             backward_kernel, programs, x,
             x, x.stride(), tuple(x.shape[2:]), x.shape[1] // problem.rows, windows, u0.shape[1],
             u0, u0.stride(), v0, v0.stride(), problem.num_iters, problem.grad_steps, copy,
             dy, strides(dy, 5), du, strides(du, 3), dv, strides(dv, 3),
-            dx, dx.stride(), du0, dv0, u_tape, v_tape,
+            dx_before, dx_out, dx.stride(), du0, dv0, u_tape, v_tape,
             PRODUCT=isinstance(grads, Tensor), FACTOR_GRADS=factor_grads, **_constants(problem),
-            num_warps=_num_warps(problem, 3, 6, 128),
+            num_warps=_closed_form_warps(problem, x, 2) if closed_form else _num_warps(problem, 3, 6, 128),
         )  # fmt: skip
     return du0.view(-1, problem.rows, problem.rank), dv0.view(-1, problem.columns, problem.rank)

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from factorizer_kernels.ops.nmf.triton.problem import Problem
+from factorizer_kernels.ops.nmf.triton.problem import Problem, shares_of
 from factorizer_kernels.ops.nmf.triton.strips import Strips
 from factorizer_kernels.ops.nmf.triton.updates import (
     add,
@@ -182,7 +182,7 @@ def update_u_backward_kernel(
 @triton.jit(do_not_specialize=[*_RUNTIME, "copy", "windows"])
 def gradient_kernel(
     x, x_strides, sizes, heads, map_windows, windows, strips, strip_blocks, grad_steps, copy,
-    u_tape, v_tape, grad_c_tape, grad_sums_tape, grad_v, dx, dx_strides,
+    u_tape, v_tape, grad_c_tape, grad_sums_tape, grad_v, dx_before, dx, dx_strides,
     M: tl.constexpr, N: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, RANK: tl.constexpr,
     RELU: tl.constexpr, M_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -204,14 +204,14 @@ def gradient_kernel(
         block = load_map(x, x_strides, window, sizes, m, n, u_tape, M, N, PATCH)
         if RELU:
             block = relu(block)
-            grad_x = tl.where(block > 0, grad_x, 0.0)
+            grad_x = tl.where(block <= 0, 0.0, grad_x)  # NaN keeps its gradient, as in torch
         grad_a, grad_b = load_sums(grad_sums_tape, at, m, M, RANK)
         start = load_columns(v_tape, at * (RANK * N) + n, N, n < N, RANK)
         grad = load_columns(grad_v, at * (RANK * N) + n, N, n < N, RANK)
         grad = add_symmetric(add(grad, times_rows(block, grad_a, RANK), RANK), start, grad_b, RANK)
         store_columns(grad_v, at * (RANK * N) + n, N, grad, n < N, RANK)
         if copy > 0:
-            grad_x += load_map(dx, dx_strides, window, sizes, m, n, u_tape, M, N, PATCH)
+            grad_x += load_map(dx_before, dx_strides, window, sizes, m, n, u_tape, M, N, PATCH)
         store_map(dx, dx_strides, window, sizes, m, n, grad_x, M, N, PATCH)
 
 
@@ -330,10 +330,10 @@ def backward(
             update_u_backward_kernel, passes.windows, x,
             totals, sums_tape[i], u_tape[i], u_tape[i + 1], grad_u, grad_sums_tape[i], **passes.update,
         )  # fmt: skip
-    for copy in range(problem.num_shifts):
+    for copy, dx_before, dx_out in shares_of(problem, dx, u0):
         launch(
             gradient_kernel, passes.map_windows * passes.strips, x,
             *passes.map_arguments, passes.windows, passes.strips, passes.strip_blocks, steps, copy,
-            u_tape, v_tape, grad_c_tape, grad_sums_tape, grad_v, dx, dx.stride(), **passes.map,
+            u_tape, v_tape, grad_c_tape, grad_sums_tape, grad_v, dx_before, dx_out, dx.stride(), **passes.map,
         )  # fmt: skip
     return grad_u.mT, grad_v.mT

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.triton import rank1
-from factorizer_kernels.ops.nmf.triton.problem import Problem
+from factorizer_kernels.ops.nmf.triton.problem import Problem, shares_of
 from factorizer_kernels.ops.nmf.triton.strips import Strips
 from factorizer_kernels.ops.nmf.triton.updates import relu
 from factorizer_kernels.ops.windows.address import load_map, store_map, window_of_matrix
@@ -172,7 +172,7 @@ def solve_backward_kernel(
 @triton.jit(do_not_specialize=_RUNTIME)
 def gradient_kernel(
     x, x_strides, sizes, heads, map_windows, strips, strip_blocks, copy,
-    u, u_start, v0, grads, dy, dy_strides, dx, dx_strides, dv0,
+    u, u_start, v0, grads, dy, dy_strides, dx_before, dx, dx_strides, dv0,
     M: tl.constexpr, N: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, EPS: tl.constexpr,
     FROM_V0: tl.constexpr, M_PAD: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -192,9 +192,9 @@ def gradient_kernel(
         start = load_vector(v0, at * N, n, N) if FROM_V0 else rank1.column_of_v(block, w_start, e_start, n, N)
         grad_v = tl.sum(dy_block * row[:, None], axis=0)
         grad_x = rank1.map_gradient(block, w, grad_v, grad_a, start, both_g, grad_r, m, M)
-        grad_x = tl.where(block > 0, grad_x, 0.0)
+        grad_x = tl.where(block <= 0, 0.0, grad_x)  # NaN keeps its gradient, as in torch
         if copy > 0:
-            grad_x += load_map(dx, dx_strides, window, sizes, m, n, u, M, N, PATCH)
+            grad_x += load_map(dx_before, dx_strides, window, sizes, m, n, u, M, N, PATCH)
         store_map(dx, dx_strides, window, sizes, m, n, grad_x, M, N, PATCH)
         grad_v0 = tl.sum(block * grad_a[:, None], axis=0) + 2.0 * grad_b * start
         tl.store(dv0 + at * N + n, grad_v0, mask=n < N)
@@ -275,11 +275,11 @@ def backward(
         problem.num_iters, problem.grad_steps, **passes.solve,
     )  # fmt: skip
     dv0 = passes.v0.new_empty(passes.v0.shape)
-    for copy in range(problem.num_shifts):
+    for copy, dx_before, dx_out in shares_of(problem, dx, u0):
         launch(
             gradient_kernel, passes.map_windows * passes.strips, x,
             *passes.map_arguments, passes.strips, passes.strip_blocks, copy,
-            u, u_start, passes.v0, grad_totals, dy, dy.stride(), dx, dx.stride(), dv0,
+            u, u_start, passes.v0, grad_totals, dy, dy.stride(), dx_before, dx_out, dx.stride(), dv0,
             FROM_V0=problem.grad_steps == problem.num_iters, **passes.map,
         )  # fmt: skip
     return u.new_zeros((passes.windows, rows, 1)), dv0

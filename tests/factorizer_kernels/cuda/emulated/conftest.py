@@ -6,6 +6,7 @@ put in the installed one's place; here the backend "cuda" is made to serve CPU t
 
 import ctypes
 import os
+from contextlib import contextmanager
 from pathlib import Path
 
 import nested
@@ -46,6 +47,15 @@ class Device:
     def __init__(self):
         self.library = ctypes.CDLL(MODULE)
 
+    @contextmanager
+    def current(self, x):
+        """What torch.cuda.device does; launches on a device that is not the current one are errors."""
+        self.library.emulation_set_device(self.index)
+        try:
+            yield
+        finally:
+            self.library.emulation_set_device(0)
+
     def launches(self) -> list[tuple[int, int, int, int]]:
         """(device, stream, blocks, threads) of every launch since the last call."""
         room = 4096
@@ -59,6 +69,7 @@ class Device:
 def device(monkeypatch):
     """Lets ``use_backend("cuda")`` serve CPU tensors."""
     emulated = Device()
+    monkeypatch.setattr(cuda, "current", emulated.current)
     monkeypatch.setattr(cuda, "target", lambda x: (emulated.index, emulated.stream))
     monkeypatch.setattr(cuda, "processors", lambda x: 1)
     record = choice._RECORDS["cuda"]._replace(devices=("cpu",), probe=lambda: (True, "emulated"))

@@ -1,5 +1,8 @@
 """What a launch is told: the device, the stream, how many blocks; and what becomes of its errors."""
 
+from contextlib import nullcontext
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -15,7 +18,7 @@ def inputs(rank=1):
 
 @pytest.mark.parametrize("solver", ["hals", "mu"])
 def test_go_to_the_tensors_device_and_stream(solver, device):
-    """And the thread's own device is current again after them."""
+    """It is current while they are made, by torch's own guard."""
     x, u0, v0 = inputs()
     x.requires_grad_()
     for device.index, device.stream in ((0, 0), (1, 0x1234), (0, 0x5678), (1, 0)):
@@ -26,7 +29,26 @@ def test_go_to_the_tensors_device_and_stream(solver, device):
             backward = device.launches()
         assert len(forward) == len(backward) == 2
         assert {launch[:2] for launch in forward + backward} == {(device.index, device.stream)}
-        assert device.library.emulation_device() == 0
+
+
+def test_never_make_a_device_current_themselves(device, monkeypatch):
+    """To go back to a device that nobody uses would create a context there, of half a gigabyte."""
+    monkeypatch.setattr(cuda.cuda, "current", lambda x: nullcontext())
+    device.index = 1
+    with fk.use_backend("cuda"), pytest.raises(ValueError, match="its device must be the current one"):
+        fk.swin_nmf(*inputs(), **OPTIONS)
+    assert device.launches() == []
+
+
+def test_torch_makes_the_device_current(monkeypatch):
+    """Its guard goes back without a context; the operators' own code has no other."""
+    calls = []
+    monkeypatch.undo()  # the emulation's own
+    monkeypatch.setattr(torch.cuda, "_exchange_device", lambda index: calls.append(index) or 0)
+    monkeypatch.setattr(torch.cuda, "_maybe_exchange_device", lambda index: calls.append("back") or 1)
+    with cuda.cuda.current(SimpleNamespace(device=torch.device("cuda:1"))):
+        assert calls == [1]
+    assert calls == [1, "back"]
 
 
 def test_each_window_is_one_block(device):
@@ -51,11 +73,34 @@ def test_errors_name_the_operator_and_leave_nothing_behind(solver, device):
         device.library.emulation_fail_next_launch(719)
         with pytest.raises(RuntimeError, match="'cuda', swin_nmf_backward: an error asked for"):
             torch.autograd.grad(y.sum(), x)
-        device.index = 7
-        with pytest.raises(RuntimeError, match="'cuda', swin_nmf: invalid device"):
-            fk.swin_nmf(x, u0, v0, solver=solver, **OPTIONS)
     assert device.library.emulation_pending_error() == 0
-    assert device.library.emulation_device() == 0
+
+
+@pytest.mark.parametrize("error", [900, 901])
+def test_a_kernel_that_a_capture_does_not_let_load(error, device):
+    device.library.emulation_fail_next_launch(error)
+    with fk.use_backend("cuda"), pytest.raises(RuntimeError, match="once before the graph is captured"):
+        fk.swin_nmf(*inputs(), **OPTIONS)
+
+
+@pytest.mark.parametrize("solver", ["hals", "mu"])
+def test_the_gradient_of_a_sum_is_read_as_packs(solver, device, monkeypatch):
+    """dy of strides 0, or channels last, is made contiguous: element by element it takes twice the time."""
+    seen = []
+    backward = cuda.CudaProblem.backward
+
+    def recorded(self, factor_grads, **loss):
+        seen.append(loss["dy"][2])
+        return backward(self, factor_grads, **loss)
+
+    monkeypatch.setattr(cuda.CudaProblem, "backward", recorded)
+    x, u0, v0 = inputs()
+    x.requires_grad_()
+    with fk.use_backend("cuda"):
+        y = fk.swin_nmf(x, u0, v0, solver=solver, **OPTIONS)
+        for dy in (torch.ones(()).expand_as(y), torch.ones(1, 8, 8, 8).to(memory_format=torch.channels_last)):
+            torch.autograd.grad(y, x, dy, retain_graph=True)
+    assert seen == [(512, 64, 8, 1)] * 2
 
 
 @pytest.mark.parametrize(("solver", "rank"), [("hals", 1), ("mu", 2)])

@@ -247,6 +247,18 @@ def test_dtypes(dtype, rel):
     compare(fk.nmf, draw((), 5, 12, 2, dtype), rel, num_iters=3)
 
 
+@pytest.mark.parametrize("rank", [1, 2])
+@pytest.mark.parametrize("long", [False, True], ids=["on chip", "passes"])
+def test_half_precision_over_three_shifts(long, rank, request, rel):
+    """Their shares of dx are summed in float32, and the last launch writes dx in its own dtype."""
+    if long:
+        request.getfixturevalue("small_blocks")
+    torch.manual_seed(4)
+    x, factors = torch.rand(1, 4, 4, 16).to(torch.bfloat16), (torch.rand(4, rank), torch.rand(32, rank))
+    options = {"head_dim": 4, "patch_size": (4, 8), "shifts": [None, 2, (1, 3)]}
+    compare(fk.swin_nmf, (x, *factors), rel, num_iters=2, **options)
+
+
 def test_dead_components_stay_finite():
     """Zero matrices, zero columns, components that die: finite, nonnegative values, finite gradients."""
     torch.manual_seed(4)

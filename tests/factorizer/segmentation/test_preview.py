@@ -1,0 +1,56 @@
+"""Pictures of cases with their label maps, and volumes in ml."""
+
+import csv
+
+import nibabel as nib
+import numpy as np
+import pytest
+from factorizer_support import ODD
+from matplotlib.image import imread
+
+from factorizer.segmentation.cases import Case
+from factorizer.segmentation.preview import class_indices, draw_preview, volumes, write_statistics
+
+TARGETS = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
+
+
+def test_volumes_are_in_ml_whatever_the_axes_and_the_unit(tmp_path):
+    labels = np.zeros((4, 5, 6), np.uint8)
+    labels[1, 1, :5], labels[2, 2, 2] = 2, 4
+    assert volumes(labels, ODD, TARGETS) == pytest.approx({"WT": 0.018, "TC": 0.003, "ET": 0.003})
+    image = nib.Nifti1Image(labels, np.diag([500.0, 500, 500, 1]))
+    image.header.set_xyzt_units("micron")
+    nib.save(image, tmp_path / "a.nii.gz")
+    write_statistics(tmp_path / "s.csv", {"a": tmp_path / "a.nii.gz"}, TARGETS)
+    with (tmp_path / "s.csv").open() as file:
+        rows = {row["target"]: row for row in csv.DictReader(file)}
+    assert float(rows["WT"]["ml"]) == pytest.approx(6 * 0.125e-3)
+    assert rows["WT"]["voxels"] == "6"
+
+
+def test_the_innermost_region_is_what_is_drawn():
+    assert class_indices(np.array([0, 1, 2, 4, 9]), TARGETS).tolist() == [0, 2, 1, 3, 0]
+
+
+@pytest.mark.parametrize("kind", ["with a label", "an empty prediction", "without an image"])
+def test_a_picture_is_drawn(tmp_path, kind):
+    labels = np.zeros((15, 20, 17), np.uint8)
+    labels[4:9, 5:12, 6:11] = 2
+    image = np.random.default_rng(0).gamma(2, 100, (*labels.shape, 2)).astype(np.float32)
+    for name, voxels in (
+        ("image", image),
+        ("label", labels),
+        ("p", labels * (kind != "an empty prediction")),
+    ):
+        nib.save(nib.Nifti1Image(voxels, ODD), tmp_path / f"{name}.nii.gz")
+    case = Case(
+        "case",
+        () if kind == "without an image" else (tmp_path / "image.nii.gz",),
+        None if kind == "an empty prediction" else tmp_path / "label.nii.gz",
+    )
+    draw_preview(tmp_path, case, tmp_path / "p.nii.gz", TARGETS, {"TC": "Dice 1"}, ("T1", "T2"))
+    pixels = imread(tmp_path / "case.png")[..., :3]
+    assert pixels.std() > 0.03
+    panels = pixels[: len(pixels) * 17 // 20]  # above the legend
+    colourful = (panels.max(-1) - panels.min(-1) > 0.3).mean()
+    assert (colourful > 0.002) == (kind != "an empty prediction")
