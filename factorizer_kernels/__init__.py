@@ -9,6 +9,14 @@ function). ``choice.py`` chooses the backend of a call. ``shared`` is what all f
 from factorizer_kernels.choice import Backend, backends, use_backend
 from factorizer_kernels.ops.depthwise.functional import depthwise_conv
 from factorizer_kernels.ops.nmf.functional import nmf, nmf_factors
+from factorizer_kernels.ops.pointwise.functional import (
+    join,
+    layer_norm,
+    linear,
+    linear_norm_mlp,
+    norm_linear,
+    patch_conv,
+)
 from factorizer_kernels.ops.swin_nmf.functional import swin_nmf
 from factorizer_kernels.ops.windows.functional import sw_dematricize, sw_matricize
 
@@ -16,8 +24,14 @@ __all__ = [
     "Backend",
     "backends",
     "depthwise_conv",
+    "join",
+    "layer_norm",
+    "linear",
+    "linear_norm_mlp",
     "nmf",
     "nmf_factors",
+    "norm_linear",
+    "patch_conv",
     "sw_dematricize",
     "sw_matricize",
     "swin_nmf",

@@ -65,6 +65,10 @@ def _probe_cuda() -> tuple[bool, str]:
     return True, f"C++ kernels for the compute capabilities {cuda.native.cuda_architectures()}"
 
 
+def _probe_torch() -> tuple[bool, str]:
+    return True, "plain PyTorch in blocks, on any device: it keeps less in memory than the reference"
+
+
 def _probe_reference() -> tuple[bool, str]:
     return True, "plain PyTorch, on any device"
 
@@ -87,6 +91,7 @@ _RECORDS = {
         _Record("cuda", ("cuda",), cuda.missing, _probe_cuda),
         _Record("triton", ("cuda",), triton.missing, _probe_triton, ("cpu",) if triton.INTERPRETED else ()),
         _Record("cpu", ("cpu",), native.missing, _probe_cpu),
+        _Record("torch", None, None, _probe_torch),
         _Record("reference", None, None, _probe_reference),
     )
 }
@@ -104,7 +109,7 @@ def use_backend(name: str) -> Iterator[None]:
     """Run the operators that this thread calls inside on the backend ``name``, and on no other.
 
     Args:
-        name: "reference", "cpu", "triton" or "cuda".
+        name: "reference", "torch", "cpu", "triton" or "cuda".
 
     Raises:
         TypeError: name is not a string.

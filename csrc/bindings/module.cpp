@@ -16,6 +16,7 @@ void def_depthwise(py::module_& m);
 void def_product(py::module_& m);
 void def_windows(py::module_& m);
 void def_nmf(py::module_& m);
+void def_pointwise(py::module_& m);
 
 }  // namespace bindings
 }  // namespace factorizer
@@ -47,4 +48,5 @@ PYBIND11_MODULE(_native, m) {
   def_product(m);
   def_windows(m);
   def_nmf(m);
+  def_pointwise(m);
 }

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from . import pointwise
-from .checks import check_count, check_features, check_probability, check_spatial_size
+import factorizer_kernels as fk
+
+from .checks import check_count, check_dtype, check_features, check_probability, check_spatial_size
 from .depthwise import DepthwiseConv
 from .linear import Linear
 from .mixer import FactMixer
@@ -17,7 +17,7 @@ from .mlp import MLP
 from .norm import LayerNorm
 from .parts import Part, build, has_hooks
 
-#: The modules of a block whose arithmetic `pointwise` has in its chains.
+#: The modules of a block whose arithmetic the pointwise chains of `factorizer_kernels` have.
 _CHAINED = {LayerNorm, nn.LayerNorm, Linear, nn.Conv1d, MLP, nn.Sequential, nn.GELU, nn.Dropout}
 
 
@@ -57,7 +57,7 @@ class FactorizerBlock(nn.Module):
 
     @property
     def fused(self) -> bool:
-        """Whether norms, linear maps and sums run as chains of `pointwise`, with the same result.
+        """Whether norms, linear maps and sums run as chains of `factorizer_kernels`, with the same result.
 
         They do where the chains know every part, no dropout is active, and no part has a hook.
         """
@@ -65,8 +65,7 @@ class FactorizerBlock(nn.Module):
         chained = (self.norm1, fact.in_proj, fact.out_proj, fact.dropout, self.norm2, self.mlp)
         parts = [part for module in chained for part in module.modules()]
         return (
-            not torch.compiler.is_compiling()
-            and all(type(part) in _CHAINED and not has_hooks(part) for part in parts)
+            all(type(part) in _CHAINED and not has_hooks(part) for part in parts)
             and not has_hooks(fact)
             and not any(isinstance(p, nn.Dropout) and p.training and p.p for p in parts)
         )
@@ -80,11 +79,12 @@ class FactorizerBlock(nn.Module):
             return x + self.mlp(self.norm2(x))
         fact, norm1, norm2 = self.fact, self.norm1, self.norm2
         check_features("FactorizerBlock", x, norm1.dim, len(fact.spatial_size))
-        y = pointwise.norm_linear(x, norm1.affine(x), fact.in_proj.weights, norm1.norm.eps)
-        out_proj, first, second = (part.weights for part in (fact.out_proj, *self.mlp.linears))
-        return pointwise.linear_norm_mlp(
-            fact.mix(y), x, out_proj, norm2.affine(x), first, second, norm2.norm.eps
-        )
+        check_dtype(x, fact.out_proj.linear.weight)
+        weights: list[Any] = [*norm1.affine(x), *fact.in_proj.weights]
+        y = fact.mix(fk.norm_linear(x, *weights, eps=norm1.norm.eps))
+        first, second = (part.weights for part in self.mlp.linears)
+        weights = [*fact.out_proj.weights, *norm2.affine(x), *first, *second]
+        return fk.linear_norm_mlp(y, x, *weights, eps=norm2.norm.eps)
 
 
 class FactorizerStage(nn.Module):
@@ -127,7 +127,11 @@ class FactorizerStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, S1..Sp) to (B, out_channels, S1..Sp)."""
-        x = self.dropout(self.pos_embed(self.adapter(x)))
+        return self.after_adapter(self.adapter(x))
+
+    def after_adapter(self, x: Tensor) -> Tensor:
+        """What follows the channel adapter, on x (B, out_channels, S1..Sp)."""
+        x = self.dropout(self.pos_embed(x))
         for block in self.blocks:
             x = block(x)
         return x

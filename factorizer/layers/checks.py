@@ -8,6 +8,8 @@ from typing import SupportsIndex
 
 from torch import Tensor
 
+from factorizer_kernels.shared.dtypes import autocasts
+
 
 def check_count(name: str, value: int, minimum: int = 1) -> int:
     """Returns `value` as an int if it is a whole number of at least `minimum`."""
@@ -67,6 +69,12 @@ def check_features(layer: str, x: Tensor, channels: int, spatial_dims: int | Non
         raise ValueError(
             f"{layer}: x must have {channels} channels on axis 1, got {x.shape[1]} (shape {tuple(x.shape)})"
         )
+
+
+def check_dtype(x: Tensor, weight: Tensor) -> None:
+    """Checks that x is of the dtype of a layer's weight, or that autocast sees to that."""
+    if x.dtype != weight.dtype and not autocasts(x.device.type):
+        raise TypeError(f"x must be {weight.dtype}, as the weights are, got {x.dtype}")
 
 
 def plain_tensor(x: Tensor) -> Tensor:

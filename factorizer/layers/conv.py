@@ -3,18 +3,93 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from .checks import check_count, check_spatial_dims
-from .norm import LayerNorm
+import factorizer_kernels as fk
+from factorizer_kernels.shared.dtypes import autocast_disabled
 
-CONV: dict[int, type[nn.Module]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+from .checks import check_count, check_dtype, check_spatial_dims
+from .linear import Linear
+from .norm import LayerNorm
+from .parts import has_hooks
+
+
+class _BlockwiseConv(nn.Module):
+    """A convolution of torch that is one linear map of each block where its stride is its kernel.
+
+    Its parameters and its results are torch's.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, in_channels, S1..Sp) to (B, out_channels, ...)."""
+        conv: Any = self
+        kernel = conv.kernel_size
+        blocks = x.ndim == len(kernel) + 2 and _takes_blocks(conv)
+        if not blocks or any(s % k for s, k in zip(x.shape[2:], kernel, strict=True)):
+            return super().forward(x)
+        check_dtype(x, conv.weight)
+        if all(k == 1 for k in kernel):
+            return fk.linear(x, conv.weight.flatten(1), conv.bias)
+        return fk.patch_conv(x, conv.weight, conv.bias)
+
+
+class Conv1d(_BlockwiseConv, nn.Conv1d):
+    """`torch.nn.Conv1d`; where its stride is its kernel, `factorizer_kernels.patch_conv`."""
+
+
+class Conv2d(_BlockwiseConv, nn.Conv2d):
+    """`torch.nn.Conv2d`; where its stride is its kernel, `factorizer_kernels.patch_conv`."""
+
+
+class Conv3d(_BlockwiseConv, nn.Conv3d):
+    """`torch.nn.Conv3d`; where its stride is its kernel, `factorizer_kernels.patch_conv`."""
+
+
+CONV: dict[int, type[nn.Module]] = {1: Conv1d, 2: Conv2d, 3: Conv3d}
 CONV_TRANSPOSE: dict[int, type[nn.Module]] = {
     1: nn.ConvTranspose1d,
     2: nn.ConvTranspose2d,
     3: nn.ConvTranspose3d,
 }
+
+
+def _takes_blocks(conv: Any) -> bool:
+    """Whether the stride of a convolution is its kernel, so that its blocks do not overlap."""
+    padding = () if isinstance(conv.padding, str) else conv.padding
+    return (
+        conv.stride == conv.kernel_size
+        and conv.groups == 1
+        and conv.padding != "same"
+        and not any(padding)
+        and all(d == 1 for d in conv.dilation)
+    )
+
+
+def can_join(upsample: Any, adapter: Any) -> bool:
+    """Whether `join` does what the two do: a transposed convolution by blocks, and a linear layer."""
+    return (
+        type(upsample) in CONV_TRANSPOSE.values()
+        and type(adapter) is Linear
+        and _takes_blocks(upsample)
+        and not any(upsample.output_padding)
+        and not any(map(has_hooks, (upsample, adapter, adapter.linear)))
+    )
+
+
+def join(skip: Tensor, x: Tensor, upsample: Any, adapter: Linear) -> Tensor:
+    """adapter(cat([skip, upsample(x)])): the product of the two weights, then `factorizer_kernels.join`."""
+    check_dtype(x, upsample.weight)
+    weight, bias = adapter.weights
+    with autocast_disabled(x):
+        of_skip, of_x = weight.split((skip.shape[1], weight.shape[1] - skip.shape[1]), 1)
+        weight_x = of_x @ upsample.weight.flatten(2)  # (in_channels, out_channels, k1 ... kp)
+        if upsample.bias is not None:
+            shift = torch.mv(of_x, upsample.bias)
+            bias = shift if bias is None else bias + shift
+    return fk.join(skip, x, of_skip, weight_x.unflatten(2, upsample.kernel_size), bias)
 
 
 class ConvStage(nn.Module):
@@ -25,9 +100,6 @@ class ConvStage(nn.Module):
         spatial_size: not used; the stages of a U-net are all called with it.
         depth: number of convolutions.
         spatial_dims: number of spatial axes, 1 to 3.
-
-    Raises:
-        TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
 
     def __init__(

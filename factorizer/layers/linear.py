@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from . import pointwise
-from .checks import check_count, check_features
+import factorizer_kernels as fk
+
+from .checks import check_count, check_dtype, check_features
 
 
 class Linear(nn.Module):
@@ -21,6 +22,7 @@ class Linear(nn.Module):
 
     Raises:
         ValueError: x has another number of channels, or no spatial axis.
+        TypeError: x is of another dtype than the weights, and autocast is off.
     """
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
@@ -32,10 +34,10 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, S1..Sp) to (B, out_channels, S1..Sp)."""
         check_features("Linear", x, self.in_channels)
-        return pointwise.linear(x, self.weights)
+        check_dtype(x, self.linear.weight)
+        return fk.linear(x.flatten(2), *self.weights).unflatten(2, x.shape[2:])
 
     @property
-    def weights(self) -> tuple[Tensor, Tensor]:
-        """W (out_channels, in_channels) and b (out_channels), zeros where there is none."""
-        weight, bias = self.linear.weight[..., 0], self.linear.bias
-        return weight, weight.new_zeros(self.out_channels) if bias is None else bias
+    def weights(self) -> tuple[Tensor, Tensor | None]:
+        """W (out_channels, in_channels), and b (out_channels) or None."""
+        return self.linear.weight[..., 0], self.linear.bias

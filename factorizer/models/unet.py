@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.checks import check_count, check_counts, check_features, check_spatial_dims, plain_tensor
-from ..layers.conv import CONV, CONV_TRANSPOSE, ConvStage
-from ..layers.parts import Part, build
-from ..layers.pointwise import check_dtype
+from ..layers.checks import (
+    check_count,
+    check_counts,
+    check_dtype,
+    check_features,
+    check_spatial_dims,
+    plain_tensor,
+)
+from ..layers.conv import CONV, CONV_TRANSPOSE, ConvStage, can_join, join
+from ..layers.parts import Part, build, has_hooks
 from ..layers.resize import crop_to, pad_to, round_up
 
 #: Heads that num_deep_supr=True stands for: the loss weights of the recipes are 1, 1/2 and 1/4.
@@ -67,7 +74,11 @@ class Decoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Upsampling, concatenation of [skip, upsampled], then a stage."""
+    """Upsampling, concatenation of [skip, upsampled], then a stage.
+
+    A stage that begins with a `Linear` of its own, `adapter`, and has the rest as `after_adapter`, takes
+    the first two and the adapter as one operator where the upsampling is a transposed convolution by blocks.
+    """
 
     def __init__(self, upsample: nn.Module, block: nn.Module) -> None:
         super().__init__()
@@ -76,6 +87,10 @@ class DecoderBlock(nn.Module):
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """x (B, C, S1..Sp) and the finer skip (B, width, T1..Tp) to (B, width, T1..Tp)."""
+        block: Any = self.block
+        adapter: Any = getattr(block, "adapter", None)
+        if can_join(self.upsample, adapter) and not has_hooks(block):
+            return block.after_adapter(join(skip, x, self.upsample, adapter))
         return self.block(torch.cat([skip, self.upsample(x)], 1))
 
 

@@ -18,9 +18,12 @@ _WAY_OUT = 'inside factorizer_kernels.use_backend("reference") it is plain PyTor
 def call_function(name: str, function: type[torch.autograd.Function], *arguments) -> Any:
     """``function.apply(*arguments)``, for the public function of that name.
 
+    Forward mode goes through ``function.reference``, where there is one: plain PyTorch that takes the same
+    arguments but the last, the backend, and returns the same.
+
     Raises:
-        NotImplementedError: forward mode, or a gradient inside ``torch.jit.trace``; the message names the
-            way out.
+        NotImplementedError: forward mode without such a reference, or a gradient inside
+            ``torch.jit.trace``; the message names the way out.
     """
     if torch.compiler.is_compiling():  # Dynamo refuses a Function that has a jvp of its own
         return function.apply(*arguments)
@@ -92,9 +95,32 @@ def _differentiated(arguments) -> bool:
 
 @cache
 def _with_jvp(name: str, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    def jvp(ctx, *tangents):
-        raise NotImplementedError(
-            f"the kernels of {name} cannot be differentiated in forward mode: {_WAY_OUT} can be"
-        )
+    reference = getattr(function, "reference", None)
 
-    return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})
+    def setup_context(ctx, inputs, output):
+        function.setup_context(ctx, inputs, output)
+        if reference is not None:
+            ctx.save_for_forward(*(a for a in inputs if isinstance(a, Tensor)))
+            ctx.inputs = [None if isinstance(a, Tensor) else (a,) for a in inputs]
+
+    def jvp(ctx, *tangents):
+        if reference is None:
+            raise NotImplementedError(
+                f"the kernels of {name} cannot be differentiated in forward mode: {_WAY_OUT} can be"
+            )
+        saved = iter(ctx.saved_tensors)
+        inputs = [next(saved) if a is None else a[0] for a in ctx.inputs]
+        moved = [i for i, t in enumerate(tangents) if t is not None]
+
+        def along(*tensors):
+            filled = list(inputs)
+            for i, t in zip(moved, tensors, strict=True):
+                filled[i] = t
+            return reference(*filled[:-1])
+
+        # The transpose of the transpose: forward mode does not nest, and this may be inside of one.
+        y, transposed = torch.func.vjp(along, *(inputs[i] for i in moved))[:2]
+        return torch.func.vjp(transposed, y)[1](tuple(tangents[i] for i in moved))[0]
+
+    methods = {"jvp": staticmethod(jvp), "setup_context": staticmethod(setup_context)}
+    return type(function.__name__, (function,), methods)

@@ -13,19 +13,20 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _autocasts(device: str) -> bool:
+def autocasts(device: str) -> bool:
+    """Whether autocast is on for that type of device."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def autocast_disabled(x: Tensor) -> AbstractContextManager:
     """A context in which plain PyTorch on x's device computes in the dtypes that it is given."""
     device = x.device.type
-    return torch.autocast(device, enabled=False) if _autocasts(device) else nullcontext()
+    return torch.autocast(device, enabled=False) if autocasts(device) else nullcontext()
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which an operator that follows autocast takes x: x's own for float64, or without it."""
     device = x.device.type
-    if x.dtype == torch.float64 or not _autocasts(device):
+    if x.dtype == torch.float64 or not autocasts(device):
         return x.dtype
     return torch.get_autocast_dtype(device)

@@ -5,6 +5,9 @@ the operator's arguments. It returns the outputs, and where these have it. An op
 dimension runs once: the mapped dimension joins the batch.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -27,3 +30,14 @@ def joined(t: Tensor, dim: int | None, size: int) -> Tensor:
 def parted(t: Tensor, size: int) -> Tensor:
     """(size · B, ...) as (size, B, ...)."""
     return t.unflatten(0, (size, -1))
+
+
+def looped(operator: Callable, info: Any, in_dims: tuple, arguments: tuple) -> tuple:
+    """The rule that calls the operator for each element: the outputs, and that they have it first."""
+    calls = [
+        operator(*(a if d is None else a.select(d, i) for a, d in zip(arguments, in_dims, strict=True)))
+        for i in range(info.batch_size)
+    ]
+    if isinstance(calls[0], Tensor):
+        return torch.stack(calls), 0
+    return tuple(map(torch.stack, zip(*calls, strict=True))), (0,) * len(calls[0])

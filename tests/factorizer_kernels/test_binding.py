@@ -1,5 +1,7 @@
 """The compiled module, called wrongly: an exception comes, never a crash, and nothing is written."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import example, given
@@ -349,5 +351,226 @@ def test_fuzz_conv(operator, changed):
             getattr(call, part)[name] = value
     try:
         call.run(operator)
+    except (ValueError, TypeError):  # pybind11 raises TypeError where an argument is no 64-bit integer
+        assert not call.written()
+
+
+class Product:
+    """Right calls of the products: W (4, 3), x (2, 3, 9), y (2, 4, 9), and the sum of y xᵀ (4, 3)."""
+
+    def __init__(self):
+        shapes = {"w": (4, 3), "x": (2, 3, 9), "y": (2, 4, 9), "out": (4, 3)}
+        self.tensors = {name: torch.rand(shape) for name, shape in shapes.items()}
+        self.before = {name: tensor.clone() for name, tensor in self.tensors.items()}
+        self.memory = {name: native.memory(tensor) for name, tensor in self.tensors.items()}
+        self.sizes, self.x_strides, self.threads = (2, 4, 3, 9), (27, 9), 1
+
+    def run(self, name):
+        memory, x, y = self.memory, (self.memory["x"], self.x_strides), (self.memory["y"], (36, 9))
+        if name == "multiply":
+            native.native.multiply(0, self.sizes, memory["w"], (3, 1), *x, *y, self.threads)
+        else:
+            native.native.multiply_by_transpose(0, self.sizes, *y, *x, memory["out"], self.threads)
+
+    def refused(self, name, match):
+        with pytest.raises(ValueError, match=match):
+            self.run(name)
+        assert all(torch.equal(self.tensors[key], self.before[key]) for key in self.tensors)
+
+
+@pytest.mark.parametrize(
+    ("name", "short", "argument"),
+    [
+        ("multiply", "w", "w"),
+        ("multiply", "x", "x"),
+        ("multiply", "y", "y"),
+        ("multiply_by_transpose", "y", "a"),
+        ("multiply_by_transpose", "x", "b"),
+        ("multiply_by_transpose", "out", "out"),
+    ],
+)
+def test_products_with_short_memory(name, short, argument):
+    call = Product()
+    call.run(name)
+    call = Product()
+    call.memory[short] = (call.memory[short][0], call.memory[short][1] - 1)
+    call.refused(name, f"^{argument} needs")
+
+
+@pytest.mark.parametrize("name", ["multiply", "multiply_by_transpose"])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"sizes": (2, 4, -3, 9)}, "sizes"),
+        ({"sizes": (2**40, 2**20, 3, 9)}, "too large"),
+        ({"x_strides": (27, -9)}, "negative stride"),
+        ({"threads": 0}, "threads"),
+    ],
+)
+def test_products_with_wrong_numbers(name, change, match):
+    call = Product()
+    vars(call).update(change)
+    call.refused(name, match)
+
+
+# --- Pointwise chains ------------------------------------------------------------------------------
+
+B, V, C, D, H = 2, 8, 3, 4, 5  # batch, voxels, channels of x, of the other map or of y, hidden
+GRID = {"size": [1, 2, 4], "scale": [1, 2, 1]}
+SHAPES = {
+    "norm_linear": (
+        {"voxels": V, "channels": C, "out_channels": D, "eps": 1e-5},
+        {"x": (C, V)}, {"y": (D, V)},
+        {"norm_weight": C, "norm_bias": C, "weight": D * C, "bias": D},
+    ),
+    "linear_norm_mlp": (
+        {"voxels": V, "in_channels": D, "channels": C, "hidden": H, "eps": 1e-5},
+        {"y": (D, V), "x": (C, V)}, {"out": (C, V)},
+        {
+            "weight": C * D, "bias": C, "norm_weight": C, "norm_bias": C, "weight1": H * C, "bias1": H,
+            "weight2": C * H, "bias2": C,
+        },
+    ),
+    "join": (
+        {"skip_channels": C, "channels": D, "out_channels": H, **GRID},
+        {"skip": (C, 2 * V), "x": (D, V)}, {"y": (H, 2 * V)},
+        {"weight_skip": H * C, "weight_x": D * H * 2, "bias": H},
+    ),
+    "patch_conv": (
+        {"channels": C, "out_channels": D, **GRID},
+        {"x": (C, 2 * V)}, {"y": (D, V)},
+        {"weight": D * C * 2, "bias": D},
+    ),
+}  # fmt: skip
+CHAINS = [
+    "norm_linear_forward", "norm_linear_backward", "linear_norm_mlp_forward", "linear_norm_mlp_backward",
+    "join_forward", "join_backward", "patch_conv_forward", "patch_conv_backward",
+]  # fmt: skip
+OPTIONAL = {"bias", "bias1", "bias2"}
+
+
+class ChainCall:
+    """A right call of an entry of ``CHAINS``."""
+
+    def __init__(self, entry):
+        self.entry = entry
+        name, way = entry.rsplit("_", 1)
+        options, ins, outs, self.weights = SHAPES[name]
+        self.options = {"compute": 0, "batch": B, "threads": 2, **copy.deepcopy(options)}
+        self.gradients = [f"d{weight}" for weight in self.weights] if way == "backward" else []
+        if way == "backward":
+            ins, outs = {f"d{k}": v for k, v in outs.items()} | ins, {f"d{k}": v for k, v in ins.items()}
+        self.ins, self.outs = list(ins), list(outs)
+        self.tensors = {map_: torch.rand(B, *shape) for map_, shape in ins.items()}
+        self.tensors |= {weight: torch.rand(n) for weight, n in self.weights.items()}
+        self.tensors |= {map_: torch.full((B, *shape), 7.0) for map_, shape in outs.items()}
+        self.tensors |= {f"d{w}": torch.full((n,), 7.0) for w, n in self.weights.items() if self.gradients}
+        self.before = {key: tensor.clone() for key, tensor in self.tensors.items()}
+        self.memory = {key: native.memory(tensor) for key, tensor in self.tensors.items()}
+        self.stride = {map_: list(self.tensors[map_].stride()[:2]) for map_ in ins}
+        self.dtype = 0
+
+    written = Call.written
+
+    def run(self):
+        maps = {name: (self.dtype, *(self.memory[name] or NONE), *self.stride[name]) for name in self.ins}
+        maps |= {name: (self.dtype, *(self.memory[name] or NONE)) for name in self.outs}
+        weights = [self.memory[name] for name in self.weights]
+        gradients = {}
+        if self.entry.endswith("backward"):
+            gradients["gradients"] = [self.memory[name] for name in self.gradients]
+        getattr(native.native, self.entry)(**self.options, weights=weights, **maps, **gradients)
+
+
+@pytest.mark.parametrize("entry", CHAINS)
+def test_right_chain(entry):
+    call = ChainCall(entry)
+    call.run()
+    assert call.written() == {*call.outs, *call.gradients}
+    if call.gradients:
+        call = ChainCall(entry)
+        call.gradients.clear()
+        call.run()
+        assert call.written() <= set(call.outs)
+
+
+@pytest.mark.parametrize(("entry", "name"), [(e, name) for e in CHAINS for name in ChainCall(e).memory])
+def test_short_memory_of_chain(entry, name):
+    """One byte too few, no address, or nothing, of any argument: the error names it."""
+    for short in (lambda address, size: (address, size - 1), lambda _, size: (0, size)):
+        call = ChainCall(entry)
+        call.memory[name] = short(*call.memory[name])
+        with pytest.raises(ValueError, match=f"^{name} needs "):
+            call.run()
+        assert not call.written()
+    if name not in OPTIONAL:
+        call = ChainCall(entry)
+        call.memory[name] = None
+        with pytest.raises(ValueError, match=r" needs | must be given| go together|out_channels must be"):
+            call.run()
+        assert not call.written()
+
+
+WRONG_CHAIN = {
+    "stride beyond the memory": lambda call: call.stride["x"].__setitem__(1, 100),
+    "stride that overflows": lambda call: call.stride["x"].__setitem__(0, HUGE),
+    "negative stride": lambda call: call.stride["x"].__setitem__(0, -6),
+    "larger batch": lambda call: call.options.update(batch=3),
+    "negative batch": lambda call: call.options.update(batch=-1),
+    "batch that overflows": lambda call: call.options.update(batch=HUGE),
+    "no channels": lambda call: call.options.update(channels=0),
+    "channels that overflow": lambda call: call.options.update(channels=HUGE),
+    "more channels": lambda call: call.options.update(channels=5),
+    "compute unknown": lambda call: call.options.update(compute=4),
+    "half compute": lambda call: call.options.update(compute=2),
+    "double compute of single maps": lambda call: call.options.update(compute=1),
+    "dtype unknown": lambda call: setattr(call, "dtype", 4),
+    "dtype larger than the memory's": lambda call: setattr(call, "dtype", 1),
+    "no thread": lambda call: call.options.update(threads=0),
+    "more threads than a system has": lambda call: call.options.update(threads=2**31 - 1),
+    "a weight less": lambda call: setattr(call, "weights", list(call.weights)[1:]),
+}
+
+
+@pytest.mark.parametrize("entry", CHAINS)
+@pytest.mark.parametrize("wrong", WRONG_CHAIN)
+def test_wrong_chain(entry, wrong):
+    call = ChainCall(entry)
+    WRONG_CHAIN[wrong](call)
+    with pytest.raises(ValueError, match=r"."):
+        call.run()
+    assert not call.written()
+
+
+@pytest.mark.parametrize("entry", [entry for entry in CHAINS if entry.startswith(("join", "patch"))])
+@pytest.mark.parametrize("change", [
+    {"size": [1, 2, 5]}, {"size": [1, -2, 4]}, {"size": [0, HUGE, HUGE]}, {"scale": [1, 3, 1]},
+    {"scale": [1, 0, 1]}, {"scale": [1, HUGE, 1]},
+], ids=str)  # fmt: skip
+def test_wrong_blocks(entry, change):
+    call = ChainCall(entry)
+    call.options.update(change)
+    with pytest.raises(ValueError, match=r"."):
+        call.run()
+    assert not call.written()
+
+
+@given(st.data())
+def test_fuzz_chain(data):
+    call = ChainCall(data.draw(st.sampled_from(CHAINS)))
+    for part in data.draw(st.lists(st.sampled_from(["memory", "stride", "options"]), min_size=1, max_size=3)):
+        if part == "memory":
+            name = data.draw(st.sampled_from(sorted(call.memory)))
+            less = data.draw(st.one_of(st.none(), st.integers(-HUGE, 0)))  # bytes
+            address, size = call.memory[name] or NONE
+            call.memory[name] = None if less is None else (address, size + less)
+        elif part == "stride":
+            name = data.draw(st.sampled_from(call.ins))
+            call.stride[name] = data.draw(st.lists(NUMBERS, min_size=2, max_size=2))
+        else:
+            name = data.draw(st.sampled_from(sorted(call.options)))
+            call.options[name] = data.draw(TRIPLES if name in GRID else NUMBERS)
+    try:
+        call.run()
     except (ValueError, TypeError):  # pybind11 raises TypeError where an argument is no 64-bit integer
         assert not call.written()

@@ -33,7 +33,23 @@ OPERATORS = {
         x[..., :2], x.mT[..., :2], x, u0, v0, False, 3, "mu", 3, 1e-16, "cpu",
     ),
 }  # fmt: skip
+_NORM, _LINEAR = (torch.rand(4), torch.rand(4)), (torch.rand(6, 4), torch.rand(6))
+_MLP = (torch.rand(4, 4), torch.rand(4), *_NORM, *_LINEAR, torch.rand(4, 6), torch.rand(4))
+_JOIN = torch.rand(5, 4), torch.rand(4, 5, 2, 4), torch.rand(5)
+_PATCH = torch.rand(5, 4, 2, 4), torch.rand(5)
 MAP_OPERATORS = {
+    "norm_linear": lambda x: (x, *_NORM, *_LINEAR, 1e-5, x.dtype, "cpu"),
+    "norm_linear_backward": lambda x: (
+        torch.rand(2, 6, 8, 16), x, *_NORM, *_LINEAR, 1e-5, x.dtype, True, "cpu",
+    ),
+    "linear_norm_mlp": lambda x: (x, x + 1, *_MLP, 1e-5, x.dtype, "cpu"),
+    "linear_norm_mlp_backward": lambda x: (x, x, x + 1, *_MLP, 1e-5, x.dtype, True, "cpu"),
+    "join": lambda x: (x, x[..., ::2, ::4], *_JOIN, x.dtype, "cpu"),
+    "join_backward": lambda x: (
+        torch.rand(2, 5, 8, 16), x, x[..., ::2, ::4], *_JOIN, x.dtype, True, "cpu",
+    ),
+    "patch_conv": lambda x: (x, *_PATCH, x.dtype, "cpu"),
+    "patch_conv_backward": lambda x: (torch.rand(2, 5, 4, 4), x, *_PATCH, x.dtype, False, "cpu"),
     "depthwise_conv": lambda x: (x, torch.rand(4, 3, 5), torch.rand(4), "cpu"),
     "depthwise_conv_backward": lambda x: (x, x, torch.rand(4, 3, 5), [True, True, False], "cpu"),
     "sw_matricize": lambda x: (x, 4, [4, 4], [0, 0, 2, 2], True, "cpu"),
@@ -135,6 +151,21 @@ def test_compile_fullgraph(backend_name, dynamic):
             for shape in ((3, 8, 12, 20), (5, 8, 16, 24)) if dynamic else ():
                 x = torch.rand(shape)
                 torch.testing.assert_close(_value_and_grad(compiled, x), _value_and_grad(network, x))
+
+
+def test_compile_pointwise():
+    """The chains stay operators of ours, in one graph with their backwards."""
+    square, wide, patch = torch.rand(4, 4), torch.rand(6, 4), torch.rand(4, 4, 2, 2)
+
+    def network(x):
+        y = fk.norm_linear(x, *_NORM, square)
+        y = fk.linear_norm_mlp(y, x, square, None, *_NORM, wide, None, wide.mT, None)
+        return fk.join(y, fk.patch_conv(y, patch), square, patch)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(network, fullgraph=True, backend="aot_eager")
+    x = torch.rand(2, 4, 4, 6)
+    torch.testing.assert_close(_value_and_grad(compiled, x), _value_and_grad(network, x))
 
 
 def test_export_and_reload(tmp_path):
@@ -445,8 +476,12 @@ SUBCLASSES = {
 
 @pytest.mark.parametrize("backend_name", ["cpu", "reference"])
 @pytest.mark.parametrize(
-    "name", ["depthwise_conv", "nmf", "nmf_factors", "sw_matricize", "sw_dematricize", "swin_nmf"]
-)
+    "name",
+    [
+        "depthwise_conv", "nmf", "nmf_factors", "sw_matricize", "sw_dematricize", "swin_nmf", "norm_linear",
+        "linear_norm_mlp", "join", "patch_conv",
+    ],
+)  # fmt: skip
 @pytest.mark.parametrize("wrap", SUBCLASSES.values(), ids=SUBCLASSES)
 def test_subclass(wrap, name, backend_name):
     """The same values, as plain tensors, and the same gradients, whichever of the tensors is wrapped."""
@@ -463,6 +498,10 @@ def test_subclass(wrap, name, backend_name):
         "sw_matricize": (partial(fk.sw_matricize, **CUT), (image,)),
         "sw_dematricize": (cut, (fk.sw_matricize(image, **CUT),)),
         "swin_nmf": (factored, (image, u0, v0)),
+        "norm_linear": (fk.norm_linear, (image[:, :4], *_NORM, *_LINEAR)),
+        "linear_norm_mlp": (fk.linear_norm_mlp, (image[:, :4], image[:, 4:], *_MLP)),
+        "join": (fk.join, (image[:, :4], image[:, 4:, ::2, ::4], *_JOIN)),
+        "patch_conv": (fk.patch_conv, (image[:, :4], *_PATCH)),
     }[name]
 
     def run(*tensors):

@@ -10,6 +10,7 @@ KERNELS = (
 )
 PRODUCT = ("tests/factorizer_kernels/test_product.py",)
 DEPTHWISE = ("tests/factorizer_kernels/test_depthwise.py",)
+POINTWISE = ("tests/factorizer_kernels/test_pointwise.py",)
 SETTINGS = ("tests/factorizer_kernels/test_torch.py", "tests/factorizer_kernels/test_arguments.py")
 BINDING = ("tests/factorizer_kernels/test_binding.py", "tests/factorizer_kernels/test_processes.py")
 TRITON = ("tests/factorizer_kernels/triton/interpreted",)
@@ -30,6 +31,7 @@ _TRITON = "factorizer_kernels/ops/nmf/triton/"
 _PRODUCT = "csrc/cpu/common/product.h"
 _NMF = "csrc/cpu/nmf/"
 _DEPTHWISE = "csrc/cpu/depthwise/"
+_POINTWISE = "csrc/cpu/pointwise/"
 
 FAULTS = (
     # The solvers' arithmetic, shared by the native backends.
@@ -163,6 +165,53 @@ FAULTS = (
         "binding: the interpreter's lock is kept", "csrc/bindings/nmf.cpp",
         "py::gil_scoped_release release;\n        cpu_kernels().swin_nmf_forward(p);",
         "cpu_kernels().swin_nmf_forward(p);", BINDING,
+    ),
+    # The pointwise chains.
+    Fault(
+        "linear_norm_mlp: the sum's own gradient is missing", _POINTWISE + "linear_norm_mlp.cpp",
+        "standardise_backward<T>(p.channels, dn, z, scales, length, d, true);",
+        "standardise_backward<T>(p.channels, dn, z, scales, length, d, false);", POINTWISE,
+    ),
+    Fault(
+        "linear_norm_mlp: the last bias once for each piece of the hidden layer",
+        _POINTWISE + "linear_norm_mlp.cpp",
+        "i == 0 ? typed<T>(p.bias2) : nullptr", "typed<T>(p.bias2)", POINTWISE,
+    ),
+    Fault(
+        "linear_norm_mlp: the gradient of W1 in the first piece's rows", _POINTWISE + "linear_norm_mlp.cpp",
+        "from_row(shares.of(dweight1, group), begin)", "from_row(shares.of(dweight1, group), 0)", POINTWISE,
+    ),
+    Fault(
+        "norm: the mean of the gradient is left in it", _POINTWISE + "norm.h",
+        "(load(dy[c] + at) - means[v] - load(y[c] + at) * products[v])",
+        "(load(dy[c] + at) - load(y[c] + at) * products[v])", POINTWISE,
+    ),
+    Fault(
+        "norm_linear: the gradient of W without the norm's shift", _POINTWISE + "weights.h",
+        "dw[at] = dw[at] * scale[k] + db[r] * shift[k];", "dw[at] = dw[at] * scale[k];", POINTWISE,
+    ),
+    Fault(
+        "pointwise: the first group's share of the sums is missing", _POINTWISE + "sums.h",
+        "for (i64 group = 0; group < groups(); ++group) {",
+        "for (i64 group = 1; group < groups(); ++group) {", POINTWISE,
+    ),
+    Fault(
+        "pointwise: every item of a tile is the first", _POINTWISE + "columns.h",
+        "      voxel = 0;\n      ++item;", "      voxel = 0;", POINTWISE,
+    ),
+    Fault(
+        "join and patch_conv: a block's lines change places", _POINTWISE + "blocks.h",
+        "const i64 k0 = line / p_.scale[1], k1 = line % p_.scale[1];",
+        "const i64 k0 = line % p_.scale[0], k1 = line / p_.scale[0];", POINTWISE,
+    ),
+    Fault(
+        "join: the weights' gradient is begun anew with every line", _POINTWISE + "join.cpp",
+        "const bool add_line = add || line > 0;", "const bool add_line = add;", POINTWISE,
+    ),
+    Fault(
+        "pointwise autograd: the weights' gradients are wanted only together",
+        "factorizer_kernels/ops/pointwise/autograd.py",
+        "any(wanted[num_maps:])", "all(wanted[num_maps:])", POINTWISE,
     ),
     # The autograd Functions, the operators under vmap, the reference.
     Fault(

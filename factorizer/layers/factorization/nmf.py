@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
+from factorizer_kernels.shared.dtypes import autocast_disabled
 
 from ..checks import check_count, check_counts
-from ..pointwise import autocast_disabled
 from .inits import DRAWS, FixedInit, make_init
 from .solvers import Solver, SolverSpec, make_solvers
 

@@ -12,7 +12,6 @@ from factorizer import (
     PositionalEmbedding,
     SWMatricize,
 )
-from factorizer.layers import pointwise
 
 SWIN = {"head_dim": 4, "patch_size": 4}
 
@@ -33,15 +32,8 @@ def value_and_gradients(module, x):
     return [y.detach(), *torch.autograd.grad((y * weight).sum(), inputs)]
 
 
-@pytest.fixture(params=["one block", "runs of voxels", "groups of items"])
-def block_size(request, monkeypatch):
-    """The three ways in which the pointwise chains cut their input."""
-    elements = {"one block": 2**18, "runs of voxels": 9, "groups of items": 500}[request.param]
-    monkeypatch.setattr(pointwise, "_CPU_BLOCK_PER_THREAD", elements)
-
-
 @pytest.mark.parametrize("size", [(3, 6, 20), (5, 6, 3, 7), (2, 6, 3, 4, 5)])
-def test_pointwise_layers_equal_the_plain_formulas(size, block_size, rel):
+def test_pointwise_layers_equal_the_plain_formulas(size, rel):
     torch.manual_seed(0)
     x = torch.randn(size, dtype=torch.float64)
 
@@ -80,25 +72,6 @@ def test_layer_norm_of_half_precision_is_computed_in_float32(rel):
     torch.manual_seed(0)
     x = (300 + 100 * torch.randn(2, 8, 5)).half()  # whose squares float16 cannot hold
     assert rel(LayerNorm(8).half()(x), LayerNorm(8)(x.float())) < torch.finfo(torch.float16).eps
-
-
-def test_chains_pass_gradcheck(block_size):
-    torch.manual_seed(0)
-
-    def random(*size):
-        return torch.randn(size, dtype=torch.float64, requires_grad=True)
-
-    check = torch.autograd.gradcheck
-    x, norm, linear = random(2, 3, 2, 2), (random(3), random(3)), (random(4, 3), random(4))
-    assert check(lambda x, *n: pointwise.norm(x, n, 1e-5), (x, *norm))
-    assert check(lambda x, *w: pointwise.linear(x, w), (x, *linear))
-    chain = lambda x, a, b, c, d: pointwise.norm_linear(x, (a, b), (c, d), 1e-5)  # noqa: E731
-    assert check(chain, (x, *norm, *linear))
-    y, back = random(2, 4, 2, 2), (random(3, 4), random(3))
-    chain = lambda y, x, a, b, c, d, e, f, g, h: pointwise.linear_norm_mlp(  # noqa: E731
-        y, x, (a, b), (c, d), (e, f), (g, h), 1e-5
-    )
-    assert check(chain, (y, x, *back, *norm, *linear, *back))
 
 
 def test_autograd_keeps_little_more_than_the_input_of_a_block():

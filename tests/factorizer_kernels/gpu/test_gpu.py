@@ -196,6 +196,27 @@ def test_graph_and_stream(solver, rank, gpu_backend):
         assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
 
 
+def test_graph_of_a_whole_network():
+    """Captured after one call that loads all the kernels, and replayed on another image."""
+    factorizer = pytest.importorskip("factorizer")
+    torch.manual_seed(0)
+    network = factorizer.preset("swin-brats", in_channels=4, out_channels=3, spatial_size=[32] * 3)
+    network = network.cuda().eval()
+    x = torch.randn(1, 4, 32, 32, 32, device="cuda")
+    with torch.no_grad():
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            network(x)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = network(x)
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        torch.testing.assert_close(captured, network(x))
+
+
 def test_compile_fullgraph(gpu_backend, rel):
     """One graph with the choice in it, compiled for the card; another batch takes the same one."""
     u0, v0 = torch.rand(8, 1, device="cuda"), torch.rand(512, 1, device="cuda")

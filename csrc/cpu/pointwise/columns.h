@@ -1,0 +1,214 @@
+// The columns of a batch of maps: a voxel's channels. They are numbered through the batch, cut into tiles,
+// and copied tile by tile to and from scratch memory, where they are of the arithmetic's type.
+#pragma once
+
+#include <type_traits>
+
+#include "cpu/common/parallel.h"
+#include "cpu/common/product.h"
+#include "cpu/common/storage.h"
+#include "problems/pointwise.h"
+
+namespace factorizer {
+namespace FK_ISA {
+
+// A tile's scratch: rows of `length` columns, of which the first `count` are columns `begin`.. of the maps
+// and the rest padding up to a multiple of the vector width.
+struct Tile {
+  i64 begin, count, length;
+};
+
+class Columns {
+ public:
+  // Tiles of at most 128 columns, a multiple of four vectors; for columns that stand for `fine` of a finer
+  // grid, at most 128 of those. The cut depends on nothing but the sizes.
+  template <class T>
+  static Columns cut(const Pointwise& p, i64 fine = 1) {
+    constexpr i64 unit = 4 * Simd<T>::width, most = 128 / unit;
+    const i64 total = p.batch * p.voxels, units = most / fine;
+    return {p.voxels, total, unit, Parts::of((total + unit - 1) / unit, units > 0 ? units : 1)};
+  }
+
+  // Whether so many that weights are worth packing.
+  bool many() const { return total_ >= 512; }
+  i64 tiles() const { return total_ > 0 ? units_.count : 0; }
+  i64 largest() const { return units_.largest() * unit_; }
+  Tile tile(i64 i) const {
+    const i64 begin = units_.begin(i) * unit_, length = units_.size(i) * unit_;
+    return {begin, length < total_ - begin ? length : total_ - begin, length};
+  }
+
+  // The tile after this one; no columns where there is none.
+  Tile next(i64 i) const { return i + 1 < tiles() ? tile(i + 1) : Tile{0, 0, 0}; }
+
+  // Calls f(batch item, voxel, column of the tile, length) for the runs of neighbouring voxels of a tile.
+  template <class F>
+  void each_run(const Tile& tile, F&& f) const {
+    i64 item = tile.begin / voxels_, voxel = tile.begin % voxels_;
+    for (i64 column = 0; column < tile.count;) {
+      const i64 left = tile.count - column, length = left < voxels_ - voxel ? left : voxels_ - voxel;
+      f(item, voxel, column, length);
+      column += length;
+      voxel = 0;
+      ++item;
+    }
+  }
+
+ private:
+  Columns(i64 voxels, i64 total, i64 unit, Parts units)
+      : voxels_(voxels), total_(total), unit_(unit), units_(units) {}
+
+  i64 voxels_, total_, unit_;
+  Parts units_;
+};
+
+// Calls f with a null pointer of the map's storage type, one whose arithmetic is T's.
+template <class T, class F>
+inline void with_storage_for(DType dtype, F&& f) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    f(static_cast<double*>(nullptr));
+  } else {
+    switch (dtype) {
+      case DType::bfloat16: return f(static_cast<bfloat16*>(nullptr));
+      case DType::float16: return f(static_cast<float16*>(nullptr));
+      default: return f(static_cast<float*>(nullptr));
+    }
+  }
+}
+
+template <class S, class T>
+inline void convert(const S* __restrict from, T* __restrict to, i64 length) {
+  for (i64 i = 0; i < length; ++i) to[i] = T(to_compute(from[i]));
+}
+
+template <class S, class T>
+inline void convert_back(const T* __restrict from, S* __restrict to, i64 length) {
+  for (i64 i = 0; i < length; ++i) to[i] = Storage<S>::from(from[i]);
+}
+
+inline i64 bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+
+// Fetches what is touched soon, some rows at a time, while a tile is computed: the maps of the tile after it,
+// and where its results go. The rows lie too far apart for the processor to foresee, and all of them at once
+// would be waited for.
+template <int N>
+class Fetch {
+ public:
+  // `steps` calls of step() fetch everything.
+  Fetch(const Columns& columns, i64 steps) : columns_(columns), steps_(steps) {}
+
+  void add(const Tile& tile, const FeatureMap& map, i64 channels) {
+    parts_[count_++] = {tile, map, channels};
+    rows_ += channels;
+  }
+
+  void step(i64 steps = 1) {
+    due_ += steps * rows_;
+    for (; due_ >= steps_ && part_ < count_; due_ -= steps_) {
+      fetch_row(parts_[part_].tile, parts_[part_].map, row_);
+      if (++row_ == parts_[part_].channels) row_ = 0, ++part_;
+    }
+  }
+
+ private:
+  void fetch_row(const Tile& tile, const FeatureMap& map, i64 row) const {
+    const i64 element = bytes_of(map.dtype);
+    columns_.each_run(tile, [&](i64 item, i64 voxel, i64, i64 length) {
+      const char* from =
+          static_cast<const char*>(map.data) + (item * map.batch + row * map.channel + voxel) * element;
+      for (i64 byte = 0; byte < length * element; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+    });
+  }
+
+  struct Part {
+    Tile tile;
+    FeatureMap map;
+    i64 channels;
+  };
+  const Columns& columns_;
+  Part parts_[N];
+  i64 steps_, count_ = 0, rows_ = 0, due_ = 0, part_ = 0, row_ = 0;
+};
+
+// Before a large fresh map is written, whose voxels lie side by side from its first to its last.
+inline void expect_writes(const Pointwise& p, const FeatureMap& map, i64 channels) {
+  factorizer::expect_writes(map.data, p.batch * channels * p.voxels * bytes_of(map.dtype));
+}
+
+// Zero in the padding, so that it adds nothing to sums over columns.
+template <class T>
+void read(const Columns& columns, const Tile& tile, const FeatureMap& map, i64 channels, Rows<T> to) {
+  with_storage_for<T>(map.dtype, [&](auto* storage) {
+    const auto* data = static_cast<const std::remove_pointer_t<decltype(storage)>*>(map.data);
+    columns.each_run(tile, [&](i64 item, i64 voxel, i64 column, i64 length) {
+      const auto* from = data + item * map.batch + voxel;
+      for (i64 c = 0; c < channels; ++c) convert(from + c * map.channel, to[c] + column, length);
+    });
+  });
+  clear_padding<T>(channels, to, tile.count, tile.length);
+}
+
+template <class T>
+void write(const Columns& columns, const Tile& tile, Rows<const T> from, i64 channels,
+           const FeatureMap& map) {
+  with_storage_for<T>(map.dtype, [&](auto* storage) {
+    auto* data = static_cast<decltype(storage)>(map.data);
+    columns.each_run(tile, [&](i64 item, i64 voxel, i64 column, i64 length) {
+      auto* to = data + item * map.batch + voxel;
+      for (i64 c = 0; c < channels; ++c) convert_back(from[c] + column, to + c * map.channel, length);
+    });
+  });
+}
+
+// Scratch for the tiles that a worker has in hand: some rows, and a number for each column.
+template <class T>
+class TileMemory {
+ public:
+  TileMemory(i64 rows, i64 columns, int threads, Arena& arena)
+      : stride_(row_stride<T>(columns)), size_((rows + 1) * stride_) {
+    memory_ = arena.take<T>(threads * size_);
+  }
+
+  // Hands out rows of a worker's, after one another.
+  struct Pile {
+    T* next;
+    i64 stride;
+    Rows<T> operator()(i64 rows) {
+      const Rows<T> taken{next, stride};
+      next += rows * stride;
+      return taken;
+    }
+  };
+  Pile of(int worker) const { return {scales(worker) + stride_, stride_}; }
+  T* scales(int worker) const { return memory_ + worker * size_; }
+
+ private:
+  i64 stride_, size_;
+  T* memory_;
+};
+
+template <class T>
+inline const T* typed(const void* data) {
+  return static_cast<const T*>(data);
+}
+template <class T>
+inline T* typed(void* data) {
+  return static_cast<T*>(data);
+}
+
+// Runs Call<T>(problem, arena).run() in scratch memory of the size that its constructor asks for.
+template <template <class> class Call, class Problem>
+void run_in_scratch(const Problem& p) {
+  const auto run = [&](auto* compute) {
+    using T = std::remove_pointer_t<decltype(compute)>;
+    Arena counting(nullptr);
+    Call<T>(p, counting);
+    const Scratch scratch(counting.used());
+    Arena arena(scratch.data());
+    Call<T>(p, arena).run();
+  };
+  p.compute == DType::float64 ? run(static_cast<double*>(nullptr)) : run(static_cast<float*>(nullptr));
+}
+
+}  // namespace FK_ISA
+}  // namespace factorizer

@@ -1,0 +1,295 @@
+"""The public functions: pointwise chains, and the linear maps between a grid and a coarser one."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from factorizer_kernels.choice import choose, load_kernels
+from factorizer_kernels.ops.pointwise import reference
+from factorizer_kernels.ops.pointwise.autograd import Join, LinearNormMLP, NormLinear, PatchConv
+from factorizer_kernels.shared.autograd import call_function
+from factorizer_kernels.shared.checks import feature_map, number, tensor
+from factorizer_kernels.shared.dtypes import autocast_dtype, compute_dtype
+
+load_kernels(__package__)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A linear map of the channels of every voxel: W x + b.
+
+    The same as a convolution with a kernel of one voxel. Autograd keeps x and the weights.
+
+    Args:
+        x: (B, C, S1..Sp), p = 1, 2 or 3; float32, float64, bfloat16 or float16.
+        weight: W (D, C). Weights are converted to the arithmetic's dtype: float32, or float64 where x is.
+        bias: b (D), or None for none.
+
+    Returns:
+        (B, D, S1..Sp) in x's dtype, or under autocast in autocast's.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what it got and what it needs.
+    """
+    x = feature_map("x", x)
+    weight, bias = _linear_weights("weight", weight, "bias", bias, x)
+    return _call("norm_linear", reference.norm_linear, NormLinear, x, (x, None, None, weight, bias), 0.0)
+
+
+def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
+    """Layer normalisation over the channels of every voxel (Ba et al., 2016).
+
+    Autograd keeps x and the weights.
+
+    Args:
+        x: (B, C, S1..Sp), as for :func:`linear`.
+        weight, bias: scale and shift (C).
+        eps: added to the variance.
+
+    Returns:
+        x's shape, in x's dtype; mean and variance are computed in float32 at least.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what it got and what it needs.
+    """
+    x = feature_map("x", x)
+    norm = _norm_weights("weight", weight, "bias", bias, x)
+    arguments = (x, *norm, None, None)
+    return _call("norm_linear", reference.norm_linear, NormLinear, x, arguments, _eps(eps), dtype=x.dtype)
+
+
+def norm_linear(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """:func:`layer_norm` over the channels, then :func:`linear`: W n(x) + b.
+
+    Autograd keeps x and the weights.
+
+    Args:
+        x: (B, C, S1..Sp), as for :func:`linear`.
+        norm_weight, norm_bias: scale and shift of the norm (C).
+        weight: W (D, C).
+        bias: b (D), or None for none.
+        eps: added to the variance.
+
+    Returns:
+        (B, D, S1..Sp) in x's dtype, or under autocast in autocast's.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what it got and what it needs.
+    """
+    x = feature_map("x", x)
+    norm = _norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x)
+    linear = _linear_weights("weight", weight, "bias", bias, x)
+    return _call("norm_linear", reference.norm_linear, NormLinear, x, (x, *norm, *linear), _eps(eps))
+
+
+def linear_norm_mlp(
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    eps: float = 1e-5,
+) -> Tensor:
+    """A residual linear map and a residual MLP: z + W2 gelu(W1 n(z) + b1) + b2, where z = x + W y + b.
+
+    What a transformer's or a ConvNeXt's block does after its mixing of voxels. n is :func:`layer_norm` over
+    the channels, gelu the exact one. Autograd keeps y, x and the weights; the hidden map never exists.
+
+    Args:
+        y: (B, D, S1..Sp), p = 1, 2 or 3; in x's dtype, or under autocast in another.
+        x: (B, C, S1..Sp); float32, float64, bfloat16 or float16.
+        weight, bias: W (C, D) and b (C).
+        norm_weight, norm_bias: scale and shift of the norm (C).
+        weight1, bias1: W1 (H, C) and b1 (H).
+        weight2, bias2: W2 (C, H) and b2 (C). Any of the three biases may be None.
+        eps: added to the variance.
+
+    Returns:
+        x's shape, in x's dtype. Under autocast the products may be computed in its dtype; the norm, the sums
+        and the GELU are in float32 at least.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what it got and what it needs.
+    """
+    x = feature_map("x", x)
+    y = _beside("y", y, x)
+    if y.shape[0] != x.shape[0] or y.shape[2:] != x.shape[2:]:
+        raise ValueError(
+            f"y must have the batch and the spatial size of x, {tuple(x.shape)}, got shape {tuple(y.shape)}"
+        )
+    channels = x.shape[1]
+    weight1, bias1 = _linear_weights("weight1", weight1, "bias1", bias1, x)
+    arguments = (
+        y, x, *_linear_weights("weight", weight, "bias", bias, x, (channels, y.shape[1])),
+        *_norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x), weight1, bias1,
+        *_linear_weights("weight2", weight2, "bias2", bias2, x, (channels, weight1.shape[0])),
+    )  # fmt: skip
+    return _call("linear_norm_mlp", reference.linear_norm_mlp, LinearNormMLP, x, arguments, _eps(eps))
+
+
+def join(
+    skip: Tensor, x: Tensor, weight_skip: Tensor, weight_x: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """A fine map and a coarse one, joined: W_s skip + (transposed convolution of x by weight_x) + b.
+
+    The transposed convolution's stride is its kernel, so that its blocks do not overlap. This is what a
+    U-net's decoder does where it upsamples x, concatenates the skip and maps the channels: neither the
+    upsampled map nor the concatenation exists. A map A after an upsampling by T is one of weight A T; see
+    ``factorizer.layers`` for a layer that does this. Autograd keeps skip, x and the weights.
+
+    Args:
+        skip: (B, C, k1 S1..kp Sp), p = 1, 2 or 3; in x's dtype, or under autocast in another.
+        x: (B, E, S1..Sp); float32, float64, bfloat16 or float16.
+        weight_skip: W_s (D, C).
+        weight_x: (E, D, k1..kp), as ``torch.nn.ConvTranspose3d`` has it; k is the scale along each axis.
+        bias: b (D), or None for none.
+
+    Returns:
+        (B, D, k1 S1..kp Sp) in x's dtype, or under autocast in autocast's.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what it got and what it needs.
+    """
+    x = feature_map("x", x)
+    axes = x.dim() - 2
+    skip = _beside("skip", skip, x)
+    weight_x = _kernel("weight_x", weight_x, x, "(E, D, k1..kp)")
+    if weight_x.shape[0] != x.shape[1]:
+        raise ValueError(
+            f"weight_x must be of {x.shape[1]} channels, those of x, got shape {tuple(weight_x.shape)}"
+        )
+    fine = tuple(s * k for s, k in zip(x.shape[2:], weight_x.shape[2:], strict=True))
+    if skip.dim() != axes + 2 or skip.shape[0] != x.shape[0] or tuple(skip.shape[2:]) != fine:
+        raise ValueError(
+            f"skip must have the batch of x and the spatial size {fine}, x's times the kernel of weight_x, "
+            f"got shape {tuple(skip.shape)}"
+        )
+    shape = (weight_x.shape[1], skip.shape[1])
+    weight_skip, bias = _linear_weights("weight_skip", weight_skip, "bias", bias, x, shape)
+    return _call("join", reference.join, Join, x, (skip, x, weight_skip, weight_x, bias))
+
+
+def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The convolution whose stride is its kernel: each block of voxels becomes one.
+
+    The downsampling of a U-net, a patch embedding, a patch merging: one linear map of a block's voxels.
+    Autograd keeps x and the weights.
+
+    Args:
+        x: (B, C, k1 S1..kp Sp), p = 1, 2 or 3; float32, float64, bfloat16 or float16.
+        weight: (D, C, k1..kp), as ``torch.nn.Conv3d`` has it.
+        bias: b (D), or None for none.
+
+    Returns:
+        (B, D, S1..Sp) in x's dtype, or under autocast in autocast's.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what it got and what it needs.
+    """
+    x = feature_map("x", x)
+    weight = _kernel("weight", weight, x, "(D, C, k1..kp)")
+    kernel = tuple(weight.shape[2:])
+    if weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"weight must be of {x.shape[1]} channels, those of x, got shape {tuple(weight.shape)}"
+        )
+    if any(s % k for s, k in zip(x.shape[2:], kernel, strict=True)):
+        raise ValueError(
+            f"x must have a spatial size that the kernel {kernel} of weight divides, got {tuple(x.shape[2:])}"
+        )
+    bias = _vector("bias", bias, weight.shape[0], x)
+    return _call("patch_conv", reference.patch_conv, PatchConv, x, (x, weight, bias))
+
+
+# --- checks ----------------------------------------------------------------------------------
+
+
+def _call(
+    name: str,
+    definition: Callable,
+    function: type[torch.autograd.Function],
+    x: Tensor,
+    tensors: tuple[Tensor | None, ...],
+    *options: float,
+    dtype: torch.dtype | None = None,
+) -> Tensor:
+    dtype = autocast_dtype(x) if dtype is None else dtype
+    backend = choose(name, x)
+    if backend == "reference":
+        return definition(*tensors, *options, dtype)
+    return call_function(name, function, *tensors, *options, dtype, backend)
+
+
+def _eps(eps: float) -> float:
+    eps = number("eps", eps)
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+    return eps
+
+
+def _beside(name: str, value: Tensor, x: Tensor) -> Tensor:
+    """A map that goes with x: of its dtype, but under autocast, and on its device."""
+    value = tensor(name, value, "(B, C, S1..Sp) with x's number of axes", x.dim(), x.dim(), x.device)
+    mixed = autocast_dtype(x) != x.dtype or autocast_dtype(value) != value.dtype
+    if value.dtype != x.dtype and not (mixed and torch.float64 not in (value.dtype, x.dtype)):
+        raise TypeError(f"{name} must be {x.dtype}, as x is, got {value.dtype}")
+    return value
+
+
+def _vector(name: str, value: Tensor | None, length: int, x: Tensor) -> Tensor:
+    """``value`` (length) in the arithmetic's dtype; zeros where it is None."""
+    if value is None:
+        return x.new_zeros((length,), dtype=compute_dtype(x.dtype))
+    value = tensor(name, value, f"({length})", 1, 1, x.device)
+    if value.shape[0] != length:
+        raise ValueError(f"{name} must have {length} entries, got shape {tuple(value.shape)}")
+    return value.to(compute_dtype(x.dtype))
+
+
+def _linear_weights(
+    weight_name: str,
+    weight: Tensor,
+    bias_name: str,
+    bias: Tensor | None,
+    x: Tensor,
+    shape: tuple[int, int] | None = None,
+) -> tuple[Tensor, Tensor]:
+    """W and b in the arithmetic's dtype, of that shape; None: of any number of rows, for x's channels."""
+    weight = tensor(weight_name, weight, "a matrix", 2, 2, x.device)
+    rows, columns = (weight.shape[0], x.shape[1]) if shape is None else shape
+    if tuple(weight.shape) != (rows, columns):
+        wanted = f"(D, {columns})" if shape is None else f"({rows}, {columns})"
+        raise ValueError(f"{weight_name} must be {wanted}, got shape {tuple(weight.shape)}")
+    if rows == 0:
+        raise ValueError(f"{weight_name} must have a row, got shape {tuple(weight.shape)}")
+    return weight.to(compute_dtype(x.dtype)), _vector(bias_name, bias, rows, x)
+
+
+def _norm_weights(
+    weight_name: str, weight: Tensor, bias_name: str, bias: Tensor, x: Tensor
+) -> tuple[Tensor, Tensor]:
+    for name, value in ((weight_name, weight), (bias_name, bias)):
+        if value is None:
+            raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
+    return _vector(weight_name, weight, x.shape[1], x), _vector(bias_name, bias, x.shape[1], x)
+
+
+def _kernel(name: str, value: Tensor, x: Tensor, layout: str) -> Tensor:
+    weight = tensor(name, value, f"{layout}, one k for each spatial axis of x", x.dim(), x.dim(), x.device)
+    if 0 in weight.shape:
+        raise ValueError(f"{name} must have no axis of size 0, got shape {tuple(weight.shape)}")
+    return weight.to(compute_dtype(x.dtype))
