@@ -45,7 +45,7 @@ def benchmarks(selection, out, *options, **environment):
 
 def test_runs_and_reports(tmp_path):
     out = tmp_path / "run.json"
-    records, process = benchmarks("numbers or (nmf and 64) or (volume and not compile)", out)
+    records, process = benchmarks("(numbers and volume) or (nmf and 64 and mu) or 16x16x16", out)
     assert process.returncode == 0, process.stdout
     assert "forward over relu" in process.stdout
     run = json.loads(out.read_text())

@@ -201,7 +201,7 @@ def test_depthwise_conv(change, error, message, backend):
 
 def test_backends():
     names = [b.name for b in fk.backends()]
-    assert names == ["cuda", "triton", "cpu", "reference"]
+    assert names == ["cuda", "triton", "cpu", "torch", "reference"]
     assert all(isinstance(b.available, bool) and b.reason for b in fk.backends())
     with (
         pytest.raises(ValueError, match=r"name must be one of .* got 'gpu'"),

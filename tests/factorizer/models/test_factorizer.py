@@ -151,7 +151,7 @@ def test_all_arguments_of_a_bundle():
     plain.load_state_dict(network.state_dict(), strict=True)
     x = torch.randn(2, 2, 16, 16, 16)
     for got, expected in zip(network.eval()(x), plain(x), strict=True):
-        assert torch.equal(got, expected)
+        torch.testing.assert_close(got, expected)  # the default head is a product, torch's a convolution
 
 
 def test_parts_are_built_as_they_are_named():
