@@ -1,6 +1,6 @@
 """Builds the wheels of this platform, checks them, and tries each in a fresh environment.
 
-    python packaging/wheels.py [--python python3.12 ...] [--out dist] [--try-only]
+    python packaging/wheels.py [--python python3.12 ...] [--out dist]
 
 One compiled wheel for each Python, with the CUDA kernels where nvcc is, and one pure wheel for everyone else.
 Linux wheels are repaired by auditwheel, which names the oldest system that they run on and bundles nothing of
@@ -116,17 +116,15 @@ def main() -> None:
     parser.add_argument(
         "--torch", action="append", help='what pip installs beside the wheels, as in "torch==2.13.0", or none'
     )
-    parser.add_argument("--try-only", action="store_true", help="build nothing, try what is in --out")
     options = parser.parse_args()
     interpreters = options.python or pythons()
     print(f"Wheels for {len(interpreters)} Pythons and a pure one, into {options.out}", flush=True)
     options.out.mkdir(parents=True, exist_ok=True)
-    if not options.try_only:
-        for old in options.out.glob("factorizer_kernels-*.whl"):
-            old.unlink()
-        for python in interpreters:
-            print(contents(compiled(python, options.out)), flush=True)
-        print(contents(pure(options.out)), flush=True)
+    for old in options.out.glob("factorizer_kernels-*.whl"):
+        old.unlink()
+    for python in interpreters:
+        print(contents(compiled(python, options.out)), flush=True)
+    print(contents(pure(options.out)), flush=True)
     wheels = sorted(options.out.glob("factorizer_kernels-*.whl"))
     run(sys.executable, "-m", "twine", "check", "--strict", *wheels)
     print("twine: each description can be shown", flush=True)
