@@ -40,7 +40,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 LEFT_OUT = "_left_out.txt"  # read by factorizer_kernels/shared/native.py
-COMPILER_VARIABLES = ("PATH", "CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS")
+COMPILER_VARIABLES = ("PATH", "CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CMAKE_ARGS")
 
 NOTICE = """
 ----------------------------------------------------------------------------------------
@@ -159,6 +159,7 @@ class BuildNative(build_ext):
             "-DFACTORIZER_KERNELS_PYTHON=ON",
             f"-DFACTORIZER_KERNELS_CUDA={cuda}",
             f"-DFACTORIZER_KERNELS_CUDA_ARCHS={archs}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         done = subprocess.run(configure, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:
