@@ -16,7 +16,8 @@ Environment variables:
     CUDA architectures separated by semicolons, as in ``"80;90"``, or ``all``, for a wheel. Unset: 80, whose
     PTX the drivers of newer cards compile at the first use, and those of the cards in this machine.
 ``CXX``, ``CUDACXX``, ``CXXFLAGS``, ``CMAKE_BUILD_PARALLEL_LEVEL`` and the like
-    are CMake's own and work as ever. A compiler that is named and not there is an error.
+    are CMake's own and work as ever. A compiler that is named and not there is an error. ``CMAKE_ARGS`` is
+    handed to CMake as it is, as other build backends do.
 
 An installation without the module keeps the reason in ``factorizer_kernels/_left_out.txt``, and
 ``factorizer_kernels.backends()`` gives it: pip keeps the wheels that it builds, and may come back with one
