@@ -427,7 +427,7 @@ def test_backward_graph_of_the_reference(rel):
     x = torch.randn(2, 2, 8, 8)
     gradients = []
     with fk.use_backend("reference"):
-        for run in (network, torch.compile(network, fullgraph=True, backend="aot_eager")):
+        for run in (network, torch.compile(network, fullgraph=True, dynamic=False, backend="aot_eager")):
             network.zero_grad()
             run(x).square().sum().backward()
             gradients.append([p.grad.clone() for p in network.parameters()])
