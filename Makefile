@@ -64,6 +64,8 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	find $(wildcard $(CPP)) -type f -not -name '*.py' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.github-workflows $(wildcard .github/workflows/*)
+	$(BIN)/check-jsonschema --quiet --builtin-schema vendor.citation-file-format CITATION.cff
 
 format: .venv/.installed-dev
 	$(BIN)/ruff check --fix .
