@@ -91,9 +91,9 @@ double largest_error(const std::vector<T>& ours, const std::vector<long double>&
 
 // How far a sum of `terms` random terms may be from the exact one, whatever the order of its additions. The
 // terms' mean is zero and their deviation `deviation`, so the partial sum of k of them is about
-// deviation sqrt(k) large. Adding a term rounds it by at most u times that, u half an epsilon, either way, and
-// so does forming the term where it is a product: the errors' variances add up to no more than
-// (u deviation)² (1 + 2 + .. + terms + terms). Six of the deviations that follow; of evenly distributed
+// deviation sqrt(k) large. Adding a term rounds it by at most u times that, u half an epsilon, either way,
+// and so does forming the term where it is a product: the errors' variances add up to no more than (u
+// deviation)² (1 + 2 + .. + terms + terms). Six of the deviations that follow; of evenly distributed
 // roundings, whose variance is a third of that, ten.
 template <class T>
 double rounding(i64 terms, double deviation) {

@@ -72,7 +72,8 @@ Numbers norm(const Shape& s, const Numbers& x, const Numbers& scale, const Numbe
     for (i64 v = 0; v < s.voxels; ++v) {
       double mean = 0, variance = 0;
       for (i64 c = 0; c < s.channels; ++c) mean += x[s.at(b, c, v)] / double(s.channels);
-      for (i64 c = 0; c < s.channels; ++c) variance += std::pow(x[s.at(b, c, v)] - mean, 2) / double(s.channels);
+      for (i64 c = 0; c < s.channels; ++c)
+        variance += std::pow(x[s.at(b, c, v)] - mean, 2) / double(s.channels);
       for (i64 c = 0; c < s.channels; ++c) {
         const i64 at = s.at(b, c, v);
         y[at] = (x[at] - mean) / std::sqrt(variance + epsilon) * scale[c] + shift[c];
@@ -154,8 +155,8 @@ Operator linear_norm_mlp(i64 batch, i64 voxels, i64 in_channels, i64 channels, i
   Operator o;
   o.name = "linear_norm_mlp";
   o.maps = {y, x};
-  o.weights = {channels * in_channels, channels,           channels, channels,
-               hidden * channels,      hidden, channels * hidden, channels};
+  o.weights = {channels * in_channels, channels, channels,          channels,
+               hidden * channels,      hidden,   channels * hidden, channels};
   o.out = x;
   o.terms = in_channels + 3 * channels + hidden;
   o.define = [=](const Arguments& a) {
@@ -365,8 +366,10 @@ void check(const Operator& o) {
   }
 
   for (int threads : {2, 3, 8}) {
-    expect(run<double>(o, arguments, dout, threads) == ours, name + ": the same bits for any threads", threads);
-    expect(run<float>(o, arguments, dout, threads) == single, name + ": the same bits for any threads", threads);
+    expect(run<double>(o, arguments, dout, threads) == ours, name + ": the same bits for any threads",
+           threads);
+    expect(run<float>(o, arguments, dout, threads) == single, name + ": the same bits for any threads",
+           threads);
   }
   const Arguments maps_alone = run<double>(o, arguments, dout, 2, false);
   for (std::size_t i = 0; i <= o.maps.size(); ++i)

@@ -120,7 +120,7 @@ inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> 
   const i64 span = (s.num_windows - 1) * w.patch[2] + s.num_voxels;
   const i64 bytes = volume.stride[2] == 1 ? span * i64(sizeof(S)) : 0;
   const i64 planes = s.num_lines / w.patch[1];
-  const i64 ahead = planes > 1                                ? w.patch[1]
+  const i64 ahead = planes > 1                                 ? w.patch[1]
                     : bytes <= 0 || bytes >= prefetch_distance ? 1
                                                                : prefetch_distance / bytes;
   const i64 lines = ahead % s.num_lines;
