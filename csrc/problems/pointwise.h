@@ -61,7 +61,7 @@ struct Blocks : Pointwise {
 };
 
 // y = V s + (the transposed convolution of x by W, whose stride is its kernel) + b: s and y are fine, x is
-// coarse. Without skip channels there is no V s.
+// coarse.
 struct Join : Blocks {
   i64 skip_channels, channels, out_channels;
   FeatureMap skip, x, y;

@@ -1,4 +1,4 @@
-// depthwise_conv without Python: against a naive loop in double, in both precisions, on odd shapes and
+// depthwise_conv without Python: against a naive loop in long double, in both precisions, on odd shapes and
 // strides, with every number of threads the same bits. Meant to be run under the sanitizers too.
 #include <cmath>
 #include <cstdio>
@@ -79,15 +79,26 @@ struct Tensors {
   }
 };
 
-// Largest error, over `scale`, which rounding is relative to.
 template <class T>
-double error(const std::vector<T>& ours, const std::vector<double>& expected, double scale) {
+double largest_error(const std::vector<T>& ours, const std::vector<long double>& expected) {
   double largest = 0;
   for (std::size_t i = 0; i < ours.size(); ++i) {
-    const double difference = std::fabs(ours[i] - expected[i]);
+    const double difference = std::fabs(double(ours[i] - expected[i]));
     if (!(difference <= largest)) largest = difference;  // NaN too
   }
-  return largest / scale;
+  return largest;
+}
+
+// How far a sum of `terms` random terms may be from the exact one, whatever the order of its additions. The
+// terms' mean is zero and their deviation `deviation`, so the partial sum of k of them is about
+// deviation sqrt(k) large. Adding a term rounds it by at most u times that, u half an epsilon, either way,
+// and so does forming the term where it is a product: the errors' variances add up to no more than (u
+// deviation)² (1 + 2 + .. + terms + terms). Six of the deviations that follow; of evenly distributed
+// roundings, whose variance is a third of that, ten.
+template <class T>
+double rounding(i64 terms, double deviation) {
+  const double u = std::numeric_limits<T>::epsilon() / 2, n = double(terms);
+  return 6 * u * deviation * std::sqrt(n * (n + 1) / 2 + n);
 }
 
 template <class T>
@@ -96,7 +107,7 @@ void check(const Case& c) {
   t.run(c, 1);
 
   const i64 *s = c.size, *k = c.kernel, taps = k[0] * k[1] * k[2], voxels = s[0] * s[1] * s[2];
-  std::vector<double> y(t.y.size()), dx(t.y.size()), dweight(t.weight.size()), dbias(t.bias.size());
+  std::vector<long double> y(t.y.size()), dx(t.y.size()), dweight(t.weight.size()), dbias(t.bias.size());
   for (i64 map = 0; map < c.batch * c.channels; ++map) {
     const i64 channel = map % c.channels;
     for (i64 voxel = 0; voxel < voxels; ++voxel) {
@@ -108,19 +119,23 @@ void check(const Case& c) {
                           p[2] + tap % k[2] - k[2] / 2};
         if (q[0] < 0 || q[0] >= s[0] || q[1] < 0 || q[1] >= s[1] || q[2] < 0 || q[2] >= s[2]) continue;
         const i64 from = map * voxels + (q[0] * s[1] + q[1]) * s[2] + q[2];
-        y[at] += double(t.weight[channel * taps + tap]) * t.x[from];
-        dx[from] += double(t.weight[channel * taps + tap]) * t.dy[at];
-        dweight[channel * taps + tap] += double(t.dy[at]) * t.x[from];
+        y[at] += static_cast<long double>(t.weight[channel * taps + tap]) * t.x[from];
+        dx[from] += static_cast<long double>(t.weight[channel * taps + tap]) * t.dy[at];
+        dweight[channel * taps + tap] += static_cast<long double>(t.dy[at]) * t.x[from];
       }
     }
   }
-  // Sums of products below 1 in random order: their rounding grows with the root of their number.
-  const double rounding = 4 * std::numeric_limits<T>::epsilon();
-  const double root = std::sqrt(1.0 + double(c.batch * voxels)), filter = std::sqrt(double(taps));
-  expect(error(t.y, y, filter) < rounding, "y", c, error(t.y, y, filter));
-  expect(error(t.dx, dx, filter) < rounding, "dx", c, error(t.dx, dx, filter));
-  expect(error(t.dweight, dweight, root) < rounding, "dweight", c, error(t.dweight, dweight, root));
-  expect(error(t.dbias, dbias, root) < rounding, "dbias", c, error(t.dbias, dbias, root));
+  // Numbers in (-1, 1) have variance 1/3, products of two of them 1/9.
+  const double number = std::sqrt(1.0 / 3), product = 1.0 / 3;
+  const auto expect_close = [&](const std::vector<T>& ours, const std::vector<long double>& expected,
+                                const char* what, i64 terms, double deviation) {
+    const double error = largest_error(ours, expected);
+    expect(error <= rounding<T>(terms, deviation), what, c, error);
+  };
+  expect_close(t.y, y, "y", taps + 1, number);  // the bias among the terms
+  expect_close(t.dx, dx, "dx", taps, product);
+  expect_close(t.dweight, dweight, "dweight", c.batch * voxels, product);
+  expect_close(t.dbias, dbias, "dbias", c.batch * voxels, number);
 
   for (int threads : {2, 3, 8}) {
     Tensors<T> again(c);

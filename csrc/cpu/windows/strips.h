@@ -115,20 +115,26 @@ template <class S, class T, class F>
 inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> buffer, i64 window_stride,
                       F&& f) {
   const Pieces pieces(w, s);
-  // What comes some way on is prefetched, too far away for the hardware to foresee: the line one plane ahead,
-  // or, where there is one plane, of a channel ahead.
-  const i64 planes = s.num_lines / w.patch[1];
-  const i64 last_plane = (planes - 1) * w.patch[1] * s.num_voxels;
+  // The line that is copied some way on is prefetched, too far away for the hardware to foresee: one plane
+  // ahead, or, where there is one plane, some lines, or channels of few lines.
   const i64 span = (s.num_windows - 1) * w.patch[2] + s.num_voxels;
   const i64 bytes = volume.stride[2] == 1 ? span * i64(sizeof(S)) : 0;
-  const i64 to_plane = volume.stride[0];
-  const i64 ahead = planes > 1 || bytes <= 0 || bytes >= prefetch_distance ? 1 : prefetch_distance / bytes;
-  const i64 to_channel = ahead * volume.channel - (planes - 1) * to_plane;
+  const i64 planes = s.num_lines / w.patch[1];
+  const i64 ahead = planes > 1                                 ? w.patch[1]
+                    : bytes <= 0 || bytes >= prefetch_distance ? 1
+                                                               : prefetch_distance / bytes;
+  const i64 lines = ahead % s.num_lines;
+  const auto offset = [&](i64 count) {  // of a line so many further on in its channel
+    return planes > 1 ? count / w.patch[1] * volume.stride[0] : count * volume.stride[1];
+  };
+  const i64 in_channel = ahead / s.num_lines * volume.channel + offset(lines);
+  const i64 in_next = in_channel + volume.channel - offset(s.num_lines);
+  const i64 last_lines = (s.num_lines - lines) * s.num_voxels;  // columns before them
   with_length(s.num_voxels, [&](auto whole) {
     each_line(w, s, [&](i64 channel, i64 i1, i64 i2, i64 column) {
       S* line = volume.at(channel, i1, i2, 0);
       T* columns = buffer[channel] + column;
-      const i64 ahead_of_line = pieces.first() + (column >= last_plane ? to_channel : to_plane);
+      const i64 ahead_of_line = pieces.first() + (column < last_lines ? in_channel : in_next);
       prefetch(line, ahead_of_line * i64(sizeof(S)), bytes);
       pieces.each(whole, [&](i64 i3, i64 window, i64 voxel, auto length) {
         f(line + i3 * volume.stride[2], columns + window * window_stride + voxel, length);
