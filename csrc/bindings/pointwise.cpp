@@ -167,8 +167,8 @@ void def_norm_linear(py::module_& m) {
   m.def(
       "norm_linear_backward",
       [](int compute, i64 batch, i64 voxels, i64 channels, i64 out_channels, double eps,
-         const Tensors& weights, const InputMap& dy, const InputMap& x,
-         const std::optional<InputMap>& addend, const OutputMap& dx, const Tensors& gradients, int threads) {
+         const Tensors& weights, const InputMap& dy, const InputMap& x, const std::optional<InputMap>& addend,
+         const OutputMap& dx, const Tensors& gradients, int threads) {
         NormLinearCall call(compute, batch, voxels, channels, out_channels, eps, weights, threads);
         call.p.dy = call.map("dy", dy, out_channels, voxels);
         call.p.x = call.map("x", x, channels, voxels);

@@ -34,9 +34,9 @@ def _chain(
 
     def backward_definition(dy: Tensor, *arguments) -> tuple[Tensor, ...]:
         """What the operator of the backward pass computes, in plain PyTorch."""
-        addend, *arguments = arguments if takes_addend else (None, *arguments)
-        *tensors, weight_grads = *arguments[:num_tensors], arguments[-2]
-        options = arguments[num_tensors:-2]
+        addend, *others = arguments if takes_addend else (None, *arguments)
+        *tensors, weight_grads = *others[:num_tensors], others[-2]
+        options = others[num_tensors:-2]
         present = [i for i, t in enumerate(tensors) if t is not None]
 
         def forward(*inputs: Tensor) -> Tensor:

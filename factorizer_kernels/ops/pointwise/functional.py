@@ -1,13 +1,20 @@
 """The public functions: pointwise chains, and the linear maps between a grid and a coarser one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from factorizer_kernels.choice import choose, load_kernels
 from factorizer_kernels.ops.pointwise import reference
-from factorizer_kernels.ops.pointwise.autograd import Join, LinearNormMLP, NormLinear, PatchConv, ResidualNormLinear
+from factorizer_kernels.ops.pointwise.autograd import (
+    Join,
+    LinearNormMLP,
+    NormLinear,
+    PatchConv,
+    ResidualNormLinear,
+)
 from factorizer_kernels.shared.autograd import call_function
 from factorizer_kernels.shared.checks import feature_map, number, tensor
 from factorizer_kernels.shared.dtypes import autocast_dtype, compute_dtype
@@ -90,7 +97,7 @@ def norm_linear(
     x = feature_map("x", x)
     norm = _norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x)
     linear = _linear_weights("weight", weight, "bias", bias, x)
-    function = ResidualNormLinear if residual else NormLinear
+    function: Any = ResidualNormLinear if residual else NormLinear
     return _call("norm_linear", function.reference, function, x, (x, *norm, *linear), _eps(eps))
 
 
