@@ -167,18 +167,21 @@ void def_norm_linear(py::module_& m) {
   m.def(
       "norm_linear_backward",
       [](int compute, i64 batch, i64 voxels, i64 channels, i64 out_channels, double eps,
-         const Tensors& weights, const InputMap& dy, const InputMap& x, const OutputMap& dx,
-         const Tensors& gradients, int threads) {
+         const Tensors& weights, const InputMap& dy, const InputMap& x, const std::optional<InputMap>& addend,
+         const OutputMap& dx, const Tensors& gradients, int threads) {
         NormLinearCall call(compute, batch, voxels, channels, out_channels, eps, weights, threads);
         call.p.dy = call.map("dy", dy, out_channels, voxels);
         call.p.x = call.map("x", x, channels, voxels);
+        if (addend) call.p.addend = call.map("addend", *addend, channels, voxels);
         call.p.dx = call.map("dx", dx, channels, voxels);
         call.gradients(gradients);
         run(&CpuKernels::norm_linear_backward, call.p);
       },
       py::arg("compute"), py::arg("batch"), py::arg("voxels"), py::arg("channels"), py::arg("out_channels"),
-      py::arg("eps"), py::arg("weights"), py::arg("dy"), py::arg("x"), py::arg("dx"), py::arg("gradients"),
-      py::arg("threads"), "Writes dx, and the gradients of the weights where they are not an empty list.");
+      py::arg("eps"), py::arg("weights"), py::arg("dy"), py::arg("x"), py::arg("addend"), py::arg("dx"),
+      py::arg("gradients"), py::arg("threads"),
+      "Writes dx, with the addend where there is one, and the gradients of the weights where they are not an "
+      "empty list.");
 }
 
 // --- linear_norm_mlp -------------------------------------------------------------------------

@@ -34,6 +34,7 @@ struct NormLinear : Pointwise {
 
   // backward
   FeatureMap dy, dx;
+  FeatureMap addend;  // is added to dx; null data: nothing
   void *dnorm_weight, *dnorm_bias, *dweight, *dbias;
 };
 

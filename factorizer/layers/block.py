@@ -82,7 +82,8 @@ class FactorizerBlock(nn.Module):
         check_features("FactorizerBlock", x, norm1.dim, len(fact.spatial_size))
         check_dtype(x, fact.out_proj.linear.weight)
         weights: list[Any] = [*norm1.affine(x), *fact.in_proj.weights]
-        y = fact.mix(fk.norm_linear(x, *weights, eps=norm1.norm.eps))
+        y, x = fk.norm_linear(x, *weights, eps=norm1.norm.eps, residual=True)
+        y = fact.mix(y)
         first, second = (part.weights for part in self.mlp.linears)
         weights = [*fact.out_proj.weights, *norm2.affine(x), *first, *second]
         return fk.linear_norm_mlp(y, x, *weights, eps=norm2.norm.eps)

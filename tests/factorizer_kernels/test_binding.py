@@ -460,6 +460,8 @@ class ChainCall:
         self.gradients = [f"d{weight}" for weight in self.weights] if way == "backward" else []
         if way == "backward":
             ins, outs = {f"d{k}": v for k, v in outs.items()} | ins, {f"d{k}": v for k, v in ins.items()}
+        if entry == "norm_linear_backward":
+            ins["addend"] = ins["x"]
         self.ins, self.outs = list(ins), list(outs)
         self.tensors = {map_: torch.rand(B, *shape) for map_, shape in ins.items()}
         self.tensors |= {weight: torch.rand(n) for weight, n in self.weights.items()}

@@ -172,14 +172,17 @@ FORWARD = {torch.float32: 2e-6, torch.float64: 1e-14, torch.bfloat16: 4e-3, torc
 BACKWARD = {torch.float32: 1e-5, torch.float64: 1e-13, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
-def _assert_close(outcome, exact):
-    for i, (result, expected) in enumerate(zip(outcome, exact, strict=True)):
+def _assert_close(outcome, exact, plain=None):
+    """``plain``: what plain PyTorch makes of it, whose own error is allowed four times over."""
+    plain = exact if plain is None else plain
+    for i, (result, expected, beside) in enumerate(zip(outcome, exact, plain, strict=True)):
         assert result.shape == expected.shape
         assert result.is_contiguous()
         tolerance = (BACKWARD if i else FORWARD)[result.dtype]
         # A gradient may vanish: a norm of one channel is constant.
         size = max(expected.norm().item(), expected.numel() ** 0.5)
-        assert (result.double() - expected).norm().item() <= tolerance * size, i
+        allowed = tolerance * size + 4 * (beside.double() - expected).norm().item()
+        assert (result.double() - expected).norm().item() <= allowed, i
 
 
 @pytest.mark.parametrize("sizes", CASES, ids=lambda s: str(tuple(s.values())))
@@ -210,10 +213,12 @@ def test_any_problem(problem):
     name, sizes, dtype, seed = problem
     arguments, dy = _problem(name, sizes, dtype, seed)
     exact = _outcome("reference", name, [t.double() for t in arguments], dy.double())
+    # A norm of two channels that are nearly alike is as good as its mean's rounding.
+    plain = _outcome("reference", name, arguments, dy) if dtype == torch.float32 else None
     for backend in KERNELS:
         ours = _outcome(backend, name, arguments, dy)
         if backend == "cpu" or dtype in (torch.float32, torch.float64):
-            _assert_close(ours, exact)
+            _assert_close(ours, exact, plain)
 
 
 @pytest.mark.parametrize("elements", [9, 100], ids=["runs of voxels", "groups of items"])
@@ -285,6 +290,48 @@ def test_gradcheck(name, backend):
     function = OPERATORS[name].function
     assert torch.autograd.gradcheck(function, leaves, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(function, leaves, fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("sizes", [CASES[1], CASES[3], CASES[5]], ids=lambda s: str(tuple(s.values())))
+def test_residual(sizes, dtype, backend):
+    """The gradient of the x that is returned joins the other one, whatever its layout."""
+    (x, *weights), dy = _problem("norm_linear", sizes, dtype)
+    other = torch.randn(2, *x.shape, generator=torch.Generator().manual_seed(1)).to(dtype)[0]
+    other = other.transpose(0, 1).contiguous().transpose(0, 1)
+
+    def gradients(x, weights, residual):
+        leaves = [t.clone().requires_grad_() for t in (x, *weights)]
+        y = fk.norm_linear(*leaves, residual=residual)
+        y, passed = y if residual else (y, leaves[0])
+        assert passed.shape == x.shape
+        torch.autograd.backward([y, passed], [dy.to(x.dtype), other.to(x.dtype)])
+        return [t.grad for t in leaves]
+
+    with fk.use_backend("reference"):
+        exact = gradients(x.double(), [w.double() for w in weights], False)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    for ours, expected in zip(gradients(x, weights, True), exact, strict=True):
+        assert (ours.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def test_derivatives_of_residual(backend):
+    """Unused outputs, second derivatives, forward mode and vmap."""
+    arguments, _ = _problem("norm_linear", CASES[1])
+    arguments = [t.requires_grad_() for t in arguments]
+    pair = partial(fk.norm_linear, residual=True)
+    alone = [torch.autograd.grad(pair(*arguments)[i].sin().sum(), arguments[:1])[0] for i in (0, 1)]
+    both = torch.autograd.grad(sum(t.sin().sum() for t in pair(*arguments)), arguments[:1])[0]
+    torch.testing.assert_close(alone[0] + alone[1], both)
+    torch.testing.assert_close(alone[1], arguments[0].cos())
+    assert torch.autograd.gradcheck(pair, arguments, check_forward_ad=True, fast_mode=True)
+    assert torch.autograd.gradgradcheck(pair, arguments, fast_mode=True)
+
+    def loss(x):
+        return sum(t.sin().sum() for t in pair(x[None], *(w.detach() for w in arguments[1:])))
+
+    x = arguments[0].detach()
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(loss))(x), both)
 
 
 @pytest.mark.parametrize("name", OPERATORS)
@@ -391,7 +438,9 @@ def test_empty_operators():
         norm = torch.rand(3), torch.rand(3)
         y = ops.norm_linear(x, *norm, weight, bias, 1e-5, torch.float32, "cpu")
         assert y.shape == (size[0], 5, *size[2:])
-        dx, *dweights = ops.norm_linear_backward(y, x, *norm, weight, bias, 1e-5, torch.float32, True, "cpu")
+        dx, *dweights = ops.norm_linear_backward(
+            y, None, x, *norm, weight, bias, 1e-5, torch.float32, True, "cpu"
+        )
         assert dx.shape == size
         assert all(torch.equal(d, torch.zeros_like(d)) for d in dweights)
         weight = torch.rand(5, 3, 2, 3)

@@ -40,7 +40,7 @@ _PATCH = torch.rand(5, 4, 2, 4), torch.rand(5)
 MAP_OPERATORS = {
     "norm_linear": lambda x: (x, *_NORM, *_LINEAR, 1e-5, x.dtype, "cpu"),
     "norm_linear_backward": lambda x: (
-        torch.rand(2, 6, 8, 16), x, *_NORM, *_LINEAR, 1e-5, x.dtype, True, "cpu",
+        torch.rand(2, 6, 8, 16), x, x, *_NORM, *_LINEAR, 1e-5, x.dtype, True, "cpu",
     ),
     "linear_norm_mlp": lambda x: (x, x + 1, *_MLP, 1e-5, x.dtype, "cpu"),
     "linear_norm_mlp_backward": lambda x: (x, x, x + 1, *_MLP, 1e-5, x.dtype, True, "cpu"),

@@ -93,6 +93,14 @@ void standardise_backward(i64 channels, Rows<const T> dy, Rows<const T> y, const
   }
 }
 
+// y += x.
+template <class T>
+void add_to(i64 rows, Rows<const T> x, Rows<T> y, i64 length) {
+  for (i64 r = 0; r < rows; ++r) {
+    for (i64 n = 0; n < length; n += Simd<T>::width) store(y[r] + n, load(y[r] + n) + load(x[r] + n));
+  }
+}
+
 // y = scale x + shift, with a number of each for every row; y may be x.
 template <class T>
 void scale_and_shift(i64 channels, const T* scale, const T* shift, Rows<const T> x, Rows<T> y, i64 length) {

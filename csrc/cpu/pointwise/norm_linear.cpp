@@ -91,7 +91,8 @@ struct Backward {
         dweight(shares.matrix(maps.linear ? p.out_channels : 0, p.channels)),
         dbias(shares.vector(p.out_channels)),
         dscale(shares.vector(maps.linear ? 0 : p.channels)),
-        memory(2 * p.channels + p.out_channels, maps.columns.largest(), p.threads, arena) {
+        memory((p.addend.data != nullptr ? 3 : 2) * p.channels + p.out_channels, maps.columns.largest(),
+               p.threads, arena) {
     shares.take(weights, arena);
   }
 
@@ -112,10 +113,12 @@ struct Backward {
     T* scales = memory.scales(worker);
     read<T>(maps.columns, tile, p.x, p.channels, x);
     read<T>(maps.columns, tile, p.dy, p.out_channels, dy);
-    Fetch<3> fetch(maps.columns, 1);
+    const bool adds = p.addend.data != nullptr;
+    Fetch<4> fetch(maps.columns, 1);
     fetch.add(tile, p.dx, p.channels);
     fetch.add(next, p.x, p.channels);
     fetch.add(next, p.dy, p.out_channels);
+    if (adds) fetch.add(next, p.addend, p.channels);
     fetch.step();
     if (maps.norm) {
       standardise<T>(p.channels, p.eps, x, x, tile.length, scales);
@@ -131,8 +134,14 @@ struct Backward {
       if (weights) add_products<T>(p.channels, dy, x, tile.length, shares.of(dscale, group)[0], add);
       scale_and_shift<T>(p.channels, maps.scale, nullptr, dy, dx, tile.length);
     }
-    if (maps.norm) standardise_backward<T>(p.channels, dx, x, scales, tile.length, dx, false);
-    write<T>(maps.columns, tile, dx, p.channels, p.dx);
+    const Rows<T> total = adds ? rows(p.channels) : dx;
+    if (adds) read<T>(maps.columns, tile, p.addend, p.channels, total);
+    if (maps.norm) {
+      standardise_backward<T>(p.channels, dx, x, scales, tile.length, total, adds);
+    } else if (adds) {
+      add_to<T>(p.channels, dx, total, tile.length);
+    }
+    write<T>(maps.columns, tile, total, p.channels, p.dx);
   }
 
   void add_up() const {

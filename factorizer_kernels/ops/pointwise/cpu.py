@@ -80,6 +80,7 @@ def norm_linear(
 @kernel("norm_linear_backward", "cpu")
 def norm_linear_backward(
     dy: Tensor,
+    addend: Tensor | None,
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -91,11 +92,11 @@ def norm_linear_backward(
 ) -> tuple[Tensor, ...]:
     weights = _contiguous(norm_weight, norm_bias, weight, bias)
     dx, *dweights = outputs = gradients_like([x], weights, weight_grads)
-    dy, x = _columns(dy), _columns(x)
-    sizes = _norm_linear_sizes(x, weights, eps)
+    dy, x, addend = _columns(dy), _columns(x), None if addend is None else _columns(addend)
     cpu.native.norm_linear_backward(
-        dy=_read(dy), x=_read(x), dx=_written(dx), gradients=_gradients(dweights, weight_grads), **sizes
-    )
+        dy=_read(dy), x=_read(x), addend=None if addend is None else _read(addend), dx=_written(dx),
+        gradients=_gradients(dweights, weight_grads), **_norm_linear_sizes(x, weights, eps),
+    )  # fmt: skip
     return tuple(outputs)
 
 

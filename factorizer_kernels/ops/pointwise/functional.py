@@ -1,13 +1,20 @@
 """The public functions: pointwise chains, and the linear maps between a grid and a coarser one."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from factorizer_kernels.choice import choose, load_kernels
 from factorizer_kernels.ops.pointwise import reference
-from factorizer_kernels.ops.pointwise.autograd import Join, LinearNormMLP, NormLinear, PatchConv
+from factorizer_kernels.ops.pointwise.autograd import (
+    Join,
+    LinearNormMLP,
+    NormLinear,
+    PatchConv,
+    ResidualNormLinear,
+)
 from factorizer_kernels.shared.autograd import call_function
 from factorizer_kernels.shared.checks import feature_map, number, tensor
 from factorizer_kernels.shared.dtypes import autocast_dtype, compute_dtype
@@ -66,7 +73,8 @@ def norm_linear(
     bias: Tensor | None = None,
     *,
     eps: float = 1e-5,
-) -> Tensor:
+    residual: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """:func:`layer_norm` over the channels, then :func:`linear`: W n(x) + b.
 
     Autograd keeps x and the weights.
@@ -77,9 +85,11 @@ def norm_linear(
         weight: W (D, C).
         bias: b (D), or None for none.
         eps: added to the variance.
+        residual: whether to return x as well, for a residual connection: where that one is used in place of
+            x, the backward adds its gradient to x's in the same pass.
 
     Returns:
-        (B, D, S1..Sp) in x's dtype, or under autocast in autocast's.
+        (B, D, S1..Sp) in x's dtype, or under autocast in autocast's. With ``residual`` (that, x).
 
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it needs.
@@ -87,7 +97,8 @@ def norm_linear(
     x = feature_map("x", x)
     norm = _norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x)
     linear = _linear_weights("weight", weight, "bias", bias, x)
-    return _call("norm_linear", reference.norm_linear, NormLinear, x, (x, *norm, *linear), _eps(eps))
+    function: Any = ResidualNormLinear if residual else NormLinear
+    return _call("norm_linear", function.reference, function, x, (x, *norm, *linear), _eps(eps))
 
 
 def linear_norm_mlp(

@@ -4,7 +4,8 @@ Maps are (B, C, S1..Sp). Weights, biases and their gradients are in the arithmet
 is the least precise dtype that products may be computed in: x's own, or autocast's. Norms, sums and the GELU
 are in the arithmetic's dtype. A result that is a product is of ``dtype``, one that is a sum is of x's.
 Gradients of maps are of the maps' dtypes. ``weight_grads`` says whether the gradients of the weights are
-wanted; those that are not wanted, or belong to an argument that is None, are empty.
+wanted; those that are not wanted, or belong to an argument that is None, are empty. An ``addend`` is another
+gradient of x: it is added to dx.
 """
 
 from collections.abc import Callable
@@ -43,7 +44,7 @@ def _norm_linear(x, norm_weight, norm_bias, weight, bias, eps, dtype, backend):
 
 
 def _norm_linear_backward(
-    dy, x, norm_weight, norm_bias, weight, bias, eps, dtype, weight_grads, backend
+    dy, addend, x, norm_weight, norm_bias, weight, bias, eps, dtype, weight_grads, backend
 ):  # fmt: skip
     return tuple(gradients_like([x], [norm_weight, norm_bias, weight, bias], weight_grads))
 
@@ -88,16 +89,20 @@ def _forward_rule(operator: Callable, num_maps: int) -> Callable:
     return rule
 
 
-def _backward_rule(operator: Callable, num_maps: int) -> Callable:
-    """``num_maps``: of the inputs, before which there is the gradient."""
+def _backward_rule(operator: Callable, num_maps: int, num_before: int = 1) -> Callable:
+    """``num_maps``: of the inputs, before which there are the gradient and maybe an addend."""
+    num_joined = num_before + num_maps
 
     def rule(info, in_dims, *arguments):
         weight_grads = arguments[-2]
-        if weight_grads or any(dim is not None for dim in in_dims[num_maps + 1 :]):
+        if weight_grads or any(dim is not None for dim in in_dims[num_joined:]):
             return looped(operator(), info, in_dims, arguments)
         size = info.batch_size
-        maps = (joined(t, dim, size) for t, dim in zip(arguments[: num_maps + 1], in_dims, strict=False))
-        outputs = operator()(*maps, *arguments[num_maps + 1 :])
+        maps = (
+            t if t is None else joined(t, dim, size)
+            for t, dim in zip(arguments[:num_joined], in_dims, strict=False)
+        )
+        outputs = operator()(*maps, *arguments[num_joined:])
         gradients = tuple(parted(t, size) for t in outputs[:num_maps]) + outputs[num_maps:]
         return gradients, tuple(0 if i < num_maps else None for i in range(len(outputs)))
 
@@ -121,10 +126,10 @@ norm_linear: OpOverload = define(
 )
 norm_linear_backward: OpOverload = define(
     "norm_linear_backward",
-    f"(Tensor dy, Tensor x, {_NORM}, bool weight_grads, str backend)"
+    f"(Tensor dy, Tensor? addend, Tensor x, {_NORM}, bool weight_grads, str backend)"
     " -> (Tensor dx, Tensor dnorm_weight, Tensor dnorm_bias, Tensor dweight, Tensor dbias)",
     _norm_linear_backward,
-    _backward_rule(lambda: norm_linear_backward, 1),
+    _backward_rule(lambda: norm_linear_backward, 1, 2),
 )
 linear_norm_mlp: OpOverload = define(
     "linear_norm_mlp",

@@ -108,6 +108,7 @@ def norm_linear(
 @kernel("norm_linear_backward", "torch")
 def norm_linear_backward(
     dy: Tensor,
+    addend: Tensor | None,
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
@@ -117,7 +118,7 @@ def norm_linear_backward(
     dtype: torch.dtype,
     weight_grads: bool,
 ) -> tuple[Tensor, ...]:
-    def chain(dy: Tensor, x: Tensor) -> tuple[Tensor | None, ...]:
+    def chain(dy: Tensor, x: Tensor, *addend: Tensor) -> tuple[Tensor | None, ...]:
         scale = dscale = dshift = dweight = dbias = None
         normed = x
         if norm_weight is not None and norm_bias is not None:
@@ -129,10 +130,11 @@ def norm_linear_backward(
             if weight_grads:
                 dscale, dshift = _over_columns(dy * x), _over_columns(dy)
             dy = _standardise_backward(dy * norm_weight[:, None], x, scale)
-        return dy, dscale, dshift, dweight, dbias
+        return sum(addend, dy), dscale, dshift, dweight, dbias
 
     outputs = gradients_like([x], [norm_weight, norm_bias, weight, bias], weight_grads)
-    return _backward(chain, [dy, x], outputs, 1)
+    maps = [dy, x] if addend is None else [dy, x, addend]
+    return _backward(chain, maps, outputs, 1)
 
 
 # --- linear_norm_mlp -------------------------------------------------------------------------
