@@ -75,7 +75,7 @@ def component_row(
 def told(target: str, marks: str, auc: float) -> str:
     """What to say over the picture of a component: which side of a target it marks, and how well."""
     side = f"outside of {target}" if marks == "outside" else target
-    return f"{side}: AUC {auc:.2f}"
+    return f"{side}\nAUC {auc:.2f}"  # two lines: panels of small volumes are narrow
 
 
 def draw_segmentations(
