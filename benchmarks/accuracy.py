@@ -303,7 +303,7 @@ def tables(
             e["network"],
             f"{e['steps']}",
             f"{depth}, of {layer['maps']}",
-            *(f"{a:.3f}" for _, a in layer["targets"].values()),
+            *(f"{auc:.3f}, {marks}" for _, marks, auc in layer["targets"].values()),
         )
         for e in explained.values()
         for depth, layer in e["layers"].items()

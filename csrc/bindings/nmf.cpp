@@ -14,6 +14,8 @@ namespace factorizer {
 namespace bindings {
 namespace {
 
+constexpr i64 most_sections = 128;  // of the columns of a long matrix, at most: see cpu/nmf/tiles.h
+
 NMFOptions options(i64 rank, i64 num_iters, const std::string& solver, i64 grad_steps, bool relu,
                    double eps) {
   if (rank < 1) refuse("rank", "at least 1", rank);
@@ -33,9 +35,11 @@ class NMFProblem {
     const Windows& w = windows_->windows;
     const i64 extents = sum(w.head_dim + w.columns(), o.rank);
     elements_per_thread_ = product({o.rank, extents, sum(o.num_iters, 4)});
+    // The factors of all matrices; sums of R x R products over parts of the rows, or over the sections.
     if (elements_per_thread_ > limit || product({o.rank, extents, w.num_matrices()}) > limit ||
-        product({o.rank, extents, w.columns()}) > limit)
-      throw std::invalid_argument("rank or num_iters is too large");
+        product({o.rank, extents, sum(o.rank, most_sections)}) > limit)
+      throw std::invalid_argument("rank or num_iters is too large for matrices of " +
+                                  std::to_string(w.head_dim) + " x " + std::to_string(w.columns()));
     p_.dtype = dtype(dtype_code);
     p_.windows = w;
     p_.options = o;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,8 +22,9 @@ from factorizer.segmentation.explanation import (
     case_components,
     clearest_channel,
     find_layers,
+    side_of,
 )
-from factorizer.segmentation.figures import component_row, draw_components, picture
+from factorizer.segmentation.figures import component_row, draw_components, picture, told
 from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.inference import Predictor, check_finite, load_predictor
 from factorizer.segmentation.intensities import body
@@ -131,7 +132,7 @@ def _explain_case(
         found = agreements(torch.from_numpy(maps), labels, signal, plan)
         for target, of_maps in found.items():
             rows += [Row(case.name, name, m, target, reference, a) for m, a in enumerate(of_maps)]
-        shown.append(component_row(name, components.maps[layer], map(_best_map, found, found.values())))
+        shown.append(component_row(name, components.maps[layer], _best_maps(found)))
     if channel is None:
         masks = [np.isin(labels, list(values)) for values in plan.targets.values()]
         if not labels.any():  # where the components of the last layer are high
@@ -154,27 +155,42 @@ def _place(name: str, modalities: Sequence[str]) -> int:
     return names.index(name.lower())
 
 
-def _best_map(target: str, of_maps: list[Agreement]) -> tuple[int, float, str]:
-    """The map that agrees best with a target, its AUC, and what to write over it."""
-    best = max(range(len(of_maps)), key=lambda m: np.nan_to_num(of_maps[m].auc, nan=-1))
-    auc, dice, _ = of_maps[best]
-    return best, auc, f"{target}: AUC {auc:.2f}, Dice {dice:.2f}"
+def _best_maps(found: Mapping[str, Sequence[Agreement]]) -> Iterator[tuple[int, str]]:
+    """For each target that is there the map that tells it best, and what to write over it."""
+    for target, of_maps in found.items():
+        best = max(range(len(of_maps)), key=lambda m: _rank(of_maps[m].clarity))
+        auc, dice, _ = of_maps[best]
+        if of_maps[best].marks:
+            yield best, f"{told(target, of_maps[best].marks, auc)}, Dice {dice:.2f}"
+
+
+def _rank(clarity: float) -> float:
+    return float(np.nan_to_num(clarity, nan=-1))
 
 
 def _write(path: Path, rows: list[Row]) -> None:
-    """Ranked within each case, layer and target, best first."""
+    """Ranked within each case, layer and target, those farthest from chance first."""
     order = {key: place for place, key in enumerate(dict.fromkeys((r.case, r.layer, r.target) for r in rows))}
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
         lines.writerow(
-            ("case", "layer", "target", "component", "auc", "best_dice", "threshold", "compared_with")
+            (
+                "case",
+                "layer",
+                "target",
+                "component",
+                "marks",
+                "auc",
+                "best_dice",
+                "threshold",
+                "compared_with",
+            )
         )
-        for r in sorted(
-            rows, key=lambda r: (order[r.case, r.layer, r.target], -np.nan_to_num(r.agreement.auc, nan=-1))
-        ):
+        for r in sorted(rows, key=lambda r: (order[r.case, r.layer, r.target], -_rank(r.agreement.clarity))):
             auc, dice, threshold = r.agreement
             numbers = (f"{auc:.4f}", f"{dice:.4f}", f"{threshold:.6g}")
-            lines.writerow((r.case, r.layer, r.target, r.component, *numbers, r.reference))
+            marks = r.agreement.marks
+            lines.writerow((r.case, r.layer, r.target, r.component, marks, *numbers, r.reference))
 
 
 def _mean(values: list[Agreement]) -> tuple[float, float]:
@@ -185,18 +201,18 @@ def _mean(values: list[Agreement]) -> tuple[float, float]:
 
 
 def _best_of_each(rows: list[Row], cases: int) -> Table:
-    """For each layer and target the component with the highest AUC, averaged over the cases."""
+    """For each layer and target the component whose AUC, averaged over the cases, is farthest from 1/2."""
     values: dict[tuple[str, str], dict[int, list[Agreement]]] = {}
     for row in rows:
         of_pair = values.setdefault((row.layer, row.target), {})
         of_pair.setdefault(row.component, []).append(row.agreement)
-    title = f"The component that agrees best, mean of {count(cases, 'case')}"
-    shown = table(title, "layer", "target", "component", "AUC", "best Dice", texts=2)
+    title = f"The component that tells each class best, mean of {count(cases, 'case')}"
+    shown = table(title, "layer", "target", "component", "marks", "AUC", "best Dice", texts=2)
     for (layer, target), of_pair in values.items():
         means = {m: _mean([a for a in of_map if not np.isnan(a.auc)]) for m, of_map in of_pair.items()}
-        best = max(means, key=lambda m: np.nan_to_num(means[m][0], nan=-1))
+        best = max(means, key=lambda m: _rank(abs(means[m][0] - 0.5)))
         auc, dice = means[best]
         none = np.isnan(auc)  # no case has the target
-        numbers = ("none", "", "") if none else (str(best), f"{auc:.3f}", f"{dice:.3f}")
+        numbers = ("none", "", "", "") if none else (str(best), side_of(auc), f"{auc:.3f}", f"{dice:.3f}")
         shown.add_row(layer, target, *numbers)
     return shown

@@ -7,6 +7,7 @@ of that kind are what the Factorizer paper (Medical Image Analysis 84, 2023) sho
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -142,17 +143,34 @@ def case_components(
 
 
 class Agreement(NamedTuple):
-    """How well a map agrees with a mask.
+    """How well a map agrees with a mask, or with what lies outside of it.
 
     Attributes:
         auc: area under the ROC curve, the probability that a voxel inside scores higher than one outside,
-            ties counting one half: 0.5 is chance, 1 a perfect separation.
-        dice, threshold: the best Dice that a threshold on the map reaches (map >= threshold), and where.
+            ties counting one half: 0.5 is chance, 1 a perfect separation, and so is 0, by a map that is high
+            outside.
+        dice, threshold: the best Dice that a threshold on the map reaches, and where. The mask is where
+            map >= threshold, or, for a map of the outside, where map <= threshold.
     """
 
     auc: float
     dice: float
     threshold: float
+
+    @property
+    def clarity(self) -> float:
+        """How far from chance, whichever side is marked: 0 to 0.5, NaN where the mask is empty or full."""
+        return abs(self.auc - 0.5)
+
+    @property
+    def marks(self) -> str:
+        """Which side the map is high on: "label" or "outside"; empty where the mask is empty or full."""
+        return side_of(self.auc)
+
+
+def side_of(auc: float) -> str:
+    """The side that a map with this AUC marks: "label", "outside", or "" for NaN."""
+    return "" if math.isnan(auc) else "label" if auc >= 0.5 else "outside"
 
 
 def agreement(scores: Tensor, mask: Tensor) -> Agreement:
@@ -171,13 +189,16 @@ def agreement(scores: Tensor, mask: Tensor) -> Agreement:
     levels, place, counts = scores.flatten().unique(return_inverse=True, return_counts=True)
     last = counts.cumsum(0).double()
     ranks = last - (counts - 1) / 2  # equal scores share the mean of their ranks
-    auc = (ranks[place[mask]].sum() - inside * (inside + 1) / 2) / (inside * outside)
-    # At the k-th level: how many voxels score as much or more, and how many of these are inside.
-    hits = torch.bincount(place[mask], minlength=len(levels)).flip(0).cumsum(0).flip(0)
-    above = counts.flip(0).cumsum(0).flip(0)
-    dice = 2 * hits / (above + inside)
+    auc = float((ranks[place[mask]].sum() - inside * (inside + 1) / 2) / (inside * outside))
+    # At the k-th level: how many voxels lie at it or beyond, and how many of these are inside.
+    hits, beyond = torch.bincount(place[mask], minlength=len(levels)), counts
+    if side_of(auc) == "outside":
+        hits, beyond = hits.cumsum(0), beyond.cumsum(0)
+    else:
+        hits, beyond = (values.flip(0).cumsum(0).flip(0) for values in (hits, beyond))
+    dice = 2 * hits / (beyond + inside)
     best = int(dice.argmax())
-    return Agreement(float(auc), float(dice[best]), float(levels[best]))
+    return Agreement(auc, float(dice[best]), float(levels[best]))
 
 
 def clearest_channel(image: np.ndarray, masks: Sequence[np.ndarray], inside: np.ndarray) -> int:
@@ -236,18 +257,33 @@ def component_agreement(
     return {name: torch.stack(areas).nanmean(0) for name, areas in found.items()}
 
 
+class BestComponent(NamedTuple):
+    """The map that tells a target best from the rest.
+
+    Attributes:
+        map: its number in the layer.
+        marks: the side it is high on where it was chosen, "label" or "outside"; empty where no case has
+            the target.
+        auc: see `Agreement`, where it was measured; NaN where no case has the target.
+    """
+
+    map: int
+    marks: str
+    auc: float
+
+
 class BestComponents(NamedTuple):
     """How well single maps of a layer tell the targets apart.
 
     Attributes:
         layer: its name in the state dict.
         maps: how many it has.
-        targets: for each target the map that stands for it, with that map's AUC.
+        targets: for each target the map that stands for it.
     """
 
     layer: str
     maps: int
-    targets: dict[str, tuple[int, float]]
+    targets: dict[str, BestComponent]
 
 
 def best_components(
@@ -255,8 +291,9 @@ def best_components(
 ) -> dict[str, BestComponents]:
     """How well single components tell the targets apart, in the shallow and the deep layer.
 
-    The map that stands for a target is the one with the highest AUC on `chosen_on`; its AUC is that
-    on `measured_on`, so that the choice is no part of the measurement. NaN where no case has it.
+    The map that stands for a target is the one whose AUC on `chosen_on` is farthest from 1/2, above or
+    below: a map of all that is outside tells a target as well. Its AUC is that on `measured_on`, so that the
+    choice is no part of the measurement.
     """
     (network, plan), *_ = predictor.models
     layers = shallow_and_deep(network, plan)
@@ -264,10 +301,15 @@ def best_components(
     measured = component_agreement(predictor, list(layers.values()), measured_on)
     found = {}
     for depth, layer in layers.items():
-        best = chosen[layer].nan_to_num(nan=-1).argmax(1).tolist()
-        areas = {
-            name: (m, float(measured[layer][k, m]))
+        best = clearest(chosen[layer])
+        targets = {
+            name: BestComponent(m, side_of(float(chosen[layer][k, m])), float(measured[layer][k, m]))
             for k, (name, m) in enumerate(zip(plan.targets, best, strict=True))
         }
-        found[depth] = BestComponents(layer, chosen[layer].shape[1], areas)
+        found[depth] = BestComponents(layer, chosen[layer].shape[1], targets)
     return found
+
+
+def clearest(areas: Tensor) -> list[int]:
+    """For each row of areas under ROC curves the place of the one farthest from 1/2; NaN is none."""
+    return (areas - 0.5).abs().nan_to_num(nan=-1).argmax(1).tolist()

@@ -56,21 +56,26 @@ def picture(
 
 
 def component_row(
-    name: str, maps: Tensor, best: Iterable[tuple[int, float, str]]
+    name: str, maps: Tensor, best: Iterable[tuple[int, str]]
 ) -> tuple[str, np.ndarray, list[str]]:
     """A row of `draw_components`: up to four of the maps (n, X, Y, Z) of a layer, with captions.
 
-    `best` has for each target the map that agrees best with it, its AUC, and what to say of it. Those better
-    than chance come first, then the maps with most in them.
+    `best` has for each target the map that tells it best, and what to say of it (`told`). These come first,
+    then the maps with most in them.
     """
     captions: dict[int, list[str]] = {}
-    for index, auc, text in best:
-        if auc > 0.5:
-            captions.setdefault(index, []).append(text)
+    for index, text in best:
+        captions.setdefault(index, []).append(text)
     by_content = maps.flatten(1).mean(1).argsort(descending=True).tolist()
     shown = [*captions, *(index for index in by_content if index not in captions)][:MAPS_SHOWN]
     texts = ["\n".join([f"component {index}", *captions.get(index, [])]) for index in shown]
     return f"{name} layer", maps[shown].numpy(), texts
+
+
+def told(target: str, marks: str, auc: float) -> str:
+    """What to say over the picture of a component: which side of a target it marks, and how well."""
+    side = f"outside of {target}" if marks == "outside" else target
+    return f"{side}\nAUC {auc:.2f}"  # two lines: panels of small volumes are narrow
 
 
 def draw_segmentations(

@@ -17,7 +17,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 from rich.console import Console
-from scipy.ndimage import affine_transform, gaussian_filter
+from scipy.ndimage import affine_transform, gaussian_filter, maximum_filter, minimum_filter
 
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.errors import DataError
@@ -501,8 +501,8 @@ def _same_grid(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> b
 def _on_grid(voxels: np.ndarray, affine: np.ndarray, shape: Sequence[int], wanted: np.ndarray) -> np.ndarray:
     """Voxels interpolated at the places of another grid, by cubic splines; 0 outside of the volume.
 
-    Where the other grid is coarser what it cannot show is smoothed away first. The values stay within
-    those that were there, and zeros (no signal) stay zeros.
+    Where the other grid is coarser what it cannot show is smoothed away first. Each value stays within those
+    of the eight voxels around its place, as splines ring at edges, and zeros (no signal) stay zeros.
     """
     to_source = np.linalg.inv(affine) @ wanted
     steps = np.abs(to_source[:3, :3]).max(axis=1)  # source voxels from one voxel to the next
@@ -514,7 +514,11 @@ def _on_grid(voxels: np.ndarray, affine: np.ndarray, shape: Sequence[int], wante
     matrix, offset = to_source[:3, :3], to_source[:3, 3]
     moved = affine_transform(source, matrix, offset, tuple(shape), order=3, mode="constant", cval=0)
     inside = affine_transform(present.astype(np.float32), matrix, offset, tuple(shape), order=1, cval=0)
-    return np.where(inside > 0.5, moved.clip(source.min(), source.max()), 0).astype(np.float32)
+    for extreme, clip in ((minimum_filter, np.maximum), (maximum_filter, np.minimum)):
+        of_cell = extreme(source, size=2, origin=-1, mode="nearest")  # of voxels i and i + 1 along each axis
+        bound = affine_transform(of_cell, matrix, offset - 0.5, tuple(shape), order=0, mode="nearest")
+        moved = clip(moved, bound)
+    return np.where(inside > 0.5, moved, 0).astype(np.float32)
 
 
 def _side(mask: np.ndarray, axis: int, direction: float, box: np.ndarray) -> tuple[float, float]:

@@ -86,6 +86,19 @@ def test_windows_outlive_their_name():
     assert torch.equal(call.tensors["y"], again.tensors["y"])
 
 
+def test_columns_of_a_whole_volume():
+    """One matrix of 2^40 columns is no reason to refuse a problem of rank 1: its factors are what counts."""
+    call, columns = Call(), 2**40
+    call.windows.update(heads=1, size=[1, 1, columns], patch=[1, 1, columns], shifts=[0, 0, 0])
+    call.options.update(rank=1)
+    call.map_stride.update(x=[0, 0, 0, 0, 0])
+    call.memory["v0"] = (call.memory["v0"][0], 4 * columns)  # nothing runs, so nothing is read
+    call.problem()
+    call.options.update(rank=2**20)
+    with pytest.raises(ValueError, match="rank or num_iters is too large for matrices of 4 x 1099511627776"):
+        call.problem()
+
+
 def _wrong(part, **change):
     return lambda call: getattr(call, part).update(change)
 

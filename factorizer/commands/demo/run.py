@@ -27,7 +27,13 @@ from factorizer.segmentation.cases import Case, Task, read_decathlon, split_case
 from factorizer.segmentation.errors import check_counts
 from factorizer.segmentation.evaluation import Score, evaluate_case, summarise
 from factorizer.segmentation.explanation import best_components, case_components
-from factorizer.segmentation.figures import component_row, draw_components, draw_segmentations, picture
+from factorizer.segmentation.figures import (
+    component_row,
+    draw_components,
+    draw_segmentations,
+    picture,
+    told,
+)
 from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.inference import Predictor, load_predictor
 from factorizer.segmentation.measure import versions
@@ -209,8 +215,8 @@ def _explain(predictor: Predictor, training: Sequence[Case], held_out: Sequence[
             "layer": best.layer,
             "maps": best.maps,
             "best": {
-                name: {"map": m, "auc": None if math.isnan(auc) else round(auc, 4)}
-                for name, (m, auc) in best.targets.items()
+                name: {"map": m, "marks": marks, "auc": None if math.isnan(auc) else round(auc, 4)}
+                for name, (m, marks, auc) in best.targets.items()
             },
         }
         for depth, best in found.items()
@@ -247,8 +253,11 @@ def _draw(
     maps = case_components(predictor, names, middle).maps
     rows = []
     for depth, record in components.items():
-        areas = {name: (best["map"], best["auc"] or 0.0) for name, best in record["best"].items()}
-        texts = [(index, auc, f"{name}: AUC {auc:.2f}") for name, (index, auc) in areas.items()]
+        texts = [
+            (best["map"], told(name, best["marks"], best["auc"]))
+            for name, best in record["best"].items()
+            if best["auc"] is not None
+        ]
         rows.append(component_row(depth, maps[record["layer"]], texts))
     draw_components(
         out / "components.png",

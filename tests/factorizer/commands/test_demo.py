@@ -76,7 +76,9 @@ def test_report(finished):
         assert network["parameters"] > 0
         assert 0 < network["forward_ms"] < network["training_step_ms"]
     for depth in ("shallow", "deep"):
-        assert set(report["components"][depth]["best"]) == {"halo", "core"}
+        best = report["components"][depth]["best"]
+        assert set(best) == {"halo", "core"}
+        assert all(component["marks"] in ("label", "outside") for component in best.values())
 
 
 def test_report_agrees_with_the_predictions_on_disk(finished):

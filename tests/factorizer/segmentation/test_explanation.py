@@ -10,6 +10,7 @@ from factorizer import FactMixer, Factorizer, LayerNorm, SWMatricize
 from factorizer.segmentation.explanation import (
     ComponentMaps,
     agreement,
+    clearest,
     clearest_channel,
     component_maps,
     mixers,
@@ -111,13 +112,28 @@ def test_best_dice_is_that_of_the_best_threshold():
     rng = np.random.default_rng(1)
     scores = torch.from_numpy(rng.integers(0, 6, 60))
     mask = torch.from_numpy(rng.random(60) < 0.3)
-    found = agreement(scores, mask)
-    by_threshold = {
-        t: float(2 * ((scores >= t) & mask).sum() / ((scores >= t).sum() + mask.sum())) for t in range(6)
-    }
-    assert found.dice == pytest.approx(max(by_threshold.values()))
-    assert by_threshold[int(found.threshold)] == pytest.approx(found.dice)
+    for sign in (1, -1):  # one of them has an AUC below 1/2, and so marks the outside
+        found = agreement(sign * scores, mask)
+        high = sign if found.marks == "label" else -sign
+        by_threshold = {
+            t: float(2 * ((high * scores >= t) & mask).sum() / ((high * scores >= t).sum() + mask.sum()))
+            for t in (high * scores).unique().tolist()
+        }
+        assert found.dice == pytest.approx(max(by_threshold.values()))
+        assert by_threshold[high * sign * int(found.threshold)] == pytest.approx(found.dice)
     assert agreement(mask.float(), mask)[1:] == (1, 1)
+
+
+def test_a_component_of_the_outside_tells_the_label_as_well():
+    mask = torch.arange(8) < 3
+    inside, outside = agreement(mask.float(), mask), agreement(1 - mask.float(), mask)
+    assert (inside.auc, outside.auc) == (1, 0)
+    assert (inside.marks, outside.marks) == ("label", "outside")
+    assert inside.clarity == outside.clarity == 0.5
+    assert outside[1:] == (1, 0)  # the label is where map <= 0
+    assert agreement(mask.float(), mask & False).marks == ""
+    areas = torch.tensor([[0.7, 0.1, math.nan], [0.6, 0.5, 0.9], [math.nan] * 3])
+    assert clearest(areas)[:2] == [1, 2]
 
 
 def test_the_channel_that_shows_the_classes_best():

@@ -279,6 +279,32 @@ def test_modalities_are_brought_to_one_grid(tmp_path):
         with_grid([case], ("A", "B"), "C")
 
 
+@pytest.mark.parametrize("spacing", [(0.7, 0.9, 1.5), (2.5, 3.0, 6.0)])
+def test_no_ring_at_the_edge_of_the_head(tmp_path, spacing):
+    """A bright spot elsewhere gives an overshoot room: it is the values around a place that bound it."""
+    first = np.diag([*spacing, 1.0])
+    first[:3, :3] = nib.eulerangles.euler2mat(0.2) @ first[:3, :3]
+    flair = np.full((30, 30, 14), 20, np.float32)
+    flair[6:24, 6:24, 3:11] = 500
+    flair[14, 14, 7] = 3000
+    for name, voxels, affine in (
+        ("a", np.ones((20, 20, 12), np.float32), first),
+        ("b", flair, np.diag([1.5, 1.5, 4, 1])),
+    ):
+        nib.save(nib.Nifti1Image(voxels, affine), tmp_path / f"{name}.nii.gz")
+    case = Case("case", (tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"), resample=True)
+    affine, image = check_image(case, ("T1", "FLAIR"))
+    moved = image[..., 1]
+    voxels = np.stack(np.meshgrid(*map(np.arange, moved.shape), [1], indexing="ij"), -1)[..., 0, :]
+    places = voxels @ (np.linalg.inv(np.diag([1.5, 1.5, 4, 1])) @ affine).T
+    far = np.abs(places[..., :3] - (14, 14, 7)).max(axis=-1) > 5
+    values = moved[far & (moved != 0)]
+    assert len(values) > 500
+    assert (values > 400).any()
+    assert values.min() > 19.9
+    assert values.max() < 500.1 if min(spacing) < 1 else values.max() < 510  # smoothed, the spot reaches far
+
+
 def test_doubts_are_told_before_training(synthetic):
     task = read_decathlon(synthetic)
     task = replace(task, labels={**task.labels, 3: "necrosis"})
