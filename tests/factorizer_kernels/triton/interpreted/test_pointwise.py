@@ -1,0 +1,82 @@
+"""The pointwise chains, join and patch_conv in Triton, interpreted, against the reference in float64."""
+
+import pytest
+import torch
+from tests_support import grads_of
+
+import factorizer_kernels as fk
+
+pytestmark = pytest.mark.usefixtures("poisoned")
+
+# Relative L2. float32: some ten roundings. Half types: operands of products and results are rounded; the
+# interpreter truncates bfloat16.
+TOLERANCES = {torch.float32: 3e-6, torch.float16: 3e-3, torch.bfloat16: 2.5e-2}
+
+
+def _chain(batch, size, *weights):
+    return lambda: [(batch, channels, *size) for channels in weights[0]] + list(weights[1:])
+
+
+# The function, and the shapes of its maps and weights. Channels below, at and above 16, more rows of a weight
+# than a block has; voxels below a tile, of several tiles, of several programs; several hidden blocks.
+CASES = {
+    "linear": (fk.linear, 1, [(2, 5, 7, 3), (3, 5), (3,)]),
+    "linear, wide": (fk.linear, 1, [(1, 17, 70), (70, 17), (70,)]),
+    "layer_norm": (fk.layer_norm, 1, [(2, 19, 70), (19,), (19,)]),
+    "norm_linear": (fk.norm_linear, 1, [(2, 8, 5, 30), (8,), (8,), (9, 8), (9,)]),
+    "norm_linear, programs": (fk.norm_linear, 1, [(1, 16, 1100), (16,), (16,), (16, 16), (16,)]),
+    "norm_linear, one": (fk.norm_linear, 1, [(1, 1, 1), (1,), (1,), (1, 1), (1,)]),
+    "linear_norm_mlp": (fk.linear_norm_mlp, 2, [
+        (2, 7, 5, 3, 5), (2, 20, 5, 3, 5), (20, 7), (20,), (20,), (20,), (40, 20), (40,), (20, 40), (20,),
+    ]),
+    "linear_norm_mlp, programs": (fk.linear_norm_mlp, 2, [
+        (1, 16, 1030), (1, 16, 1030), (16, 16), (16,), (16,), (16,), (16, 16), (16,), (16, 16), (16,),
+    ]),
+    "join": (fk.join, 2, [(2, 5, 4, 6, 2), (2, 7, 2, 3, 2), (3, 5), (7, 3, 2, 2, 1), (3,)]),
+    "join, wide": (fk.join, 2, [(1, 33, 140), (1, 40, 70), (66, 33), (40, 66, 2), (66,)]),
+    "patch_conv": (fk.patch_conv, 1, [(2, 3, 4, 6, 9), (5, 3, 2, 2, 3), (5,)]),
+    "patch_conv, wide": (fk.patch_conv, 1, [(1, 40, 140), (70, 40, 2), (70,)]),
+}  # fmt: skip
+
+
+def problem(name, dtype):
+    function, num_maps, shapes = CASES[name]
+    generator = torch.Generator().manual_seed(len(name))
+    inputs = []
+    for i, shape in enumerate(shapes):
+        t = torch.randn(shape, generator=generator)
+        if i >= num_maps and len(shape) > 1:
+            t = t / max(shape[0 if function is fk.join else 1], 1) ** 0.5
+        inputs.append(t.to(dtype) if i < num_maps else t)
+    with fk.use_backend("reference"):
+        y = function(*inputs)
+    return function, inputs, torch.randn(y.shape, generator=generator).to(y.dtype)
+
+
+def compare(function, inputs, dy, rel):
+    exact = grads_of("reference", function, [t.double() for t in inputs], (dy.double(),), {})
+    before = [t.clone() for t in inputs]
+    ours, again = (grads_of("triton", function, inputs, (dy,), {}) for _ in range(2))
+    results, expected = (*ours.values, *ours.gradients), (*exact.values, *exact.gradients)
+    dtype = inputs[0].dtype
+    for i, (result, wanted, same) in enumerate(
+        zip(results, expected, (*again.values, *again.gradients), strict=True)
+    ):
+        assert result.dtype == (inputs[i - 1].dtype if i else dtype)
+        assert result.is_contiguous()
+        assert torch.equal(result, same)
+        # A gradient may vanish: a norm of one channel is constant.
+        size = max(wanted.norm().item(), 0.1 * wanted.numel() ** 0.5)
+        assert (result.double() - wanted).norm().item() <= TOLERANCES[dtype] * size, i
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_float32(name, rel):
+    compare(*problem(name, torch.float32), rel)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["layer_norm", "norm_linear", "linear_norm_mlp", "join", "patch_conv"])
+def test_half_types(name, dtype, rel):
+    compare(*problem(name, dtype), rel)
