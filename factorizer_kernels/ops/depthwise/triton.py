@@ -44,7 +44,10 @@ def filter_kernel(
     PLANES: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """A block of rows and columns in PLANES planes of one channel of the contiguous y (B, C, S1, S2, S3)."""
-    TAPS: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
+    K1: tl.constexpr = KERNEL[0]
+    K2: tl.constexpr = KERNEL[1]
+    K3: tl.constexpr = KERNEL[2]
+    TAPS: tl.constexpr = K1 * K2 * K3
     column_blocks, row_blocks = tl.cdiv(sizes[2], COLUMNS), tl.cdiv(sizes[1], ROWS)
     runs = tl.cdiv(sizes[0], PLANES)
     column_block = tl.program_id(0) % column_blocks
@@ -59,22 +62,23 @@ def filter_kernel(
         zero += tl.load(bias + c)
     last = tl.minimum(first + PLANES, sizes[0])
     sums = ()  # of the planes read - K1 // 2, .., read + K1 // 2
-    for _ in tl.static_range(KERNEL[0]):
+    for _ in tl.static_range(K1):
         sums = sums + (zero,)
-    for read in range(first - KERNEL[0] // 2, last + KERNEL[0] // 2):
-        for j in tl.static_range(KERNEL[1]):
-            for k in tl.static_range(KERNEL[2]):
+    for read in range(first - K1 // 2, last + K1 // 2):
+        for j in tl.static_range(K2):
+            for k in tl.static_range(K3):
                 block = _load(
                     x, x_strides, sizes, (map_channel // channels, c), read + first * 0,
-                    rows + (j - KERNEL[1] // 2), columns + (k - KERNEL[2] // 2), COMPUTE,
+                    rows + (j - K2 // 2), columns + (k - K3 // 2), COMPUTE,
                 )  # fmt: skip
                 moved = ()
-                for i in tl.static_range(KERNEL[0]):
-                    tap: tl.constexpr = ((KERNEL[0] - 1 - i) * KERNEL[1] + j) * KERNEL[2] + k
-                    tap_weight = tl.load(weight + c * TAPS + (TAPS - 1 - tap if MIRRORED else tap))
-                    moved = moved + (sums[i] + block * tap_weight,)
+                for i in tl.static_range(K1):
+                    tap = ((K1 - 1 - i) * K2 + j) * K3 + k
+                    if MIRRORED:
+                        tap = TAPS - 1 - tap
+                    moved = moved + (sums[i] + block * tl.load(weight + c * TAPS + tap),)
                 sums = moved
-        done = read - KERNEL[0] // 2
+        done = read - K1 // 2
         at = (map_channel.to(tl.int64) * sizes[0] + done) * sizes[1]
         at = (at + rows)[:, None] * sizes[2] + columns[None, :]
         tl.store(y + at, sums[0], mask=inside & (done >= first))
@@ -91,11 +95,14 @@ def filter_sums_kernel(
 
     A chunk is CHUNK blocks of dy, which are numbered (batch, plane, row block, column block).
     """
+    K1: tl.constexpr = KERNEL[0]
+    K2: tl.constexpr = KERNEL[1]
+    K3: tl.constexpr = KERNEL[2]
     chunk, c, plane_tap = tl.program_id(0) // channels, tl.program_id(0) % channels, tl.program_id(1)
     column_blocks, row_blocks = tl.cdiv(sizes[2], COLUMNS), tl.cdiv(sizes[1], ROWS)
     zero = tl.zeros([ROWS, COLUMNS], COMPUTE)
     sums, bias_sum = (), zero
-    for _ in tl.static_range(KERNEL[1] * KERNEL[2]):
+    for _ in tl.static_range(K2 * K3):
         sums = sums + (zero,)
     for at in range(chunk * CHUNK, tl.minimum(chunk * CHUNK + CHUNK, blocks)):
         rows = at // column_blocks % row_blocks * ROWS + tl.arange(0, ROWS)
@@ -107,20 +114,20 @@ def filter_sums_kernel(
             bias_sum += gradient
         if WEIGHT:
             moved = ()
-            for j in tl.static_range(KERNEL[1]):
-                for k in tl.static_range(KERNEL[2]):
+            for j in tl.static_range(K2):
+                for k in tl.static_range(K3):
                     block = _load(
-                        x, x_strides, sizes, channel, plane + (plane_tap - KERNEL[0] // 2),
-                        rows + (j - KERNEL[1] // 2), columns + (k - KERNEL[2] // 2), COMPUTE,
+                        x, x_strides, sizes, channel, plane + (plane_tap - K1 // 2),
+                        rows + (j - K2 // 2), columns + (k - K3 // 2), COMPUTE,
                     )  # fmt: skip
-                    moved = moved + (sums[j * KERNEL[2] + k] + gradient * block,)
+                    moved = moved + (sums[j * K3 + k] + gradient * block,)
             sums = moved
     share_of = tl.program_id(0)
     if BIAS:
         tl.store(bias_shares + share_of, tl.sum(bias_sum), mask=plane_tap == 0)
     if WEIGHT:
-        for t in tl.static_range(KERNEL[1] * KERNEL[2]):
-            share = weight_shares + (share_of * KERNEL[0] + plane_tap) * (KERNEL[1] * KERNEL[2]) + t
+        for t in tl.static_range(K2 * K3):
+            share = weight_shares + (share_of * K1 + plane_tap) * (K2 * K3) + t
             tl.store(share, tl.sum(sums[t]))
 
 

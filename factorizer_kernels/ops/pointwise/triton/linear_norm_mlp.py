@@ -33,7 +33,9 @@ from factorizer_kernels.shared.registry import kernel
 from factorizer_kernels.shared.triton import launch
 
 # Hidden channels at a time.
-HIDDEN = 32
+HIDDEN = 16
+# With fewer the sums do not fit the registers.
+SUMS_WARPS = 8
 
 
 @triton.jit
@@ -59,7 +61,7 @@ def linear_norm_mlp_kernel(
     """A tile of the contiguous out (B, C, V)."""
     item, v = tile_of(tl.program_id(0), voxels, VOXELS)
     c, e = tl.arange(0, C_BLOCK), tl.arange(0, E_BLOCK)
-    z, normed, _ = _middle(
+    z, normed, scale = _middle(
         y, y_strides, x, x_strides, weight, bias, item, c, e, v, voxels, eps, E, C, PRODUCT, PRECISION
     )
     scaled = normed * load_vector(norm_weight, c, C)[:, None] + load_vector(norm_bias, c, C)[:, None]
@@ -68,7 +70,7 @@ def linear_norm_mlp_kernel(
     for first in range(0, H, H_BLOCK):
         h = first + tl.arange(0, H_BLOCK)
         hidden = tl.dot(load_matrix(weight1, h, c, H, C, PRODUCT), operand, input_precision=PRECISION)
-        activated, _ = gelu(hidden + load_vector(bias1, h, H)[:, None])
+        activated, slope = gelu(hidden + load_vector(bias1, h, H)[:, None])
         block = load_matrix(weight2, c, h, C, H, PRODUCT)
         z = tl.dot(block, activated.to(PRODUCT), z, input_precision=PRECISION)
     store_tile(out, item, c, v, voxels, z, C)
@@ -84,7 +86,7 @@ def linear_norm_mlp_backward_kernel(
     """A tile of the contiguous dy (B, E, V) and dx (B, C, V)."""
     item, v = tile_of(tl.program_id(0), voxels, VOXELS)
     c, e = tl.arange(0, C_BLOCK), tl.arange(0, E_BLOCK)
-    _, normed, scale = _middle(
+    z, normed, scale = _middle(
         y, y_strides, x, x_strides, weight, bias, item, c, e, v, voxels, eps, E, C, PRODUCT, PRECISION
     )
     norm_scale = load_vector(norm_weight, c, C)[:, None]
@@ -96,7 +98,7 @@ def linear_norm_mlp_backward_kernel(
         h = first + tl.arange(0, H_BLOCK)
         block = load_matrix(weight1, h, c, H, C, PRODUCT)
         hidden = tl.dot(block, operand, input_precision=PRECISION) + load_vector(bias1, h, H)[:, None]
-        _, slope = gelu(hidden)
+        activated, slope = gelu(hidden)
         second = load_matrix(weight2, c, h, C, H, PRODUCT)
         dhidden = tl.dot(tl.trans(second), gradient_operand, input_precision=PRECISION) * slope
         through = tl.dot(tl.trans(block), dhidden.to(PRODUCT), through, input_precision=PRECISION)
@@ -129,7 +131,7 @@ def mlp_sums_kernel(
     bias_total1, bias_total2 = tl.zeros([H_BLOCK], tl.float32), tl.zeros([C_BLOCK], tl.float32)
     for at in range(tl.program_id(0), batch * tl.cdiv(voxels, VOXELS), tl.num_programs(0)):
         item, v = tile_of(at, voxels, VOXELS)
-        _, normed, _ = _middle(
+        z, normed, scale = _middle(
             y, y_strides, x, x_strides, weight, bias, item, c, e, v, voxels, eps, E, C, PRODUCT, PRECISION
         )
         operand = (normed * norm_scale + norm_shift).to(PRODUCT)
@@ -182,8 +184,9 @@ def linear_norm_mlp_backward(dout: Tensor, y: Tensor, x: Tensor, *others) -> tup
     hidden, channels = weights[4].shape
     constants = _constants(y, x, hidden, dtype)
     launch(
-        linear_norm_mlp_backward_kernel, tiles_of(x), x, *maps, *weights, dy, dx, x.shape[2], eps, **constants
-    )
+        linear_norm_mlp_backward_kernel, tiles_of(x), x,
+        *maps, *weights, dy, dx, x.shape[2], eps, **constants,
+    )  # fmt: skip
     if not weight_grads:
         return dy, dx, *dweights
     blocks = triton.cdiv(hidden, constants["H_BLOCK"])
@@ -191,7 +194,7 @@ def linear_norm_mlp_backward(dout: Tensor, y: Tensor, x: Tensor, *others) -> tup
     shares = empty_shares(x, programs, (hidden, channels), (hidden,), (hidden, channels), (channels,))
     launch(
         mlp_sums_kernel, (programs, blocks), x,
-        *maps, *weights, *shares, x.shape[0], x.shape[2], eps, **constants,
+        *maps, *weights, *shares, x.shape[0], x.shape[2], eps, **constants, num_warps=SUMS_WARPS,
     )  # fmt: skip
     sums1, dbias1, sums2, dbias2 = (share.sum(0) for share in shares)
     _, _, norm_weight, norm_bias, weight1, *_ = weights

@@ -48,7 +48,7 @@ def norm_linear_kernel(
     c = tl.arange(0, C_BLOCK)
     tile = load_tile(x, x_strides, item, c, v, voxels, C).to(tl.float32)
     if NORM:
-        tile, _ = standardised(tile, c, v < voxels, eps, C)
+        tile, scale = standardised(tile, c, v < voxels, eps, C)
         tile = tile * load_vector(norm_weight, c, C)[:, None] + load_vector(norm_bias, c, C)[:, None]
     if LINEAR:
         operand = tile.to(PRODUCT)
@@ -101,7 +101,7 @@ def linear_sums_kernel(
         item, v = tile_of(at, voxels, VOXELS)
         tile = load_tile(x, x_strides, item, c, v, voxels, C)
         if NORM:
-            tile, _ = standardised(tile.to(tl.float32), c, v < voxels, eps, C)
+            tile, scale = standardised(tile.to(tl.float32), c, v < voxels, eps, C)
         gradient = load_tile(dy, dy_strides, item, d, v, voxels, D)
         bias_total += tl.sum(gradient.to(tl.float32), axis=1)
         total = tl.dot(gradient.to(PRODUCT), tl.trans(tile.to(PRODUCT)), total, input_precision=PRECISION)
@@ -121,7 +121,7 @@ def norm_sums_kernel(
     for at in range(tl.program_id(0), batch * tl.cdiv(voxels, VOXELS), tl.num_programs(0)):
         item, v = tile_of(at, voxels, VOXELS)
         tile = load_tile(x, x_strides, item, c, v, voxels, C).to(tl.float32)
-        tile, _ = standardised(tile, c, v < voxels, eps, C)
+        tile, scale = standardised(tile, c, v < voxels, eps, C)
         gradient = load_tile(dy, dy_strides, item, c, v, voxels, C).to(tl.float32)
         total += tl.sum(gradient * tile, axis=1)
         bias_total += tl.sum(gradient, axis=1)

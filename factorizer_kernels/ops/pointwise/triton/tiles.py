@@ -15,12 +15,12 @@ from torch import Tensor
 
 from factorizer_kernels.shared.triton import INTERPRETED, padded
 
-VOXELS = 64
+VOXELS = 32
 # Programs of a kernel that sums over voxels, and the tiles that each of them takes at least.
 PROGRAMS = 512
 TILES_OF_A_PROGRAM = 8
 # The most channels that a tile has: of more, the registers do not hold it.
-MAX_CHANNELS = 128
+MAX_CHANNELS = 64
 
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -51,7 +51,8 @@ def products(dtype: torch.dtype) -> dict[str, Any]:
     # The interpreter multiplies the bits of bfloat16 as integers: there the operands stay in float32.
     half = _HALF.get(dtype, tl.float32)
     product = tl.float32 if INTERPRETED and half is tl.bfloat16 else half
-    return {"PRODUCT": product, "PRECISION": "tf32x3" if exact and half is tl.float32 else "tf32"}
+    precision = "tf32x3" if exact and half is tl.float32 else "tf32"
+    return {"PRODUCT": product, "PRECISION": precision, "num_stages": 1}
 
 
 def tiles_of(x: Tensor, voxels: int = VOXELS) -> int:

@@ -37,44 +37,48 @@ def compare(inputs, dy, rel):
     )
     before = [t.clone() for t in inputs]
     ours = grads_of("triton", fk.depthwise_conv, inputs, (dy,), {})
-    again = grads_of("triton", fk.depthwise_conv, inputs, (dy,), {})
     results, expected = (*ours.values, *ours.gradients), (*exact.values, *exact.gradients)
     dtypes = (inputs[0].dtype, *(t.dtype for t in inputs))
-    for result, wanted, dtype, same in zip(
-        results, expected, dtypes, (*again.values, *again.gradients), strict=True
-    ):
+    for result, wanted, dtype in zip(results, expected, dtypes, strict=True):
         assert result.dtype == dtype
         assert result.is_contiguous()
-        assert torch.equal(result, same)
         assert rel(result, wanted) < TOLERANCES[dtype]
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
-@pytest.mark.parametrize(("size", "kernel_size"), [
-    ((2, 3, 48), (3,)), ((1, 1, 1), (7,)), ((2, 2, 13, 20), (3, 5)), ((1, 2, 9, 8), (1, 7)),
-    ((2, 2, 6, 7, 9), (3, 3, 3)), ((1, 1, 5, 3, 4), (7, 1, 3)), ((1, 3, 1, 1, 1), (3, 3, 3)),
-    ((1, 1, 4, 2, 5), (5, 3, 1)),
-], ids=str)  # fmt: skip
+# Every tap of every block is interpreted, at some milliseconds: the maps are a few blocks, planes and channels.
+CASES = [
+    ((2, 2, 9), (3,)), ((1, 1, 1), (7,)), ((1, 1, 3, 20), (3, 5)), ((1, 2, 5, 3), (1, 3)),
+    ((1, 1, 6, 2, 5), (3, 3, 3)), ((2, 1, 1, 1, 1), (3, 1, 3)), ((1, 1, 5, 1, 3), (7, 1, 1)),
+]  # fmt: skip
+SLOW_CASES = [((2, 2, 6, 7, 9), (3, 3, 3)), ((1, 2, 9, 10, 8), (5, 3, 7)), ((2, 3, 13, 20), (3, 5))]
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel_size"),
+    [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)],
+    ids=str,
+)
 def test_float64(size, kernel_size, rel):
     compare(*problem(size, kernel_size), rel)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_other_dtypes(dtype, rel):
-    compare(*problem((1, 2, 5, 6, 7), (3, 3, 3), dtype), rel)
+    compare(*problem((1, 2, 3, 5), (3, 3), dtype), rel)
 
 
 def test_strides(rel):
     """x and dy read where they lie: channels last, every other voxel, expanded."""
-    (x, weight, bias), dy = problem((2, 3, 6, 8), (3, 3))
-    compare((x.to(memory_format=torch.channels_last), weight, bias), dy.mT.contiguous().mT, rel)
-    compare((x[..., ::2], weight, bias), dy[..., :1].expand(2, 3, 6, 4), rel)
-    compare((x, weight.mT.contiguous().mT, bias), dy, rel)
+    (x, weight, bias), dy = problem((2, 2, 3, 4), (3, 3))
+    x, weight = x.to(memory_format=torch.channels_last), weight.mT.contiguous().mT
+    compare((x, weight, bias), dy.mT.contiguous().mT, rel)
+    compare((x[..., ::2], weight, bias), dy[..., :1].expand(2, 2, 3, 2), rel)
 
 
 @pytest.mark.parametrize("mask", list(itertools.product([False, True], repeat=3))[1:], ids=str)
 def test_only_what_is_wanted(mask):
-    inputs, dy = problem((1, 2, 4, 5), (3, 3))
+    inputs, dy = problem((1, 2, 4, 5), (3, 1))
     expected = grads_of("reference", fk.depthwise_conv, inputs, (dy,), {}).gradients
     leaves = [t.clone().requires_grad_(wanted) for t, wanted in zip(inputs, mask, strict=True)]
     with fk.use_backend("triton"):
@@ -106,13 +110,13 @@ def test_empty_operators(size):
 
 def test_spoiled_voxel():
     """A NaN spoils what the filter sees it from, and no more."""
-    (x, weight, bias), _ = problem((1, 2, 6, 9), (3, 3))
+    (x, weight, bias), _ = problem((1, 2, 3, 9), (3, 3))
     with fk.use_backend("triton"):
         clean = fk.depthwise_conv(x, weight, bias)
-        x[0, 1, 5, 4] = float("nan")
+        x[0, 1, 2, 4] = float("nan")
         y = fk.depthwise_conv(x, weight, bias)
     reached = torch.zeros(y.shape, dtype=torch.bool)
-    reached[0, 1, 4:, 3:6] = True
+    reached[0, 1, 1:, 3:6] = True
     assert torch.equal(y.isnan(), reached)
     assert torch.equal(y[~reached], clean[~reached])
 
