@@ -16,7 +16,8 @@ Environment variables:
     CUDA architectures separated by semicolons, as in ``"80;90"``, or ``all``, for a wheel. Unset: 80, whose
     PTX the drivers of newer cards compile at the first use, and those of the cards in this machine.
 ``CXX``, ``CUDACXX``, ``CXXFLAGS``, ``CMAKE_BUILD_PARALLEL_LEVEL`` and the like
-    are CMake's own and work as ever. A compiler that is named and not there is an error.
+    are CMake's own and work as ever. A compiler that is named and not there is an error. ``CMAKE_ARGS`` is
+    handed to CMake as it is, as other build backends do.
 
 An installation without the module keeps the reason in ``factorizer_kernels/_left_out.txt``, and
 ``factorizer_kernels.backends()`` gives it: pip keeps the wheels that it builds, and may come back with one
@@ -40,7 +41,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 LEFT_OUT = "_left_out.txt"  # read by factorizer_kernels/shared/native.py
-COMPILER_VARIABLES = ("PATH", "CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS")
+COMPILER_VARIABLES = ("PATH", "CC", "CXX", "CXXFLAGS", "LDFLAGS", "CUDACXX", "CUDAFLAGS", "CMAKE_ARGS")
 
 NOTICE = """
 ----------------------------------------------------------------------------------------
@@ -159,6 +160,7 @@ class BuildNative(build_ext):
             "-DFACTORIZER_KERNELS_PYTHON=ON",
             f"-DFACTORIZER_KERNELS_CUDA={cuda}",
             f"-DFACTORIZER_KERNELS_CUDA_ARCHS={archs}",
+            *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         done = subprocess.run(configure, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         if done.returncode:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import platform
+from dataclasses import replace
 
 import pytest
 import torch
@@ -69,12 +70,15 @@ def _races():
 
 @pytest.fixture
 def replay(request, benchmark, group, contender, _races):
-    """Hands one contender's samples to pytest-benchmark; the first of a group runs the group's race."""
+    """Hands one contender's samples to pytest-benchmark; the first of a group runs those selected of it."""
 
     def play():
         size = request.config.getoption("size")
         case = next(case for case in request.module.cases_of(size) if case.group == group)
         if group not in _races:
+            params = [item.callspec.params for item in request.session.items if hasattr(item, "callspec")]
+            selected = {p["contender"] for p in params if p.get("group") == group}
+            case = replace(case, contenders=tuple(c for c in case.contenders if c.name in selected))
             _races[group] = race(case, EFFORTS[size])
         result = _races[group][contender]
         benchmark.name = contender

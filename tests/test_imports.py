@@ -69,6 +69,25 @@ def test_no_import_goes_up_or_round():
     check(ROOT)
 
 
+def test_networks_take_of_the_kernels_what_knows_no_backend():
+    allowed = {
+        "factorizer_kernels",
+        "factorizer_kernels.shared.checks",
+        "factorizer_kernels.shared.dtypes",
+        "factorizer_kernels.ops.windows.geometry",
+        "factorizer_kernels.ops.nmf.reference",
+    }
+    known = modules(ROOT)
+    taken = {
+        (name, other)
+        for name, file in known.items()
+        if name.startswith("factorizer.")
+        for other in imports(name, file, known)
+        if other.startswith("factorizer_kernels") and other not in allowed
+    }
+    assert not taken
+
+
 def test_shared_names_no_operator():
     families = [folder.name for folder in (ROOT / "factorizer_kernels/ops").iterdir() if folder.is_dir()]
     for file in (ROOT / "factorizer_kernels/shared").glob("*.py"):

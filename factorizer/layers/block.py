@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
+from factorizer_kernels.shared.checks import integer, integers
 
-from .checks import check_count, check_dtype, check_features, check_probability, check_spatial_size
+from .checks import check_dtype, check_features, check_probability
 from .depthwise import DepthwiseConv
 from .linear import Linear
 from .mixer import FactMixer
@@ -112,8 +113,8 @@ class FactorizerStage(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        check_count("depth", depth)
-        size = check_spatial_size("spatial_size", spatial_size)
+        integer("depth", depth, 1)
+        size = integers("spatial_size", spatial_size, 1, (1, 2, 3))
         self.adapter: nn.Module = nn.Identity()
         if in_channels != out_channels:
             self.adapter = build("adapter", adapter, in_channels, out_channels)

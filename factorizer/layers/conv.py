@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
+from factorizer_kernels.shared.checks import integer, one_of
 from factorizer_kernels.shared.dtypes import autocast_disabled
 
-from .checks import check_count, check_dtype, check_spatial_dims
+from .checks import check_dtype
 from .linear import Linear
 from .norm import LayerNorm
 from .parts import has_hooks
@@ -111,8 +112,8 @@ class ConvStage(nn.Module):
         spatial_dims: int = 3,
     ) -> None:
         super().__init__()
-        check_count("depth", depth)
-        check_spatial_dims(spatial_dims)
+        integer("depth", depth, 1)
+        one_of("spatial_dims", spatial_dims, (1, 2, 3))
         layers: list[nn.Module] = []
         for i in range(depth):
             width = out_channels if i else in_channels

@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
+from factorizer_kernels.shared.checks import integer, integers, one_of
 
-from .checks import check_count, check_counts, check_features, check_spatial_dims
+from .checks import check_features
 from .conv import CONV
 
 
@@ -33,12 +34,12 @@ class DepthwiseConv(nn.Module):
         self, channels: int, kernel_size: int | Sequence[int] = 3, bias: bool = True, spatial_dims: int = 3
     ) -> None:
         super().__init__()
-        self.channels = check_count("channels", channels)
-        check_spatial_dims(spatial_dims)
+        self.channels = integer("channels", channels, 1)
+        one_of("spatial_dims", spatial_dims, (1, 2, 3))
         if isinstance(kernel_size, Sequence):
-            kernel_size = check_counts("kernel_size", kernel_size, (spatial_dims,))
+            kernel_size = integers("kernel_size", kernel_size, 1, (spatial_dims,))
         else:
-            kernel_size = (check_count("kernel_size", kernel_size),) * spatial_dims
+            kernel_size = (integer("kernel_size", kernel_size, 1),) * spatial_dims
         if any(k % 2 == 0 for k in kernel_size):
             raise ValueError(f"kernel_size must be odd along each axis, got {kernel_size}")
         padding = tuple(k // 2 for k in kernel_size)

@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
+from factorizer_kernels.shared.checks import integer
 
-from .checks import check_count, check_dtype, check_features
+from .checks import check_dtype, check_features
 
 
 class Linear(nn.Module):
@@ -27,8 +28,8 @@ class Linear(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, bias: bool = True) -> None:
         super().__init__()
-        self.in_channels = check_count("in_channels", in_channels)
-        self.out_channels = check_count("out_channels", out_channels)
+        self.in_channels = integer("in_channels", in_channels, 1)
+        self.out_channels = integer("out_channels", out_channels, 1)
         self.linear = nn.Conv1d(in_channels, out_channels, kernel_size=1, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:

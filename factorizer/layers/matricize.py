@@ -9,8 +9,9 @@ from torch import Tensor, nn
 
 import factorizer_kernels as fk
 from factorizer_kernels.ops.windows.geometry import Shift, resolve
+from factorizer_kernels.shared.checks import integers
 
-from .checks import check_counts, check_features
+from .checks import check_features
 from .resize import crop_to, pad_to, round_up
 
 
@@ -47,11 +48,7 @@ class SWMatricize(nn.Module):
         shifts: Any = None,
     ) -> None:
         super().__init__()
-        self.channels, *spatial_size = check_counts(
-            "input_size[1:]",
-            input_size[1:],  # type: ignore[arg-type]
-            (2, 3, 4),
-        )
+        self.channels, *spatial_size = integers("input_size[1:]", input_size[1:], 1, (2, 3, 4))
         self.spatial_size = tuple(spatial_size)
         self.shifts = shifts
         self.window_options: dict[str, Any] = {

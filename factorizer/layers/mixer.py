@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
+from factorizer_kernels.shared.checks import integer, integers
 
-from .checks import check_count, check_features, check_probability, check_spatial_size
+from .checks import check_features, check_probability
 from .factorization import NMF, MatrixFactorization
 from .factorization.inits import FixedInit
 from .linear import Linear
@@ -55,9 +56,9 @@ class FactMixer(nn.Module):
         **kwargs: Any,
     ) -> None:
         super().__init__()
-        self.in_channels = check_count("in_channels", in_channels)
-        check_count("out_channels", out_channels)
-        self.spatial_size = check_spatial_size("spatial_size", spatial_size)
+        self.in_channels = integer("in_channels", in_channels, 1)
+        integer("out_channels", out_channels, 1)
+        self.spatial_size = integers("spatial_size", spatial_size, 1, (1, 2, 3))
         self.in_proj = Linear(in_channels, out_channels, bias=False)
         self.reshape = build("reshape", reshape, (None, out_channels, *self.spatial_size))
         self.act = nn.Identity() if act is None else build("act", act)

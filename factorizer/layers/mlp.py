@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from .checks import check_count, check_probability
+from factorizer_kernels.shared.checks import integer
+
+from .checks import check_probability
 from .linear import Linear
 
 
@@ -28,7 +30,7 @@ class MLP(nn.Module):
         dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        check_count("in_channels", in_channels)
+        integer("in_channels", in_channels, 1)
         check_probability("dropout", dropout)
         if hidden_channels is None:
             if ratio <= 0:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
+from factorizer_kernels.shared.checks import integer
 
-from .checks import check_count, check_features
+from .checks import check_features
 
 
 class LayerNorm(nn.Module):
@@ -25,7 +26,7 @@ class LayerNorm(nn.Module):
 
     def __init__(self, dim: int, **kwargs: Any) -> None:
         super().__init__()
-        self.dim = check_count("dim", dim)
+        self.dim = integer("dim", dim, 1)
         self.norm = nn.LayerNorm(dim, **kwargs)
 
     def forward(self, x: Tensor) -> Tensor:

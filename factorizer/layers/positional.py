@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .checks import check_count, check_features, check_spatial_size
+from factorizer_kernels.shared.checks import integer, integers
+
+from .checks import check_features
 from .resize import resample
 
 
@@ -27,8 +29,8 @@ class PositionalEmbedding(nn.Module):
 
     def __init__(self, channels: int, spatial_size: Sequence[int]) -> None:
         super().__init__()
-        self.channels = check_count("channels", channels)
-        size = check_spatial_size("spatial_size", spatial_size)
+        self.channels = integer("channels", channels, 1)
+        size = integers("spatial_size", spatial_size, 1, (1, 2, 3))
         self.pos = nn.Parameter(torch.empty(1, channels, *size))
         nn.init.trunc_normal_(self.pos, std=0.02)
 

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import nn
 
+from factorizer_kernels.shared.checks import integers
+
 from ..layers import FactorizerStage, PositionalEmbedding
-from ..layers.checks import check_spatial_size
 from ..layers.parts import Part
 from .unet import UNet
 
@@ -52,7 +53,7 @@ class Factorizer(UNet):
         num_deep_supr: bool | int = False,
         **kwargs: Any,
     ) -> None:
-        size = check_spatial_size("spatial_size", spatial_size)
+        size = integers("spatial_size", spatial_size, 1, (1, 2, 3))
         pos_embed = nn.Identity if pos_embed is None else pos_embed
         super().__init__(
             in_channels,

@@ -8,14 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.checks import (
-    check_count,
-    check_counts,
-    check_dtype,
-    check_features,
-    check_spatial_dims,
-    plain_tensor,
-)
+from factorizer_kernels.shared.checks import integer, integers, one_of, plain_tensor
+
+from ..layers.checks import check_dtype, check_features
 from ..layers.conv import CONV, CONV_TRANSPOSE, ConvStage, can_join, join
 from ..layers.parts import Part, build, has_hooks
 from ..layers.resize import crop_to, pad_to, round_up
@@ -146,18 +141,18 @@ class UNet(nn.Module):
         bottleneck: Part | None = None,
     ) -> None:
         super().__init__()
-        self.in_channels = check_count("in_channels", in_channels)
-        self.out_channels = check_count("out_channels", out_channels)
-        self.spatial_dims = check_spatial_dims(spatial_dims)
-        encoder_width = check_counts("encoder_width", encoder_width, range(1, 33))
+        self.in_channels = integer("in_channels", in_channels, 1)
+        self.out_channels = integer("out_channels", out_channels, 1)
+        self.spatial_dims = one_of("spatial_dims", spatial_dims, (1, 2, 3))
+        encoder_width = integers("encoder_width", encoder_width, 1, range(1, 33))
         levels = len(encoder_width)
-        encoder_depth = check_counts("encoder_depth", encoder_depth, (levels,))
-        decoder_depth = check_counts("decoder_depth", decoder_depth, (levels - 1,))
+        encoder_depth = integers("encoder_depth", encoder_depth, 1, (levels,))
+        decoder_depth = integers("decoder_depth", decoder_depth, 1, (levels - 1,))
         steps = _steps(strides, levels, spatial_dims)
         self._strides = [_product(steps[: i + 1]) for i in range(levels)]
         sizes: list[Size | None] = [None] * levels
         if spatial_size is not None:
-            size = check_counts("spatial_size", spatial_size, (spatial_dims,))
+            size = integers("spatial_size", spatial_size, 1, (spatial_dims,))
             fitted = round_up(size, self._strides[-1])
             sizes = [_divide_up(fitted, stride) for stride in self._strides]
 
@@ -190,7 +185,7 @@ class UNet(nn.Module):
         if isinstance(num_deep_supr, bool):
             num_heads = DEEP_SUPERVISION_HEADS if num_deep_supr else 0
         else:
-            num_heads = check_count("num_deep_supr", num_deep_supr, 0)
+            num_heads = integer("num_deep_supr", num_deep_supr)
         if num_heads > levels:
             raise ValueError(
                 f"num_deep_supr must be at most {levels}, one head for each level, got {num_deep_supr} "
@@ -228,7 +223,7 @@ def _steps(strides: Sequence[int | Sequence[int]], levels: int, axes: int) -> li
             f"strides must have {levels} entries, one for each level of encoder_width, got {strides!r}"
         )
     return [
-        check_counts(f"strides[{i}]", s if isinstance(s, Sequence) else [s] * axes, (axes,))
+        integers(f"strides[{i}]", s if isinstance(s, Sequence) else [s] * axes, 1, (axes,))
         for i, s in enumerate(strides)
     ]
 

@@ -105,5 +105,5 @@ def feature_map(
     axes = "1, 2 or 3" if spatial_dims is None else spatial_dims
     x = tensor(name, value, f"(B, C, S1..Sp) with p = {axes}", least + 2, most + 2)
     if channels is not None and x.shape[1] != channels:
-        raise ValueError(f"{name} must have {channels} channels, got shape {tuple(x.shape)}")
+        raise ValueError(f"{name} must have {channels} channels, got {x.shape[1]} (shape {tuple(x.shape)})")
     return x

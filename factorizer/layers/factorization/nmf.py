@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
+from factorizer_kernels.shared.checks import integer, integers
 from factorizer_kernels.shared.dtypes import autocast_disabled
 
-from ..checks import check_count, check_counts
 from .inits import DRAWS, FixedInit, make_init
 from .solvers import Solver, SolverSpec, make_solvers
 
@@ -50,17 +50,17 @@ class MatrixFactorization(nn.Module):
         verbose: bool = False,
     ) -> None:
         super().__init__()
-        m, n = check_counts("size", size, (2,))
+        m, n = integers("size", size, 1, (2,))
         if not compression > 0:
             raise ValueError(f"compression must be positive, got {compression!r}")
         if rank is None:
             rank = max(ceil(m * n / (compression * (m + n))), 1)
         self.size = (m, n)
-        self.rank = check_count("rank", rank)
+        self.rank = integer("rank", rank, 1)
         self.compression = compression
-        self.num_iters = check_count("num_iters", num_iters, 0)
+        self.num_iters = integer("num_iters", num_iters)
         if num_grad_steps is not None:
-            check_count("num_grad_steps", num_grad_steps, 0)
+            integer("num_grad_steps", num_grad_steps)
         self.num_grad_steps = num_grad_steps
         self.init = make_init(init, self.size, self.rank)
         self.solvers: list[Solver] = make_solvers(solver)
@@ -187,7 +187,7 @@ def set_num_iters(module: nn.Module, num_iters: int) -> None:
     Raises:
         TypeError, ValueError: num_iters is no whole number of at least 0.
     """
-    check_count("num_iters", num_iters, 0)
+    integer("num_iters", num_iters)
     for part in module.modules():
         if isinstance(part, MatrixFactorization):
             part.num_iters = num_iters
@@ -200,7 +200,7 @@ def set_rank(module: nn.Module, rank: int, seed: int = 0) -> None:
     others were, with `seed`. The weights know nothing of the rank, so a trained network goes on
     working; it is at its best at the rank that it was trained with.
     """
-    check_count("rank", rank)
+    integer("rank", rank, 1)
     generator = torch.Generator().manual_seed(seed)
     for part in module.modules():
         if isinstance(part, MatrixFactorization) and isinstance(part.init, FixedInit):

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.reference import hals_update, mu_update
-
-from ..checks import check_count
+from factorizer_kernels.shared.checks import integer
 
 
 class Solver:
@@ -151,7 +150,7 @@ class FastMultiplicativeUpdate(Solver):
 
     def __init__(self, factor: int | Sequence[int] = (0, 1), eps: float = 1e-16, num_inner: int = 3) -> None:
         super().__init__(factor, eps)
-        self.num_inner = check_count("num_inner", num_inner)
+        self.num_inner = integer("num_inner", num_inner, 1)
 
     def update(self, x: Tensor, u: Tensor, v: Tensor, w: Tensor | None) -> Tensor:
         a, b = x @ v, v.mT @ v

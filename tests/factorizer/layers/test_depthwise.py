@@ -36,10 +36,10 @@ def test_is_torchs(axes, kernel_size, bias, rel):
         (lambda: DepthwiseConv(0), ValueError, "channels must be at least 1, got 0"),
         (lambda: DepthwiseConv(3, 4), ValueError, r"kernel_size must be odd.* got \(4, 4, 4\)"),
         (lambda: DepthwiseConv(3, (3, 3)), ValueError, "kernel_size must have 3 entries"),
-        (lambda: DepthwiseConv(3, 3.0), TypeError, "kernel_size must be an int, got 3.0"),
+        (lambda: DepthwiseConv(3, 3.0), TypeError, "kernel_size must be an integer, got 3.0"),
         (lambda: DepthwiseConv(3, spatial_dims=4), ValueError, "spatial_dims must be .*, got 4"),
         (lambda: DepthwiseConv(3)(torch.zeros(1, 4, 5, 5, 5)), ValueError, "must have 3 channels.* got 4"),
-        (lambda: DepthwiseConv(3)(torch.zeros(1, 3, 5, 5)), ValueError, "3 spatial axes"),
+        (lambda: DepthwiseConv(3)(torch.zeros(1, 3, 5, 5)), ValueError, "p = 3, got shape"),
     ],
 )
 def test_refuses(build, error, message):

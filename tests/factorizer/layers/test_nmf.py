@@ -157,12 +157,12 @@ def test_half_precision_is_computed_in_float32(solver, dtype, backend):
 @pytest.mark.parametrize(
     ("build_it", "error", "message"),
     [
-        (lambda: NMF(4), TypeError, "size must be a sequence of ints, got 4"),
+        (lambda: NMF(4), TypeError, "size must be a sequence of integers, got 4"),
         (lambda: NMF((4, 5, 6)), ValueError, "size must have 2 entries"),
         (lambda: NMF((4, 0)), ValueError, r"size\[1\] must be at least 1, got 0"),
         (lambda: NMF((4, 5), rank=0), ValueError, "rank must be at least 1, got 0"),
-        (lambda: NMF((4, 5), rank=1.5), TypeError, "rank must be an int, got 1.5"),
-        (lambda: NMF((4, 5), rank=True), TypeError, "rank must be an int, got True"),
+        (lambda: NMF((4, 5), rank=1.5), TypeError, "rank must be an integer, got 1.5"),
+        (lambda: NMF((4, 5), rank=True), TypeError, "rank must be an integer, got True"),
         (lambda: NMF((4, 5), compression=0), ValueError, "compression must be positive, got 0"),
         (lambda: NMF((4, 5), num_iters=-1), ValueError, "num_iters must be at least 0, got -1"),
         (lambda: NMF((4, 5), num_grad_steps=-1), ValueError, "num_grad_steps must be at least 0"),

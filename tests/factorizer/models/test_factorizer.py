@@ -427,7 +427,7 @@ def test_backward_graph_of_the_reference(rel):
     x = torch.randn(2, 2, 8, 8)
     gradients = []
     with fk.use_backend("reference"):
-        for run in (network, torch.compile(network, fullgraph=True, backend="aot_eager")):
+        for run in (network, torch.compile(network, fullgraph=True, dynamic=False, backend="aot_eager")):
             network.zero_grad()
             run(x).square().sum().backward()
             gradients.append([p.grad.clone() for p in network.parameters()])
@@ -441,16 +441,16 @@ def forward(x, **kwargs):
 @pytest.mark.parametrize(
     ("build_it", "error", "message"),
     [
-        (forward(torch.zeros(1, 3, 16, 16)), ValueError, "Factorizer: x must have 2 channels .*3"),
-        (forward(torch.zeros(1, 2, 16)), ValueError, r"2 spatial axes, got shape \(1, 2, 16\)"),
-        (forward(torch.zeros(2, 16, 16)), ValueError, r"2 spatial axes, got shape \(2, 16, 16\)"),
+        (forward(torch.zeros(1, 3, 16, 16)), ValueError, "Factorizer: x must have 2 channels, got 3"),
+        (forward(torch.zeros(1, 2, 16)), ValueError, r"p = 2, got shape \(1, 2, 16\)"),
+        (forward(torch.zeros(2, 16, 16)), ValueError, r"p = 2, got shape \(2, 16, 16\)"),
         (forward(torch.zeros(1, 2, 16, 0)), ValueError, r"spatial axes .*not be empty.* \(1, 2, 16, 0\)"),
-        (forward(torch.zeros(1, 2, 16, 16).long()), TypeError, "floating-point dtype, got torch.int64"),
+        (forward(torch.zeros(1, 2, 16, 16).long()), TypeError, "float32.*got torch.int64"),
         (forward(torch.zeros(1, 2, 16, 16).double()), TypeError, "float32.* got torch.float64"),
-        (forward("x"), TypeError, "x must be a tensor, got str"),
+        (forward("x"), TypeError, "x must be a torch.Tensor, got str"),
         (lambda: small(in_channels=0), ValueError, "in_channels must be at least 1, got 0"),
-        (lambda: small(out_channels="3"), TypeError, "out_channels must be an int, got '3'"),
-        (lambda: small(128), TypeError, "spatial_size must be a sequence of ints, got 128"),
+        (lambda: small(out_channels="3"), TypeError, "out_channels must be an integer, got '3'"),
+        (lambda: small(128), TypeError, "spatial_size must be a sequence of integers, got 128"),
         (lambda: small((8, 8, 8, 8)), ValueError, "spatial_size must have 1 or 2 or 3 entries"),
         (lambda: small((8, -8)), ValueError, r"spatial_size\[1\] must be at least 1, got -8"),
         (
@@ -459,7 +459,7 @@ def forward(x, **kwargs):
             "head_dim=4 must divide the 18 channels",
         ),
         (lambda: small(encoder_width=(8, 16)), ValueError, "encoder_depth must have 2 entries"),
-        (lambda: small(encoder_width=8), TypeError, "encoder_width must be a sequence of ints"),
+        (lambda: small(encoder_width=8), TypeError, "encoder_width must be a sequence of integers"),
         (lambda: small(strides=(1, 2)), ValueError, r"strides must have 3 entries.* got \(1, 2\)"),
         (lambda: small(strides=(1, 2, 0)), ValueError, r"strides\[2\]\[0\] must be at least 1"),
         (lambda: small(strides=(1, 2, (2, 2, 2))), ValueError, r"strides\[2\] must have 2 entries"),
@@ -467,13 +467,13 @@ def forward(x, **kwargs):
         (lambda: small(encoder_depth=(1, 1, 0)), ValueError, r"encoder_depth\[2\] must be at least"),
         (lambda: small(num_deep_supr=4), ValueError, "num_deep_supr must be at most 3"),
         (lambda: small(num_deep_supr=-1), ValueError, "num_deep_supr must be at least 0, got -1"),
-        (lambda: small(num_deep_supr=1.5), TypeError, "num_deep_supr must be an int, got 1.5"),
+        (lambda: small(num_deep_supr=1.5), TypeError, "num_deep_supr must be an integer, got 1.5"),
         (lambda: small(stem="conv"), TypeError, "stem must be a class, or a pair"),
         (lambda: small(dropout=1), ValueError, r"dropout must lie in \[0, 1\), got 1"),
         (lambda: small(patch_size=4), TypeError, "patch_size"),
         (lambda: small(reshape=(SWMatricize, {"head_dim": 4})), ValueError, "patch_size"),
         (lambda: small(solver="sgd"), ValueError, "solver must be one of"),
-        (lambda: UNet(2, 3, spatial_dims=4), ValueError, "spatial_dims must be 1, 2 or 3, got 4"),
+        (lambda: UNet(2, 3, spatial_dims=4), ValueError, "spatial_dims must be one of .*got 4"),
         (
             lambda: UNet(2, 3, spatial_dims=2, spatial_size=(8, 8, 8)),
             ValueError,
