@@ -19,9 +19,7 @@ def small_filters(x: Tensor, kernel_size: tuple[int, ...]) -> str | None:
     return f"it takes kernels of 1, 3, 5 or 7 voxels along each axis, got {tuple(kernel_size)}"
 
 
-def gradients_like(
-    dy: Tensor, weight: Tensor, output_mask: Sequence[bool]
-) -> tuple[Tensor, Tensor, Tensor]:
+def gradients_like(dy: Tensor, weight: Tensor, output_mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialised dx, dweight and dbias."""
     return (
         dy.new_empty(dy.shape if output_mask[0] else (0,)),

@@ -92,9 +92,7 @@ def norm_linear(
     norm = _norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x)
     linear = _linear_weights("weight", weight, "bias", bias, x)
     arguments = (x, *norm, *linear)
-    return _call(
-        "norm_linear", reference.norm_linear, NormLinear, x, arguments, _eps(eps), widest=x.shape[1]
-    )
+    return _call("norm_linear", reference.norm_linear, NormLinear, x, arguments, _eps(eps), widest=x.shape[1])
 
 
 def linear_norm_mlp(

@@ -139,9 +139,7 @@ def block_sums_kernel(
     for at in range(tl.program_id(0), batch * tl.cdiv(voxels, VOXELS), tl.num_programs(0)):
         item, v = tile_of(at, voxels, VOXELS)
         first = load_tile(coarse, coarse_strides, item, d, v, voxels, D).to(PRODUCT)
-        second = _load_fine(
-            fine_map, fine_strides, item, c, _fine(v, place, sizes, KERNEL), v < voxels, C
-        )
+        second = _load_fine(fine_map, fine_strides, item, c, _fine(v, place, sizes, KERNEL), v < voxels, C)
         total = tl.dot(first, tl.trans(second.to(PRODUCT)), total, input_precision=PRECISION)
     at = ((tl.program_id(0) * D + d)[:, None] * C + c[None, :]) * PLACES + place
     tl.store(shares + at, total, mask=(d < D)[:, None] & (c < C)[None, :])

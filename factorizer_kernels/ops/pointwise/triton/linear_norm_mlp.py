@@ -142,9 +142,7 @@ def mlp_sums_kernel(
         total2 = tl.dot(activated.to(PRODUCT), tl.trans(gradient), total2, input_precision=PRECISION)
         dhidden = tl.dot(second, gradient, input_precision=PRECISION) * slope
         bias_total1 += tl.sum(dhidden, axis=1)
-        total1 = tl.dot(
-            dhidden.to(PRODUCT), tl.trans(normed.to(PRODUCT)), total1, input_precision=PRECISION
-        )
+        total1 = tl.dot(dhidden.to(PRODUCT), tl.trans(normed.to(PRODUCT)), total1, input_precision=PRECISION)
     row = tl.program_id(0) * H + h
     at, inside = row[:, None] * C + c[None, :], (h < H)[:, None] & (c < C)[None, :]
     tl.store(shares1 + at, total1, mask=inside)

@@ -32,9 +32,7 @@ def problem(size, kernel_size, dtype=torch.float64):
 
 
 def compare(inputs, dy, rel):
-    exact = grads_of(
-        "reference", fk.depthwise_conv, [t.double() for t in inputs], (dy.double(),), {}
-    )
+    exact = grads_of("reference", fk.depthwise_conv, [t.double() for t in inputs], (dy.double(),), {})
     before = [t.clone() for t in inputs]
     ours = grads_of("triton", fk.depthwise_conv, inputs, (dy,), {})
     results, expected = (*ours.values, *ours.gradients), (*exact.values, *exact.gradients)
