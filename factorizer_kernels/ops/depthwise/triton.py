@@ -1,8 +1,8 @@
 """Triton kernels of depthwise convolution: two maps moved, what the filter sees again comes from cache.
 
-A program has a block of rows and columns of one channel and goes through planes: each plane that it reads adds to
-as many planes of the result as the filter is deep. So an element is loaded once for each tap of one plane
-of the filter. The weights' gradient has one sum of each tap, over a chunk of blocks, and then over the chunks.
+A program has a block of rows and columns of one channel and goes through planes: each plane that it reads
+adds to as many planes of the result as the filter is deep. So an element is loaded once for each tap of one plane
+of the filter. The weights' gradient has a sum for each tap, over a chunk of blocks, and then over the chunks.
 """
 # Triton knows no unpacking inside a tuple, and its tuples grow.
 # ruff: noqa: RUF005
@@ -22,7 +22,7 @@ from factorizer_kernels.shared.triton import compute_type, launch, padded
 # Elements of a program's block, and the planes that it goes through.
 BLOCK = 512
 PLANES = 16
-# Elements of a block of the weights' gradient, each with a sum for every tap of a plane, and blocks of a chunk.
+# Elements of a block of the weights' gradient, with a sum for every tap of a plane, and blocks of a chunk.
 SUMS_BLOCK = 256
 CHUNK = 64
 

@@ -1,9 +1,9 @@
 """Triton kernels of ``join`` and ``patch_conv``: linear maps between a grid and one coarser by whole numbers.
 
-A place is where a fine voxel lies in its block, (p1, p2, p3) of the kernel's k1 x k2 x k3. ``gather`` maps a block's
-voxels to the coarse one, Σ_p A_p fine_p; ``spread`` does the reverse, fine_p = A_p coarse, beside a linear map of
-another fine map; ``block_sums`` has the weights' gradients, Σ coarse fine_pᵀ. A program has a tile of coarse voxels
-and goes through the places, so that the sectors of neighbouring fine voxels meet in cache.
+A place is where a fine voxel lies in its block, (p1, p2, p3) of the kernel's k1 x k2 x k3. ``gather`` maps a
+block's voxels to the coarse one, Σ_p A_p fine_p; ``spread`` does the reverse, fine_p = A_p coarse, beside a
+linear map of another fine map; ``block_sums`` has the weights' gradients, Σ coarse fine_pᵀ. A program has a
+tile of coarse voxels and goes through the places, so that the sectors of neighbouring fine voxels meet in cache.
 """
 
 from math import prod
@@ -148,7 +148,7 @@ def block_sums_kernel(
 def _gather(
     x: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, dtype: torch.dtype, y: Tensor
 ) -> None:
-    """Write the coarse y, of x (B, C, V) and weight (D, C, k1..kp), or (C, D, k1..kp) where it is transposed."""
+    """Write the coarse y, of x (B, C, V) and weight (D, C, k1..kp), or transposed (C, D, k1..kp)."""
     channels, rows, sizes = x.shape[1], y.shape[1], three_axes(y.shape[2:], 1)
     block = channel_block(rows, ROWS)
     launch(
@@ -163,7 +163,7 @@ def _spread(
     x: Tensor, weight: Tensor, transposed: bool, size: tuple[int, ...], skip: tuple[Tensor, ...] | None,
     dtype: torch.dtype, y: Tensor,
 ) -> None:  # fmt: skip
-    """Write the fine y, of the coarse x (B, E, V) of that spatial size and weight (D, E, k1..kp), or (E, D, k1..kp).
+    """Write the fine y, of x (B, E, V) of that spatial size and weight (D, E, k1..kp), or (E, D, k1..kp).
 
     Args:
         skip: (skip (B, C, ..), its weight, the bias), or None for none.
@@ -172,8 +172,8 @@ def _spread(
     fine, weight_skip, bias = skip or (x, weight, weight)
     launch(
         spread_kernel, (tiles_of(x), triton.cdiv(rows, block)), x,
-        x, x.stride()[:2], weight, _strides(weight, transposed), fine, fine.stride()[:2], weight_skip, bias, y,
-        three_axes(size, 1),
+        x, x.stride()[:2], weight, _strides(weight, transposed), fine, fine.stride()[:2], weight_skip, bias,
+        y, three_axes(size, 1),
         SKIP=skip is not None, C=fine.shape[1], E=x.shape[1], D=rows, KERNEL=three_axes(weight.shape[2:], 1),
         **products(dtype), C_BLOCK=channel_block(fine.shape[1], COLUMNS),
         E_BLOCK=channel_block(x.shape[1], COLUMNS), D_BLOCK=block, VOXELS=VOXELS,
@@ -183,7 +183,7 @@ def _spread(
 def _block_sums(
     coarse: Tensor, fine: Tensor, size: tuple[int, ...], weight: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """Σ coarse fine_pᵀ in weight's shape (D, C, k1..kp), of coarse (B, D, V), of that spatial size, and fine."""
+    """Σ coarse fine_pᵀ in weight's shape (D, C, k1..kp), of coarse (B, D, V), of that size, and fine."""
     rows, channels, *kernel_size = weight.shape
     row_block, column_block = channel_block(rows, ROWS), channel_block(channels, ROWS)
     blocks = triton.cdiv(rows, row_block) * triton.cdiv(channels, column_block) * prod(kernel_size)
@@ -203,7 +203,7 @@ def _tiles(x: Tensor) -> int:
 
 
 def _strides(weight: Tensor, transposed: bool) -> tuple[int, int]:
-    """(row, column) of a place's matrix in the contiguous (rows, columns, k1..kp), or (columns, rows, k1..kp)."""
+    """The strides (row, column) of a place's matrix in (rows, columns, k1..kp), or (columns, rows, k1..kp)."""
     first, second = weight.stride()[:2]
     return (second, first) if transposed else (first, second)
 

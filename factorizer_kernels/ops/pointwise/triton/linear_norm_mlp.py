@@ -1,8 +1,8 @@
 """Triton kernels of ``linear_norm_mlp``: z + W2 gelu(W1 n(z) + b1) + b2, where z = x + W y + b.
 
-Forward: z stays in registers, and the hidden channels exist HIDDEN at a time. The backward computes them again,
-in two kernels, since one would not fit the registers: one writes dy and dz, which is dx; another, whose programs
-have HIDDEN hidden channels each, sums for W1 and W2. What is left, dW = Σ dz yᵀ, is that of a linear map.
+Forward: z stays in registers, and the hidden channels exist HIDDEN at a time. The backward computes them
+again, in two kernels, since one would not fit the registers: one writes dy and dz, which is dx; another,
+whose programs have HIDDEN hidden channels each, sums for W1 and W2. dW = Σ dz yᵀ is that of a linear map.
 """
 
 import triton
@@ -61,7 +61,7 @@ def linear_norm_mlp_kernel(
     """A tile of the contiguous out (B, C, V)."""
     item, v = tile_of(tl.program_id(0), voxels, VOXELS)
     c, e = tl.arange(0, C_BLOCK), tl.arange(0, E_BLOCK)
-    z, normed, scale = _middle(
+    z, normed, _scale = _middle(
         y, y_strides, x, x_strides, weight, bias, item, c, e, v, voxels, eps, E, C, PRODUCT, PRECISION
     )
     scaled = normed * load_vector(norm_weight, c, C)[:, None] + load_vector(norm_bias, c, C)[:, None]
@@ -70,7 +70,7 @@ def linear_norm_mlp_kernel(
     for first in range(0, H, H_BLOCK):
         h = first + tl.arange(0, H_BLOCK)
         hidden = tl.dot(load_matrix(weight1, h, c, H, C, PRODUCT), operand, input_precision=PRECISION)
-        activated, slope = gelu(hidden + load_vector(bias1, h, H)[:, None])
+        activated, _slope = gelu(hidden + load_vector(bias1, h, H)[:, None])
         block = load_matrix(weight2, c, h, C, H, PRODUCT)
         z = tl.dot(block, activated.to(PRODUCT), z, input_precision=PRECISION)
     store_tile(out, item, c, v, voxels, z, C)
@@ -86,7 +86,7 @@ def linear_norm_mlp_backward_kernel(
     """A tile of the contiguous dy (B, E, V) and dx (B, C, V)."""
     item, v = tile_of(tl.program_id(0), voxels, VOXELS)
     c, e = tl.arange(0, C_BLOCK), tl.arange(0, E_BLOCK)
-    z, normed, scale = _middle(
+    _z, normed, scale = _middle(
         y, y_strides, x, x_strides, weight, bias, item, c, e, v, voxels, eps, E, C, PRODUCT, PRECISION
     )
     norm_scale = load_vector(norm_weight, c, C)[:, None]
@@ -98,7 +98,7 @@ def linear_norm_mlp_backward_kernel(
         h = first + tl.arange(0, H_BLOCK)
         block = load_matrix(weight1, h, c, H, C, PRODUCT)
         hidden = tl.dot(block, operand, input_precision=PRECISION) + load_vector(bias1, h, H)[:, None]
-        activated, slope = gelu(hidden)
+        _activated, slope = gelu(hidden)
         second = load_matrix(weight2, c, h, C, H, PRODUCT)
         dhidden = tl.dot(tl.trans(second), gradient_operand, input_precision=PRECISION) * slope
         through = tl.dot(tl.trans(block), dhidden.to(PRODUCT), through, input_precision=PRECISION)
@@ -131,7 +131,7 @@ def mlp_sums_kernel(
     bias_total1, bias_total2 = tl.zeros([H_BLOCK], tl.float32), tl.zeros([C_BLOCK], tl.float32)
     for at in range(tl.program_id(0), batch * tl.cdiv(voxels, VOXELS), tl.num_programs(0)):
         item, v = tile_of(at, voxels, VOXELS)
-        z, normed, scale = _middle(
+        _z, normed, _scale = _middle(
             y, y_strides, x, x_strides, weight, bias, item, c, e, v, voxels, eps, E, C, PRODUCT, PRECISION
         )
         operand = (normed * norm_scale + norm_shift).to(PRODUCT)
@@ -153,8 +153,8 @@ def mlp_sums_kernel(
 
 def _constants(y: Tensor, x: Tensor, hidden: int, dtype) -> dict:
     return {
-        "E": y.shape[1], "C": x.shape[1], "H": hidden, **products(dtype), "E_BLOCK": channel_block(y.shape[1]),
-        "C_BLOCK": channel_block(x.shape[1]), "H_BLOCK": channel_block(hidden, HIDDEN), "VOXELS": VOXELS,
+        "E": y.shape[1], "C": x.shape[1], "H": hidden, **products(dtype),
+        "E_BLOCK": channel_block(y.shape[1]), "C_BLOCK": channel_block(x.shape[1]), "H_BLOCK": channel_block(hidden, HIDDEN), "VOXELS": VOXELS,
     }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """Triton kernels of ``norm_linear``: W n(x) + b, of which n, or W and b, may be left out.
 
-Forward: a tile of x is standardised in registers and multiplied by blocks of W. Backward: one kernel writes dx,
-another sums for the weights. With x̂ the standardised x, s and t the norm's scale and shift, all that the weights'
-gradients need is G = Σ dy x̂ᵀ and db = Σ dy:
+Forward: a tile of x is standardised in registers and multiplied by blocks of W. Backward: one kernel writes
+dx, another sums for the weights. With x̂ the standardised x, s and t the norm's scale and shift, all that the
+weights' gradients need is G = Σ dy x̂ᵀ and db = Σ dy:
 
     dW = G diag(s) + db tᵀ,   ds_c = Σ_d W_dc G_dc,   dt = Wᵀ db.
 """
@@ -48,7 +48,7 @@ def norm_linear_kernel(
     c = tl.arange(0, C_BLOCK)
     tile = load_tile(x, x_strides, item, c, v, voxels, C).to(tl.float32)
     if NORM:
-        tile, scale = standardised(tile, c, v < voxels, eps, C)
+        tile, _scale = standardised(tile, c, v < voxels, eps, C)
         tile = tile * load_vector(norm_weight, c, C)[:, None] + load_vector(norm_bias, c, C)[:, None]
     if LINEAR:
         operand = tile.to(PRODUCT)
@@ -93,7 +93,7 @@ def linear_sums_kernel(
     NORM: tl.constexpr, C: tl.constexpr, D: tl.constexpr, PRODUCT: tl.constexpr,
     PRECISION: tl.constexpr, C_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, VOXELS: tl.constexpr,
 ):  # fmt: skip
-    """Shares (programs, D, C) of Σ dy x̂ᵀ (without NORM of Σ dy xᵀ), and (programs, D) of Σ dy; D_BLOCK rows."""
+    """Shares (programs, D, C) of Σ dy x̂ᵀ (without NORM Σ dy xᵀ), and (programs, D) of Σ dy; D_BLOCK rows."""
     c, d = tl.arange(0, C_BLOCK), tl.program_id(1) * D_BLOCK + tl.arange(0, D_BLOCK)
     total = tl.zeros([D_BLOCK, C_BLOCK], tl.float32)
     bias_total = tl.zeros([D_BLOCK], tl.float32)
@@ -101,7 +101,7 @@ def linear_sums_kernel(
         item, v = tile_of(at, voxels, VOXELS)
         tile = load_tile(x, x_strides, item, c, v, voxels, C)
         if NORM:
-            tile, scale = standardised(tile.to(tl.float32), c, v < voxels, eps, C)
+            tile, _scale = standardised(tile.to(tl.float32), c, v < voxels, eps, C)
         gradient = load_tile(dy, dy_strides, item, d, v, voxels, D)
         bias_total += tl.sum(gradient.to(tl.float32), axis=1)
         total = tl.dot(gradient.to(PRODUCT), tl.trans(tile.to(PRODUCT)), total, input_precision=PRECISION)
@@ -121,7 +121,7 @@ def norm_sums_kernel(
     for at in range(tl.program_id(0), batch * tl.cdiv(voxels, VOXELS), tl.num_programs(0)):
         item, v = tile_of(at, voxels, VOXELS)
         tile = load_tile(x, x_strides, item, c, v, voxels, C).to(tl.float32)
-        tile, scale = standardised(tile, c, v < voxels, eps, C)
+        tile, _scale = standardised(tile, c, v < voxels, eps, C)
         gradient = load_tile(dy, dy_strides, item, c, v, voxels, C).to(tl.float32)
         total += tl.sum(gradient * tile, axis=1)
         bias_total += tl.sum(gradient, axis=1)

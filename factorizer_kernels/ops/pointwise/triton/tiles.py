@@ -1,8 +1,8 @@
 """What the pointwise kernels are made of: tiles of channels x voxels, and the plans of their launches.
 
 A tile holds all channels of a run of voxels of one item, channels first, as the maps do: its rows are
-contiguous. Channels are padded to a power of two, 16 at least, which ``tl.dot`` asks for; what is beyond the map is
-zero. Products take operands of ``PRODUCT``, the dtype of the operator, and add in float32.
+contiguous. Channels are padded to a power of two, 16 at least, which ``tl.dot`` asks for; what is beyond the
+map is zero. Products take operands of ``PRODUCT``, the dtype of the operator, and add in float32.
 """
 
 from collections.abc import Sequence
@@ -46,7 +46,11 @@ def channel_block(channels: int, most: int = MAX_CHANNELS) -> int:
 
 
 def products(dtype: torch.dtype) -> dict[str, Any]:
-    """The constants PRODUCT and PRECISION of products in ``dtype``: those of torch's float32 matmul precision."""
+    """The constants of products in ``dtype``, after torch's float32 matmul precision.
+
+    At "highest" they are three products of TF32, which is as exact as float32; else one. Loops are not pipelined:
+    the buffers would take the shared memory, and the registers, of two resident blocks.
+    """
     exact = torch.get_float32_matmul_precision() == "highest"
     # The interpreter multiplies the bits of bfloat16 as integers: there the operands stay in float32.
     half = _HALF.get(dtype, tl.float32)
@@ -108,7 +112,7 @@ def load_matrix(matrix, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 
 @triton.jit
 def standardised(x, c, inside, eps, C: tl.constexpr):
-    """A tile in float32 with zero mean and unit variance over its channels, and the factor that did the latter.
+    """A tile in float32 with zero mean and unit variance over its channels, and the factor for the latter.
 
     Zero for voxels that are not ``inside``.
     """

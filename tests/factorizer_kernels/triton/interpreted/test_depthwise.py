@@ -44,7 +44,7 @@ def compare(inputs, dy, rel):
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
 
 
-# Every tap of every block is interpreted, at some milliseconds: the maps are a few blocks, planes and channels.
+# Every tap of every block takes some milliseconds: the maps are a few blocks, planes and channels.
 CASES = [
     ((2, 2, 9), (3,)), ((1, 1, 1), (7,)), ((1, 1, 3, 20), (3, 5)), ((1, 2, 5, 3), (1, 3)),
     ((1, 1, 6, 2, 5), (3, 3, 3)), ((2, 1, 1, 1, 1), (3, 1, 3)), ((1, 1, 5, 1, 3), (7, 1, 1)),
