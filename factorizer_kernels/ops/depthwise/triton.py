@@ -1,13 +1,14 @@
 """Triton kernels of depthwise convolution: two maps moved, what the filter sees again comes from cache.
 
 A program has a block of rows and columns of one channel and goes through planes: each plane that it reads
-adds to as many planes of the result as the filter is deep. So an element is loaded once for each tap of one plane
-of the filter. The weights' gradient has a sum for each tap, over a chunk of blocks, and then over the chunks.
+adds to as many planes of the result as the filter is deep. So an element is loaded once for each tap of one
+plane of the filter. The weights' gradient has a sum for each tap, over a chunk of blocks, and then over the chunks.
 """
 # Triton knows no unpacking inside a tuple, and its tuples grow.
 # ruff: noqa: RUF005
-# mypy: disable-error-code="assignment"
+# mypy: disable-error-code="assignment,misc"
 
+from collections.abc import Sequence
 from math import prod
 
 import triton
@@ -131,7 +132,7 @@ def filter_sums_kernel(
             tl.store(share, tl.sum(sums[t]))
 
 
-def _block(sizes: tuple[int, ...], elements: int) -> dict[str, int]:
+def _block(sizes: Sequence[int], elements: int) -> dict[str, int]:
     """The rows and columns of a block, at most ``elements`` of them, and the warps for them."""
     columns = min(padded(sizes[2]), 64, elements)
     rows = min(padded(sizes[1]), elements // columns)

@@ -3,7 +3,7 @@
 A place is where a fine voxel lies in its block, (p1, p2, p3) of the kernel's k1 x k2 x k3. ``gather`` maps a
 block's voxels to the coarse one, Σ_p A_p fine_p; ``spread`` does the reverse, fine_p = A_p coarse, beside a
 linear map of another fine map; ``block_sums`` has the weights' gradients, Σ coarse fine_pᵀ. A program has a
-tile of coarse voxels and goes through the places, so that the sectors of neighbouring fine voxels meet in cache.
+tile of coarse voxels and goes through the places, so that sectors of neighbouring fine voxels meet in cache.
 """
 
 from math import prod
@@ -203,7 +203,7 @@ def _tiles(x: Tensor) -> int:
 
 
 def _strides(weight: Tensor, transposed: bool) -> tuple[int, int]:
-    """The strides (row, column) of a place's matrix in (rows, columns, k1..kp), or (columns, rows, k1..kp)."""
+    """Strides (row, column) of a place's matrix in (rows, columns, k1..kp), or (columns, rows, k1..kp)."""
     first, second = weight.stride()[:2]
     return (second, first) if transposed else (first, second)
 

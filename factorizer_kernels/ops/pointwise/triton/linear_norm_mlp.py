@@ -154,7 +154,8 @@ def mlp_sums_kernel(
 def _constants(y: Tensor, x: Tensor, hidden: int, dtype) -> dict:
     return {
         "E": y.shape[1], "C": x.shape[1], "H": hidden, **products(dtype),
-        "E_BLOCK": channel_block(y.shape[1]), "C_BLOCK": channel_block(x.shape[1]), "H_BLOCK": channel_block(hidden, HIDDEN), "VOXELS": VOXELS,
+        "E_BLOCK": channel_block(y.shape[1]), "C_BLOCK": channel_block(x.shape[1]),
+        "H_BLOCK": channel_block(hidden, HIDDEN), "VOXELS": VOXELS,
     }  # fmt: skip
 
 

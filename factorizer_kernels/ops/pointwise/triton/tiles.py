@@ -48,8 +48,8 @@ def channel_block(channels: int, most: int = MAX_CHANNELS) -> int:
 def products(dtype: torch.dtype) -> dict[str, Any]:
     """The constants of products in ``dtype``, after torch's float32 matmul precision.
 
-    At "highest" they are three products of TF32, which is as exact as float32; else one. Loops are not pipelined:
-    the buffers would take the shared memory, and the registers, of two resident blocks.
+    At "highest" they are three products of TF32, which is as exact as float32; else one. Loops are not
+    pipelined: the buffers would take the shared memory, and the registers, of two resident blocks.
     """
     exact = torch.get_float32_matmul_precision() == "highest"
     # The interpreter multiplies the bits of bfloat16 as integers: there the operands stay in float32.
