@@ -2,7 +2,7 @@
 
 A program has a block of rows and columns of one channel and goes through planes: each plane that it reads
 adds to as many planes of the result as the filter is deep. So an element is loaded once for each tap of one
-plane of the filter. The weights' gradient has a sum for each tap, over a chunk of blocks, then over the chunks.
+plane of the filter. The weights' gradient has a sum for each tap, over a chunk, then over the chunks.
 """
 # Triton knows no unpacking inside a tuple, and its tuples grow.
 # ruff: noqa: RUF005
