@@ -2,16 +2,10 @@
 
 from torch import Tensor
 
+from factorizer_kernels.ops.depthwise.spec import gradients_like, small_filters
 from factorizer_kernels.shared import native as cpu
 from factorizer_kernels.shared.maps import three_axes
 from factorizer_kernels.shared.registry import kernel
-
-
-def limit(x: Tensor, kernel_size: tuple[int, ...]) -> str | None:
-    """Why the kernels do not run a filter of this size, or None where they do."""
-    if all(k in (1, 3, 5, 7) for k in kernel_size):
-        return None
-    return f"it takes kernels of 1, 3, 5 or 7 voxels along each axis, got {tuple(kernel_size)}"
 
 
 def _problem(x: Tensor, weight: Tensor):
@@ -20,7 +14,7 @@ def _problem(x: Tensor, weight: Tensor):
     return cpu.DTYPE_CODES[x.dtype], (batch, channels, *three_axes(spatial, 1)), kernel_size
 
 
-@kernel("depthwise_conv", "cpu", limit)
+@kernel("depthwise_conv", "cpu", small_filters)
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     y = x.new_empty(x.shape)
     weight = weight.contiguous()
@@ -32,16 +26,12 @@ def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-@kernel("depthwise_conv_backward", "cpu", limit)
+@kernel("depthwise_conv_backward", "cpu", small_filters)
 def depthwise_conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, output_mask: list[bool]
 ) -> tuple[Tensor, Tensor, Tensor]:
     weight = weight.contiguous()
-    shapes = (dy.shape, weight.shape, weight.shape[:1])
-    dx, dweight, dbias = gradients = [
-        like.new_empty(shape if wanted else (0,))
-        for like, shape, wanted in zip((dy, weight, weight), shapes, output_mask, strict=True)
-    ]
+    dx, dweight, dbias = gradients = gradients_like(dy, weight, output_mask)
     cpu.native.depthwise_conv_backward(
         *_problem(x, weight), cpu.volume(dy), cpu.volume(x), cpu.memory(weight),
         *(cpu.memory(g) if wanted else None for g, wanted in zip(gradients, output_mask, strict=True)),

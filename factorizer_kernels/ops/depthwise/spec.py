@@ -4,10 +4,28 @@ weight is (C, k1..kp), each k odd; weight and bias (C) are in the arithmetic's d
 gradients. ``output_mask`` says which of dx, dweight and dbias are wanted; the others are empty.
 """
 
+from collections.abc import Sequence
+
 from torch import Tensor
 
 from factorizer_kernels.shared.registry import define
 from factorizer_kernels.shared.vmap import joined, mapped_first, parted
+
+
+def small_filters(x: Tensor, kernel_size: tuple[int, ...]) -> str | None:
+    """The limit of the kernels: why they do not run a filter of this size, or None where they do."""
+    if all(k in (1, 3, 5, 7) for k in kernel_size):
+        return None
+    return f"it takes kernels of 1, 3, 5 or 7 voxels along each axis, got {tuple(kernel_size)}"
+
+
+def gradients_like(dy: Tensor, weight: Tensor, output_mask: Sequence[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Uninitialised dx, dweight and dbias."""
+    return (
+        dy.new_empty(dy.shape if output_mask[0] else (0,)),
+        weight.new_empty(weight.shape if output_mask[1] else (0,)),
+        weight.new_empty(weight.shape[:1] if output_mask[2] else (0,)),
+    )
 
 
 def _fake(x, weight, bias, backend):
@@ -15,11 +33,7 @@ def _fake(x, weight, bias, backend):
 
 
 def _backward_fake(dy, x, weight, output_mask, backend):
-    return (
-        dy.new_empty(dy.shape if output_mask[0] else (0,)),
-        weight.new_empty(weight.shape if output_mask[1] else (0,)),
-        weight.new_empty(weight.shape[:1] if output_mask[2] else (0,)),
-    )
+    return gradients_like(dy, weight, output_mask)
 
 
 # The rules for vmap: the mapped dimension joins the batch, or, where each of its elements has weights of its

@@ -40,7 +40,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     x = feature_map("x", x)
     weight, bias = _linear_weights("weight", weight, "bias", bias, x)
-    return _call("norm_linear", reference.norm_linear, NormLinear, x, (x, None, None, weight, bias), 0.0)
+    arguments = (x, None, None, weight, bias)
+    return _call("norm_linear", reference.norm_linear, NormLinear, x, arguments, 0.0, widest=x.shape[1])
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -62,7 +63,10 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) ->
     x = feature_map("x", x)
     norm = _norm_weights("weight", weight, "bias", bias, x)
     arguments = (x, *norm, None, None)
-    return _call("norm_linear", reference.norm_linear, NormLinear, x, arguments, _eps(eps), dtype=x.dtype)
+    return _call(
+        "norm_linear", reference.norm_linear, NormLinear, x, arguments, _eps(eps), widest=x.shape[1],
+        dtype=x.dtype,
+    )  # fmt: skip
 
 
 def norm_linear(
@@ -98,7 +102,8 @@ def norm_linear(
     norm = _norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x)
     linear = _linear_weights("weight", weight, "bias", bias, x)
     function: Any = ResidualNormLinear if residual else NormLinear
-    return _call("norm_linear", function.reference, function, x, (x, *norm, *linear), _eps(eps))
+    arguments = (x, *norm, *linear)
+    return _call("norm_linear", function.reference, function, x, arguments, _eps(eps), widest=x.shape[1])
 
 
 def linear_norm_mlp(
@@ -149,7 +154,10 @@ def linear_norm_mlp(
         *_norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x), weight1, bias1,
         *_linear_weights("weight2", weight2, "bias2", bias2, x, (channels, weight1.shape[0])),
     )  # fmt: skip
-    return _call("linear_norm_mlp", reference.linear_norm_mlp, LinearNormMLP, x, arguments, _eps(eps))
+    return _call(
+        "linear_norm_mlp", reference.linear_norm_mlp, LinearNormMLP, x, arguments, _eps(eps),
+        widest=max(channels, y.shape[1]),
+    )  # fmt: skip
 
 
 def join(
@@ -191,7 +199,8 @@ def join(
         )
     shape = (weight_x.shape[1], skip.shape[1])
     weight_skip, bias = _linear_weights("weight_skip", weight_skip, "bias", bias, x, shape)
-    return _call("join", reference.join, Join, x, (skip, x, weight_skip, weight_x, bias))
+    widest = max(x.shape[1], *shape)
+    return _call("join", reference.join, Join, x, (skip, x, weight_skip, weight_x, bias), widest=widest)
 
 
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -223,7 +232,8 @@ def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
             f"x must have a spatial size that the kernel {kernel} of weight divides, got {tuple(x.shape[2:])}"
         )
     bias = _vector("bias", bias, weight.shape[0], x)
-    return _call("patch_conv", reference.patch_conv, PatchConv, x, (x, weight, bias))
+    widest = max(weight.shape[:2])
+    return _call("patch_conv", reference.patch_conv, PatchConv, x, (x, weight, bias), widest=widest)
 
 
 # --- checks ----------------------------------------------------------------------------------
@@ -236,10 +246,12 @@ def _call(
     x: Tensor,
     tensors: tuple[Tensor | None, ...],
     *options: float,
+    widest: int,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
+    """``widest``: see ``spec``."""
     dtype = autocast_dtype(x) if dtype is None else dtype
-    backend = choose(name, x)
+    backend = choose(name, x, widest)
     if backend == "reference":
         return definition(*tensors, *options, dtype)
     return call_function(name, function, *tensors, *options, dtype, backend)

@@ -5,7 +5,8 @@ is the least precise dtype that products may be computed in: x's own, or autocas
 are in the arithmetic's dtype. A result that is a product is of ``dtype``, one that is a sum is of x's.
 Gradients of maps are of the maps' dtypes. ``weight_grads`` says whether the gradients of the weights are
 wanted; those that are not wanted, or belong to an argument that is None, are empty. An ``addend`` is another
-gradient of x: it is added to dx.
+gradient of x: it is added to dx. The limit of a kernel is asked about the channels of the widest map that it
+holds: of x, and of what is computed beside it.
 """
 
 from collections.abc import Callable

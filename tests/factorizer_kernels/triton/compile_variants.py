@@ -83,7 +83,32 @@ def windows():
     OPERATORS.sw_dematricize(z, x.shape, 8, [8, 8, 8], [0, 0, 0, 4, 4, 4], True, "triton")
 
 
+def pointwise(dtype):
+    """The chains of a block of 32 channels, and the step to and from the next level, forward and backward."""
+    x = torch.rand(1, 32, 16, 16, 16, dtype=dtype)
+    norm, square, tall = torch.rand(32), torch.rand(32, 32), torch.rand(64, 32)
+    norm_linear = (x, norm, norm, square, norm, 1e-5, dtype)
+    OPERATORS.norm_linear(*norm_linear, "triton")
+    OPERATORS.norm_linear_backward(x, *norm_linear, True, "triton")
+    weights = (square, norm, norm, norm, tall, torch.rand(64), tall.mT.contiguous(), norm)
+    OPERATORS.linear_norm_mlp(x, x, *weights, 1e-5, dtype, "triton")
+    OPERATORS.linear_norm_mlp_backward(x, x, x, *weights, 1e-5, dtype, True, "triton")
+    coarse, blocks = torch.rand(1, 64, 8, 8, 8, dtype=dtype), torch.rand(64, 32, 2, 2, 2)
+    join = (x, coarse, square, blocks, norm, dtype)
+    OPERATORS.join(*join, "triton")
+    OPERATORS.join_backward(x, *join, True, "triton")
+
+
+def depthwise(side):
+    x, weight = torch.rand(1, 32, 32, 32, 32), torch.rand(32, side, side, side)
+    OPERATORS.depthwise_conv(x, weight, torch.rand(32), "triton")
+    OPERATORS.depthwise_conv_backward(x, x, weight, [True, True, True], "triton")
+
+
 CASES = {
+    "pointwise": lambda: pointwise(torch.float32),
+    "pointwise bfloat16": lambda: pointwise(torch.bfloat16),
+    "depthwise 3": lambda: depthwise(3),
     "swin hals 1": lambda: swin("hals", 1),
     "swin mu 1": lambda: swin("mu", 1),
     "swin hals 2": lambda: swin("hals", 2),

@@ -1,0 +1,261 @@
+"""Triton kernels of ``join`` and ``patch_conv``: linear maps between a grid and one coarser by whole numbers.
+
+A place is where a fine voxel lies in its block, (p1, p2, p3) of the kernel's k1 x k2 x k3. ``gather`` maps a
+block's voxels to the coarse one, Σ_p A_p fine_p; ``spread`` does the reverse, fine_p = A_p coarse, beside a
+linear map of another fine map; ``block_sums`` has the weights' gradients, Σ coarse fine_pᵀ. A program has a
+tile of coarse voxels and goes through the places, so that sectors of neighbouring fine voxels meet in cache.
+"""
+
+from math import prod
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from factorizer_kernels.ops.pointwise.spec import coarse_size, fine_size, gradients_like
+from factorizer_kernels.ops.pointwise.triton.norm_linear import data_gradient, linear_sums
+from factorizer_kernels.ops.pointwise.triton.tiles import (
+    VOXELS,
+    channel_block,
+    columns,
+    empty_shares,
+    limit,
+    load_matrix,
+    load_tile,
+    load_vector,
+    products,
+    programs_of,
+    tile_of,
+    tiles_of,
+)
+from factorizer_kernels.shared.maps import three_axes
+from factorizer_kernels.shared.registry import kernel
+from factorizer_kernels.shared.triton import launch
+
+# Channels of a product at a time: of its result, and of what it sums over.
+ROWS = 64
+COLUMNS = 32
+
+
+@triton.jit
+def _fine(v, place, sizes, KERNEL: tl.constexpr):
+    """The fine voxels at a place of the blocks of coarse voxels v, of a coarse map of those sizes."""
+    at_1 = v // (sizes[1] * sizes[2]) * KERNEL[0] + place // (KERNEL[1] * KERNEL[2])
+    at_2 = v // sizes[2] % sizes[1] * KERNEL[1] + place // KERNEL[2] % KERNEL[1]
+    at_3 = v % sizes[2] * KERNEL[2] + place % KERNEL[2]
+    return (at_1 * (sizes[1] * KERNEL[1]) + at_2) * (sizes[2] * KERNEL[2]) + at_3
+
+
+@triton.jit
+def _load_fine(x, strides, item, c, fine, inside, C: tl.constexpr):
+    """Channels c and fine voxels of an item of x (B, C, V), whose voxels lie side by side."""
+    at = item.to(tl.int64) * strides[0] + c.to(tl.int64)[:, None] * strides[1] + fine[None, :]
+    return tl.load(x + at, mask=(c < C)[:, None] & inside[None, :], other=0.0)
+
+
+@triton.jit
+def _load_place(
+    weight, strides, place, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRODUCT: tl.constexpr
+):
+    """A block of the (ROWS, COLUMNS) matrix of a place, whose entries have strides (row, column)."""
+    mask = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
+    at = weight + place + rows[:, None] * strides[0] + columns[None, :] * strides[1]
+    return tl.load(at, mask=mask, other=0.0).to(PRODUCT)
+
+
+@triton.jit
+def gather_kernel(
+    x, x_strides, weight, weight_strides, bias, y, sizes,
+    BIAS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, KERNEL: tl.constexpr, PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr, C_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, VOXELS: tl.constexpr,
+):  # fmt: skip
+    """D_BLOCK channels of a tile of the contiguous coarse y (B, D, V), from the fine x (B, C, ..)."""
+    voxels = sizes[0] * sizes[1] * sizes[2]
+    item, v = tile_of(tl.program_id(0), voxels, VOXELS)
+    d = tl.program_id(1) * D_BLOCK + tl.arange(0, D_BLOCK)
+    total = tl.zeros([D_BLOCK, VOXELS], tl.float32)
+    if BIAS:
+        total += load_vector(bias, d, D)[:, None]
+    for place in range(KERNEL[0] * KERNEL[1] * KERNEL[2]):
+        fine = _fine(v, place, sizes, KERNEL)
+        for first in range(0, C, C_BLOCK):
+            c = first + tl.arange(0, C_BLOCK)
+            operand = _load_fine(x, x_strides, item, c, fine, v < voxels, C).to(PRODUCT)
+            block = _load_place(weight, weight_strides, place, d, c, D, C, PRODUCT)
+            total = tl.dot(block, operand, total, input_precision=PRECISION)
+    at = (item.to(tl.int64) * D + d)[:, None] * voxels + v[None, :]
+    tl.store(y + at, total, mask=(d < D)[:, None] & (v < voxels)[None, :])
+
+
+@triton.jit
+def spread_kernel(
+    x, x_strides, weight, weight_strides, skip, skip_strides, weight_skip, bias, y, sizes,
+    SKIP: tl.constexpr, C: tl.constexpr, E: tl.constexpr, D: tl.constexpr, KERNEL: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    C_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, VOXELS: tl.constexpr,
+):  # fmt: skip
+    """D_BLOCK channels of the contiguous fine y (B, D, ..) in the blocks of a tile of the coarse x (B, E, V).
+
+    With SKIP beside W_s skip + bias of the fine skip (B, C, ..).
+    """
+    voxels = sizes[0] * sizes[1] * sizes[2]
+    PLACES: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
+    item, v = tile_of(tl.program_id(0), voxels, VOXELS)
+    d = tl.program_id(1) * D_BLOCK + tl.arange(0, D_BLOCK)
+    for place in range(PLACES):
+        fine = _fine(v, place, sizes, KERNEL)
+        total = tl.zeros([D_BLOCK, VOXELS], tl.float32)
+        for first in range(0, E, E_BLOCK):
+            e = first + tl.arange(0, E_BLOCK)
+            operand = load_tile(x, x_strides, item, e, v, voxels, E).to(PRODUCT)
+            block = _load_place(weight, weight_strides, place, d, e, D, E, PRODUCT)
+            total = tl.dot(block, operand, total, input_precision=PRECISION)
+        if SKIP:
+            total += load_vector(bias, d, D)[:, None]
+            for first in range(0, C, C_BLOCK):
+                c = first + tl.arange(0, C_BLOCK)
+                operand = _load_fine(skip, skip_strides, item, c, fine, v < voxels, C).to(PRODUCT)
+                block = load_matrix(weight_skip, d, c, D, C, PRODUCT)
+                total = tl.dot(block, operand, total, input_precision=PRECISION)
+        at = (item.to(tl.int64) * D + d)[:, None] * (voxels * PLACES) + fine[None, :]
+        tl.store(y + at, total, mask=(d < D)[:, None] & (v < voxels)[None, :])
+
+
+@triton.jit
+def block_sums_kernel(
+    coarse, coarse_strides, fine_map, fine_strides, shares, batch, sizes,
+    D: tl.constexpr, C: tl.constexpr, KERNEL: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    D_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, VOXELS: tl.constexpr,
+):  # fmt: skip
+    """Shares (programs, D, C, places) of Σ coarse fine_pᵀ of one place, D_BLOCK by C_BLOCK channels."""
+    voxels = sizes[0] * sizes[1] * sizes[2]
+    PLACES: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
+    column_blocks: tl.constexpr = (C + C_BLOCK - 1) // C_BLOCK
+    place = tl.program_id(1) % PLACES
+    d = tl.program_id(1) // PLACES // column_blocks * D_BLOCK + tl.arange(0, D_BLOCK)
+    c = tl.program_id(1) // PLACES % column_blocks * C_BLOCK + tl.arange(0, C_BLOCK)
+    total = tl.zeros([D_BLOCK, C_BLOCK], tl.float32)
+    for at in range(tl.program_id(0), batch * tl.cdiv(voxels, VOXELS), tl.num_programs(0)):
+        item, v = tile_of(at, voxels, VOXELS)
+        first = load_tile(coarse, coarse_strides, item, d, v, voxels, D).to(PRODUCT)
+        second = _load_fine(fine_map, fine_strides, item, c, _fine(v, place, sizes, KERNEL), v < voxels, C)
+        total = tl.dot(first, tl.trans(second.to(PRODUCT)), total, input_precision=PRECISION)
+    at = ((tl.program_id(0) * D + d)[:, None] * C + c[None, :]) * PLACES + place
+    tl.store(shares + at, total, mask=(d < D)[:, None] & (c < C)[None, :])
+
+
+def _gather(
+    x: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, dtype: torch.dtype, y: Tensor
+) -> None:
+    """Write the coarse y, of x (B, C, V) and weight (D, C, k1..kp), or transposed (C, D, k1..kp)."""
+    channels, rows, sizes = x.shape[1], y.shape[1], three_axes(y.shape[2:], 1)
+    block = channel_block(rows, ROWS)
+    launch(
+        gather_kernel, (_tiles(y), triton.cdiv(rows, block)), x,
+        x, x.stride()[:2], weight, _strides(weight, transposed), weight if bias is None else bias, y, sizes,
+        BIAS=bias is not None, C=channels, D=rows, KERNEL=three_axes(weight.shape[2:], 1), **products(dtype),
+        C_BLOCK=channel_block(channels, COLUMNS), D_BLOCK=block, VOXELS=VOXELS,
+    )  # fmt: skip
+
+
+def _spread(
+    x: Tensor, weight: Tensor, transposed: bool, size: tuple[int, ...], skip: tuple[Tensor, ...] | None,
+    dtype: torch.dtype, y: Tensor,
+) -> None:  # fmt: skip
+    """Write the fine y, of x (B, E, V) of that spatial size and weight (D, E, k1..kp), or (E, D, k1..kp).
+
+    Args:
+        skip: (skip (B, C, ..), its weight, the bias), or None for none.
+    """
+    rows, block = y.shape[1], channel_block(y.shape[1], ROWS)
+    fine, weight_skip, bias = skip or (x, weight, weight)
+    launch(
+        spread_kernel, (tiles_of(x), triton.cdiv(rows, block)), x,
+        x, x.stride()[:2], weight, _strides(weight, transposed), fine, fine.stride()[:2], weight_skip, bias,
+        y, three_axes(size, 1),
+        SKIP=skip is not None, C=fine.shape[1], E=x.shape[1], D=rows, KERNEL=three_axes(weight.shape[2:], 1),
+        **products(dtype), C_BLOCK=channel_block(fine.shape[1], COLUMNS),
+        E_BLOCK=channel_block(x.shape[1], COLUMNS), D_BLOCK=block, VOXELS=VOXELS,
+    )  # fmt: skip
+
+
+def _block_sums(
+    coarse: Tensor, fine: Tensor, size: tuple[int, ...], weight: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """Σ coarse fine_pᵀ in weight's shape (D, C, k1..kp), of coarse (B, D, V), of that size, and fine."""
+    rows, channels, *kernel_size = weight.shape
+    row_block, column_block = channel_block(rows, ROWS), channel_block(channels, ROWS)
+    blocks = triton.cdiv(rows, row_block) * triton.cdiv(channels, column_block) * prod(kernel_size)
+    programs = programs_of(tiles_of(coarse), blocks)
+    (shares,) = empty_shares(coarse, programs, weight.shape)
+    launch(
+        block_sums_kernel, (programs, blocks), coarse,
+        coarse, coarse.stride()[:2], fine, fine.stride()[:2], shares, coarse.shape[0], three_axes(size, 1),
+        D=rows, C=channels, KERNEL=three_axes(kernel_size, 1), **products(dtype),
+        D_BLOCK=row_block, C_BLOCK=column_block, VOXELS=VOXELS,
+    )  # fmt: skip
+    return shares.sum(0)
+
+
+def _tiles(x: Tensor) -> int:
+    return x.shape[0] * triton.cdiv(prod(x.shape[2:]), VOXELS)
+
+
+def _strides(weight: Tensor, transposed: bool) -> tuple[int, int]:
+    """Strides (row, column) of a place's matrix in (rows, columns, k1..kp), or (columns, rows, k1..kp)."""
+    first, second = weight.stride()[:2]
+    return (second, first) if transposed else (first, second)
+
+
+@kernel("join", "triton", limit)
+def join(
+    skip: Tensor, x: Tensor, weight_skip: Tensor, weight_x: Tensor, bias: Tensor, dtype: torch.dtype
+) -> Tensor:
+    y = x.new_empty((x.shape[0], weight_skip.shape[0], *fine_size(x, weight_x)), dtype=dtype)
+    of_skip = (columns(skip), weight_skip.contiguous(), bias.contiguous())
+    _spread(columns(x), weight_x.contiguous(), True, x.shape[2:], of_skip, dtype, y)
+    return y
+
+
+@kernel("join_backward", "triton", limit)
+def join_backward(
+    dy: Tensor,
+    skip: Tensor,
+    x: Tensor,
+    weight_skip: Tensor,
+    weight_x: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    weight_grads: bool,
+) -> tuple[Tensor, ...]:
+    weight_skip, weight_x = weight_skip.contiguous(), weight_x.contiguous()
+    dskip, dx, *dweights = gradients_like([skip, x], [weight_skip, weight_x, bias], weight_grads)
+    size, dy, skip, x = x.shape[2:], columns(dy), columns(skip), columns(x)
+    data_gradient(dy, skip, None, weight_skip, 0.0, dtype, dskip)
+    _gather(dy, weight_x, False, None, dtype, dx)
+    if weight_grads:
+        dweight_skip, dbias = linear_sums(dy, skip, None, dtype)
+        dweights = [dweight_skip, _block_sums(x, dy, size, weight_x, dtype), dbias]
+    return dskip, dx, *dweights
+
+
+@kernel("patch_conv", "triton", limit)
+def patch_conv(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    y = x.new_empty((x.shape[0], weight.shape[0], *coarse_size(x, weight)), dtype=dtype)
+    _gather(columns(x), weight.contiguous(), False, bias.contiguous(), dtype, y)
+    return y
+
+
+@kernel("patch_conv_backward", "triton", limit)
+def patch_conv_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, weight_grads: bool
+) -> tuple[Tensor, ...]:
+    weight = weight.contiguous()
+    dx, dweight, dbias = gradients_like([x], [weight, bias], weight_grads)
+    size, dy = dy.shape[2:], columns(dy)
+    _spread(dy, weight, True, size, None, dtype, dx)
+    if weight_grads:
+        dweight = _block_sums(dy, columns(x), size, weight, dtype)
+        dbias = dy.sum((0, 2), dtype=torch.float32)
+    return dx, dweight, dbias
