@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -79,15 +80,21 @@ def tell_apart(names: Sequence[str], files: Sequence[Sequence[Path]], given: Seq
 
 
 def check_names(source: str, names: Iterable[str]) -> None:
-    """Raises DataError where two cases have one name, or a name cannot be that of a file."""
-    seen = set()
+    """Raises DataError where two cases have one name, or a name cannot be that of a file.
+
+    Names that differ in capitals alone, or in how an accented letter is encoded, are one file on some file
+    systems: on a share, or a disk for Windows or macOS, one case's result would replace the other's.
+    """
+    seen: dict[str, str] = {}
     for name in names:
-        if name in seen:
+        alike = unicodedata.normalize("NFC", name).casefold()
+        if alike in seen:
+            other = "" if seen[alike] == name else f" and {seen[alike]!r}, one file on some file systems"
             raise DataError(
-                f"{source}: two cases are called {name!r}; names must differ: give each its own 'name' in a "
-                "data list"
+                f"{source}: two cases are called {name!r}{other}; names must differ: give each its own "
+                "'name' in a data list"
             )
-        seen.add(name)
+        seen[alike] = name
         if not name or name.startswith(".") or len(name) > 200 or re.search(r"[/\\\x00-\x1f]", name):
             raise DataError(
                 f"{source}: a case is called {name!r}; results are called after it, so it must have 1 to 200 "

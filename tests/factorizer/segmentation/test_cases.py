@@ -321,6 +321,8 @@ def test_sections_of_a_data_list(tmp_path):
         ('[{"image": []}]', r"entry\[0\]"),
         ('[{"image": "a.nii", "label": 3}]', r"entry\[0\]"),
         ('["a.nii", "a.nii.gz"]', "two cases are called 'a'"),
+        ('["Case.nii", "case.nii"]', "two cases are called 'case' and 'Case', one file on some file systems"),
+        ('["\u00e9.nii", "e\u0301.nii"]', "one file on some file systems; names must differ"),
         ('[{"image": "a.nii", "name": "x"}, {"image": "b.nii", "id": "x"}]', "two cases are called 'x'"),
         ('[{"image": "a.nii", "name": "../x"}]', r"called '\.\./x'"),
         ('[{"image": "a.nii", "name": ["x"]}]', "must be a text"),
