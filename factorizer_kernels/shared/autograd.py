@@ -25,10 +25,10 @@ def call_function(name: str, function: type[torch.autograd.Function], *arguments
         NotImplementedError: forward mode without such a reference, or a gradient inside
             ``torch.jit.trace``; the message names the way out.
     """
-    if torch.compiler.is_compiling():  # Dynamo refuses a Function that has a jvp of its own
-        return function.apply(*arguments)
     if not _differentiated(arguments):
         return function.forward(*arguments)  # apply's own bookkeeping takes as long as a small kernel
+    if torch.compiler.is_compiling():  # Dynamo refuses a Function that has a jvp of its own
+        return function.apply(*arguments)
     if torch.jit.is_tracing():
         raise NotImplementedError(
             f"torch.jit.trace cannot keep the gradient of the kernels of {name}: trace inside "

@@ -365,6 +365,36 @@ def test_per_sample_gradients(name, backend):
         torch.testing.assert_close(values, torch.stack(each))
 
 
+@pytest.mark.parametrize("name", OPERATORS)
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_compiled_without_gradients(name, kernels):
+    """In one graph where no tensor wants a gradient, and where gradients are off."""
+    function, num_maps, _ = OPERATORS[name]
+    arguments, _ = _problem(name, SMALL)
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=False, backend="aot_eager")
+    with fk.use_backend(kernels):
+        expected = function(*arguments)
+        torch.testing.assert_close(compiled(*arguments), expected)
+        wanting = [t.requires_grad_() if i < num_maps else t for i, t in enumerate(arguments)]
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(*wanting), expected)
+
+
+def test_one_map_in_two_places():
+    """Dynamo traces no Function that gets a tensor twice."""
+    (_, x, *weights), _ = _problem("linear_norm_mlp", SMALL | {"other": SMALL["channels"]})
+    x = x.requires_grad_()
+
+    def twice(x):
+        return fk.linear_norm_mlp(x, x, *weights)
+
+    torch._dynamo.reset()
+    runs = twice, torch.compile(twice, fullgraph=True, dynamic=False, backend="aot_eager")
+    gradients = [torch.autograd.grad(run(x).square().sum(), x) for run in runs]
+    torch.testing.assert_close(*gradients)
+
+
 # --- Memory ----------------------------------------------------------------------------------
 
 

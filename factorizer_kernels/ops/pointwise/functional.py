@@ -147,6 +147,8 @@ def linear_norm_mlp(
         raise ValueError(
             f"y must have the batch and the spatial size of x, {tuple(x.shape)}, got shape {tuple(y.shape)}"
         )
+    if y is x:
+        y = x.view_as(x)  # torch.compile traces no Function that gets a tensor twice
     channels = x.shape[1]
     weight1, bias1 = _linear_weights("weight1", weight1, "bias1", bias1, x)
     arguments = (
