@@ -35,7 +35,7 @@ class Suite:
         self.folder, self.prepare = folder, prepare
         self._reports = cache(self._run)
 
-    def run(self, item: pytest.Item) -> bool | None:
+    def run(self, item: pytest.Item, nextitem: pytest.Item | None) -> bool | None:
         """Report ``item`` from the inner session; the return value of ``pytest_runtest_protocol``.
 
         Pytest calls that hook of a conftest.py for the tests of all folders: others run as usual.
@@ -51,6 +51,8 @@ class Suite:
         if item.nodeid not in reports:
             item.ihook.pytest_runtest_logreport(report=_lost(item, output))
         item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+        # The test before this one left set up what it shares with this one, and the next may not share it.
+        item.session._setupstate.teardown_exact(nextitem)
         return True
 
     def _run(self, selected: tuple[str, ...]) -> tuple[dict[str, list[dict]], str]:

@@ -89,7 +89,7 @@ def pointwise(dtype):
     norm, square, tall = torch.rand(32), torch.rand(32, 32), torch.rand(64, 32)
     norm_linear = (x, norm, norm, square, norm, 1e-5, dtype)
     OPERATORS.norm_linear(*norm_linear, "triton")
-    OPERATORS.norm_linear_backward(x, *norm_linear, True, "triton")
+    OPERATORS.norm_linear_backward(x, None, *norm_linear, True, "triton")
     weights = (square, norm, norm, norm, tall, torch.rand(64), tall.mT.contiguous(), norm)
     OPERATORS.linear_norm_mlp(x, x, *weights, 1e-5, dtype, "triton")
     OPERATORS.linear_norm_mlp_backward(x, x, x, *weights, 1e-5, dtype, True, "triton")

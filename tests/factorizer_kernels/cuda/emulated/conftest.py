@@ -35,8 +35,8 @@ def pytest_collection_modifyitems(items):
                 item.add_marker(pytest.mark.skip(reason=reason))
 
 
-def pytest_runtest_protocol(item):
-    return None if MODULE or missing() else SUITE.run(item)
+def pytest_runtest_protocol(item, nextitem):
+    return None if MODULE or missing() else SUITE.run(item, nextitem)
 
 
 class Device:

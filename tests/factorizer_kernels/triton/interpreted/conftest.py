@@ -16,8 +16,8 @@ SUITE = nested.Suite(Path(__file__).parent, lambda folder: ({"TRITON_INTERPRET":
 collect_ignore_glob = [] if importlib.util.find_spec("triton") else ["*"]
 
 
-def pytest_runtest_protocol(item):
-    return None if INTERPRETED else SUITE.run(item)
+def pytest_runtest_protocol(item, nextitem):
+    return None if INTERPRETED else SUITE.run(item, nextitem)
 
 
 @pytest.fixture(autouse=True)
