@@ -90,7 +90,7 @@ def norm_linear(
         bias: b (D), or None for none.
         eps: added to the variance.
         residual: whether to return x as well, for a residual connection: where that one is used in place of
-            x, the backward adds its gradient to x's in the same pass.
+            x, the backward adds its gradient to x's, on the CPU in the same pass.
 
     Returns:
         (B, D, S1..Sp) in x's dtype, or under autocast in autocast's. With ``residual`` (that, x).
