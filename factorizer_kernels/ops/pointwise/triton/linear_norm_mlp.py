@@ -42,7 +42,7 @@ from factorizer_kernels.shared.triton import launch
 WARPS = 4
 FORWARD, EXACT_FORWARD = (64, 64), (64, 32)
 BACKWARD, EXACT_BACKWARD = (128, 32), (64, 32)
-SUMS, EXACT_SUMS = (64, 64), (64, 32)
+SUMS, EXACT_SUMS = (64, 64), (32, 32)
 
 
 @triton.jit

@@ -24,7 +24,7 @@ from factorizer_kernels.shared.triton import launch
 
 # The most channels, and the elements of a tile, of which the voxels are the rest.
 MAX_CHANNELS = 1024
-ELEMENTS = 8192
+ELEMENTS = 4096
 LEAST_VOXELS = 16
 WARPS = 4
 
