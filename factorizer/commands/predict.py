@@ -78,7 +78,9 @@ def predict(
         outcomes = gather(own)
     # Only the first process has a screen, and its own failures are told already.
     tell_failures(console, outcomes[len(own) :])
-    if statistics and index == 0:
+    if index == 0 and (statistics or any(o.result == "done" for o in outcomes)):
+        (out / "statistics.csv").unlink(missing_ok=True)  # of other results
+    if index == 0 and statistics:
         results = {o.name: out / f"{o.name}.nii.gz" for o in outcomes if not o.failed}
         write_statistics(out / "statistics.csv", results, targets)
     memory = peak_memory(predictor.device) / 2**30

@@ -128,6 +128,19 @@ def test_evaluate_draws_over_the_image_that_a_list_names(tumour, tmp_path):
     assert "lesion" in (tmp_path / "s.csv").read_text()
 
 
+def test_evaluate_measures_volumes_of_prediction_and_label(tmp_path):
+    truth = np.zeros((8, 8, 8), np.uint8)
+    truth[2:5, 2:6, 2:5] = 1
+    evaluate(tmp_path, truth * (np.arange(8) < 4), truth, "--statistics", "--preview")
+    with (tmp_path / "scores_statistics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    expected = {"voxels": 24, "ml": 24 * 6e-3, "label_voxels": 36, "label_ml": 36 * 6e-3}
+    assert {key: float(row[key]) for key in expected} == pytest.approx(expected)
+    evaluate(tmp_path, truth, truth)  # without these, none of an earlier command's stay beside its scores
+    assert not (tmp_path / "scores_statistics.csv").exists()
+    assert not list((tmp_path / "scores_previews").iterdir())
+
+
 def test_evaluate_tells_of_a_segmentation_of_another_scan(tumour, tmp_path):
     four_modalities(tmp_path / "a", "scan")
     four_modalities(tmp_path / "b", "scan", seed=1)

@@ -32,6 +32,23 @@ def test_the_innermost_region_is_what_is_drawn():
     assert class_indices(np.array([0, 1, 2, 4, 9]), TARGETS).tolist() == [0, 2, 1, 3, 0]
 
 
+def test_air_around_the_head_is_not_drawn(tmp_path):
+    labels, image = np.zeros((60, 50, 40), np.uint8), np.zeros((60, 50, 40), np.float32)
+    image[20:40, 20:38, 10:30] = np.random.default_rng(0).gamma(2, 100, (20, 18, 20))
+    labels[25:30, 25:30, 15:20] = 2
+    for name, voxels in (("image", image), ("p", labels)):
+        nib.save(nib.Nifti1Image(voxels, ODD), tmp_path / f"{name}.nii.gz")
+    shape = []
+    for seen in (image, image + 5000):  # the second has no air
+        nib.save(nib.Nifti1Image(seen, ODD), tmp_path / "image.nii.gz")
+        case = Case("case", (tmp_path / "image.nii.gz",))
+        draw_preview(tmp_path, case, tmp_path / "p.nii.gz", TARGETS, {}, ("T1",))
+        pixels = imread(tmp_path / "case.png")[..., :3]
+        panels = pixels[: len(pixels) * 17 // 20]  # above the legend
+        shape.append((panels.max(-1) - panels.min(-1) > 0.3).mean())
+    assert shape[0] > 2 * shape[1]  # the same structure, in more of the picture
+
+
 @pytest.mark.parametrize("kind", ["with a label", "an empty prediction", "without an image"])
 def test_a_picture_is_drawn(tmp_path, kind):
     labels = np.zeros((15, 20, 17), np.uint8)
