@@ -237,7 +237,7 @@ def evaluate(
         for case in _predictions(predictions)
     ]
     prepare_folder("output", out.resolve().parent)
-    targets, values = _targets(cases, classes, regions, checkpoint)
+    targets, values = _targets(console, cases, classes, regions, checkpoint)
     folder, volumes = (out.with_name(f"{out.stem}_{name}") for name in ("previews", "statistics.csv"))
     volumes.unlink(missing_ok=True)
     for case in cases:
@@ -323,19 +323,37 @@ def _modalities(labels: Path, checkpoint: Path | None) -> tuple[str, ...] | None
 
 
 def _targets(
-    cases: Sequence[Case], classes: dict[int, str], regions: Targets, checkpoint: Path | None
+    console: Console,
+    cases: Sequence[Case],
+    classes: dict[int, str],
+    regions: Targets,
+    checkpoint: Path | None,
 ) -> tuple[Targets, list[int]]:
     """What is measured, and all the values that a label may have."""
     if checkpoint is not None:
         plan = read_checkpoint(checkpoint)[0]
+        if seen := sorted({case.name for case in cases}.intersection(plan.training)):
+            more = f" and {len(seen) - 5} more" if len(seen) > 5 else ""
+            tell_warning(
+                console,
+                f"the network was trained on cases of these names, whose scores say nothing about new ones: "
+                f"{', '.join(seen[:5])}{more}",
+            )
         return plan.targets, list(plan.labels)
     if not classes:
-        found: set[int] = {0}
+        of_images, of_labels = ({0}, {0})
         for case in cases:
-            for path in (case.image, case.label):
+            for path, values in ((case.image, of_images), (case.label, of_labels)):
                 try:
-                    found |= set() if path is None else set(np.unique(read_labels(path, None)).tolist())
+                    values |= set() if path is None else set(np.unique(read_labels(path, None)).tolist())
                 except DataError:
                     continue  # told when its case is compared
+        if only := sorted(of_images - of_labels):
+            tell_warning(
+                console,
+                f"no label has the values {only} that segmentations have: are they numbered otherwise? Name "
+                "the classes by --checkpoint, or by a dataset.json as --labels",
+            )
+        found = of_images | of_labels
         classes = {value: str(value) for value in sorted(map(int, found))}
     return regions or {name: (value,) for value, name in classes.items() if value}, list(classes)

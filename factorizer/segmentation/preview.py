@@ -10,11 +10,19 @@ import nibabel as nib
 import numpy as np
 
 from factorizer.segmentation.cases import Case
+from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.explanation import clearest_channel
 from factorizer.segmentation.figures import Picture, draw_planes
 from factorizer.segmentation.files import atomic
 from factorizer.segmentation.intensities import body
-from factorizer.segmentation.volumes import check_image, read_grid, read_labels, read_nifti
+from factorizer.segmentation.volumes import (
+    check_image,
+    in_order_of,
+    read_grid,
+    read_labels,
+    read_nifti,
+    same_grid,
+)
 
 Targets = Mapping[str, Sequence[int]]
 MARGIN = 2  # voxels of air around the head or body that are drawn
@@ -46,7 +54,12 @@ def draw_preview(
     if case.label is not None:
         labels["label"] = read_labels(case.label, None, grid_of=prediction)
     names = list(modalities or [f"modality {k}" for k in range(_channels(case))]) if case.images else []
-    image = check_image(case, names)[1] if names else np.zeros((*voxels.shape[:3], 1), np.float32)
+    image = np.zeros((*voxels.shape[:3], 1), np.float32)
+    if names:
+        of_image, image = check_image(case, names)
+        image, of_image = in_order_of(image, of_image, affine)
+        if image.shape[:3] != voxels.shape[:3] or not same_grid(of_image, affine, image.shape):
+            raise DataError(f"{prediction}: lies on another grid than its image ({case.image})")
     shown = labels["label"] if labels.get("label", np.zeros(1)).any() else labels["prediction"]
     masks = [np.isin(shown, list(values)) for values in targets.values()]
     inside = body(image, names) if names else np.ones(shown.shape, bool)
