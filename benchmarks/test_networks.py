@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import factorizer
+import factorizer_kernels as fk
 
 from .harness import (
     DEVICE,
@@ -114,4 +115,5 @@ def cases_of(size):
 
 
 def test_networks(replay):
+    fk.keep_freed_memory()  # as the command line does, for all contenders
     replay()

@@ -19,12 +19,14 @@ from factorizer_kernels.ops.pointwise.functional import (
 )
 from factorizer_kernels.ops.swin_nmf.functional import swin_nmf
 from factorizer_kernels.ops.windows.functional import sw_dematricize, sw_matricize
+from factorizer_kernels.shared.allocation import keep_freed_memory
 
 __all__ = [
     "Backend",
     "backends",
     "depthwise_conv",
     "join",
+    "keep_freed_memory",
     "layer_norm",
     "linear",
     "linear_norm_mlp",

@@ -20,7 +20,6 @@ from factorizer_kernels.ops.pointwise.spec import coarse_size, fine_size, gradie
 from factorizer_kernels.ops.pointwise.triton.norm_linear import data_gradient, linear_sums
 from factorizer_kernels.ops.pointwise.triton.tiles import (
     MAX_CHANNELS,
-    VOXELS,
     channel_block,
     columns,
     empty_shares,
@@ -37,9 +36,10 @@ from factorizer_kernels.shared.maps import three_axes
 from factorizer_kernels.shared.registry import kernel
 from factorizer_kernels.shared.triton import launch
 
-# Channels of a product at a time: of its result, and of what it sums over.
+# Channels of a product's result at a time, voxels of a coarse tile, and the warps for it.
 ROWS = 64
-COLUMNS = 32
+VOXELS = 64
+WARPS = 4
 
 
 @triton.jit
@@ -74,17 +74,15 @@ def _load_fine(x, strides, item, c, fine, inside, C: tl.constexpr):
 
 @triton.jit
 def _load_place(
-    weight, strides, place, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRODUCT: tl.constexpr
+    weight, place, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr, PRODUCT: tl.constexpr
 ):
-    """A block of the (ROWS, COLUMNS) matrix of a place, whose entries have strides (row, column)."""
-    mask = (rows < ROWS)[:, None] & (columns < COLUMNS)[None, :]
-    at = weight + place + rows[:, None] * strides[0] + columns[None, :] * strides[1]
-    return tl.load(at, mask=mask, other=0.0).to(PRODUCT)
+    """A block of the matrix of a place, of the contiguous weight (places, ROWS, COLUMNS)."""
+    return load_matrix(weight + place * (ROWS * COLUMNS), rows, columns, ROWS, COLUMNS, PRODUCT)
 
 
 @triton.jit
 def gather_kernel(
-    x, x_strides, weight, weight_strides, bias, y, sizes,
+    x, x_strides, weight, bias, y, sizes,
     BIAS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, KERNEL: tl.constexpr, WIDTH: tl.constexpr,
     PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     C_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, VOXELS: tl.constexpr,
@@ -93,44 +91,26 @@ def gather_kernel(
     voxels = sizes[0] * sizes[1] * sizes[2]
     item, v = tile_of(tl.program_id(0), voxels, VOXELS)
     start = tl.program_id(0) % tl.cdiv(voxels, VOXELS) * VOXELS
-    d = tl.program_id(1) * D_BLOCK + tl.arange(0, D_BLOCK)
+    c, d = tl.arange(0, C_BLOCK), tl.program_id(1) * D_BLOCK + tl.arange(0, D_BLOCK)
     total = tl.zeros([D_BLOCK, VOXELS], tl.float32)
     if BIAS:
         total += load_vector(bias, d, D)[:, None]
     for place in range(0, KERNEL[0] * KERNEL[1] * KERNEL[2], WIDTH):
         coarse, fine = _row(start, place, sizes, KERNEL, WIDTH, VOXELS)
-        for first in range(0, C, C_BLOCK):
-            c = first + tl.arange(0, C_BLOCK)
-            operand = _load_fine(x, x_strides, item, c, fine, coarse < voxels, C).to(PRODUCT)
-            block = _load_place(weight, weight_strides, place, d, c, D, C, PRODUCT)
-            if WIDTH == 2:
-                operand, second = _halves(operand, C_BLOCK, VOXELS)
-                other = _load_place(weight, weight_strides, place + 1, d, c, D, C, PRODUCT)
-                total = tl.dot(other, second, total, input_precision=PRECISION)
-            total = tl.dot(block, operand, total, input_precision=PRECISION)
+        operand = _load_fine(x, x_strides, item, c, fine, coarse < voxels, C).to(PRODUCT)
+        block = _load_place(weight, place, d, c, D, C, PRODUCT)
+        if WIDTH == 2:
+            operand, second = _halves(operand, C_BLOCK, VOXELS)
+            other = _load_place(weight, place + 1, d, c, D, C, PRODUCT)
+            total = tl.dot(other, second, total, input_precision=PRECISION)
+        total = tl.dot(block, operand, total, input_precision=PRECISION)
     at = (item.to(tl.int64) * D + d)[:, None] * voxels + v[None, :]
     tl.store(y + at, total, mask=(d < D)[:, None] & (v < voxels)[None, :])
 
 
 @triton.jit
-def _spread_place(
-    x, x_strides, weight, weight_strides, place, item, d, v, voxels,
-    E: tl.constexpr, D: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-    E_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, VOXELS: tl.constexpr,
-):  # fmt: skip
-    """A_p x of a tile of x (B, E, V)."""
-    total = tl.zeros([D_BLOCK, VOXELS], tl.float32)
-    for first in range(0, E, E_BLOCK):
-        e = first + tl.arange(0, E_BLOCK)
-        operand = load_tile(x, x_strides, item, e, v, voxels, E).to(PRODUCT)
-        block = _load_place(weight, weight_strides, place, d, e, D, E, PRODUCT)
-        total = tl.dot(block, operand, total, input_precision=PRECISION)
-    return total
-
-
-@triton.jit
 def spread_kernel(
-    x, x_strides, weight, weight_strides, skip, skip_strides, weight_skip, bias, y, sizes,
+    x, x_strides, weight, skip, skip_strides, weight_skip, bias, y, sizes,
     SKIP: tl.constexpr, C: tl.constexpr, E: tl.constexpr, D: tl.constexpr, KERNEL: tl.constexpr,
     WIDTH: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     C_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, VOXELS: tl.constexpr,
@@ -143,27 +123,21 @@ def spread_kernel(
     PLACES: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     item, v = tile_of(tl.program_id(0), voxels, VOXELS)
     start = tl.program_id(0) % tl.cdiv(voxels, VOXELS) * VOXELS
-    d = tl.program_id(1) * D_BLOCK + tl.arange(0, D_BLOCK)
+    c, d = tl.arange(0, C_BLOCK), tl.program_id(1) * D_BLOCK + tl.arange(0, D_BLOCK)
+    e = tl.arange(0, E_BLOCK)
+    operand = load_tile(x, x_strides, item, e, v, voxels, E).to(PRODUCT)
     for place in range(0, PLACES, WIDTH):
-        total = _spread_place(
-            x, x_strides, weight, weight_strides, place, item, d, v, voxels,
-            E, D, PRODUCT, PRECISION, E_BLOCK, D_BLOCK, VOXELS,
-        )  # fmt: skip
+        total = tl.dot(_load_place(weight, place, d, e, D, E, PRODUCT), operand, input_precision=PRECISION)
         if WIDTH == 2:
-            second = _spread_place(
-                x, x_strides, weight, weight_strides, place + 1, item, d, v, voxels,
-                E, D, PRODUCT, PRECISION, E_BLOCK, D_BLOCK, VOXELS,
-            )  # fmt: skip
-            total = tl.interleave(total, second)
+            block = _load_place(weight, place + 1, d, e, D, E, PRODUCT)
+            total = tl.interleave(total, tl.dot(block, operand, input_precision=PRECISION))
         coarse, fine = _row(start, place, sizes, KERNEL, WIDTH, VOXELS)
         inside = coarse < voxels
         if SKIP:
             total += load_vector(bias, d, D)[:, None]
-            for first in range(0, C, C_BLOCK):
-                c = first + tl.arange(0, C_BLOCK)
-                operand = _load_fine(skip, skip_strides, item, c, fine, inside, C).to(PRODUCT)
-                block = load_matrix(weight_skip, d, c, D, C, PRODUCT)
-                total = tl.dot(block, operand, total, input_precision=PRECISION)
+            beside = _load_fine(skip, skip_strides, item, c, fine, inside, C).to(PRODUCT)
+            block = load_matrix(weight_skip, d, c, D, C, PRODUCT)
+            total = tl.dot(block, beside, total, input_precision=PRECISION)
         at = (item.to(tl.int64) * D + d)[:, None] * (voxels * PLACES) + fine[None, :]
         tl.store(y + at, total, mask=(d < D)[:, None] & inside[None, :])
 
@@ -207,6 +181,11 @@ def _places(kernel_size: Sequence[int]) -> dict[str, Any]:
     return {"KERNEL": kernel, "WIDTH": 2 if kernel[2] == 2 else 1}
 
 
+def _by_place(weight: Tensor, transposed: bool) -> Tensor:
+    """The matrices (places, D, C) of a weight (D, C, k1..kp), or transposed (C, D, k1..kp)."""
+    return weight.flatten(2).permute((2, 1, 0) if transposed else (2, 0, 1)).contiguous()
+
+
 def _gather(
     x: Tensor, weight: Tensor, transposed: bool, bias: Tensor | None, dtype: torch.dtype, y: Tensor
 ) -> None:
@@ -215,9 +194,9 @@ def _gather(
     block = channel_block(rows, ROWS)
     launch(
         gather_kernel, (_tiles(y), triton.cdiv(rows, block)), x,
-        x, x.stride()[:2], weight, _strides(weight, transposed), weight if bias is None else bias, y, sizes,
+        x, x.stride()[:2], _by_place(weight, transposed), weight if bias is None else bias, y, sizes,
         BIAS=bias is not None, C=channels, D=rows, **_places(weight.shape[2:]), **products(dtype),
-        C_BLOCK=channel_block(channels, COLUMNS), D_BLOCK=block, VOXELS=VOXELS,
+        C_BLOCK=channel_block(channels), D_BLOCK=block, VOXELS=VOXELS, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -233,12 +212,12 @@ def _spread(
     rows, block = y.shape[1], channel_block(y.shape[1], ROWS)
     fine, weight_skip, bias = skip or (x, weight, weight)
     launch(
-        spread_kernel, (tiles_of(x), triton.cdiv(rows, block)), x,
-        x, x.stride()[:2], weight, _strides(weight, transposed), fine, fine.stride()[:2], weight_skip, bias,
+        spread_kernel, (tiles_of(x, VOXELS), triton.cdiv(rows, block)), x,
+        x, x.stride()[:2], _by_place(weight, transposed), fine, fine.stride()[:2], weight_skip, bias,
         y, three_axes(size, 1),
         SKIP=skip is not None, C=fine.shape[1], E=x.shape[1], D=rows, **_places(weight.shape[2:]),
-        **products(dtype), C_BLOCK=channel_block(fine.shape[1], COLUMNS),
-        E_BLOCK=channel_block(x.shape[1], COLUMNS), D_BLOCK=block, VOXELS=VOXELS,
+        **products(dtype), C_BLOCK=channel_block(fine.shape[1]), E_BLOCK=channel_block(x.shape[1]),
+        D_BLOCK=block, VOXELS=VOXELS, num_warps=WARPS,
     )  # fmt: skip
 
 
@@ -251,25 +230,19 @@ def _block_sums(
     places = _places(kernel_size)
     rows_of_places = prod(kernel_size) // places["WIDTH"]
     blocks = triton.cdiv(rows, row_block) * triton.cdiv(channels, column_block) * rows_of_places
-    programs = programs_of(tiles_of(coarse), blocks)
+    programs = programs_of(tiles_of(coarse, VOXELS), blocks)
     (shares,) = empty_shares(coarse, programs, weight.shape)
     launch(
         block_sums_kernel, (programs, blocks), coarse,
         coarse, coarse.stride()[:2], fine, fine.stride()[:2], shares, coarse.shape[0], three_axes(size, 1),
         D=rows, C=channels, **places, **products(dtype),
-        D_BLOCK=row_block, C_BLOCK=column_block, VOXELS=VOXELS,
+        D_BLOCK=row_block, C_BLOCK=column_block, VOXELS=VOXELS, num_warps=WARPS,
     )  # fmt: skip
     return shares.sum(0)
 
 
 def _tiles(x: Tensor) -> int:
     return x.shape[0] * triton.cdiv(prod(x.shape[2:]), VOXELS)
-
-
-def _strides(weight: Tensor, transposed: bool) -> tuple[int, int]:
-    """Strides (row, column) of a place's matrix in (rows, columns, k1..kp), or (columns, rows, k1..kp)."""
-    first, second = weight.stride()[:2]
-    return (second, first) if transposed else (first, second)
 
 
 @kernel("join", "triton", limit(MAX_CHANNELS))
