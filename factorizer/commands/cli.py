@@ -325,6 +325,12 @@ def evaluate(
             help="Draw each case beside the scores, over its image where --labels is a data list.",
         ),
     ] = False,
+    statistics: Annotated[
+        bool,
+        typer.Option(
+            "--statistics", help="Write the ml of each class, predicted and labelled, beside the scores."
+        ),
+    ] = False,
 ) -> None:
     """Dice and HD95 of each class and case; exit code 1 if a case failed."""
     with _errors():
@@ -332,7 +338,7 @@ def evaluate(
 
         from factorizer.segmentation.evaluation import evaluate as run
 
-        if run(Console(), predictions, labels, output, checkpoint, preview=preview):
+        if run(Console(), predictions, labels, output, checkpoint, preview=preview, statistics=statistics):
             raise typer.Exit(1)
 
 
