@@ -17,7 +17,7 @@ from factorizer_kernels.ops.pointwise.functional import (
     norm_linear,
     patch_conv,
 )
-from factorizer_kernels.ops.swin_nmf.functional import swin_nmf
+from factorizer_kernels.ops.swin_nmf.functional import norm_linear_swin_nmf, swin_nmf
 from factorizer_kernels.ops.windows.functional import sw_dematricize, sw_matricize
 from factorizer_kernels.shared.allocation import keep_freed_memory
 
@@ -33,6 +33,7 @@ __all__ = [
     "nmf",
     "nmf_factors",
     "norm_linear",
+    "norm_linear_swin_nmf",
     "patch_conv",
     "sw_dematricize",
     "sw_matricize",
