@@ -23,6 +23,7 @@ from .harness import (
     cases,
     extent,
     forward_backward,
+    matmul_precision,
     parameters,
 )
 
@@ -49,7 +50,8 @@ class Volume:
         x = self._corner()
         truth = Under("reference", copy.deepcopy(network.function).double())
         expected = forward_backward(truth, x.double())()[:2]
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # of ten bits, torch's default
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # of ten bits, torch's default
+        with exact, matmul_precision("highest"):
             results = forward_backward(network, x)()[:2]
         for result, reference, tolerance, what in zip(
             results, expected, (1e-4, 1e-3), ("logits", "gradient of x"), strict=True
