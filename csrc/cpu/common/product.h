@@ -92,6 +92,10 @@ constexpr i64 max_height = 4, short_height = 4;
 #endif
 constexpr i64 short_depth = 64;
 
+// Vectors of sums in the registers: along a short depth one more than its tile has, where they hold it.
+constexpr i64 most_sums = 2 * max_height;
+constexpr i64 short_sums = 2 * short_height < most_sums ? 2 * short_height + 1 : most_sums;
+
 // Columns of W that one go of the microkernel takes: what it reads of `in`, at most depth_block x two vectors
 // or slice_bytes, stays in the first-level cache while the panels of W pass.
 constexpr i64 depth_block = 256;
@@ -280,7 +284,7 @@ FK_INLINE void multiply_panel_of(i64 height, const typename Weights<T>::Panel& w
   if constexpr (H > 0) {
     if (height != H)
       return multiply_panel_of<V, T, H - 1>(height, w, depth, in, out, length, accumulate, bias);
-    if constexpr (H * V <= 2 * max_height)
+    if constexpr (H * V <= most_sums)
       multiply_panel<H, V, T>(w, depth, in, out, length, accumulate, bias);
   }
 }
@@ -320,7 +324,7 @@ void multiply_columns(const Weights<T>& w, Parts panels, Rows<const T> in, Rows<
 template <class T>
 void multiply(const Weights<T>& w, Rows<const T> in, Rows<T> out, i64 length, Start<T> start = {}) {
   const Parts panels = panels_of(w.rows, w.depth);
-  const i64 sums = w.depth < short_depth ? 2 * short_height + 1 : 2 * max_height;
+  const i64 sums = w.depth < short_depth ? short_sums : most_sums;
   switch (panels.largest() > 0 ? sums / panels.largest() : 0) {
     case 0: return;
     case 1:

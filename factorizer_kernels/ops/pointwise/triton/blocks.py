@@ -3,10 +3,13 @@
 A place is where a fine voxel lies in its block, (p1, p2, p3) of the kernel's k1 x k2 x k3. ``gather`` maps a
 block's voxels to the coarse one, Σ_p A_p fine_p; ``spread`` does the reverse, fine_p = A_p coarse, beside a
 linear map of another fine map; ``block_sums`` has the weights' gradients, Σ coarse fine_pᵀ. A program has a
-tile of coarse voxels and goes through the places, so that sectors of neighbouring fine voxels meet in cache.
+tile of coarse voxels and goes through the places. Where blocks are two voxels wide, the two places of a row
+go together: their fine voxels lie side by side, and are moved so.
 """
 
+from collections.abc import Sequence
 from math import prod
+from typing import Any
 
 import torch
 import triton
@@ -16,6 +19,7 @@ from torch import Tensor
 from factorizer_kernels.ops.pointwise.spec import coarse_size, fine_size, gradients_like
 from factorizer_kernels.ops.pointwise.triton.norm_linear import data_gradient, linear_sums
 from factorizer_kernels.ops.pointwise.triton.tiles import (
+    MAX_CHANNELS,
     VOXELS,
     channel_block,
     columns,
@@ -48,6 +52,20 @@ def _fine(v, place, sizes, KERNEL: tl.constexpr):
 
 
 @triton.jit
+def _row(first, place, sizes, KERNEL: tl.constexpr, WIDTH: tl.constexpr, VOXELS: tl.constexpr):
+    """(coarse, fine) voxels of WIDTH places from ``place`` on of VOXELS coarse voxels from ``first`` on."""
+    n = tl.arange(0, WIDTH * VOXELS)
+    v = first + n // WIDTH
+    return v, _fine(v, place + n % WIDTH, sizes, KERNEL)
+
+
+@triton.jit
+def _halves(tile, ROWS: tl.constexpr, VOXELS: tl.constexpr):
+    """The voxels of a tile at even places, and those at odd ones."""
+    return tl.split(tl.reshape(tile, [ROWS, VOXELS, 2]))
+
+
+@triton.jit
 def _load_fine(x, strides, item, c, fine, inside, C: tl.constexpr):
     """Channels c and fine voxels of an item of x (B, C, V), whose voxels lie side by side."""
     at = item.to(tl.int64) * strides[0] + c.to(tl.int64)[:, None] * strides[1] + fine[None, :]
@@ -67,32 +85,54 @@ def _load_place(
 @triton.jit
 def gather_kernel(
     x, x_strides, weight, weight_strides, bias, y, sizes,
-    BIAS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, KERNEL: tl.constexpr, PRODUCT: tl.constexpr,
-    PRECISION: tl.constexpr, C_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, VOXELS: tl.constexpr,
+    BIAS: tl.constexpr, C: tl.constexpr, D: tl.constexpr, KERNEL: tl.constexpr, WIDTH: tl.constexpr,
+    PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    C_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, VOXELS: tl.constexpr,
 ):  # fmt: skip
     """D_BLOCK channels of a tile of the contiguous coarse y (B, D, V), from the fine x (B, C, ..)."""
     voxels = sizes[0] * sizes[1] * sizes[2]
     item, v = tile_of(tl.program_id(0), voxels, VOXELS)
+    start = tl.program_id(0) % tl.cdiv(voxels, VOXELS) * VOXELS
     d = tl.program_id(1) * D_BLOCK + tl.arange(0, D_BLOCK)
     total = tl.zeros([D_BLOCK, VOXELS], tl.float32)
     if BIAS:
         total += load_vector(bias, d, D)[:, None]
-    for place in range(KERNEL[0] * KERNEL[1] * KERNEL[2]):
-        fine = _fine(v, place, sizes, KERNEL)
+    for place in range(0, KERNEL[0] * KERNEL[1] * KERNEL[2], WIDTH):
+        coarse, fine = _row(start, place, sizes, KERNEL, WIDTH, VOXELS)
         for first in range(0, C, C_BLOCK):
             c = first + tl.arange(0, C_BLOCK)
-            operand = _load_fine(x, x_strides, item, c, fine, v < voxels, C).to(PRODUCT)
+            operand = _load_fine(x, x_strides, item, c, fine, coarse < voxels, C).to(PRODUCT)
             block = _load_place(weight, weight_strides, place, d, c, D, C, PRODUCT)
+            if WIDTH == 2:
+                operand, second = _halves(operand, C_BLOCK, VOXELS)
+                other = _load_place(weight, weight_strides, place + 1, d, c, D, C, PRODUCT)
+                total = tl.dot(other, second, total, input_precision=PRECISION)
             total = tl.dot(block, operand, total, input_precision=PRECISION)
     at = (item.to(tl.int64) * D + d)[:, None] * voxels + v[None, :]
     tl.store(y + at, total, mask=(d < D)[:, None] & (v < voxels)[None, :])
 
 
 @triton.jit
+def _spread_place(
+    x, x_strides, weight, weight_strides, place, item, d, v, voxels,
+    E: tl.constexpr, D: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    E_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, VOXELS: tl.constexpr,
+):  # fmt: skip
+    """A_p x of a tile of x (B, E, V)."""
+    total = tl.zeros([D_BLOCK, VOXELS], tl.float32)
+    for first in range(0, E, E_BLOCK):
+        e = first + tl.arange(0, E_BLOCK)
+        operand = load_tile(x, x_strides, item, e, v, voxels, E).to(PRODUCT)
+        block = _load_place(weight, weight_strides, place, d, e, D, E, PRODUCT)
+        total = tl.dot(block, operand, total, input_precision=PRECISION)
+    return total
+
+
+@triton.jit
 def spread_kernel(
     x, x_strides, weight, weight_strides, skip, skip_strides, weight_skip, bias, y, sizes,
     SKIP: tl.constexpr, C: tl.constexpr, E: tl.constexpr, D: tl.constexpr, KERNEL: tl.constexpr,
-    PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
+    WIDTH: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
     C_BLOCK: tl.constexpr, E_BLOCK: tl.constexpr, D_BLOCK: tl.constexpr, VOXELS: tl.constexpr,
 ):  # fmt: skip
     """D_BLOCK channels of the contiguous fine y (B, D, ..) in the blocks of a tile of the coarse x (B, E, V).
@@ -102,47 +142,69 @@ def spread_kernel(
     voxels = sizes[0] * sizes[1] * sizes[2]
     PLACES: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     item, v = tile_of(tl.program_id(0), voxels, VOXELS)
+    start = tl.program_id(0) % tl.cdiv(voxels, VOXELS) * VOXELS
     d = tl.program_id(1) * D_BLOCK + tl.arange(0, D_BLOCK)
-    for place in range(PLACES):
-        fine = _fine(v, place, sizes, KERNEL)
-        total = tl.zeros([D_BLOCK, VOXELS], tl.float32)
-        for first in range(0, E, E_BLOCK):
-            e = first + tl.arange(0, E_BLOCK)
-            operand = load_tile(x, x_strides, item, e, v, voxels, E).to(PRODUCT)
-            block = _load_place(weight, weight_strides, place, d, e, D, E, PRODUCT)
-            total = tl.dot(block, operand, total, input_precision=PRECISION)
+    for place in range(0, PLACES, WIDTH):
+        total = _spread_place(
+            x, x_strides, weight, weight_strides, place, item, d, v, voxels,
+            E, D, PRODUCT, PRECISION, E_BLOCK, D_BLOCK, VOXELS,
+        )  # fmt: skip
+        if WIDTH == 2:
+            second = _spread_place(
+                x, x_strides, weight, weight_strides, place + 1, item, d, v, voxels,
+                E, D, PRODUCT, PRECISION, E_BLOCK, D_BLOCK, VOXELS,
+            )  # fmt: skip
+            total = tl.interleave(total, second)
+        coarse, fine = _row(start, place, sizes, KERNEL, WIDTH, VOXELS)
+        inside = coarse < voxels
         if SKIP:
             total += load_vector(bias, d, D)[:, None]
             for first in range(0, C, C_BLOCK):
                 c = first + tl.arange(0, C_BLOCK)
-                operand = _load_fine(skip, skip_strides, item, c, fine, v < voxels, C).to(PRODUCT)
+                operand = _load_fine(skip, skip_strides, item, c, fine, inside, C).to(PRODUCT)
                 block = load_matrix(weight_skip, d, c, D, C, PRODUCT)
                 total = tl.dot(block, operand, total, input_precision=PRECISION)
         at = (item.to(tl.int64) * D + d)[:, None] * (voxels * PLACES) + fine[None, :]
-        tl.store(y + at, total, mask=(d < D)[:, None] & (v < voxels)[None, :])
+        tl.store(y + at, total, mask=(d < D)[:, None] & inside[None, :])
 
 
 @triton.jit
 def block_sums_kernel(
     coarse, coarse_strides, fine_map, fine_strides, shares, batch, sizes,
-    D: tl.constexpr, C: tl.constexpr, KERNEL: tl.constexpr, PRODUCT: tl.constexpr, PRECISION: tl.constexpr,
-    D_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, VOXELS: tl.constexpr,
+    D: tl.constexpr, C: tl.constexpr, KERNEL: tl.constexpr, WIDTH: tl.constexpr, PRODUCT: tl.constexpr,
+    PRECISION: tl.constexpr, D_BLOCK: tl.constexpr, C_BLOCK: tl.constexpr, VOXELS: tl.constexpr,
 ):  # fmt: skip
-    """Shares (programs, D, C, places) of Σ coarse fine_pᵀ of one place, D_BLOCK by C_BLOCK channels."""
+    """Shares (programs, D, C, places) of Σ coarse fine_pᵀ of WIDTH places, D_BLOCK by C_BLOCK channels."""
     voxels = sizes[0] * sizes[1] * sizes[2]
     PLACES: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     column_blocks: tl.constexpr = (C + C_BLOCK - 1) // C_BLOCK
-    place = tl.program_id(1) % PLACES
-    d = tl.program_id(1) // PLACES // column_blocks * D_BLOCK + tl.arange(0, D_BLOCK)
-    c = tl.program_id(1) // PLACES % column_blocks * C_BLOCK + tl.arange(0, C_BLOCK)
+    rows: tl.constexpr = PLACES // WIDTH
+    place = tl.program_id(1) % rows * WIDTH
+    d = tl.program_id(1) // rows // column_blocks * D_BLOCK + tl.arange(0, D_BLOCK)
+    c = tl.program_id(1) // rows % column_blocks * C_BLOCK + tl.arange(0, C_BLOCK)
     total = tl.zeros([D_BLOCK, C_BLOCK], tl.float32)
+    other = tl.zeros([D_BLOCK, C_BLOCK], tl.float32)
     for at in range(tl.program_id(0), batch * tl.cdiv(voxels, VOXELS), tl.num_programs(0)):
         item, v = tile_of(at, voxels, VOXELS)
+        start = at % tl.cdiv(voxels, VOXELS) * VOXELS
+        near, fine = _row(start, place, sizes, KERNEL, WIDTH, VOXELS)
         first = load_tile(coarse, coarse_strides, item, d, v, voxels, D).to(PRODUCT)
-        second = _load_fine(fine_map, fine_strides, item, c, _fine(v, place, sizes, KERNEL), v < voxels, C)
-        total = tl.dot(first, tl.trans(second.to(PRODUCT)), total, input_precision=PRECISION)
+        second = _load_fine(fine_map, fine_strides, item, c, fine, near < voxels, C).to(PRODUCT)
+        if WIDTH == 2:
+            second, odd = _halves(second, C_BLOCK, VOXELS)
+            other = tl.dot(first, tl.trans(odd), other, input_precision=PRECISION)
+        total = tl.dot(first, tl.trans(second), total, input_precision=PRECISION)
     at = ((tl.program_id(0) * D + d)[:, None] * C + c[None, :]) * PLACES + place
-    tl.store(shares + at, total, mask=(d < D)[:, None] & (c < C)[None, :])
+    inside = (d < D)[:, None] & (c < C)[None, :]
+    tl.store(shares + at, total, mask=inside)
+    if WIDTH == 2:
+        tl.store(shares + at + 1, other, mask=inside)
+
+
+def _places(kernel_size: Sequence[int]) -> dict[str, Any]:
+    """The constants of a block: its voxels, and how many of its last axis' go together."""
+    kernel = three_axes(kernel_size, 1)
+    return {"KERNEL": kernel, "WIDTH": 2 if kernel[2] == 2 else 1}
 
 
 def _gather(
@@ -154,7 +216,7 @@ def _gather(
     launch(
         gather_kernel, (_tiles(y), triton.cdiv(rows, block)), x,
         x, x.stride()[:2], weight, _strides(weight, transposed), weight if bias is None else bias, y, sizes,
-        BIAS=bias is not None, C=channels, D=rows, KERNEL=three_axes(weight.shape[2:], 1), **products(dtype),
+        BIAS=bias is not None, C=channels, D=rows, **_places(weight.shape[2:]), **products(dtype),
         C_BLOCK=channel_block(channels, COLUMNS), D_BLOCK=block, VOXELS=VOXELS,
     )  # fmt: skip
 
@@ -174,7 +236,7 @@ def _spread(
         spread_kernel, (tiles_of(x), triton.cdiv(rows, block)), x,
         x, x.stride()[:2], weight, _strides(weight, transposed), fine, fine.stride()[:2], weight_skip, bias,
         y, three_axes(size, 1),
-        SKIP=skip is not None, C=fine.shape[1], E=x.shape[1], D=rows, KERNEL=three_axes(weight.shape[2:], 1),
+        SKIP=skip is not None, C=fine.shape[1], E=x.shape[1], D=rows, **_places(weight.shape[2:]),
         **products(dtype), C_BLOCK=channel_block(fine.shape[1], COLUMNS),
         E_BLOCK=channel_block(x.shape[1], COLUMNS), D_BLOCK=block, VOXELS=VOXELS,
     )  # fmt: skip
@@ -186,13 +248,15 @@ def _block_sums(
     """Σ coarse fine_pᵀ in weight's shape (D, C, k1..kp), of coarse (B, D, V), of that size, and fine."""
     rows, channels, *kernel_size = weight.shape
     row_block, column_block = channel_block(rows, ROWS), channel_block(channels, ROWS)
-    blocks = triton.cdiv(rows, row_block) * triton.cdiv(channels, column_block) * prod(kernel_size)
+    places = _places(kernel_size)
+    rows_of_places = prod(kernel_size) // places["WIDTH"]
+    blocks = triton.cdiv(rows, row_block) * triton.cdiv(channels, column_block) * rows_of_places
     programs = programs_of(tiles_of(coarse), blocks)
     (shares,) = empty_shares(coarse, programs, weight.shape)
     launch(
         block_sums_kernel, (programs, blocks), coarse,
         coarse, coarse.stride()[:2], fine, fine.stride()[:2], shares, coarse.shape[0], three_axes(size, 1),
-        D=rows, C=channels, KERNEL=three_axes(kernel_size, 1), **products(dtype),
+        D=rows, C=channels, **places, **products(dtype),
         D_BLOCK=row_block, C_BLOCK=column_block, VOXELS=VOXELS,
     )  # fmt: skip
     return shares.sum(0)
@@ -208,7 +272,7 @@ def _strides(weight: Tensor, transposed: bool) -> tuple[int, int]:
     return (second, first) if transposed else (first, second)
 
 
-@kernel("join", "triton", limit)
+@kernel("join", "triton", limit(MAX_CHANNELS))
 def join(
     skip: Tensor, x: Tensor, weight_skip: Tensor, weight_x: Tensor, bias: Tensor, dtype: torch.dtype
 ) -> Tensor:
@@ -218,7 +282,7 @@ def join(
     return y
 
 
-@kernel("join_backward", "triton", limit)
+@kernel("join_backward", "triton", limit(MAX_CHANNELS))
 def join_backward(
     dy: Tensor,
     skip: Tensor,
@@ -240,14 +304,14 @@ def join_backward(
     return dskip, dx, *dweights
 
 
-@kernel("patch_conv", "triton", limit)
+@kernel("patch_conv", "triton", limit(MAX_CHANNELS))
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     y = x.new_empty((x.shape[0], weight.shape[0], *coarse_size(x, weight)), dtype=dtype)
     _gather(columns(x), weight.contiguous(), False, bias.contiguous(), dtype, y)
     return y
 
 
-@kernel("patch_conv_backward", "triton", limit)
+@kernel("patch_conv_backward", "triton", limit(MAX_CHANNELS))
 def patch_conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, weight_grads: bool
 ) -> tuple[Tensor, ...]:

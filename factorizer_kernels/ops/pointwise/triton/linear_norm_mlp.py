@@ -5,13 +5,18 @@ again, in two kernels, since one would not fit the registers: one writes dy and 
 whose programs have HIDDEN hidden channels each, sums for W1 and W2. dW = Σ dz yᵀ is that of a linear map.
 """
 
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels.ops.pointwise.spec import gradients_like
+from factorizer_kernels.ops.pointwise.torch import linear_backward
+from factorizer_kernels.ops.pointwise.triton import norm
 from factorizer_kernels.ops.pointwise.triton.norm_linear import linear_sums, weights_before
 from factorizer_kernels.ops.pointwise.triton.tiles import (
+    MAX_CHANNELS,
     VOXELS,
     channel_block,
     columns,
@@ -159,9 +164,47 @@ def _constants(y: Tensor, x: Tensor, hidden: int, dtype) -> dict:
     }  # fmt: skip
 
 
-@kernel("linear_norm_mlp", "triton", limit)
+# --- Maps wider than a tile: the norm alone is a kernel, and torch multiplies ----------------------
+
+
+def _wide_middle(y, x, weight, bias, norm_weight, norm_bias, weight1, bias1, eps, dtype):
+    """(z, z normed, the hidden layer's input) of y (B, E, V) and x (B, C, V)."""
+    z = norm.multiplied(weight, y, bias, dtype) + x.to(weight.dtype)
+    normed = norm.normed(z, norm_weight, norm_bias, eps, torch.empty_like(z, dtype=dtype))
+    return z, normed, norm.multiplied(weight1, normed, bias1, dtype)
+
+
+def _wide(y, x, weight, bias, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps, dtype):
+    z, _normed, hidden = _wide_middle(y, x, weight, bias, norm_weight, norm_bias, weight1, bias1, eps, dtype)
+    return z.add_(norm.multiplied(weight2, F.gelu(hidden.to(z.dtype)), bias2, dtype))
+
+
+def _wide_backward(outputs, dout, y, x, *others) -> tuple[Tensor, ...]:
+    weight, bias, norm_weight, norm_bias, weight1, bias1, weight2, _, eps, dtype, weight_grads = others
+    compute = weight.dtype
+    z, normed, hidden = _wide_middle(y, x, weight, bias, norm_weight, norm_bias, weight1, bias1, eps, dtype)
+    hidden, dout = hidden.to(compute), dout.to(compute)
+    dhidden, *of_second = linear_backward(dout, F.gelu(hidden), weight2, dtype, weight_grads)
+    dhidden = torch.ops.aten.gelu_backward(dhidden.to(compute), hidden)
+    dnormed, *of_first = linear_backward(dhidden, normed, weight1, dtype, weight_grads)
+    dz = torch.empty_like(z)
+    of_norm = norm.normed_backward(dnormed, z, norm_weight, eps, dout, weight_grads, dz)
+    dy, *of_linear = linear_backward(dz, y, weight, dtype, weight_grads)
+    outputs[0].flatten(2).copy_(dy)
+    outputs[1].flatten(2).copy_(dz)
+    if not weight_grads:
+        return tuple(outputs)
+    return (*outputs[:2], *of_linear, *of_norm, *of_first, *of_second)
+
+
+# --- Registered --------------------------------------------------------------------------------
+
+
+@kernel("linear_norm_mlp", "triton", limit(norm.MAX_CHANNELS))
 def linear_norm_mlp(y: Tensor, x: Tensor, *others) -> Tensor:
     *weights, eps, dtype = others
+    if max(y.shape[1], x.shape[1]) > MAX_CHANNELS:
+        return _wide(columns(y), columns(x), *others).to(x.dtype).unflatten(2, x.shape[2:])
     weights = [w.contiguous() for w in weights]
     out = x.new_empty(x.shape)
     y, x = columns(y), columns(x)
@@ -173,12 +216,14 @@ def linear_norm_mlp(y: Tensor, x: Tensor, *others) -> Tensor:
     return out
 
 
-@kernel("linear_norm_mlp_backward", "triton", limit)
+@kernel("linear_norm_mlp_backward", "triton", limit(norm.MAX_CHANNELS))
 def linear_norm_mlp_backward(dout: Tensor, y: Tensor, x: Tensor, *others) -> tuple[Tensor, ...]:
     *weights, eps, dtype, weight_grads = others
     *weights, bias2 = (w.contiguous() for w in weights)
     dy, dx, *dweights = gradients_like([y, x], [*weights, bias2], weight_grads)
     dout, y, x = columns(dout), columns(y), columns(x)
+    if max(y.shape[1], x.shape[1]) > MAX_CHANNELS:
+        return _wide_backward([dy, dx, *dweights], dout, y, x, *others)
     maps = (dout, dout.stride()[:2], y, y.stride()[:2], x, x.stride()[:2])
     hidden, channels = weights[4].shape
     constants = _constants(y, x, hidden, dtype)

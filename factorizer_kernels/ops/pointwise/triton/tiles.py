@@ -5,7 +5,7 @@ contiguous. Channels are padded to a power of two, 16 at least, which ``tl.dot``
 map is zero. Products take operands of ``PRODUCT``, the dtype of the operator, and add in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,19 +19,21 @@ VOXELS = 32
 # Programs of a kernel that sums over voxels, and the tiles that each of them takes at least.
 PROGRAMS = 512
 TILES_OF_A_PROGRAM = 8
-# The most channels that a tile has: of more, the registers do not hold it.
+# The most channels of a product's tile: of more, the registers do not hold it.
 MAX_CHANNELS = 64
 
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def limit(x: Tensor, widest: int) -> str | None:
-    """Why the kernels do not run a call whose widest map has that many channels, or None where they do."""
-    if x.dtype == torch.float64:
-        return "its products take no float64"
-    if widest > MAX_CHANNELS:
-        return f"it takes at most {MAX_CHANNELS} channels, got {widest}"
-    return None
+def limit(most: int) -> Callable[[Tensor, int], str | None]:
+    """The limit of kernels that take maps of so many channels."""
+
+    def reason(x: Tensor, widest: int) -> str | None:
+        if x.dtype == torch.float64:
+            return "its products take no float64"
+        return f"it takes at most {most} channels, got {widest}" if widest > most else None
+
+    return reason
 
 
 def columns(x: Tensor) -> Tensor:
