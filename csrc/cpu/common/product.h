@@ -134,7 +134,7 @@ void pack_panel(const S* from, Height height, i64 depth, i64 row, i64 column, T*
   i64 k = 0;
   if constexpr (std::is_same_v<S, T>) {
     // By squares, as long as what a store leaves past its h elements is overwritten by the next ones.
-    const i64 end = column == 1 && h <= width ? depth - width : 0;
+    const i64 end = column == 1 && 0 < h && h <= width ? depth - width : 0;
     for (; k + width <= end; k += width) {
       Vec<T> square[width];
 #pragma GCC unroll 16
@@ -284,8 +284,7 @@ FK_INLINE void multiply_panel_of(i64 height, const typename Weights<T>::Panel& w
   if constexpr (H > 0) {
     if (height != H)
       return multiply_panel_of<V, T, H - 1>(height, w, depth, in, out, length, accumulate, bias);
-    if constexpr (H * V <= most_sums)
-      multiply_panel<H, V, T>(w, depth, in, out, length, accumulate, bias);
+    if constexpr (H * V <= most_sums) multiply_panel<H, V, T>(w, depth, in, out, length, accumulate, bias);
   }
 }
 

@@ -78,11 +78,13 @@ void multiply_all(const Multiply& p) {
   const bool packs = p.batch * tiles.count > 1;
   const Scratch packed(packs ? Weights<T>::packed_size(p.rows, p.depth) * sizeof(T) : 0);
   const T* w = static_cast<const T*>(p.w);
-  // Group by group: the rows of a panel belong to one of them.
-  parallel_for(packs ? groups.count : 0, threads, [&](i64 group, int) {
-    const i64 first = groups.begin(group);
-    Weights<T>::pack(w + first * p.w_row, groups.size(group), p.depth, p.w_row, p.w_column,
-                     static_cast<T*>(packed.data()) + first * p.depth);
+  // By groups, since the rows of a panel belong to one of them, and by blocks of the depth.
+  const Parts blocks = Parts::of(p.depth, depth_block);
+  parallel_for(packs ? groups.count * blocks.count : 0, threads, [&](i64 task, int) {
+    const i64 group = task / blocks.count, first = groups.begin(group), rows = groups.size(group);
+    const i64 block = task % blocks.count, k = blocks.begin(block);
+    Weights<T>::pack(w + first * p.w_row + k * p.w_column, rows, blocks.size(block), p.w_row, p.w_column,
+                     static_cast<T*>(packed.data()) + first * p.depth + k * rows);
   });
   const i64 buffer_size = (p.depth + groups.largest()) * stride;
   const Scratch buffers(threads * buffer_size * sizeof(T));
@@ -175,36 +177,40 @@ void multiply_all_by_transpose(const MultiplyByTranspose& p) {
   if (p.rows == 0 || p.depth == 0) return;
   const int threads = p.batch * p.columns * p.rows * p.depth < serial_operations ? 1 : p.threads;
   const i64 tiles = (p.columns + depth_block - 1) / depth_block, all_tiles = p.batch * tiles;
-  const i64 out_stride = row_stride<T>(p.depth);
-  const i64 bytes = p.rows * out_stride * i64(sizeof(T));
+  T* const out = static_cast<T*>(p.out);
+  const i64 sum_stride = row_stride<T>(p.depth);
+  const i64 bytes = p.rows * sum_stride * i64(sizeof(T));
   i64 most = most_bytes / bytes < most_sections ? most_bytes / bytes : most_sections;
   if (most * least_tiles > all_tiles) most = all_tiles / least_tiles;
   const Parts sections = Parts::of(all_tiles, most > 1 ? (all_tiles + most - 1) / most : all_tiles);
   // Rows are shared out where there are few sections; each group transposes B for itself.
-  const i64 wanted = (2 * threads + sections.count - 1) / sections.count, most_groups = p.rows / least_rows;
-  const i64 cuts = threads == 1 ? 1 : wanted < most_groups ? wanted : most_groups;
+  const i64 tasks = sections.count == 1 ? threads : 2 * threads, most_groups = p.rows / least_rows;
+  const i64 wanted = threads == 1 ? 1 : (tasks + sections.count - 1) / sections.count;
+  const i64 cuts = wanted < most_groups ? wanted : most_groups;
   const Parts groups = Parts::of(p.rows, cuts > 1 ? (p.rows + cuts - 1) / cuts : p.rows);
 
+  // The only share is the result, where its rows hold whole vectors.
+  const bool direct = sections.count == 1 && all_tiles > 0 && round_up<T>(p.depth) == p.depth;
   Arena tile_count(nullptr), sum_count(nullptr);
   TransposeTile<T, S>(p, groups.largest(), tile_count);
-  OrderedSums<T>(sections.count, p.rows * out_stride, sum_count);
+  OrderedSums<T>(direct ? 0 : sections.count, p.rows * sum_stride, sum_count);
   const Scratch buffers(threads * tile_count.used()), memory(sum_count.used());
   Arena arena(memory.data());
-  const OrderedSums<T> sums(sections.count, p.rows * out_stride, arena);
+  const OrderedSums<T> sums(direct ? 0 : sections.count, p.rows * sum_stride, arena);
   parallel_for(sections.count * groups.count, threads, [&](i64 task, int worker) {
     const i64 group = task % groups.count, section = task / groups.count, first = groups.begin(group);
     Arena buffer(static_cast<char*>(buffers.data()) + worker * tile_count.used());
     const TransposeTile<T, S> work(p, groups.largest(), buffer);
+    const Rows<T> share = direct ? Rows<T>{out, p.depth} : Rows<T>{sums.share(section), sum_stride};
     for (i64 i = 0; i < sections.size(section); ++i) {
       const i64 tile = sections.begin(section) + i;
       work.add(tile / tiles, tile % tiles * depth_block, first, groups.size(group),
-               {sums.share(section) + first * out_stride, out_stride}, i > 0);
+               {share[first], share.stride}, i > 0);
     }
   });
-  T* out = static_cast<T*>(p.out);
-  parallel_for(p.rows, threads, [&](i64 row, int) {
+  parallel_for(direct ? 0 : p.rows, threads, [&](i64 row, int) {
     if (all_tiles == 0) return fill(out + row * p.depth, p.depth, T(0));
-    sums.add(sections.count, row * out_stride, p.depth, out + row * p.depth);
+    sums.add(sections.count, row * sum_stride, p.depth, out + row * p.depth);
   });
 }
 
