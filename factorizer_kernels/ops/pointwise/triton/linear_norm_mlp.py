@@ -17,10 +17,10 @@ from factorizer_kernels.ops.pointwise.triton import norm
 from factorizer_kernels.ops.pointwise.triton.norm_linear import linear_sums, weights_before
 from factorizer_kernels.ops.pointwise.triton.tiles import (
     MAX_CHANNELS,
-    VOXELS,
     channel_block,
     columns,
     empty_shares,
+    exact,
     gelu,
     limit,
     load_matrix,
@@ -37,10 +37,12 @@ from factorizer_kernels.ops.pointwise.triton.tiles import (
 from factorizer_kernels.shared.registry import kernel
 from factorizer_kernels.shared.triton import launch
 
-# Hidden channels at a time.
-HIDDEN = 16
-# With fewer the sums do not fit the registers.
-SUMS_WARPS = 8
+# Voxels of a tile and hidden channels at a time, of the exact products and of others. More of either would
+# take fewer instructions, but not fit the registers.
+WARPS = 4
+FORWARD, EXACT_FORWARD = (64, 64), (64, 32)
+BACKWARD, EXACT_BACKWARD = (128, 32), (64, 32)
+SUMS, EXACT_SUMS = (64, 64), (32, 32)
 
 
 @triton.jit
@@ -156,11 +158,12 @@ def mlp_sums_kernel(
     tl.store(bias_shares2 + tl.program_id(0) * C + c, bias_total2, mask=(c < C) & (tl.program_id(1) == 0))
 
 
-def _constants(y: Tensor, x: Tensor, hidden: int, dtype) -> dict:
+def _constants(y: Tensor, x: Tensor, hidden: int, dtype, tile: tuple[int, int]) -> dict:
+    voxels, block = tile
     return {
         "E": y.shape[1], "C": x.shape[1], "H": hidden, **products(dtype),
         "E_BLOCK": channel_block(y.shape[1]), "C_BLOCK": channel_block(x.shape[1]),
-        "H_BLOCK": channel_block(hidden, HIDDEN), "VOXELS": VOXELS,
+        "H_BLOCK": channel_block(hidden, block), "VOXELS": voxels, "num_warps": WARPS,
     }  # fmt: skip
 
 
@@ -208,10 +211,10 @@ def linear_norm_mlp(y: Tensor, x: Tensor, *others) -> Tensor:
     weights = [w.contiguous() for w in weights]
     out = x.new_empty(x.shape)
     y, x = columns(y), columns(x)
+    constants = _constants(y, x, weights[4].shape[0], dtype, EXACT_FORWARD if exact(dtype) else FORWARD)
     launch(
-        linear_norm_mlp_kernel, tiles_of(x), x,
-        y, y.stride()[:2], x, x.stride()[:2], *weights, out, x.shape[2], eps,
-        **_constants(y, x, weights[4].shape[0], dtype),
+        linear_norm_mlp_kernel, tiles_of(x, constants["VOXELS"]), x,
+        y, y.stride()[:2], x, x.stride()[:2], *weights, out, x.shape[2], eps, **constants,
     )  # fmt: skip
     return out
 
@@ -226,19 +229,20 @@ def linear_norm_mlp_backward(dout: Tensor, y: Tensor, x: Tensor, *others) -> tup
         return _wide_backward([dy, dx, *dweights], dout, y, x, *others)
     maps = (dout, dout.stride()[:2], y, y.stride()[:2], x, x.stride()[:2])
     hidden, channels = weights[4].shape
-    constants = _constants(y, x, hidden, dtype)
+    constants = _constants(y, x, hidden, dtype, EXACT_BACKWARD if exact(dtype) else BACKWARD)
     launch(
-        linear_norm_mlp_backward_kernel, tiles_of(x), x,
+        linear_norm_mlp_backward_kernel, tiles_of(x, constants["VOXELS"]), x,
         *maps, *weights, dy, dx, x.shape[2], eps, **constants,
     )  # fmt: skip
     if not weight_grads:
         return dy, dx, *dweights
+    constants = _constants(y, x, hidden, dtype, EXACT_SUMS if exact(dtype) else SUMS)
     blocks = triton.cdiv(hidden, constants["H_BLOCK"])
-    programs = programs_of(tiles_of(x), blocks)
+    programs = programs_of(tiles_of(x, constants["VOXELS"]), blocks)
     shares = empty_shares(x, programs, (hidden, channels), (hidden,), (hidden, channels), (channels,))
     launch(
         mlp_sums_kernel, (programs, blocks), x,
-        *maps, *weights, *shares, x.shape[0], x.shape[2], eps, **constants, num_warps=SUMS_WARPS,
+        *maps, *weights, *shares, x.shape[0], x.shape[2], eps, **constants,
     )  # fmt: skip
     sums1, dbias1, sums2, dbias2 = (share.sum(0) for share in shares)
     _, _, norm_weight, norm_bias, weight1, *_ = weights

@@ -26,6 +26,7 @@ from factorizer_kernels.shared.triton import launch
 MAX_CHANNELS = 1024
 ELEMENTS = 4096
 LEAST_VOXELS = 16
+WARPS = 4
 
 
 @triton.jit
@@ -76,7 +77,7 @@ def norm_backward_kernel(
 def _tile(channels: int) -> dict[str, int]:
     block = channel_block(channels, MAX_CHANNELS)
     voxels = max(ELEMENTS // block, LEAST_VOXELS)
-    return {"C_BLOCK": block, "VOXELS": voxels, "num_warps": min(max(block * voxels // 1024, 1), 8)}
+    return {"C_BLOCK": block, "VOXELS": voxels, "num_warps": WARPS}
 
 
 def normed(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, y: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from factorizer_kernels.ops.pointwise.torch import linear_backward
 from factorizer_kernels.ops.pointwise.triton import norm
 from factorizer_kernels.ops.pointwise.triton.tiles import (
     MAX_CHANNELS,
-    VOXELS,
     channel_block,
     columns,
     empty_shares,
@@ -39,8 +38,10 @@ from factorizer_kernels.ops.pointwise.triton.tiles import (
 from factorizer_kernels.shared.registry import kernel
 from factorizer_kernels.shared.triton import launch
 
-# Rows of W at a time.
+# Rows of W at a time; voxels of a tile, and the warps for it, of the sums too.
 ROWS = 64
+VOXELS = 64
+WARPS, SUMS_WARPS = 2, 4
 
 
 @triton.jit
@@ -116,13 +117,13 @@ def linear_sums(dy: Tensor, x: Tensor, eps: float | None, dtype: torch.dtype) ->
     """G = Σ dy x̂ᵀ (D, C), or Σ dy xᵀ where eps is None, and Σ dy (D), of dy (B, D, V) and x (B, C, V)."""
     d, c = dy.shape[1], x.shape[1]
     block = channel_block(d, ROWS)
-    programs = programs_of(tiles_of(x), triton.cdiv(d, block))
+    programs = programs_of(tiles_of(x, VOXELS), triton.cdiv(d, block))
     shares, bias_shares = empty_shares(x, programs, (d, c), (d,))
     launch(
         linear_sums_kernel, (programs, triton.cdiv(d, block)), x,
         dy, dy.stride()[:2], x, x.stride()[:2], shares, bias_shares, x.shape[0], x.shape[2], eps or 0.0,
         NORM=eps is not None, C=c, D=d, **products(dtype), C_BLOCK=channel_block(c), D_BLOCK=block,
-        VOXELS=VOXELS,
+        VOXELS=VOXELS, num_warps=SUMS_WARPS,
     )  # fmt: skip
     return shares.sum(0), bias_shares.sum(0)
 
@@ -155,10 +156,11 @@ def norm_linear(
         return x.unflatten(2, size)
     y = x.new_empty((x.shape[0], channels, *size), dtype=dtype)
     launch(
-        norm_linear_kernel, tiles_of(x), x,
+        norm_linear_kernel, tiles_of(x, VOXELS), x,
         x, x.stride()[:2], *_present(x, norm_weight, norm_bias, weight, bias), y, x.shape[2], eps,
         NORM=norm_weight is not None, C=x.shape[1], D=channels, **products(dtype),
         C_BLOCK=channel_block(x.shape[1]), D_BLOCK=channel_block(channels, ROWS), VOXELS=VOXELS,
+        num_warps=WARPS,
     )  # fmt: skip
     return y
 
@@ -181,12 +183,12 @@ def data_gradient(
     """Write the contiguous dx (+ addend), of dy (B, D, V) and x, addend (B, C, V)."""
     added = dy if addend is None else addend
     launch(
-        norm_linear_backward_kernel, tiles_of(x), x,
+        norm_linear_backward_kernel, tiles_of(x, VOXELS), x,
         dy, dy.stride()[:2], x, x.stride()[:2], added, added.stride()[:2],
         *_present(x, norm_weight, weight), dx, x.shape[2], eps,
         NORM=norm_weight is not None, ADDEND=addend is not None, C=x.shape[1], D=dy.shape[1],
         **products(dtype), C_BLOCK=channel_block(x.shape[1]), D_BLOCK=channel_block(dy.shape[1], ROWS),
-        VOXELS=VOXELS,
+        VOXELS=VOXELS, num_warps=WARPS,
     )  # fmt: skip
 
 
