@@ -35,7 +35,7 @@ from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import (
     check_image,
     check_label,
-    doubts_of_headers,
+    doubts_of_files,
     on_grid_of,
     write_maps,
 )
@@ -91,7 +91,7 @@ def explain(
         unknown = Case("", ())
         cases = tuple(replace(case, label=known.get(case.name, unknown).label) for case in cases)
     prepare_folder("output", out, (path for case in cases for path in case.images))
-    for doubt in doubts_of_headers(cases):
+    for doubt in doubts_of_files(cases):
         tell_warning(console, doubt)
 
     def work(case: Case) -> list[Row]:

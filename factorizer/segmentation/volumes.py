@@ -24,7 +24,7 @@ from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import atomic, digest_of
 from factorizer.segmentation.intensities import clean, is_ct, window_of
-from factorizer.segmentation.names import PAIRED, places_by_name
+from factorizer.segmentation.names import PAIRED, numbers_of, places_by_name
 from factorizer.segmentation.recipe import RANGE_QUANTILES
 from factorizer.segmentation.screen import count, log_lines, progress, tell_warning
 
@@ -162,9 +162,14 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
                 )
             channels.append(moved)
     if len(channels) != len(modalities):
+        way_out = (
+            ". Give a case's files separated by commas, with the endings _0000, _0001, ..., or in a data list"
+            if len(channels) < len(modalities)
+            else ". Give those alone that belong to these; of a series in time, one volume"
+        )
         raise DataError(
-            f"{case.image}: {len(channels)} channels; there must be one for each of the "
-            f"{len(modalities)} modalities ({', '.join(modalities)})"
+            f"{case.image}: {count(len(channels), 'channel')}; there must be one for each of the "
+            f"{len(modalities)} modalities ({', '.join(modalities)}){way_out}"
         )
     image = np.zeros((*channels[0].shape, len(channels)), np.float32)
     for channel, (name, voxels) in enumerate(zip(modalities, channels, strict=True)):
@@ -375,7 +380,7 @@ def doubts(task: Task, geometries: Mapping[str, Geometry], training: Sequence[st
     for path, names in by_path.items():
         if path and len(names) > 1:
             found.append(f"these cases have the same label file: {_some(names)}")
-    found.extend(doubts_of_headers(task.cases))
+    found.extend(doubts_of_files(task.cases))
     by_digest: dict[str, list[str]] = {}
     for name, geometry in geometries.items():
         by_digest.setdefault(geometry.digest, []).append(name)
@@ -411,7 +416,30 @@ def _oddities(
     return constant, identical, unsigned
 
 
-def doubts_of_headers(cases: Iterable[Case]) -> list[str]:
+def doubts_of_files(cases: Sequence[Case]) -> list[str]:
+    """Sentences about what is odd in the names and the headers of files; they name the cases."""
+    return _doubts_of_names(cases) + _doubts_of_headers(cases)
+
+
+def _doubts_of_names(cases: Sequence[Case]) -> list[str]:
+    """About files of a case whose names have the numbers of another one's first file."""
+    owners: dict[tuple[int, ...], list[Case]] = {}
+    for case in cases:
+        owners.setdefault(numbers_of(case.images[0]) if case.images else (), []).append(case)
+    found = []
+    for numbers, members in owners.items():
+        for case in members if numbers else ():
+            others = [*case.images[1:], *([] if case.label is None else [case.label])]
+            for file in others:
+                own, other = numbers_of(file), owners.get(numbers_of(file), [])
+                if own != numbers and own and len(other) == 1:
+                    found.append(f"{case.name} has {file.name}, which by its name is of {other[0].name}")
+    if not found:
+        return []
+    return [f"files of other cases are given, by their names: {_some(found)}"]
+
+
+def _doubts_of_headers(cases: Iterable[Case]) -> list[str]:
     """Sentences about files whose headers do not agree with themselves on which side is left, or do not say
     it, and about modalities that cover little of the grid that they are brought to; they name the cases.
     Files that cannot be read are told elsewhere."""

@@ -1,5 +1,5 @@
 // The kernels' index arithmetic, for the tests to hold against integers that do not overflow.
-#include "cuda/windows/windows.cuh"
+#include "cuda/windows/boxes.cuh"
 
 namespace fk = factorizer;
 using fk::i64;
@@ -41,14 +41,17 @@ i64 emulation_offset(const i64* numbers, i64 copy, i64 index, i64 m, i64 n, cons
   return window.matrix;
 }
 
-// Which matrix of a copy, and which of its columns, holds column n of window `index` of the map as it lies.
-i64 emulation_matrix_at(const i64* numbers, i64 copy, i64 index, i64 n, i64* column) {
-  const fk::cuda::DeviceWindows windows = windows_of(numbers);
-  const auto window = windows.window(windows.num_shifts, static_cast<fk::cuda::u32>(index));
-  fk::cuda::u32 at[3], in_copy = 0;
-  windows.voxel(window, static_cast<fk::cuda::u32>(n), at);
-  const i64 matrix = windows.matrix_at(window, static_cast<fk::cuda::u32>(copy), at, in_copy);
+// Which matrix of a copy, and which of its columns, holds column n of box `index` of the map as it lies; a
+// box is as many windows as go into `bytes`, of one byte each voxel, and joined says how many.
+i64 emulation_matrix_at(const i64* numbers, i64 bytes, i64 copy, i64 index, i64 n, i64* column, i64* joined) {
+  const fk::cuda::Boxes boxes(windows_of(numbers), 1, bytes);
+  const auto box = boxes.cut.window(boxes.windows.num_shifts, static_cast<fk::cuda::u32>(index));
+  fk::cuda::u32 rest = static_cast<fk::cuda::u32>(n), at[3], begin[3], cell[3], in_copy = 0;
+  for (int axis = 2; axis >= 0; --axis) at[axis] = axis > 0 ? boxes.cut.by_patch[axis].split(rest) : rest;
+  boxes.place(box, static_cast<fk::cuda::u32>(copy), begin, cell);
+  const fk::cuda::u32 number = boxes.number(static_cast<fk::cuda::u32>(copy), begin, at, in_copy);
   *column = in_copy;
-  return matrix;
+  *joined = boxes.cut.columns / boxes.windows.columns;
+  return boxes.matrix(box, number);
 }
 }

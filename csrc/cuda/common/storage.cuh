@@ -12,6 +12,20 @@ struct alignas(W * sizeof(S)) Pack {
   S at[W];
 };
 
+using Quad = Pack<4, float>;
+
+// Calls f with a number of this dtype, on the host, so that a kernel is made for each.
+template <class F>
+void with_dtype(DType dtype, F&& f) {
+  if (dtype == DType::float32) {
+    f(float{});
+  } else if (dtype == DType::bfloat16) {
+    f(bfloat16{});
+  } else {
+    f(float16{});
+  }
+}
+
 // Calls f with the data of a map, as numbers of its dtype: inside, every load and conversion is that dtype's
 // own.
 template <class F>

@@ -74,6 +74,15 @@ struct DeviceWindows {
     per_shift = w.batch * w.heads * w.num_windows();
   }
 
+  // Windows that are `count` of these, neighbours along the last axis; count divides the grid there.
+  void join(u32 count) {
+    patch[2] *= count;
+    columns *= count;
+    by_patch[2] = Divider(patch[2]);
+    by_grid[2] = Divider(by_grid[2].divisor / count);
+    per_shift /= count;
+  }
+
   // The copies of a place run side by side, so that the second finds it in cache.
   FK_INLINE Window window_of_block(u32 block) const {
     const u32 copy = by_num_shifts.split(block);
@@ -114,22 +123,6 @@ struct DeviceWindows {
   }
   FK_INLINE static i64 offset(const u32 (&at)[3], const Map& map) {
     return at[0] * map.stride[2] + at[1] * map.stride[3] + at[2] * map.stride[4];
-  }
-
-  // The matrix that voxel `at` of a window's channels belongs to in a copy, and its column there.
-  FK_INLINE i64 matrix_at(const Window& w, u32 copy, const u32 (&at)[3], u32& column) const {
-    u32 cell = 0;
-    column = 0;
-    for (int axis = 0; axis < 3; ++axis) {
-      u32 q = at[axis] + shifts[copy][axis];
-      if (q >= size[axis]) q -= size[axis];
-      const u32 place = by_patch[axis].split(q);
-      cell = cell * by_grid[axis].divisor + q;
-      column = column * patch[axis] + place;
-    }
-    const u32 head = by_heads.divisor * w.batch + w.channel / rows;
-    return copy * per_shift +
-           (static_cast<i64>(head) * by_grid[0].divisor * by_grid[1].divisor * by_grid[2].divisor) + cell;
   }
 };
 

@@ -16,7 +16,7 @@ from factorizer.segmentation.volumes import (
     check_image,
     check_label,
     doubts,
-    doubts_of_headers,
+    doubts_of_files,
     doubts_of_image,
     on_grid_of,
     read_labels,
@@ -64,8 +64,8 @@ def test_a_damaged_file_that_can_still_be_unpacked(folder, kind):
     ("kind", "change", "words"),
     [
         ("labelsTr", lambda x: x[:-1], r"labelsTr/.*shape .* does not match"),
-        ("imagesTr", lambda x: x[..., :1], "1 channels; there must be one for each of the 2 modalities"),
-        ("imagesTr", lambda x: x[..., 0], "1 channels; there must be one for each of the 2 modalities"),
+        ("imagesTr", lambda x: x[..., :1], "1 channel; there must be one for each of the 2 modalities"),
+        ("imagesTr", lambda x: x[..., 0], "1 channel; there must be one for each of the 2 modalities"),
         ("imagesTr", lambda x: np.stack([x, x], -1), "has shape"),
         ("imagesTr", lambda x: np.where(x == x.max(), np.nan, x), "NaN or infinite"),
         ("imagesTr", lambda x: x * 0, "nothing but zeros"),
@@ -369,10 +369,28 @@ def test_headers_that_do_not_say_which_side_is_left(tmp_path):
     for name, image in images.items():
         nib.save(image, tmp_path / f"{name}.nii.gz")
     names = [*images, "missing"]
-    found = doubts_of_headers([Case(name, (tmp_path / f"{name}.nii.gz",)) for name in names])
+    found = doubts_of_files([Case(name, (tmp_path / f"{name}.nii.gz",)) for name in names])
     assert [text.split()[-1] for text in found] == ["silent", "two"]
     assert "sform_code and qform_code are 0" in found[0]
     assert "the sform is believed" in found[1]
+
+
+def test_files_of_other_cases_are_seen_by_their_numbers(tmp_path):
+    def case(name, *files):
+        return Case(name, tuple(tmp_path / file for file in files[:-1]), tmp_path / files[-1])
+
+    right = [
+        case("a", "t1/img_01.nii.gz", "t2/img_01.nii.gz", "label_1.nii.gz"),
+        case("b", "t1/img_02.nii.gz", "t2/img_02.nii.gz", "label_2.nii.gz"),
+        case("c", "pat_3/t1.nii.gz", "pat_3/t2.nii.gz", "pat_3/seg.nii.gz"),
+        case("d", "scan_0000.nii.gz", "scan_0001.nii.gz", "seg.nii.gz"),
+    ]
+    assert doubts_of_files(right) == []
+    swapped = [replace(right[0], label=right[1].label), replace(right[1], label=right[0].label), *right[2:]]
+    (told,) = doubts_of_files(swapped)
+    assert "a has label_2.nii.gz, which by its name is of b, b has label_1.nii.gz" in told
+    mixed = replace(right[2], images=(right[2].images[0], right[0].images[1]))
+    assert "c has img_01.nii.gz, which by its name is of a" in doubts_of_files([*right[:2], mixed])[0]
 
 
 def test_two_cases_with_one_label_file_are_told(synthetic):
@@ -380,9 +398,9 @@ def test_two_cases_with_one_label_file_are_told(synthetic):
     first, second, *others = task.cases
     task = replace(task, cases=(first, replace(second, label=first.label), *others))
     geometries = {case.name: check_case(task, case) for case in task.cases[2:]}
-    assert doubts(task, geometries, list(geometries)) == [
-        f"these cases have the same label file: {first.name}, {second.name}"
-    ]
+    assert f"these cases have the same label file: {first.name}, {second.name}" in doubts(
+        task, geometries, list(geometries)
+    )
 
 
 def test_axes_stored_in_another_order_or_direction(tmp_path):
@@ -413,7 +431,7 @@ def test_modalities_of_different_places(tmp_path):
         Case(name, (tmp_path / "first.nii.gz", tmp_path / f"{name}.nii.gz"), resample=True)
         for name in ("near", "far")
     )
-    (told,) = doubts_of_headers([near])
+    (told,) = doubts_of_files([near])
     assert (
         "covers less than half of the grid that it is brought to in 1 case; the rest of it is 0: near" in told
     )

@@ -27,7 +27,13 @@ NVCC = shutil.which("nvcc")
 COUNTED, COUNTED_ARCHITECTURE = ("rank_one", "compose"), 90
 
 Table = dict[str, tuple]
-KERNEL = r"_Z.*?\d([a-z_]+_kernel)ILi(\d+)E"
+# A kernel's name, its first constant, and the type of the map where it has one: f, or N..8bfloat16E.
+KERNEL = r"_Z.*?\d([a-z_]+_kernel)ILi(\d+)E(?:(f)|N\w*?\d(b?float16)E)?"
+
+
+def name(file: str, found: re.Match, architecture: str) -> str:
+    of = "float" if found[3] else found[4]
+    return f"{file} {found[1]}<{found[2]}{f', {of}' if of else ''}> {architecture}"
 
 
 def version() -> str:
@@ -56,10 +62,8 @@ def resources(file: str, architectures) -> Table:
     table: Table = {}
     kernel, spills = "", 0
     for line in done.stderr.splitlines():
-        if found := re.search(
-            r"Compiling entry function '.*?\d([a-z_]+_kernel)ILi(\d+)E.*' for '(sm_\d+)'", line
-        ):
-            kernel = f"{file} {found[1]}<{found[2]}> {found[3]}"
+        if found := re.search(rf"Compiling entry function '{KERNEL}.*' for '(sm_\d+)'", line):
+            kernel = name(file, found, found[5])
         elif found := re.search(r"(\d+) bytes spill stores, (\d+) bytes spill loads", line):
             spills = int(found[1]) + int(found[2])
         elif found := re.search(r"Used (\d+) registers", line):
@@ -87,7 +91,7 @@ def instruction_counts(file: str, compiled: Path) -> dict[str, dict[str, int]]:
     counts = {}
     for part in listing.split("Function : ")[1:]:
         if found := re.match(KERNEL, part):
-            counts[f"{file} {found[1]}<{found[2]}> {architecture}"] = instructions(part)
+            counts[name(file, found, architecture)] = instructions(part)
     return counts
 
 

@@ -67,24 +67,32 @@ def test_offsets_pass_32_bits(cut, library):
 
 
 @pytest.mark.parametrize("cut", [SMALL, LARGE, LONG], ids=["small", "large", "long"])
-def test_a_voxel_finds_its_windows(cut, library):
-    """From a window of the map as it lies to a copy's, which must hold the same voxel."""
+@pytest.mark.parametrize("line", [1, 64, 128])
+def test_a_voxel_of_a_box_finds_its_windows(cut, line, library):
+    """From a box of windows of the map as it lies to a window of a copy, which must hold the same voxel."""
     batch, heads, _, size, patch, shifts = cut
-    windows, columns = batch * heads * prod(size) // prod(patch), prod(patch)
+    windows = batch * heads * prod(size) // prod(patch)
+    column, joined = ctypes.c_int64(), ctypes.c_int64()
+
+    def found(copy, index, n):
+        return library.emulation_matrix_at(
+            numbers(cut), ctypes.c_int64(line), ctypes.c_int64(copy), ctypes.c_int64(index),
+            ctypes.c_int64(n), ctypes.byref(column), ctypes.byref(joined),
+        )  # fmt: skip
+
+    found(0, 0, 0)
+    count = joined.value
+    assert count * patch[2] <= max(line, patch[2])
+    assert size[2] // patch[2] % count == 0
+    box = (batch, heads, cut[2], size, (*patch[:2], count * patch[2]), ((0, 0, 0),))
+    boxes, columns = windows // count, prod(patch) * count
     for copy, shift in enumerate(shifts):
-        for index in {0, windows // 2, windows - 1}:
-            for n in range(0, columns, max(columns // 16, 1)):
-                column = ctypes.c_int64()
-                matrix = library.emulation_matrix_at(
-                    numbers(cut),
-                    ctypes.c_int64(copy),
-                    ctypes.c_int64(index),
-                    ctypes.c_int64(n),
-                    ctypes.byref(column),
-                )
+        for index in {0, boxes // 2, boxes - 1}:
+            for n in {*range(0, columns, max(columns // 16, 1)), columns - 1}:
+                matrix = found(copy, index, n)
                 assert matrix // windows == copy
                 there = expected(cut, copy, matrix % windows, column.value, shift)
-                here = expected(cut, copy, index, n, (0, 0, 0))
+                here = expected(box, 0, index, n, (0, 0, 0))
                 assert there[1:] == here[1:]
 
 
