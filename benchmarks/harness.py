@@ -370,7 +370,12 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay() -> None:
+        graph.replay()
+
+    replay.holds = call  # type: ignore[attr-defined]  # the tensors that the graph reads
+    return replay
 
 
 def peak_bytes(call: Callable[[], Any]) -> int | None:
