@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import os
-import resource
 import subprocess
 import sys
 import threading
