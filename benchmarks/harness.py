@@ -371,10 +371,9 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     with torch.cuda.graph(graph):
         call()
 
-    def replay() -> None:
+    def replay(held: Callable[[], Any] = call) -> None:  # ``held`` are the tensors that the graph reads
         graph.replay()
 
-    replay.holds = call  # type: ignore[attr-defined]  # the tensors that the graph reads
     return replay
 
 
