@@ -22,6 +22,7 @@ LAYERS = (
     "factorizer.models",
     "factorizer",
     "factorizer.segmentation",
+    "factorizer.nnunet",
     "factorizer.commands",
     "factorizer.__main__",
 )
