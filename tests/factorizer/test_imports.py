@@ -1,4 +1,4 @@
-"""Imports run one way: commands, nnunet, segmentation, models, layers, factorizer_kernels; and in no circle."""
+"""Imports run one way: commands, nnunet, segmentation, models, layers, kernels; and in no circle."""
 
 import ast
 from graphlib import TopologicalSorter
