@@ -73,17 +73,9 @@ def test_runs_and_reports(tmp_path):
     assert len(list((tmp_path / "docs").glob("*-time.png"))) == 1
 
 
-@pytest.mark.parametrize(
-    ("operators", "caught"),
-    [
-        (("swin_nmf", "nmf", "depthwise_conv"), {"forward": 3, "forward+backward": 3}),
-        (
-            ("swin_nmf_backward", "nmf_backward", "depthwise_conv_backward"),
-            {"forward": 0, "forward+backward": 3},
-        ),
-    ],
-)
-def test_a_wrong_kernel_gets_no_time(operators, caught, tmp_path):
+def test_a_wrong_kernel_gets_no_time(tmp_path):
+    """Wrong in the forward: in neither mode; wrong in the backward: in the mode that has one."""
+    operators, caught = ("swin_nmf", "nmf", "depthwise_conv_backward"), {"forward": 2, "forward+backward": 3}
     (tmp_path / "broken_kernels.py").write_text(BROKEN.format(operators=operators))
     records, process = benchmarks(
         "test_operators and ours and ((volume and 8x8x8) or (mu and 20) or 3x3x3)",
