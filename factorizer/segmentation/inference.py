@@ -78,6 +78,8 @@ class Predictor:
                     raise DataError(f"checkpoint {number}: {field} = {now!r}; the first one has {was!r}")
         self.models = [(network.to(device).eval(), plan) for network, plan in models]
         self.device, self.whole, self.mirror = torch.device(device), whole, mirror
+        # A CPU gains nothing by a second window but its memory.
+        self.windows = 2 if self.device.type == "cuda" else 1
         self.tell: Callable[[str], object] = lambda doubt: None  # is told what is odd about an image
         self.largest_component = tuple(largest_component)
         if unknown := set(largest_component).difference(self.plan.targets):
@@ -139,8 +141,33 @@ class Predictor:
 
     @torch.no_grad()
     def run(self, network: nn.Module, plan: Plan, image: Tensor) -> Tensor:
-        """The network moved over a preprocessed image (C, X, Y, Z): (outputs, X, Y, Z), on the CPU."""
-        cuda, finest = self.device.type == "cuda", FinestHead(network)
+        """The network moved over a preprocessed image (C, X, Y, Z): (outputs, X, Y, Z), on the CPU.
+
+        Where the memory of a GPU is too small for two windows at a time, they go one by one from then on;
+        where it is too small for one, this volume goes through the CPU. Both are told.
+        """
+        device = self.device
+        try:
+            while True:
+                try:
+                    return self._moved(network.to(device), plan, image, device)
+                except torch.OutOfMemoryError:
+                    if device.type == "cpu":
+                        raise
+                    small = f"the memory of {device} is too small for"
+                    if self.windows > 1 and not self.whole:
+                        self.windows = 1
+                        self.tell(f"{small} two windows at a time: one by one from here on")
+                    else:
+                        device = torch.device("cpu")
+                        self.tell(f"{small} a volume: it goes through the CPU, which takes longer")
+                torch.cuda.empty_cache()  # out of the handler, which holds on to the tensors
+        finally:
+            network.to(self.device)
+
+    def _moved(self, network: nn.Module, plan: Plan, image: Tensor, device: torch.device) -> Tensor:
+        """What `run` does, with the memory that there is."""
+        cuda, finest = device.type == "cuda", FinestHead(network)
 
         def logits(x: Tensor) -> Tensor:
             with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
@@ -149,14 +176,14 @@ class Predictor:
         x = image[None]
         if self.whole:
             infer: Inferer = SimpleInferer()
-            x = x.to(self.device)
+            x = x.to(device)
         else:
             infer = SlidingWindowInferer(
                 roi_size=plan.crop,
-                sw_batch_size=2 if cuda else 1,  # a CPU gains nothing by a second window but its memory
+                sw_batch_size=self.windows,
                 overlap=0.5,
                 mode="gaussian",
-                sw_device=self.device,
+                sw_device=device,
                 device="cpu",
             )
         axes = [axis + 2 for axis in plan.flips] if self.mirror else []
@@ -284,7 +311,7 @@ def _keep_settings(path: Path, settings: dict[str, Any], overwrite: bool) -> Non
                 "give another folder, delete this one, or give --overwrite"
             )
     elif group_position()[0] == 0:
-        with atomic(path) as temporary:
+        with atomic(path, shared=True) as temporary:  # the parts of a job array may begin at once
             temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 
