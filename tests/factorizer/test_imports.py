@@ -1,4 +1,4 @@
-"""Imports run one way: commands, segmentation, models, layers, factorizer_kernels; and in no circle."""
+"""Imports run one way: commands, nnunet, segmentation, models, layers, kernels; and in no circle."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -13,7 +13,7 @@ MODULES = {
     ".".join(("factorizer", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
 }
-FLOORS = ("layers", "models", "segmentation", "commands")
+FLOORS = ("layers", "models", "segmentation", "nnunet", "commands")
 SEG_ALONE = {
     "monai",
     "nibabel",
