@@ -6,6 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.native import Problem, register
+from factorizer_kernels.ops.nmf.spec import MatrixSizes
 from factorizer_kernels.shared.native import memory, native, threads
 
 
@@ -26,4 +27,18 @@ class CpuProblem(Problem):
         return dx, *self.factor_grads(du0, dv0)
 
 
-register("cpu", CpuProblem)
+def yields(x: Tensor, sizes: MatrixSizes) -> str | None:
+    """Why plain PyTorch should factorise x, which it does faster, or None.
+
+    It keeps the iterations for the backward, which the kernels compute again: with few of them, each of large
+    products, nothing makes up for that (measured: docs/performance.md). Up to rank 8 the kernels update
+    factors in registers, and HALS goes through the reference column by column.
+    """
+    if sizes.solver != "mu" or sizes.rank <= 8:
+        return None
+    if sizes.num_iters == 1 or (sizes.num_iters == 2 and sizes.rank >= 96 and x.requires_grad):
+        return f"plain PyTorch is faster at {sizes.num_iters} iterations of MU at rank {sizes.rank}"
+    return None
+
+
+register("cpu", CpuProblem, yields=yields)
