@@ -34,11 +34,13 @@ def yields(x: Tensor, sizes: MatrixSizes) -> str | None:
     products, nothing makes up for that (measured: docs/performance.md). Up to rank 8 the kernels update
     factors in registers, and HALS goes through the reference column by column.
     """
-    if sizes.solver != "mu" or sizes.rank <= 8:
+    if sizes.solver != "mu":
         return None
-    if sizes.num_iters == 1 or (sizes.num_iters == 2 and sizes.rank >= 96 and x.requires_grad):
-        return f"plain PyTorch is faster at {sizes.num_iters} iterations of MU at rank {sizes.rank}"
-    return None
+    if sizes.num_iters == 1:
+        faster = sizes.rank > 8
+    else:
+        faster = sizes.num_iters == 2 and x.requires_grad and sizes.rank >= 96
+    return "plain PyTorch is faster at so few iterations of MU at such a rank" if faster else None
 
 
 register("cpu", CpuProblem, yields=yields)
