@@ -3,8 +3,8 @@
 Walks a grid of batch, M, N, rank, solver, iterations, shared and own factors, forward and backward: first the
 named points, then the rest of the grid in an order drawn from the seed, as far as the time goes. At every
 point the kernels' result is checked against float64; then they and the reference run in turn in one process.
-Prints a line for every point at which the reference over ours is below `--show`, a summary by rank, and how many
-of the points below 1 the open choice leaves to the kernels all the same.
+Prints a line for every point at which the reference over ours is below `--show`, a summary by rank, and how
+many of the points below 1 the open choice leaves to the kernels all the same.
 """
 
 from __future__ import annotations
