@@ -167,8 +167,8 @@ class Worker {
 
   // --- A ring of planes, filtered row by row --------------------------------------------------
 
-  // A plane is read one step before the filter sees it: a vector that was stored as two cannot be loaded until
-  // both have reached the cache.
+  // A plane is read one step before the filter sees it: a vector that was stored as two cannot be loaded
+  // until both have reached the cache.
   void run_ring(const Tile& tile, const Map<const S>& in, const Map<S>* out, const Map<const S>* x) {
     const i64* k = p_.kernel;
     const i64 reach = plan_.reach[0], end = tile.begin[0] + tile.extent[0];

@@ -54,7 +54,8 @@ Plan plan_of(const DepthwiseConv& p) {
     if (columns > longest) tile[2] = longest / 2;
     plan.pitch = round_up<T>(tile[2] + plan.reach[2] * (tile[2] < columns ? 2 : 1));
     plan.length = std::max(tile[2], width);
-    const i64 held_rows = second_level_bytes / 2 / (bytes * plan.pitch * (p.kernel[0] + 1)) - (p.kernel[1] - 1);
+    const i64 held_rows =
+        second_level_bytes / 2 / (bytes * plan.pitch * (p.kernel[0] + 1)) - (p.kernel[1] - 1);
     if (held_rows < rows) tile[1] = std::min(rows, std::max<i64>(held_rows / 8 * 8, 8));
   }
   for (int axis = 1; axis < 3; ++axis) plan.tiles[axis] = parts(p.size[axis], tile[axis]);

@@ -30,7 +30,8 @@ class Iterations {
         rows_(row_stride<T>(tiles.rows)),
         stride_(row_stride<T>(tiles.max_length())),
         keeps_work_(keeps_work(o)),
-        tile_rows_((kept_ + 1) * rank_ + (backward ? (kept_ + 1) * rank_ : 0) + (keeps_work_ ? kept_ * rank_ : 0)),
+        tile_rows_((kept_ + 1) * rank_ + (backward ? (kept_ + 1) * rank_ : 0) +
+                   (keeps_work_ ? kept_ * rank_ : 0)),
         u_parts_((tiles.rows + u_part - 1) / u_part),
         sums_(tiles.sections.count, (tiles.rows + rank_) * gram_stride_, arena),
         u_sums_(backward ? u_parts_ : 0, rank_ * gram_stride_, arena) {
@@ -138,8 +139,8 @@ class Iterations {
   Rows<T> a_at(i64 t) const { return {a_ + step(t) * rank_ * rows_, rows_}; }
   Rows<T> b_at(i64 t) const { return {b_ + step(t) * rank_ * gram_stride_, gram_stride_}; }
   Rows<T> d_at(i64 t) const { return {d_ + step(t) * rank_ * gram_stride_, gram_stride_}; }
-  // What belongs to a tile, rank rows each: V of each slot, C of each step (in the backward its gradient), dV,
-  // and what each step's update keeps.
+  // What belongs to a tile, rank rows each: V of each slot, C of each step (in the backward its gradient),
+  // dV, and what each step's update keeps.
   Rows<T> tile_row(i64 tile, i64 index) const {
     return {v_ + (tile * tile_rows_ + index * rank_) * stride_, stride_};
   }

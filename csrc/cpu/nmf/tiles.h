@@ -130,8 +130,8 @@ struct LongCut {
     return fit < least ? least : fit < most ? fit : most;
   }
 
-  // Sums over fewer would cost too much to add up (a share of them is a matrix of rank columns), fewer sections
-  // would leave cores idle.
+  // Sums over fewer would cost too much to add up (a share of them is a matrix of rank columns), fewer
+  // sections would leave cores idle.
   static i64 section_columns(i64 columns, i64 rank) {
     constexpr i64 least = 64, most_sections = 64;
     i64 section = least;

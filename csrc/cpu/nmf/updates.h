@@ -131,8 +131,8 @@ void hals_blocks(i64 rank, T eps, Rows<const T> gram, Rows<const T> c, Rows<T> f
   });
 }
 
-// df -= what `count` components have taken from the others' gradient is done where these are in turn. Only with
-// reaches_f is df in the end the gradient of f.
+// df -= what `count` components have taken from the others' gradient is done where these are in turn. Only
+// with reaches_f is df in the end the gradient of f.
 template <class T>
 void hals_blocks_backward(i64 rank, T eps, Rows<const T> gram, Rows<const T> f_new, Rows<T> df, Rows<T> dc,
                           Rows<T> work, i64 length, bool reaches_f) {
@@ -167,8 +167,8 @@ void hals_blocks_backward(i64 rank, T eps, Rows<const T> gram, Rows<const T> f_n
 // Whether update() leaves in `work` what update_backward() wants there.
 inline bool keeps_work(const NMFOptions& o) { return !o.hals && o.rank > lane_rank; }
 
-// out = the updated factor; it may be f itself. work: rank rows of scratch; with keeps_work() MU's denominator
-// without its eps is left there.
+// out = the updated factor; it may be f itself. work: rank rows of scratch; with keeps_work() MU's
+// denominator without its eps is left there.
 template <class T>
 void update(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, Rows<const T> c, Rows<T> out,
             Rows<T> work, i64 valid, i64 length) {
@@ -204,9 +204,9 @@ void update(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, Rows<const
   clear_padding(o.rank, out, valid, length);
 }
 
-// The adjoint. In: df = the gradient of f_new; dc = c (HALS does not look at it); work, rank rows: scratch, or
-// with keeps_work() what update() left there. Out: dc = the gradient of c; with reaches_f df = that of f; dgram,
-// where it is not null, (+)= what symmetric_gram_gradient() wants.
+// The adjoint. In: df = the gradient of f_new; dc = c (HALS does not look at it); work, rank rows: scratch,
+// or with keeps_work() what update() left there. Out: dc = the gradient of c; with reaches_f df = that of f;
+// dgram, where it is not null, (+)= what symmetric_gram_gradient() wants.
 template <class T>
 void update_backward(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, Rows<const T> f_new,
                      Rows<T> dc, Rows<T> df, Rows<T> work, Rows<T> dgram, bool accumulate, i64 length,
