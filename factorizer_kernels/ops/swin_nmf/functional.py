@@ -144,5 +144,7 @@ def _resolved(
     u0, v0, options = check_factorisation(
         x, u0, v0, windows.matrices_shape, num_iters, solver, num_grad_steps, eps
     )
-    sizes = MatrixSizes(windows.rows, windows.columns, u0.shape[-1], windows.num_shifts)
+    sizes = MatrixSizes(
+        windows.rows, windows.columns, u0.shape[-1], windows.num_shifts, options.num_iters, options.solver
+    )
     return _Arguments(u0, v0, windows, relu, options, choose("swin_nmf", x, sizes))

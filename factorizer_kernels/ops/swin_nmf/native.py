@@ -4,10 +4,10 @@ from torch import Tensor
 
 from factorizer_kernels.ops.nmf.native import Problem
 from factorizer_kernels.shared.native import memory, volume
-from factorizer_kernels.shared.registry import Limit, kernel, no_limit
+from factorizer_kernels.shared.registry import Reason, kernel, never
 
 
-def register(backend: str, problem: type[Problem], limit: Limit = no_limit) -> None:
+def register(backend: str, problem: type[Problem], limit: Reason = never) -> None:
     """Register the operators of this family for a backend, on its kind of problem."""
 
     @kernel("swin_nmf", backend, limit)
