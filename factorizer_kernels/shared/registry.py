@@ -22,6 +22,7 @@ class Kernel(NamedTuple):
 
     function: Callable
     limit: Limit
+    takes_out: bool
 
 
 _KERNELS: dict[tuple[str, str], Kernel] = {}
@@ -55,7 +56,9 @@ def no_limit(x: Tensor, sizes: Any) -> None:
     """The limit of a kernel that can run every call."""
 
 
-def kernel(operator: str, backend: str, limit: Limit = no_limit) -> Callable[[Callable], Callable]:
+def kernel(
+    operator: str, backend: str, limit: Limit = no_limit, takes_out: bool = False
+) -> Callable[[Callable], Callable]:
     """Register the decorated function as the kernel of ``operator`` on ``backend``.
 
     The function takes the operator's arguments without the last one, in the schema's order.
@@ -63,10 +66,12 @@ def kernel(operator: str, backend: str, limit: Limit = no_limit) -> Callable[[Ca
     Args:
         limit: ``limit(x, sizes)`` returns why the kernel cannot run this call, or None where it can. What
             ``sizes`` are is a matter of the family.
+        takes_out: whether the function takes ``out=``, a contiguous tensor for the result, which may be a
+            map that the kernel reads: it writes a voxel after all that depends on its old value.
     """
 
     def register(function: Callable) -> Callable:
-        _KERNELS[operator, backend] = Kernel(function, limit)
+        _KERNELS[operator, backend] = Kernel(function, limit, takes_out)
         return function
 
     return register
