@@ -20,8 +20,8 @@ LAYERS = (
     "factorizer_kernels",
     "factorizer.layers",
     "factorizer.models",
-    "factorizer",
     "factorizer.segmentation",
+    "factorizer",
     "factorizer.commands",
     "factorizer.__main__",
 )

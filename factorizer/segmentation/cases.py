@@ -12,7 +12,7 @@ import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -52,6 +52,9 @@ class Case:
     def image(self) -> Path:
         """The file whose grid is the case's."""
         return self.images[self.grid if len(self.images) > 1 else 0]
+
+
+AnyCase = TypeVar("AnyCase", bound=Case)
 
 
 @dataclass(frozen=True)
@@ -255,7 +258,7 @@ def on_one_grid(task: Task, resample: str) -> Task:
     return replace(task, cases=with_grid(task.cases, task.modalities, resample))
 
 
-def with_grid(cases: Sequence[Case], modalities: Sequence[str], resample: str) -> tuple[Case, ...]:
+def with_grid(cases: Sequence[AnyCase], modalities: Sequence[str], resample: str) -> tuple[AnyCase, ...]:
     """The cases, whose modalities are brought to the grid of "first" or of the modality of that name.
 
     An empty `resample` leaves them alone. Raises DataError where there is no such modality.

@@ -19,7 +19,7 @@ from rich.console import Console
 from scipy import ndimage
 from torch import Tensor, nn
 
-from factorizer import MatrixFactorization, set_num_iters
+from factorizer.layers import MatrixFactorization, set_num_iters
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.files import atomic, read_json
@@ -103,7 +103,18 @@ class Predictor:
         The logits, not the decisions, are taken back to that grid where it is another than the
         network's.
         """
-        return self.decide(self.logits(case))
+        return self.results(case)[0]
+
+    def results(self, case: Case, *, probabilities: bool = False) -> tuple[np.ndarray, Tensor | None]:
+        """The label values as `segment` has them, and where they are wanted the probabilities.
+
+        Those are (outputs, X, Y, Z) float32: of the regions, each for itself, or of the labels, together 1.
+        """
+        logits = self.logits(case)
+        labels = self.decide(logits)
+        if not probabilities:
+            return labels, None
+        return labels, logits.sigmoid() if self.plan.regions else logits.softmax(0)
 
     def decide(self, logits: Tensor) -> np.ndarray:
         """Logits (outputs, ...) to label values (...), uint8."""
@@ -176,7 +187,7 @@ def check_finite(logits: Tensor, case: Case) -> None:
 
 
 def load_predictor(
-    checkpoints: Sequence[Path],
+    checkpoints: Sequence[str | Path],
     *,
     device: str | None = None,
     num_iters: int | None = None,
@@ -239,14 +250,14 @@ def run_cases(
         there = not overwrite and made(path, case, settings)
         skipped = there and (not probabilities or made(maps, case, settings))
         if not skipped:
-            logits = predictor.logits(case)
-            labels = on_grid_of(predictor.decide(logits), case.image)
+            values, chances = predictor.results(case, probabilities=probabilities)
+            labels = on_grid_of(values, case.image)
             if not probabilities:
                 maps.unlink(missing_ok=True)  # of another result
             write_result(path, case, settings, lambda temporary: nib.save(labels, temporary))
-            if probabilities:
+            if chances is not None:
                 maps.parent.mkdir(exist_ok=True)
-                write = partial(write_probabilities, predictor.plan, logits, read_grid(case.image)[0])
+                write = partial(write_probabilities, predictor.plan, chances, read_grid(case.image)[0])
                 write_result(maps, case, settings, write)
         then(case, path)
         return "skipped" if skipped else "done"
@@ -254,15 +265,14 @@ def run_cases(
     return each_case(console, cases, "Segmenting", segment)
 
 
-def write_probabilities(plan: Plan, logits: Tensor, affine: np.ndarray, path: Path) -> None:
-    """Writes what logits (outputs, X, Y, Z) say as a NumPy archive.
+def write_probabilities(plan: Plan, values: Tensor, affine: np.ndarray, path: Path) -> None:
+    """Writes the probabilities (outputs, X, Y, Z) of `Predictor.results` as a NumPy archive.
 
-    It holds "probabilities", float16, of that shape; "names" of the outputs, those of the regions (each for
-    itself) or of the labels, background first (together 1); and "affine", voxels to mm.
+    It holds "probabilities", float16, of that shape; "names" of the outputs (`Plan.outputs`); and "affine",
+    voxels to mm.
     """
-    values = logits.sigmoid() if plan.regions else logits.softmax(0)
-    names = np.array(list(plan.regions) or list(plan.labels.values()))
-    np.savez_compressed(path, probabilities=values.numpy().astype(np.float16), names=names, affine=affine)
+    half = values.numpy().astype(np.float16)
+    np.savez_compressed(path, probabilities=half, names=np.array(plan.outputs), affine=affine)
 
 
 def _keep_settings(path: Path, settings: dict[str, Any], overwrite: bool) -> None:

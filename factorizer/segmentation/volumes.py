@@ -24,7 +24,7 @@ from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import atomic, digest_of
 from factorizer.segmentation.intensities import clean, is_ct, window_of
-from factorizer.segmentation.names import PAIRED, numbers_of, places_by_name
+from factorizer.segmentation.names import PAIRED, is_volume, numbers_of, places_by_name
 from factorizer.segmentation.recipe import RANGE_QUANTILES
 from factorizer.segmentation.screen import count, log_lines, progress, tell_warning
 
@@ -71,6 +71,25 @@ class Geometry:
     identical: tuple[tuple[int, int], ...] = ()
     unsigned: tuple[int, ...] = ()
     digest: str = ""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Voxels (X, Y, Z, ...), real numbers, and their affine (4, 4) to mm, axes right, anterior, superior.
+
+    `source` is what errors call them: a file, or an argument.
+    """
+
+    source: Path
+    affine: np.ndarray
+    voxels: np.ndarray
+
+
+@dataclass(frozen=True)
+class LoadedCase(Case):
+    """A case whose image is in memory: `volumes`, in the order of `images`, which names them in errors."""
+
+    volumes: tuple[Volume, ...] = ()
 
 
 def check_case(task: Task, case: Case) -> Geometry:
@@ -124,8 +143,13 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
     holds NaN, infinity or nothing but zeros, or where the files lie on different grids.
     """
     _check_order(case, modalities)
-    files = [read_nifti(path) for path in case.images]
-    affine, first = files[case.grid if len(files) > 1 else 0]
+    files: Sequence[Volume] = (
+        case.volumes
+        if isinstance(case, LoadedCase)
+        else [Volume(path, *read_nifti(path)) for path in case.images]
+    )
+    grid = files[case.grid if len(files) > 1 else 0]
+    affine, first = grid.affine, grid.voxels
     _check_affine(case.image, affine)
     if len(files) == 1:
         whole = _without_ones(first, 4)
@@ -135,8 +159,8 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
     else:
         first = _without_ones(first, 3)
         channels = []
-        for path, (other, voxels) in zip(case.images, files, strict=True):
-            voxels = _without_ones(voxels, 3)
+        for volume in files:
+            path, other, voxels = volume.source, volume.affine, _without_ones(volume.voxels, 3)
             if voxels.ndim != 3:
                 raise DataError(f"{path}: has shape {voxels.shape}; it must be X, Y, Z")
             _check_affine(path, other)
@@ -162,11 +186,14 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
                 )
             channels.append(moved)
     if len(channels) != len(modalities):
-        way_out = (
-            ". Give a case's files separated by commas, with the endings _0000, _0001, ..., or in a data list"
-            if len(channels) < len(modalities)
-            else ". Give those alone that belong to these; of a series in time, one volume"
-        )
+        way_out = ". Give those alone that belong to these; of a series in time, one volume"
+        if len(channels) < len(modalities):
+            way_out = ". Give a mapping of the modalities' names to volumes"
+            if not isinstance(case, LoadedCase):
+                way_out = (
+                    ". Give a case's files separated by commas, with the endings _0000, _0001, ..., or in a "
+                    "data list"
+                )
         raise DataError(
             f"{case.image}: {count(len(channels), 'channel')}; there must be one for each of the "
             f"{len(modalities)} modalities ({', '.join(modalities)}){way_out}"
@@ -255,14 +282,14 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
         raise DataError(f"{path}: not readable as NIfTI ({str(error) or type(error).__name__})") from error
     if voxels.dtype.kind not in "biuf":
         raise DataError(f"{path}: its voxels are {voxels.dtype}; they must be real numbers")
-    return _affine(file), voxels
+    return affine_of(file), voxels
 
 
 def read_grid(path: Path) -> tuple[np.ndarray, tuple[int, int, int]]:
     """The affine of a NIfTI file to mm, and the first three lengths of its shape."""
     file = _load(path)
     x, y, z = (*file.shape, 1, 1, 1)[:3]
-    return _affine(file), (x, y, z)
+    return affine_of(file), (x, y, z)
 
 
 def write_nifti(voxels: np.ndarray, like: Path, path: Path) -> None:
@@ -286,9 +313,9 @@ def write_maps(maps: np.ndarray, like: Path, path: Path) -> np.ndarray:
     return steps * slope
 
 
-def on_grid_of(voxels: np.ndarray, like: Path) -> nib.Nifti1Image:
-    """Voxels (X, Y, Z) or (X, Y, Z, n) on the grid of the file `like`, in its unit."""
-    source = _load(like)
+def on_grid_of(voxels: np.ndarray, like: Path | nib.Nifti1Image) -> nib.Nifti1Image:
+    """Voxels (X, Y, Z) or (X, Y, Z, n) on the grid of the file or image `like`, in its unit."""
+    source = _load(like) if isinstance(like, Path) else like
     volume = nib.Nifti1Image(voxels, source.affine)
     volume.header["pixdim"][:4] = source.header["pixdim"][:4]
     for name in GRID_FIELDS:
@@ -530,8 +557,8 @@ def _load(path: Path) -> Any:
     return file
 
 
-def _affine(file: Any) -> np.ndarray:
-    """Voxels to mm."""
+def affine_of(file: nib.Nifti1Image) -> np.ndarray:
+    """Voxels to mm, whatever the file's unit."""
     unit = MILLIMETRES.get(int(file.header["xyzt_units"]) & 7, 1.0)
     return np.diag([unit, unit, unit, 1.0]) @ file.affine
 
@@ -541,12 +568,14 @@ def _check_affine(path: Path, affine: np.ndarray) -> None:
         raise DataError(f"{path}: its affine is singular")
     sizes = nib.affines.voxel_sizes(affine)
     if sizes.min() < MIN_SPACING or sizes.max() > MAX_SPACING:
-        unit = {1: "metres", 3: "micrometres"}.get(int(_load(path).header["xyzt_units"]) & 7, "mm")
-        told = " x ".join(f"{size:.4g}" for size in sizes)
+        told, by, way_out = " x ".join(f"{size:.4g}" for size in sizes), "", ""
+        if is_volume(path):
+            unit = {1: "metres", 3: "micrometres"}.get(int(_load(path).header["xyzt_units"]) & 7, "mm")
+            by = f", by a header in {unit}"
+            way_out = ". Mend the header: its unit (xyzt_units) or its voxel size"
         raise DataError(
-            f"{path}: its voxels are {told} mm large, by a header in {unit}; they must be between "
-            f"{MIN_SPACING:g} "
-            f"and {MAX_SPACING:g} mm. Mend the header: its unit (xyzt_units) or its voxel size"
+            f"{path}: its voxels are {told} mm large{by}; they must be between {MIN_SPACING:g} and "
+            f"{MAX_SPACING:g} mm{way_out}"
         )
 
 
