@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,6 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
-from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from rich.console import Console
 from scipy import ndimage
 from torch import Tensor, nn
@@ -23,14 +22,17 @@ from factorizer.layers import MatrixFactorization, set_num_iters
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.files import atomic, read_json
+from factorizer.segmentation.grids import OwnGrid
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position, pick_device
 from factorizer.segmentation.provenance import differences, made, write_result
 from factorizer.segmentation.screen import Outcome, each_case, tell_warning
+from factorizer.segmentation.sliding import Planes, mirrored, slide
 from factorizer.segmentation.trained import load_model
 from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import on_grid_of, read_grid
 
+SLAB_ELEMENTS = 2**22  # logits that are decided at a time, about
 SETTINGS = "settings.json"  # in a folder of results: what they were made with
 
 
@@ -101,7 +103,7 @@ class Predictor:
         """Label values (X, Y, Z) uint8 on the image's own grid.
 
         The logits, not the decisions, are taken back to that grid where it is another than the
-        network's.
+        network's. They are decided slab by slab, so that those of many classes need not exist at once.
         """
         return self.results(case)[0]
 
@@ -110,59 +112,80 @@ class Predictor:
 
         Those are (outputs, X, Y, Z) float32: of the regions, each for itself, or of the labels, together 1.
         """
-        logits = self.logits(case)
-        labels = self.decide(logits)
-        if not probabilities:
-            return labels, None
-        return labels, logits.sigmoid() if self.plan.regions else logits.softmax(0)
-
-    def decide(self, logits: Tensor) -> np.ndarray:
-        """Logits (outputs, ...) to label values (...), uint8."""
-        labels = self.plan.decide(logits).numpy()
-        return keep_largest(labels, [self.plan.targets[name] for name in self.largest_component])
+        labels, chances = np.zeros(0), None
+        for shape, place, logits in self._slabs(case):
+            if not labels.size:
+                labels = np.zeros(shape, np.uint8)
+                if probabilities:
+                    chances = torch.zeros(len(logits), *shape)
+            labels[place[1:]] = self.plan.decide(logits).numpy()
+            if chances is not None:
+                chances[place] = logits.sigmoid() if self.plan.regions else logits.softmax(0)
+        kept = [self.plan.targets[name] for name in self.largest_component]
+        return keep_largest(labels, kept) if kept else labels, chances
 
     def logits(self, case: Case) -> Tensor:
         """Mean logits (outputs, X, Y, Z) on the image's own grid."""
+        total = torch.zeros(0)
+        for shape, place, logits in self._slabs(case):
+            if not total.numel():
+                total = torch.zeros(len(logits), *shape)
+            total[place] = logits
+        return total
+
+    def _slabs(self, case: Case) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...], Tensor]]:
+        """The shape of the image's own grid, a slab of it, and the mean logits (outputs, ...) there; slab by
+        slab."""
         groups: dict[Any, list[tuple[nn.Module, Plan]]] = {}  # one for each way to preprocess the image
         for network, plan in self.models:
             groups.setdefault((plan.spacing, plan.window), []).append((network, plan))
-        total: Any = 0
+        parts: list[tuple[OwnGrid, int, list[Planes]]] = []
+        axis = 0
         for members in groups.values():
             prepared = PreparedCase(members[0][1], case)
             for doubt in prepared.doubts:
                 self.tell(f"{case.name}: {doubt}")
-            total = total + prepared.to_own_grid(
-                sum(self.run(network, plan, prepared.image) for network, plan in members)  # type: ignore[arg-type]
-            )
-        check_finite(total, case)
-        return total / len(self.models)
+            size = prepared.image.shape[1:]
+            if not parts:  # the axis of which a window holds the smallest part
+                axis = min(range(3), key=lambda k: members[0][1].crop[k] / size[k])
+            planes = [
+                Planes(self._chunks(network, plan, prepared.image, axis), axis) for network, plan in members
+            ]
+            parts.append((prepared.own_grid, size[axis], planes))
+        shape, own = parts[0][0].shape, parts[0][0].along(axis)
+        thickness = max(1, SLAB_ELEMENTS * shape[own] // (math.prod(shape) * len(self.plan.outputs)))
+        slabs = [slice(k, min(k + thickness, shape[own])) for k in range(0, shape[own], thickness)]
+        if parts[0][0].reversed(own):
+            slabs.reverse()
+        for slab in slabs:
+            total: Any = 0
+            for grid, length, members_planes in parts:
+                begin, end = grid.planes(own, slab.start, slab.stop, length)
+                values: Any = sum(planes.take(begin, end) for planes in members_planes)
+                total = total + grid.bring(values, own, slab.start, slab.stop, begin)
+            check_finite(total, case)
+            place = (slice(None), *(slab if k == own else slice(None) for k in range(3)))
+            yield shape, place, total.div_(len(self.models)) if len(self.models) > 1 else total
 
-    @torch.no_grad()
     def run(self, network: nn.Module, plan: Plan, image: Tensor) -> Tensor:
         """The network moved over a preprocessed image (C, X, Y, Z): (outputs, X, Y, Z), on the CPU."""
+        return torch.cat(list(self._chunks(network, plan, image, 0)), 1)
+
+    def _chunks(self, network: nn.Module, plan: Plan, image: Tensor, axis: int) -> Iterator[Tensor]:
+        """What `run` returns, cut along the axis."""
         cuda, finest = self.device.type == "cuda", FinestHead(network)
 
+        @torch.no_grad()
         def logits(x: Tensor) -> Tensor:
             with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-                return finest(x).float()
+                return finest(x.to(self.device)).float()
 
-        x = image[None]
+        run = mirrored(logits, plan.flips if self.mirror else ())
         if self.whole:
-            infer: Inferer = SimpleInferer()
-            x = x.to(self.device)
-        else:
-            infer = SlidingWindowInferer(
-                roi_size=plan.crop,
-                sw_batch_size=2 if cuda else 1,  # a CPU gains nothing by a second window but its memory
-                overlap=0.5,
-                mode="gaussian",
-                sw_device=self.device,
-                device="cpu",
-            )
-        axes = [axis + 2 for axis in plan.flips] if self.mirror else []
-        flips = [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
-        total = sum(infer(x.flip(f) if f else x, logits).flip(f) for f in flips)
-        return (total / len(flips))[0].cpu()
+            yield run(image[None])[0].cpu()
+        else:  # a CPU gains nothing by a second window but its memory
+            batch_size = 2 if cuda else 1
+            yield from slide(lambda x: run(x).cpu(), image, plan.crop, axis=axis, batch_size=batch_size)
 
 
 def keep_largest(labels: np.ndarray, targets: Sequence[Sequence[int]]) -> np.ndarray:
