@@ -192,8 +192,8 @@ class PreparedCase:
         image = self._item["image"]
         steps = {step["class"]: step for step in image.applied_operations}
         crop = steps["CropForeground"]
-        return OwnGrid.between(
-            image.meta["original_affine"],
+        return OwnGrid(
+            np.asarray(image.meta["original_affine"]),
             steps["Orientation"]["orig_size"],
             image.affine.numpy(),
             [-before for before in crop["extra_info"]["cropped"][::2]],
