@@ -97,11 +97,13 @@ class Normalised(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
-        # Within the image, which remembers how it was resampled. A slice at a time: float64 is large.
-        item["image"] = item["image"].clone()
+        # Within the image, which remembers how it was resampled, and in place; a part of a larger image is
+        # copied, so that that one is freed. A slice at a time: float64 is large.
+        item["image"] = item["image"].contiguous()
         for channel, window in zip(item["image"].as_tensor(), self.windows, strict=True):
             if window is None:
-                signal = channel[channel != 0].double()
+                values = channel.numpy()  # whose masks need no index of every voxel
+                signal = torch.from_numpy(values[values != 0]).double()
                 std, mean = (
                     torch.std_mean(signal, correction=0) if len(signal) else (signal.new_ones(()),) * 2
                 )
