@@ -36,8 +36,8 @@ Inputs = Annotated[
     list[str],
     typer.Option(
         "--input",
-        help="NIfTI file, files of one case's modalities separated by commas, folder, or JSON data list. "
-        "May be given again.",
+        help="NIfTI, NRRD or MHA file, folder of files or of a DICOM series, files of one case's modalities "
+        "separated by commas, or JSON data list. May be given again.",
     ),
 ]
 Section = Annotated[
@@ -280,6 +280,13 @@ def predict(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Write those of each voxel, float16, to NAME.npz.")
     ] = False,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Write each label map in this format too: nrrd, mha, or dicom-seg (of a DICOM series). "
+            "May be given again."
+        ),
+    ] = None,
     device: Device = None,
 ) -> None:
     """Segment volumes. Cases that are done already are skipped; exit code 1 if one failed."""
@@ -302,6 +309,7 @@ def predict(
             preview=preview,
             statistics=statistics,
             probabilities=probabilities,
+            also=also or (),
             device=device,
         )
         if any(outcome.failed for outcome in outcomes):

@@ -1,4 +1,4 @@
-"""factorizer predict: label maps for NIfTI volumes."""
+"""factorizer predict: label maps for volumes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
+import nibabel as nib
 import torch
 from rich.console import Console
 
 from factorizer.segmentation.cases import Case, find_cases, with_grid
+from factorizer.segmentation.dicom import write_segmentation
+from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import atomic, digest_of, prepare_folder
+from factorizer.segmentation.formats import load, parts_of, save
 from factorizer.segmentation.inference import Predictor, load_predictor, run_cases
 from factorizer.segmentation.measure import peak_memory, versions
+from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.preview import draw_preview, preview_of, write_statistics
 from factorizer.segmentation.processes import gather, group_position, process_group
 from factorizer.segmentation.screen import Outcome, tell_failures, tell_warning
-from factorizer.segmentation.volumes import doubts_of_files, parts_of
+from factorizer.segmentation.volumes import doubts_of_files
+
+ALSO = {"nrrd": ".nrrd", "mha": ".mha", "dicom-seg": ".dcm"}  # formats beside NIfTI, with their endings
 
 
 def predict(
@@ -35,13 +42,15 @@ def predict(
     preview: bool = False,
     statistics: bool = False,
     probabilities: bool = False,
+    also: Sequence[str] = (),
     device: str | None = None,
 ) -> list[Outcome[str]]:
     """Segments the cases that `inputs` name (`find_cases`) into out/NAME.nii.gz.
 
     With `preview` a picture of each goes to out/previews/NAME.png (`draw_preview`), with `statistics` the
     volume of each class in ml to out/statistics.csv, with `probabilities` those of each voxel to
-    out/probabilities/NAME.npz (`write_probabilities`). out/report.json says what was run on what, with what.
+    out/probabilities/NAME.npz (`write_probabilities`), and in each format of `also`, names of ALSO, its label
+    map to out/FORMAT/NAME. out/report.json says what was run on what, with what.
 
     Where torchrun started several processes each takes its part of the cases. Returns what became of each
     case, of all processes. Cases that were made from the same inputs are skipped (`run_cases`).
@@ -51,13 +60,19 @@ def predict(
     predictor = load_predictor(checkpoints, device=device, num_iters=num_iters, whole=whole, mirror=mirror)
     cases = with_grid(find_cases(inputs, section), predictor.plan.modalities, resample)
     prepare_folder("output", out, (path for case in cases for path in case.images))
+    _check_also(also, cases)
     for doubt in doubts_of_files(cases):
         tell_warning(console, doubt)
     previews = out / "previews"
     if preview:
         prepare_folder("preview", previews)
 
-    def draw(case: Case, result: Path) -> None:
+    def show(case: Case, result: Path) -> None:
+        for name, ending in ALSO.items():
+            path = out / name / f"{case.name}{ending}"
+            path.unlink(missing_ok=True)  # of another result
+            if name in also:
+                _write_also(name, load(result), case, predictor.plan, path)
         if preview:
             draw_preview(previews, case, result, targets, modalities=predictor.plan.modalities)
         else:  # of another result
@@ -73,7 +88,7 @@ def predict(
             out,
             overwrite=overwrite,
             probabilities=probabilities,
-            then=draw,
+            then=show,
         )
         outcomes = gather(own)
     # Only the first process has a screen, and its own failures are told already.
@@ -96,6 +111,27 @@ def predict(
         soft_wrap=True,
     )
     return outcomes
+
+
+def _check_also(also: Sequence[str], cases: Sequence[Case]) -> None:
+    """Raises DataError for a format that there is not, or that a case cannot be written in."""
+    for name in also:
+        if name not in ALSO:
+            raise DataError(f"also: got {name!r}; it must be one of {', '.join(ALSO)}")
+    no_series = [case.name for case in cases if not case.image.is_dir()]
+    if "dicom-seg" in also and no_series:
+        raise DataError(
+            f"also: dicom-seg needs the DICOM series that was segmented; {no_series[0]} is in another format"
+        )
+
+
+def _write_also(name: str, labels: nib.Nifti1Image, case: Case, plan: Plan, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with atomic(path) as temporary:
+        if name == "dicom-seg":
+            write_segmentation(labels, case.image, plan.labels, temporary)
+        else:
+            save(labels, temporary)
 
 
 def _write_report(

@@ -48,7 +48,8 @@ def prepare_folder(name: str, folder: Path, inputs: Iterable[Path] = ()) -> Path
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{name}: {folder} is a file; it must be a folder, or not exist yet")
     where = os.path.realpath(folder)  # not Path.resolve, which ends in an error on a loop of links
-    if any(os.path.dirname(os.path.realpath(path)) == where for path in inputs):
+    places = {os.path.realpath(path) for path in inputs}
+    if any(where in (place, os.path.dirname(place)) for place in places):  # a series is a folder itself
         raise DataError(f"{name}: {folder} holds the inputs; give another folder")
     probe = folder / f".part-probe-{os.getpid()}"
     try:

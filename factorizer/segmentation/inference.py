@@ -11,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
 from rich.console import Console
@@ -22,6 +21,7 @@ from factorizer.layers import MatrixFactorization, set_num_iters
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.files import atomic, read_json
+from factorizer.segmentation.formats import save
 from factorizer.segmentation.grids import OwnGrid
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position, pick_device
@@ -277,7 +277,7 @@ def run_cases(
             labels = on_grid_of(values, case.image)
             if not probabilities:
                 maps.unlink(missing_ok=True)  # of another result
-            write_result(path, case, settings, lambda temporary: nib.save(labels, temporary))
+            write_result(path, case, settings, lambda temporary: save(labels, temporary))
             if chances is not None:
                 maps.parent.mkdir(exist_ok=True)
                 write = partial(write_probabilities, predictor.plan, chances, read_grid(case.image)[0])

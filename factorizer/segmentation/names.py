@@ -11,18 +11,22 @@ from pathlib import Path
 
 from factorizer.segmentation.errors import DataError
 
-# What nibabel reads as NIfTI; of a pair of files the one with the voxels stands for both.
+# What nibabel reads as NIfTI, of a pair of files the one with the voxels stands for both; and what SimpleITK
+# reads, with the name that it has for the format.
 PAIRED = (".img", ".img.gz")
-ENDINGS = (".nii", ".nii.gz", *PAIRED)
+ITK_ENDINGS = {".nrrd": "NrrdImageIO", ".mha": "MetaImageIO"}
+ENDINGS = (".nii", ".nii.gz", *PAIRED, *ITK_ENDINGS)
 
 
 def is_volume(path: Path) -> bool:
-    """Whether a file has a name as NIfTI files have them, in capitals or not."""
+    """Whether a file has a name as files of volumes have them, in capitals or not."""
     return path.name.lower().endswith(ENDINGS) and not path.name.startswith(".")
 
 
 def stem(path: Path) -> str:
-    """The name of a NIfTI file without its ending."""
+    """The name of a volume's file without its ending; of a series that of its folder."""
+    if path.is_dir():
+        return Path(os.path.abspath(path)).name
     ending = next((e for e in sorted(ENDINGS, key=len)[::-1] if path.name.lower().endswith(e)), "")
     return path.name[: len(path.name) - len(ending)]
 

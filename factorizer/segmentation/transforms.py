@@ -43,10 +43,11 @@ from torch.utils.data import Dataset
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError, FlatImageError, data_error
 from factorizer.segmentation.files import load_tensors, save_tensors
+from factorizer.segmentation.formats import parts_of
 from factorizer.segmentation.grids import OwnGrid
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
-from factorizer.segmentation.volumes import Geometry, check_image, doubts_of_image, parts_of, read_labels
+from factorizer.segmentation.volumes import Geometry, check_image, doubts_of_image, read_labels
 
 COARSE = 3.0  # a volume is too coarse for a network where its voxels are longer than so many of the network's
 CACHE_BYTES = 6 * 2**30  # volumes beyond this are read again at every use
@@ -107,9 +108,9 @@ class Normalised(MapTransform):
                 std, mean = (
                     torch.std_mean(signal, correction=0) if len(signal) else (signal.new_ones(()),) * 2
                 )
-                std = std if std > 0 else 1
+                spread = float(std) or 1.0
                 for part in channel:
-                    part.copy_(torch.where(part != 0, (part.double() - mean) / std, 0))
+                    part.copy_(torch.where(part != 0, (part.double() - mean) / spread, 0))
             else:
                 low, high = window
                 for part in channel:

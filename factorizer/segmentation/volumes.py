@@ -1,4 +1,4 @@
-"""Volumes: NIfTI files in and out, and what can be wrong with them.
+"""Volumes: their files in and out, and what can be wrong with them.
 
 All lengths are in mm, whatever the unit of a file. Every error is a `DataError` that names the file, what
 it holds and what it must hold.
@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -23,8 +22,9 @@ from scipy.ndimage import affine_transform, gaussian_filter, maximum_filter, min
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import atomic, digest_of
+from factorizer.segmentation.formats import load, parts_of, save
 from factorizer.segmentation.intensities import clean, is_ct, window_of
-from factorizer.segmentation.names import PAIRED, is_volume, numbers_of, places_by_name
+from factorizer.segmentation.names import is_volume, numbers_of, places_by_name
 from factorizer.segmentation.recipe import RANGE_QUANTILES
 from factorizer.segmentation.screen import count, log_lines, progress, tell_warning
 
@@ -146,7 +146,7 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
     files: Sequence[Volume] = (
         case.volumes
         if isinstance(case, LoadedCase)
-        else [Volume(path, *read_nifti(path)) for path in case.images]
+        else [Volume(path, *read_volume(path)) for path in case.images]
     )
     grid = files[case.grid if len(files) > 1 else 0]
     affine, first = grid.affine, grid.voxels
@@ -233,7 +233,7 @@ def read_labels(path: Path, values: Sequence[int] | None, *, grid_of: Path | Non
     Raises DataError where the file cannot be read, lies on another grid than the image `grid_of`, or has
     other values than `values` (None: any whole number).
     """
-    affine, voxels = read_nifti(path)
+    affine, voxels = read_volume(path)
     _check_affine(path, affine)
     labels = _without_ones(voxels, 3)
     if labels.ndim != 3:
@@ -269,16 +269,18 @@ def read_labels(path: Path, values: Sequence[int] | None, *, grid_of: Path | Non
     return whole.astype(smallest)[place].reshape(labels.shape)
 
 
-def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The affine of a NIfTI file to mm, and its voxels, real numbers.
+def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The affine of a file, or of the folder of a DICOM series, to mm; and its voxels, real numbers.
 
     Raises DataError where it cannot be read, has no orientation, or was damaged."""
-    file = _load(path)
+    file = load(path)
     try:
-        if path.name.lower().endswith(".gz") and not path.name.lower().endswith(PAIRED):
+        if path.name.lower().endswith(".nii.gz"):
             # Nibabel reads as far as the voxels go, and never sees the checksum behind them.
             file = type(file).from_bytes(gzip.decompress(path.read_bytes()))
         voxels = np.asarray(file.dataobj)
+    except DataError:
+        raise
     except Exception as error:  # a broken file makes nibabel, zlib or numpy raise one of a dozen
         raise DataError(f"{path}: not readable as NIfTI ({str(error) or type(error).__name__})") from error
     if voxels.dtype.kind not in "biuf":
@@ -287,19 +289,19 @@ def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def read_grid(path: Path) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """The affine of a NIfTI file to mm, and the first three lengths of its shape."""
-    file = _load(path)
+    """The affine of a file to mm, and the first three lengths of its shape."""
+    file = load(path)
     x, y, z = (*file.shape, 1, 1, 1)[:3]
     return affine_of(file), (x, y, z)
 
 
-def write_nifti(voxels: np.ndarray, like: Path, path: Path) -> None:
+def write_volume(voxels: np.ndarray, like: Path, path: Path) -> None:
     """Write voxels (X, Y, Z) or (X, Y, Z, n) on the grid of `like`.
 
     Both qform and sform are copied from its header: viewers differ in which of them they believe.
     """
     with atomic(path) as temporary:
-        nib.save(on_grid_of(voxels, like), temporary)
+        save(on_grid_of(voxels, like), temporary)
 
 
 def write_maps(maps: np.ndarray, like: Path, path: Path) -> np.ndarray:
@@ -310,13 +312,13 @@ def write_maps(maps: np.ndarray, like: Path, path: Path) -> np.ndarray:
     volume = on_grid_of(np.moveaxis(steps, 0, -1), like)
     volume.header.set_slope_inter(slope, 0)
     with atomic(path) as temporary:
-        nib.save(volume, temporary)
+        save(volume, temporary)
     return steps * slope
 
 
 def on_grid_of(voxels: np.ndarray, like: Path | nib.Nifti1Image) -> nib.Nifti1Image:
     """Voxels (X, Y, Z) or (X, Y, Z, n) on the grid of the file or image `like`, in its unit."""
-    source = _load(like) if isinstance(like, Path) else like
+    source = load(like) if isinstance(like, Path) else like
     volume = nib.Nifti1Image(voxels, source.affine)
     volume.header["pixdim"][:4] = source.header["pixdim"][:4]
     for name in GRID_FIELDS:
@@ -344,15 +346,6 @@ def digest_of_cases(cases: Iterable[Case]) -> str:
     """Of the names of cases, in alphabetical order, and the contents of their files."""
     known = sorted((case.name, digest_of_case(case)) for case in cases)
     return hashlib.sha256(repr(known).encode()).hexdigest()
-
-
-def parts_of(path: Path) -> list[Path]:
-    """The files that a volume is in: that of the voxels, and of a pair also the header's."""
-    if not path.name.lower().endswith(PAIRED):
-        return [path]
-    return [
-        Path(holder.filename) for holder in _load(path).file_map.values() if Path(holder.filename).exists()
-    ]
 
 
 def check_cases(console: Console, task: Task, training: Iterable[Case] | None = None) -> dict[str, Geometry]:
@@ -476,7 +469,7 @@ def _doubts_of_headers(cases: Iterable[Case]) -> list[str]:
         try:
             if case.resample and min(_covered(case)) < MIN_COVERED:
                 apart.append(case.name)
-            header = _load(case.image).header
+            header = load(case.image).header
             known = [form for form in (header.get_sform(coded=True), header.get_qform(coded=True)) if form[1]]
             directions = {nib.aff2axcodes(affine) for affine, _ in known}
         except (DataError, ValueError, nib.spatialimages.HeaderDataError):
@@ -533,31 +526,6 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _load(path: Path) -> Any:
-    """A NIfTI file, its voxels not yet read."""
-    try:
-        if not path.exists():
-            raise FileNotFoundError
-        if path.name != path.name.lower() and path.name.lower().endswith((".nii", ".nii.gz")):
-            # nibabel takes endings in small letters or in capitals, but for no mixture, such as .Nii
-            file: Any = nib.Nifti1Image.from_file_map({"image": nib.fileholders.FileHolder(str(path))})
-        else:
-            file = nib.load(path)
-    except FileNotFoundError as error:
-        missing = "" if not path.exists() else f": its header {path.stem}.hdr is missing"
-        raise DataError(f"{path}: there is no such file{missing}") from error
-    except Exception as error:  # a broken file makes nibabel, zlib or numpy raise one of a dozen
-        raise DataError(f"{path}: not readable as NIfTI ({str(error) or type(error).__name__})") from error
-    if not isinstance(file.header, nib.Nifti1Header):
-        analyze = isinstance(file.header, nib.AnalyzeHeader)
-        sides = "it does not say which side is left. Convert it" if analyze else "convert it"
-        raise DataError(
-            f"{path}: is {type(file).__name__}, no NIfTI: {sides} to NIfTI with a program that knows where "
-            "it came from"
-        )
-    return file
-
-
 def affine_of(file: nib.Nifti1Image) -> np.ndarray:
     """Voxels to mm, whatever the file's unit."""
     unit = MILLIMETRES.get(int(file.header["xyzt_units"]) & 7, 1.0)
@@ -571,7 +539,7 @@ def _check_affine(path: Path, affine: np.ndarray) -> None:
     if sizes.min() < MIN_SPACING or sizes.max() > MAX_SPACING:
         told, by, way_out = " x ".join(f"{size:.4g}" for size in sizes), "", ""
         if is_volume(path):
-            unit = {1: "metres", 3: "micrometres"}.get(int(_load(path).header["xyzt_units"]) & 7, "mm")
+            unit = {1: "metres", 3: "micrometres"}.get(int(load(path).header["xyzt_units"]) & 7, "mm")
             by = f", by a header in {unit}"
             way_out = ". Mend the header: its unit (xyzt_units) or its voxel size"
         raise DataError(
@@ -616,14 +584,14 @@ def _without_ones(voxels: np.ndarray, dims: int) -> np.ndarray:
 
 def _precision(path: Path, voxels: np.ndarray) -> float:
     """The rounding of a file's values as a part of them: float32's at least, as programs go through it."""
-    stored = _load(path).get_data_dtype()
+    stored = load(path).get_data_dtype()
     kinds = [dtype for dtype in (stored, voxels.dtype) if dtype.kind == "f"]
     return max([4 * float(np.finfo(dtype).eps) for dtype in kinds] + [1e-6])
 
 
 def _step(path: Path) -> float:
     """Half the step between the values of a file of integers times a slope; 0 for plain ones."""
-    file = _load(path)
+    file = load(path)
     slope = getattr(file.dataobj, "slope", 1.0)
     if file.get_data_dtype().kind not in "iu" or not math.isfinite(slope) or abs(slope) >= 1:
         return 0.0

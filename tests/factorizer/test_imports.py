@@ -14,7 +14,18 @@ MODULES = {
     for path in ROOT.rglob("*.py")
 }
 FLOORS = ("layers", "models", "segmentation", "commands")
-SEG_ALONE = {"monai", "nibabel", "scipy", "matplotlib", "rich", "typer", "tensorboard"}
+SEG_ALONE = {
+    "monai",
+    "nibabel",
+    "scipy",
+    "matplotlib",
+    "rich",
+    "typer",
+    "tensorboard",
+    "pydicom",
+    "highdicom",
+    "SimpleITK",
+}
 
 
 def imports_of(module):

@@ -200,7 +200,7 @@ def test_names_of_cases(tmp_path):
         save_volume(tmp_path / f"p{k}/scan.nii.gz")
     assert [case.name for case in find_cases([tmp_path / "p1", tmp_path / "p2"])] == ["p1", "p2"]
     assert [case.name for case in find_cases([tmp_path / "p1"])] == ["scan"]
-    with pytest.raises(DataError, match=r"holds no NIfTI file, but folders; name the cases in a data list"):
+    with pytest.raises(DataError, match=r"holds no volume, but folders; name the cases in a data list"):
         find_cases([tmp_path])
 
 

@@ -16,7 +16,7 @@ from factorizer.segmentation.inference import Predictor, keep_largest
 from factorizer.segmentation.plan import Wishes, plan_run
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import PreparedCase
-from factorizer.segmentation.volumes import Geometry, write_nifti
+from factorizer.segmentation.volumes import Geometry, write_volume
 
 AFFINES = {
     "as the network sees it": np.diag([1.0, 1, 1, 1]),
@@ -78,7 +78,7 @@ def test_written_segmentation_has_the_images_header(tmp_path):
     image.header.set_xyzt_units("mm", "sec")
     nib.save(image, tmp_path / "image.nii.gz")
     labels = np.random.default_rng(0).integers(0, 3, (5, 6, 7), dtype=np.uint8)
-    write_nifti(labels, tmp_path / "image.nii.gz", tmp_path / "labels.nii.gz")
+    write_volume(labels, tmp_path / "image.nii.gz", tmp_path / "labels.nii.gz")
     image, written = nib.load(tmp_path / "image.nii.gz"), nib.load(tmp_path / "labels.nii.gz")
     np.testing.assert_array_equal(written.affine, image.affine)
     np.testing.assert_array_equal(np.asarray(written.dataobj), labels)
