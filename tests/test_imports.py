@@ -22,6 +22,7 @@ LAYERS = (
     "factorizer.models",
     "factorizer.segmentation",
     "factorizer",
+    "factorizer.nnunet",
     "factorizer.commands",
     "factorizer.__main__",
 )

@@ -44,7 +44,9 @@ Section = Annotated[
     str | None,
     typer.Option(help="List to take from a data list. Default: testing, test, validation or training."),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ... Default: a CUDA GPU if there is one.")
+]
 Iterations = Annotated[
     int | None,
     typer.Option("--num-iters", help="Iterations of every factorisation; fewer are faster."),
@@ -287,6 +289,10 @@ def predict(
             "May be given again."
         ),
     ] = None,
+    part: Annotated[
+        str,
+        typer.Option(help="Only this part of the cases, such as 3/16: for the jobs of an array, at once."),
+    ] = "1/1",
     device: Device = None,
 ) -> None:
     """Segment volumes. Cases that are done already are skipped; exit code 1 if one failed."""
@@ -310,6 +316,7 @@ def predict(
             statistics=statistics,
             probabilities=probabilities,
             also=also or (),
+            part=part,
             device=device,
         )
         if any(outcome.failed for outcome in outcomes):

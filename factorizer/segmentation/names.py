@@ -11,6 +11,9 @@ from pathlib import Path
 
 from factorizer.segmentation.errors import DataError
 
+WINDOWS = os.name == "nt"
+# What no file can be called there, whatever its ending.
+NOT_ON_WINDOWS = re.compile(r'.*[<>:"|?*].*|.*[ .]|(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.IGNORECASE)
 # What nibabel reads as NIfTI, of a pair of files the one with the voxels stands for both; and what SimpleITK
 # reads, with the name that it has for the format.
 PAIRED = (".img", ".img.gz")
@@ -103,6 +106,11 @@ def check_names(source: str, names: Iterable[str]) -> None:
             raise DataError(
                 f"{source}: a case is called {name!r}; results are called after it, so it must have 1 to 200 "
                 "characters, none of them / or \\, and not begin with a dot"
+            )
+        if WINDOWS and NOT_ON_WINDOWS.fullmatch(name):
+            raise DataError(
+                f"{source}: a case is called {name!r}, and results are called after it, as no file on "
+                "Windows can be; give it another 'name' in a data list"
             )
 
 

@@ -198,7 +198,8 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
             f"{case.image}: {count(len(channels), 'channel')}; there must be one for each of the "
             f"{len(modalities)} modalities ({', '.join(modalities)}){way_out}"
         )
-    image = np.zeros((*channels[0].shape, len(channels)), np.float32)
+    # The channels one after another in memory, as a network has them: nothing copies them later.
+    image = np.moveaxis(np.zeros((len(channels), *channels[0].shape), np.float32), 0, 3)
     for channel, (name, voxels) in enumerate(zip(modalities, channels, strict=True)):
         path = case.images[channel if len(files) > 1 else 0]
         _check_finite(path, voxels, f" ({name})")

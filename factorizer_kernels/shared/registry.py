@@ -23,6 +23,7 @@ class Kernel(NamedTuple):
     function: Callable
     limit: Reason
     yields: Reason
+    takes_out: bool
 
 
 _KERNELS: dict[tuple[str, str], Kernel] = {}
@@ -57,7 +58,7 @@ def never(x: Tensor, sizes: Any) -> None:
 
 
 def kernel(
-    operator: str, backend: str, limit: Reason = never, yields: Reason = never
+    operator: str, backend: str, limit: Reason = never, yields: Reason = never, takes_out: bool = False
 ) -> Callable[[Callable], Callable]:
     """Register the decorated function as the kernel of ``operator`` on ``backend``.
 
@@ -68,10 +69,12 @@ def kernel(
             ``sizes`` are is a matter of the family.
         yields: ``yields(x, sizes)`` returns why a backend after this one should run a call that the kernel
             can run as well, or None. A backend that was asked for by name does not yield.
+        takes_out: whether the function takes ``out=``, a contiguous tensor for the result, which may be a
+            map that the kernel reads: it writes a voxel after all that depends on its old value.
     """
 
     def register(function: Callable) -> Callable:
-        _KERNELS[operator, backend] = Kernel(function, limit, yields)
+        _KERNELS[operator, backend] = Kernel(function, limit, yields, takes_out)
         return function
 
     return register
