@@ -92,7 +92,7 @@ FAULTS = (
     ),
     Fault(
         "product: where a packed block of the depth begins", "csrc/cpu/product/product.cpp",
-        "first * p.depth + k * rows);", "first * p.depth + k * p.rows);", PRODUCT,
+        "first * p.depth + k * rows);", "first * p.depth + k * (rows - 1));", PRODUCT,
     ),
     Fault(
         "product: every thread writes to the first rows", "csrc/cpu/product/product.cpp",
