@@ -1,6 +1,8 @@
 // Sums over a block's threads, in a fixed order: by shuffles in each warp, then warp after warp.
 //
-// The first warp works with the sums ("row work"); the block meets before and after.
+// The first warp works with the sums ("row work"); the block meets before and after. Where sums are one
+// warp's (WARPS = 1), each row of a block's threads is a warp with sums of its own, and no warp waits for
+// another.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -42,6 +44,16 @@ FK_DEVICE void fold(float (&v)[32]) {
   if constexpr (HALF > 1) fold<HALF / 2>(v);
 }
 
+// The threads of a sum meet.
+template <int WARPS>
+FK_DEVICE void meet() {
+  if constexpr (WARPS == 1) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
 // Up to COUNT sums over at most WARPS warps.
 template <int COUNT, int WARPS>
 struct Sums {
@@ -61,8 +73,8 @@ struct Sums {
       fold<16>(v);
       if (first + lane() < N) of[threadIdx.x / 32][first + lane()] = v[0];
     }
-    __syncthreads();
-    if (first_warp() && blockDim.x > 32) {
+    meet<WARPS>();
+    if (WARPS > 1 && first_warp() && blockDim.x > 32) {
       for (int i = lane(); i < N; i += 32) {
         float total = of[0][i];
         for (u32 warp = 1; warp < blockDim.x / 32; ++warp) total += of[warp][i];

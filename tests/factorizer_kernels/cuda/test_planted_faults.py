@@ -49,8 +49,13 @@ MORE_FAULTS = {
         "test_window_sizes[10-[None, 3]]", "wait for others that never come",
     ),
     "a copy's window off by one": (
-        "windows/windows.cuh", "at[axis] + shifts[copy][axis]", "at[axis] + shifts[copy][axis] + 1",
+        "windows/boxes.cuh", "start[axis] + windows.shifts[copy][axis]",
+        "start[axis] + windows.shifts[copy][axis] + 1",
         "test_maps[hals-1-relu-2-D odd]", "assert",
+    ),
+    "a window of four left out": (
+        "windows/windows.cuh", "if (index >= per_shift) return", "if (index + 1 >= per_shift) return",
+        "test_the_shape_that_matters[hals-1-torch.float32]", "assert",
     ),
     "a warp left out of a sum": (
         "common/sums.cuh", "warp < blockDim.x / 32; ++warp", "warp + 1 < blockDim.x / 32; ++warp",
