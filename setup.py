@@ -20,8 +20,10 @@ Environment variables:
     handed to CMake as it is, as other build backends do.
 
 An installation without the module keeps the reason in ``factorizer_kernels/_left_out.txt``, and
-``factorizer_kernels.backends()`` gives it: pip keeps the wheels that it builds, and may come back with one
-of a time before there was a compiler.
+``factorizer_kernels.backends()`` gives it: pip keeps the wheels that it builds of a fixed commit or a source
+archive, and comes back with one of a time before there was a compiler, without asking this file. So the
+package itself warns when it runs without the module, and raises ImportError where
+``FACTORIZER_KERNELS_NATIVE=1`` stands in its environment.
 """
 
 import contextlib
@@ -51,8 +53,9 @@ factorizer-kernels is installed WITHOUT its native kernels.
 
 Everything works, through PyTorch alone (or Triton), but more slowly. For the fast
 kernels install a C++17 compiler (Debian, Ubuntu: apt install g++ python3-dev;
-macOS: xcode-select --install; conda: conda install cxx-compiler), then install again
-with `pip install --no-cache-dir --force-reinstall --no-deps`: pip may have kept this build.
+macOS: xcode-select --install; conda: conda install cxx-compiler), then
+`pip cache remove factorizer_kernels`, as pip may have kept this build, and install
+again with `pip install --force-reinstall --no-deps`.
 ----------------------------------------------------------------------------------------
 """
 
@@ -88,6 +91,13 @@ def environment(name: str) -> str:
     return value
 
 
+def in_a_line(reason: NotHere) -> str:
+    """The first line, or of CMake's many what stands under its first error."""
+    lines = [line.strip() for line in str(reason).splitlines() if line.strip()]
+    errors = [place for place, line in enumerate(lines[:-1]) if line.startswith("CMake Error")]
+    return f"{lines[0]} {lines[errors[0] + 1]}" if errors else lines[0]
+
+
 class BuildNative(build_ext):
     """Builds the module, or drops it from the distribution and says why."""
 
@@ -106,7 +116,7 @@ class BuildNative(build_ext):
                 if "1" in (native, cuda):
                     sys.exit(f"error: the native module cannot be built: {reason}")
                 print(NOTICE.format(reason=reason), file=sys.stderr, flush=True)
-                self.leave_out(str(reason).splitlines()[0])
+                self.leave_out(in_a_line(reason))
         super().run()
 
     def leave_out(self, reason):

@@ -30,7 +30,20 @@ import factorizer_kernels as fk
 from factorizer.segmentation.measure import versions
 
 from . import test_networks, test_numbers
-from .harness import DEVICE, EFFORTS, Case, Contender, Effort, Measurement, Under, cases, extent, race, ratio
+from .harness import (
+    DEVICE,
+    EFFORTS,
+    Case,
+    Contender,
+    Effort,
+    Measurement,
+    Under,
+    cases,
+    extent,
+    matmul_precision,
+    race,
+    ratio,
+)
 from .operators import COMPILED, COPY, REFERENCE, RELU, WINDOW_ATTENTION, Windows
 from .report import FOLDER, _replace, number_lines, page, summary_lines, table
 
@@ -162,7 +175,9 @@ def volumes_moved(problem: Windows, mode: str, backend: str) -> float | None:
 
 def measured(case: Case, effort: Effort) -> tuple[list[dict[str, Any]], list[str]]:
     """The group's records, as pytest-benchmark stores them, and a line for each contender that has none."""
-    results = race(case, effort)
+    # Products of a network's float32 as its convolutions have them by default: of TF32.
+    with matmul_precision("high" if case.family == "network" else "highest"):
+        results = race(case, effort)
     records, missing = [], []
     for name, result in results.items():
         if isinstance(result, BaseException):

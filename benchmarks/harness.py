@@ -11,8 +11,8 @@ from __future__ import annotations
 import ctypes
 import gc
 import time
-from collections.abc import Callable, Iterable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import median
@@ -318,9 +318,20 @@ def _allowed(backend: str) -> set[str]:
     serves = {"cuda": ("cuda", "triton"), "cpu": ("cpu",)}[DEVICE.type]
     candidates = [b for b in fk.backends() if b.name in serves]
     if available := {b.name for b in candidates if b.available}:
-        return available
+        return available | ({"torch"} if DEVICE.type == "cuda" else set())  # what is wide for a tile
     reasons = "; ".join(f"{b.name}: {b.reason}" for b in candidates)
     pytest.fail(f"no backend with kernels serves {DEVICE.type} tensors here ({reasons})")
+
+
+@contextmanager
+def matmul_precision(name: str) -> Iterator[None]:
+    """torch.set_float32_matmul_precision, for a while."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(name)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 # --- time and memory -----------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import factorizer
+import factorizer_kernels as fk
 
 from .harness import (
     DEVICE,
@@ -22,6 +23,7 @@ from .harness import (
     cases,
     extent,
     forward_backward,
+    matmul_precision,
     parameters,
 )
 
@@ -48,7 +50,8 @@ class Volume:
         x = self._corner()
         truth = Under("reference", copy.deepcopy(network.function).double())
         expected = forward_backward(truth, x.double())()[:2]
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # of ten bits, torch's default
+        exact = torch.backends.cudnn.flags(enabled=True, allow_tf32=False)  # of ten bits, torch's default
+        with exact, matmul_precision("highest"):
             results = forward_backward(network, x)()[:2]
         for result, reference, tolerance, what in zip(
             results, expected, (1e-4, 1e-3), ("logits", "gradient of x"), strict=True
@@ -114,4 +117,5 @@ def cases_of(size):
 
 
 def test_networks(replay):
+    fk.keep_freed_memory()  # as the command line does, for all contenders
     replay()

@@ -17,20 +17,23 @@ from factorizer_kernels.ops.pointwise.functional import (
     norm_linear,
     patch_conv,
 )
-from factorizer_kernels.ops.swin_nmf.functional import swin_nmf
+from factorizer_kernels.ops.swin_nmf.functional import norm_linear_swin_nmf, swin_nmf
 from factorizer_kernels.ops.windows.functional import sw_dematricize, sw_matricize
+from factorizer_kernels.shared.allocation import keep_freed_memory
 
 __all__ = [
     "Backend",
     "backends",
     "depthwise_conv",
     "join",
+    "keep_freed_memory",
     "layer_norm",
     "linear",
     "linear_norm_mlp",
     "nmf",
     "nmf_factors",
     "norm_linear",
+    "norm_linear_swin_nmf",
     "patch_conv",
     "sw_dematricize",
     "sw_matricize",

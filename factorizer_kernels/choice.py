@@ -153,6 +153,8 @@ def choose(operator: str, x: Tensor, sizes: Any = None) -> str:
         return "reference"
     if name is not None:
         return name
+    if native.missing is not None and x.device.type == "cpu":
+        native.warn_once()
     return next(r.name for r in _RECORDS.values() if _why_not(r, operator, x, sizes, None) is None)
 
 

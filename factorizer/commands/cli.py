@@ -106,6 +106,7 @@ def demo(
     with _errors():
         from factorizer.commands.demo import run_demo
 
+        _keep_memory()
         run_demo(out, data, steps=steps)
 
 
@@ -193,6 +194,7 @@ def train(
         from factorizer.segmentation.plan import Wishes
         from factorizer.segmentation.screen import console_of_process
 
+        _keep_memory()
         every = fold == "all"
         if not every and fold is not None and not fold.isdecimal():
             _fail(f"fold: got {fold!r}; it must be a number from 0 to 4, or all", 2)
@@ -285,6 +287,7 @@ def predict(
         from factorizer.commands.predict import predict as run
         from factorizer.segmentation.screen import console_of_process
 
+        _keep_memory()
         outcomes = run(
             console_of_process(),
             _networks(checkpoint, model),
@@ -322,6 +325,12 @@ def evaluate(
             help="Draw each case beside the scores, over its image where --labels is a data list.",
         ),
     ] = False,
+    statistics: Annotated[
+        bool,
+        typer.Option(
+            "--statistics", help="Write the ml of each class, predicted and labelled, beside the scores."
+        ),
+    ] = False,
 ) -> None:
     """Dice and HD95 of each class and case; exit code 1 if a case failed."""
     with _errors():
@@ -329,7 +338,7 @@ def evaluate(
 
         from factorizer.segmentation.evaluation import evaluate as run
 
-        if run(Console(), predictions, labels, output, checkpoint, preview=preview):
+        if run(Console(), predictions, labels, output, checkpoint, preview=preview, statistics=statistics):
             raise typer.Exit(1)
 
 
@@ -366,6 +375,7 @@ def explain(
 
         from factorizer.commands.explain import explain as run
 
+        _keep_memory()
         if run(
             Console(),
             _networks([checkpoint] if checkpoint else None, model)[0],
@@ -405,6 +415,7 @@ def speed(
 
         from factorizer.commands.speed import speed as run
 
+        _keep_memory()
         _, failed = run(
             Console(),
             _networks([checkpoint] if checkpoint else None, model)[0],
@@ -508,7 +519,7 @@ def take(
         run(Console(), file, name)
 
 
-# --- errors ---------------------------------------------------------------------------------------
+# --- what commands share ---------------------------------------------------------------------------
 
 
 def _networks(checkpoints: list[Path] | None, model: str | None) -> list[Path]:
@@ -519,6 +530,13 @@ def _networks(checkpoints: list[Path] | None, model: str | None) -> list[Path]:
     if bool(checkpoints) == (model is not None):
         raise DataError("checkpoint, model: give one of them")
     return [find_model(model)] if model is not None else list(checkpoints or ())
+
+
+def _keep_memory() -> None:
+    """For commands that run a network on large maps."""
+    from factorizer_kernels import keep_freed_memory
+
+    keep_freed_memory()
 
 
 @contextmanager
@@ -549,7 +567,6 @@ def _command() -> str:
 def main() -> None:
     """Console entry point."""
     # Read when torch is loaded. OpenMP's threads spin while they wait: beside another busy process that slows
-    # both 2 to 4 times. Tensors in pages of 2 MB spare page faults, a tenth of a network's time.
+    # both 2 to 4 times.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     app()

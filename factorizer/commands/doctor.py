@@ -26,8 +26,7 @@ def doctor(console: Console) -> bool:
     about = {"python": f"{platform.python_version()} on {platform.platform()}"}
     about |= {package: version or "not installed" for package, version in versions().items()}
     about["processors"] = f"{os.cpu_count()}, of which torch uses {torch.get_num_threads()}"
-    for variable in ("OMP_WAIT_POLICY", "THP_MEM_ALLOC_ENABLE"):
-        about[variable] = os.environ.get(variable, "not set")
+    about["OMP_WAIT_POLICY"] = os.environ.get("OMP_WAIT_POLICY", "not set")
     for index in range(torch.cuda.device_count()):
         properties = torch.cuda.get_device_properties(index)
         memory = properties.total_memory / 2**30

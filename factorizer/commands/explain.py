@@ -22,6 +22,7 @@ from factorizer.segmentation.explanation import (
     case_components,
     clearest_channel,
     find_layers,
+    mixers,
     side_of,
 )
 from factorizer.segmentation.figures import component_row, draw_components, picture, told
@@ -31,7 +32,13 @@ from factorizer.segmentation.intensities import body
 from factorizer.segmentation.provenance import made, write_result
 from factorizer.segmentation.screen import count, each_case, table, tell_warning
 from factorizer.segmentation.transforms import PreparedCase
-from factorizer.segmentation.volumes import check_image, check_label, doubts_of_sides, on_grid_of, write_maps
+from factorizer.segmentation.volumes import (
+    check_image,
+    check_label,
+    doubts_of_files,
+    on_grid_of,
+    write_maps,
+)
 
 EMPTY = {"label": "label is empty", "prediction": "prediction is empty"}
 
@@ -84,7 +91,7 @@ def explain(
         unknown = Case("", ())
         cases = tuple(replace(case, label=known.get(case.name, unknown).label) for case in cases)
     prepare_folder("output", out, (path for case in cases for path in case.images))
-    for doubt in doubts_of_sides(cases):
+    for doubt in doubts_of_files(cases):
         tell_warning(console, doubt)
 
     def work(case: Case) -> list[Row]:
@@ -92,7 +99,9 @@ def explain(
             raise DataError(f"{labels}: has no label for it")
         if not overwrite:
             made(out / f"{case.name}_prediction.nii.gz", case, {})
-        rows = _explain_case(predictor, chosen, case, out, channel)
+        rows, doubts = _explain_case(predictor, chosen, case, out, channel)
+        for doubt in doubts:
+            tell_warning(console, f"{case.name}: {doubt}")
         if rows and rows[0].reference in EMPTY.values():
             tell_warning(console, f"{case.name}: the {rows[0].reference}: no component can agree with it")
         return rows
@@ -100,7 +109,8 @@ def explain(
     outcomes = each_case(console, cases, "Explaining", work)
     rows = [row for outcome in outcomes for row in outcome.result or ()]
     failed = sum(outcome.failed for outcome in outcomes)
-    _write(out / "components.csv", rows)
+    if rows:
+        _write(out / "components.csv", rows)
     console.print(_best_of_each(rows, len(cases) - failed))
     console.print(f"results in {out}", soft_wrap=True)
     return failed
@@ -108,7 +118,8 @@ def explain(
 
 def _explain_case(
     predictor: Predictor, layers: dict[str, str], case: Case, out: Path, channel: int | None
-) -> list[Row]:
+) -> tuple[list[Row], list[str]]:
+    """Writes the files of a case; returns its rows of the table, and what is odd about its image."""
     network, plan = predictor.models[0]
     _, image = check_image(case, plan.modalities)
     truth = None if case.label is None else check_label(case, list(plan.labels))
@@ -124,6 +135,8 @@ def _explain_case(
     # The first that is written, so that what comes after it never lies beside another input's.
     result = out / f"{case.name}_prediction.nii.gz"
     write_result(result, case, {}, lambda temporary: nib.save(volume, temporary))
+    for name in find_layers(network, plan, ["shallow", "deep", *mixers(network)]):  # of another network
+        (out / f"{case.name}_{name}.nii.gz").unlink(missing_ok=True)
     rows, shown = [], []
     maps = np.zeros((0, *labels.shape), np.float32)
     for name, layer in layers.items():
@@ -145,7 +158,7 @@ def _explain_case(
     draw_components(
         out / f"{case.name}.png", picture(prepared, prediction, truth), shown, plan.classes, title, channel
     )
-    return rows
+    return rows, prepared.doubts
 
 
 def _place(name: str, modalities: Sequence[str]) -> int:

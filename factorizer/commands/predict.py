@@ -17,7 +17,7 @@ from factorizer.segmentation.measure import peak_memory, versions
 from factorizer.segmentation.preview import draw_preview, preview_of, write_statistics
 from factorizer.segmentation.processes import gather, group_position, process_group
 from factorizer.segmentation.screen import Outcome, tell_failures, tell_warning
-from factorizer.segmentation.volumes import doubts_of_sides, parts_of
+from factorizer.segmentation.volumes import doubts_of_files, parts_of
 
 
 def predict(
@@ -51,7 +51,7 @@ def predict(
     predictor = load_predictor(checkpoints, device=device, num_iters=num_iters, whole=whole, mirror=mirror)
     cases = with_grid(find_cases(inputs, section), predictor.plan.modalities, resample)
     prepare_folder("output", out, (path for case in cases for path in case.images))
-    for doubt in doubts_of_sides(cases):
+    for doubt in doubts_of_files(cases):
         tell_warning(console, doubt)
     previews = out / "previews"
     if preview:
@@ -78,7 +78,9 @@ def predict(
         outcomes = gather(own)
     # Only the first process has a screen, and its own failures are told already.
     tell_failures(console, outcomes[len(own) :])
-    if statistics and index == 0:
+    if index == 0 and (statistics or any(o.result == "done" for o in outcomes)):
+        (out / "statistics.csv").unlink(missing_ok=True)  # of other results
+    if index == 0 and statistics:
         results = {o.name: out / f"{o.name}.nii.gz" for o in outcomes if not o.failed}
         write_statistics(out / "statistics.csv", results, targets)
     memory = peak_memory(predictor.device) / 2**30

@@ -81,9 +81,8 @@ class FactorizerBlock(nn.Module):
         fact, norm1, norm2 = self.fact, self.norm1, self.norm2
         check_features("FactorizerBlock", x, norm1.dim, len(fact.spatial_size))
         check_dtype(x, fact.out_proj.linear.weight)
-        weights: list[Any] = [*norm1.affine(x), *fact.in_proj.weights]
-        y, x = fk.norm_linear(x, *weights, eps=norm1.norm.eps, residual=True)
-        y = fact.mix(y)
+        scale, shift = norm1.affine(x)
+        y, x = fact.mix_normed(x, scale, shift, norm1.norm.eps)
         first, second = (part.weights for part in self.mlp.linears)
         weights = [*fact.out_proj.weights, *norm2.affine(x), *first, *second]
         return fk.linear_norm_mlp(y, x, *weights, eps=norm2.norm.eps)

@@ -93,6 +93,21 @@ class FactMixer(nn.Module):
         """What happens between the two linear maps, on x (B, out_channels, S1..Sp)."""
         return self._fused(x) if self.fused else self._unfused(x)
 
+    def mix_normed(
+        self, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+    ) -> tuple[Tensor, Tensor]:
+        """Layer normalisation, the first linear map and `mix`, on x (B, in_channels, S1..Sp); and x.
+
+        See `factorizer_kernels.norm_linear_swin_nmf`: it takes x without padding only.
+        """
+        weights = norm_weight, norm_bias, *self.in_proj.weights
+        size = tuple(x.shape[2:])
+        if self.fused and tuple(self.reshape.fitted_size(size)) == size:
+            factors, options = self._operator(x)
+            return fk.norm_linear_swin_nmf(x, *weights, *factors, norm_eps=eps, **options)
+        y, x = fk.norm_linear(x, *weights, eps=eps, residual=True)
+        return self.mix(y), x
+
     def decompose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of the matrices of x (B, in_channels, S1..Sp), to be looked at.
 
@@ -105,12 +120,17 @@ class FactMixer(nn.Module):
 
     def _fused(self, x: Tensor) -> Tensor:
         size = x.shape[2:]
-        u0, v0 = self._start(x).get("start") or (self.factorize.init.u0, self.factorize.init.v0)
+        factors, options = self._operator(x)
         x = pad_to(x, self.reshape.fitted_size(size))
+        return crop_to(fk.swin_nmf(x, *factors, **options), size)
+
+    def _operator(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
+        """u0 and v0, and the options of `factorizer_kernels.swin_nmf`, for x or what it is padded to."""
+        init = self.factorize.init
+        factors = self._start(x).get("start") or (init.u0, init.v0)
         act = "relu" if isinstance(self.act, nn.ReLU) else None
-        windows = self.reshape.options(x.shape[2:])
-        x = fk.swin_nmf(x, u0, v0, act=act, **windows, **self.factorize.kernel_options)
-        return crop_to(x, size)
+        windows = self.reshape.options(self.reshape.fitted_size(x.shape[2:]))
+        return factors, {"act": act, **windows, **self.factorize.kernel_options}
 
     def _unfused(self, x: Tensor) -> Tensor:
         # Parts from elsewhere need not know of other sizes than the one they were made for.

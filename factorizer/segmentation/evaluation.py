@@ -214,11 +214,14 @@ def evaluate(
     checkpoint: Path | None = None,
     *,
     preview: bool = False,
+    statistics: bool = False,
 ) -> int:
     """Compares every predictions/NAME.nii.gz with its label, and writes the scores to the CSV `out`.
 
     With `preview` a picture of each case goes to the folder OUT_previews beside it (`draw_preview`), over the
-    image where `labels` is a data list.
+    image where `labels` is a data list; with `statistics` the volume of each target in ml, in the prediction
+    and in the label, to OUT_statistics.csv (`write_statistics`). What an earlier command left of these is
+    removed.
 
     `labels`: a folder with NAME.nii.gz, a folder in the Decathlon's layout, or a data list. What is
     measured (names, label values, nested regions) is read from `checkpoint`, or without one from
@@ -234,11 +237,14 @@ def evaluate(
         for case in _predictions(predictions)
     ]
     prepare_folder("output", out.resolve().parent)
-    targets, values = _targets(cases, classes, regions, checkpoint)
-    folder = out.with_name(f"{out.stem}_previews")
+    targets, values = _targets(console, cases, classes, regions, checkpoint)
+    folder, volumes = (out.with_name(f"{out.stem}_{name}") for name in ("previews", "statistics.csv"))
+    volumes.unlink(missing_ok=True)
+    for case in cases:
+        (folder / f"{case.name}.png").unlink(missing_ok=True)
+    if preview or statistics:
+        from factorizer.segmentation.preview import draw_preview, write_statistics  # matplotlib: a second
     if preview:
-        from factorizer.segmentation.preview import draw_preview  # matplotlib takes a second
-
         prepare_folder("preview", folder)
         modalities = _modalities(labels, checkpoint)
 
@@ -261,6 +267,10 @@ def evaluate(
     scores = [score for outcome in outcomes for score in outcome.result or ()]
     failed = sum(outcome.failed for outcome in outcomes)
     write_scores(out, scores)
+    if statistics:
+        measured = [case for case, outcome in zip(cases, outcomes, strict=True) if not outcome.failed]
+        truths = {case.name: case.label for case in measured if case.label is not None}
+        write_statistics(volumes, {case.name: case.image for case in measured}, targets, truths)
     compared = count(len(cases) - failed, "case")
     console.print(summary_table(f"{compared}; the scores of each are in {out}", summarise(scores)))
     if missing := known.keys() - {case.name for case in cases}:
@@ -313,19 +323,37 @@ def _modalities(labels: Path, checkpoint: Path | None) -> tuple[str, ...] | None
 
 
 def _targets(
-    cases: Sequence[Case], classes: dict[int, str], regions: Targets, checkpoint: Path | None
+    console: Console,
+    cases: Sequence[Case],
+    classes: dict[int, str],
+    regions: Targets,
+    checkpoint: Path | None,
 ) -> tuple[Targets, list[int]]:
     """What is measured, and all the values that a label may have."""
     if checkpoint is not None:
         plan = read_checkpoint(checkpoint)[0]
+        if seen := sorted({case.name for case in cases}.intersection(plan.training)):
+            more = f" and {len(seen) - 5} more" if len(seen) > 5 else ""
+            tell_warning(
+                console,
+                f"the network was trained on cases of these names, whose scores say nothing about new ones: "
+                f"{', '.join(seen[:5])}{more}",
+            )
         return plan.targets, list(plan.labels)
     if not classes:
-        found: set[int] = {0}
+        of_images, of_labels = ({0}, {0})
         for case in cases:
-            for path in (case.image, case.label):
+            for path, values in ((case.image, of_images), (case.label, of_labels)):
                 try:
-                    found |= set() if path is None else set(np.unique(read_labels(path, None)).tolist())
+                    values |= set() if path is None else set(np.unique(read_labels(path, None)).tolist())
                 except DataError:
                     continue  # told when its case is compared
+        if only := sorted(of_images - of_labels):
+            tell_warning(
+                console,
+                f"no label has the values {only} that segmentations have: are they numbered otherwise? Name "
+                "the classes by --checkpoint, or by a dataset.json as --labels",
+            )
+        found = of_images | of_labels
         classes = {value: str(value) for value in sorted(map(int, found))}
     return regions or {name: (value,) for value, name in classes.items() if value}, list(classes)

@@ -30,7 +30,7 @@ class Picture:
     """A case as the network sees it, its axes ordered right, anterior, superior.
 
     image (C, X, Y, Z); truth and prediction (X, Y, Z), class indices; spacing in mm. A case without
-    a label has no truth.
+    a label has no truth. Slices are counted from `start`, where these are cut out of a larger volume.
     """
 
     name: str
@@ -39,6 +39,7 @@ class Picture:
     prediction: np.ndarray
     spacing: Sequence[float]
     caption: str
+    start: tuple[int, ...] = (0, 0, 0)
 
 
 def picture(
@@ -185,7 +186,7 @@ def draw_planes(
         empty = labels is not None and not labels.any()
         line[0].set_ylabel(f"{name}: empty" if empty else name, color=TEXT, fontsize=9)
     for axis, ax in enumerate(grid[0]):
-        ax.set_title(f"{VIEWS[axis]}, {places[axis]}", color=TEXT, fontsize=9)
+        ax.set_title(f"{VIEWS[axis]}, {places[axis] + case.start[axis]}", color=TEXT, fontsize=9)
     _finish(figure, path, "\n".join([title, *captions]), classes)
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import warnings
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,8 @@ def prepare_folder(name: str, folder: Path, inputs: Iterable[Path] = ()) -> Path
     """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{name}: {folder} is a file; it must be a folder, or not exist yet")
-    if any(path.resolve().parent == folder.resolve() for path in inputs):
+    where = os.path.realpath(folder)  # not Path.resolve, which ends in an error on a loop of links
+    if any(os.path.dirname(os.path.realpath(path)) == where for path in inputs):
         raise DataError(f"{name}: {folder} holds the inputs; give another folder")
     probe = folder / f".part-probe-{os.getpid()}"
     try:
@@ -100,11 +102,15 @@ def load_tensors(path: str | Path) -> Mapping[str, Any]:
         with warnings.catch_warnings():  # torch warns of TorchScript, and then raises
             warnings.simplefilter("ignore")
             content = torch.load(path, map_location="cpu", weights_only=True)
+            if zipfile.is_zipfile(path):  # torch.load reads no checksums
+                with zipfile.ZipFile(path) as archive:
+                    if (part := archive.testzip()) is not None:
+                        raise ValueError(f"{part} is damaged")
     except FileNotFoundError:
         raise
     except Exception as error:  # torch.load has no error of its own for a file of another kind
-        kind = type(error).__name__
-        raise DataError(f"{path}: not a checkpoint, no file of tensors and plain data ({kind})") from error
+        reason = str(error) if "damaged" in str(error) else type(error).__name__
+        raise DataError(f"{path}: not a checkpoint, no file of tensors and plain data ({reason})") from error
     if not isinstance(content, Mapping):
         raise DataError(f"{path}: holds a {type(content).__name__}; it must be a mapping of names to tensors")
     return content

@@ -26,7 +26,7 @@ from factorizer.segmentation.files import atomic, read_json
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position, pick_device
 from factorizer.segmentation.provenance import differences, made, write_result
-from factorizer.segmentation.screen import Outcome, each_case
+from factorizer.segmentation.screen import Outcome, each_case, tell_warning
 from factorizer.segmentation.trained import load_model
 from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import on_grid_of, read_grid
@@ -78,6 +78,7 @@ class Predictor:
                     raise DataError(f"checkpoint {number}: {field} = {now!r}; the first one has {was!r}")
         self.models = [(network.to(device).eval(), plan) for network, plan in models]
         self.device, self.whole, self.mirror = torch.device(device), whole, mirror
+        self.tell: Callable[[str], object] = lambda doubt: None  # is told what is odd about an image
         self.largest_component = tuple(largest_component)
         if unknown := set(largest_component).difference(self.plan.targets):
             raise DataError(f"largest_component: no target is called {', '.join(sorted(unknown))}")
@@ -117,6 +118,8 @@ class Predictor:
         total: Any = 0
         for members in groups.values():
             prepared = PreparedCase(members[0][1], case)
+            for doubt in prepared.doubts:
+                self.tell(f"{case.name}: {doubt}")
             total = total + prepared.to_own_grid(
                 sum(self.run(network, plan, prepared.image) for network, plan in members)  # type: ignore[arg-type]
             )
@@ -228,6 +231,7 @@ def run_cases(
     """
     settings = predictor.settings()
     _keep_settings(folder / SETTINGS, settings, overwrite)
+    predictor.tell = partial(tell_warning, console)
 
     def segment(case: Case) -> str:
         path = folder / f"{case.name}.nii.gz"

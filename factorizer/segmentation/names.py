@@ -112,6 +112,7 @@ _ALIKE = (
     ("pet", "suv"),
     ("ct", "ncct"),
 )
+_MODALITIES = {names[0] for names in _ALIKE}
 
 
 def places_by_name(files: Sequence[Path], modalities: Sequence[str]) -> list[int | None]:
@@ -131,6 +132,16 @@ def places_by_name(files: Sequence[Path], modalities: Sequence[str]) -> list[int
             if len(found) == 1:
                 places[k] = found[0]
     return places
+
+
+def numbers_of(file: Path) -> tuple[int, ...]:
+    """The numbers in the name of a file, or else of its folder, that may say which case it is of: not those
+    of modalities (T1, _0001)."""
+    for text in (channel_number(file)[0], Path(os.path.abspath(file)).parent.name):
+        words = [word for word in re.split(r"[\W_]+", text) if _known_as(word) not in _MODALITIES]
+        if numbers := re.findall(r"\d+", " ".join(words)):
+            return tuple(map(int, numbers))
+    return ()
 
 
 def _known_as(name: str) -> str:

@@ -10,13 +10,22 @@ import nibabel as nib
 import numpy as np
 
 from factorizer.segmentation.cases import Case
+from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.explanation import clearest_channel
 from factorizer.segmentation.figures import Picture, draw_planes
 from factorizer.segmentation.files import atomic
 from factorizer.segmentation.intensities import body
-from factorizer.segmentation.volumes import check_image, read_labels, read_nifti
+from factorizer.segmentation.volumes import (
+    check_image,
+    in_order_of,
+    read_grid,
+    read_labels,
+    read_nifti,
+    same_grid,
+)
 
 Targets = Mapping[str, Sequence[int]]
+MARGIN = 2  # voxels of air around the head or body that are drawn
 
 
 def preview_of(folder: Path, name: str) -> Path:
@@ -33,7 +42,8 @@ def draw_preview(
     modalities: Sequence[str] | None = None,
 ) -> None:
     """Writes folder/NAME.png: three planes through the largest structure of the label, or else of the
-    prediction, over the modality in which it stands out best; volumes, and `words` for each target.
+    prediction, over the modality in which it stands out best, cut to the head or body and the labels;
+    volumes, and `words` for each target.
 
     A case without images is drawn without. `modalities` of None: as many as it has, without names.
 
@@ -44,26 +54,45 @@ def draw_preview(
     if case.label is not None:
         labels["label"] = read_labels(case.label, None, grid_of=prediction)
     names = list(modalities or [f"modality {k}" for k in range(_channels(case))]) if case.images else []
-    image = check_image(case, names)[1] if names else np.zeros((*voxels.shape[:3], 1), np.float32)
+    image = np.zeros((*voxels.shape[:3], 1), np.float32)
+    if names:
+        of_image, image = check_image(case, names)
+        image, of_image = in_order_of(image, of_image, affine)
+        if image.shape[:3] != voxels.shape[:3] or not same_grid(of_image, affine, image.shape):
+            raise DataError(f"{prediction}: lies on another grid than its image ({case.image})")
     shown = labels["label"] if labels.get("label", np.zeros(1)).any() else labels["prediction"]
     masks = [np.isin(shown, list(values)) for values in targets.values()]
-    channel = clearest_channel(image, masks, body(image, names) | (shown != 0)) if len(names) > 1 else 0
+    inside = body(image, names) if names else np.ones(shown.shape, bool)
+    channel = clearest_channel(image, masks, inside | (shown != 0)) if len(names) > 1 else 0
     orientation = nib.io_orientation(affine)
+    filled = np.any([inside, *(values != 0 for values in labels.values())], axis=0)
+    box = _box(nib.apply_orientation(filled, orientation))
     indices = {
-        key: nib.apply_orientation(class_indices(values, targets), orientation)
+        key: nib.apply_orientation(class_indices(values, targets), orientation)[box]
         for key, values in labels.items()
     }
     picture = Picture(
         case.name,
-        np.moveaxis(nib.apply_orientation(image, orientation), 3, 0),
+        np.moveaxis(nib.apply_orientation(image, orientation)[box], 3, 0),
         indices.get("label"),
         indices["prediction"],
         nib.affines.voxel_sizes(affine)[np.argsort(orientation[:, 0])].tolist(),
         "",
+        tuple(axis.start for axis in box),
     )
     over = f"{case.name}, {names[channel]}" if names else case.name
     captions = _captions(labels, affine, targets, words or {})
     draw_planes(preview_of(folder, case.name), picture, list(targets), over, channel, captions)
+
+
+def _box(filled: np.ndarray) -> tuple[slice, ...]:
+    """The box of the true voxels (X, Y, Z), a little larger: air around them is not worth the paper."""
+    box = []
+    for axis in range(3):
+        places = np.flatnonzero(filled.any(axis=tuple(a for a in range(3) if a != axis)))
+        low, high = (int(places[0]), int(places[-1]) + 1) if len(places) else (0, filled.shape[axis])
+        box.append(slice(max(low - MARGIN, 0), min(high + MARGIN, filled.shape[axis])))
+    return tuple(box)
 
 
 def _captions(
@@ -94,16 +123,24 @@ def volumes(labels: np.ndarray, affine: np.ndarray, targets: Targets) -> dict[st
     return {name: voxel * int(np.isin(labels, list(values)).sum()) for name, values in targets.items()}
 
 
-def write_statistics(path: Path, results: Mapping[str, Path], targets: Targets) -> None:
-    """A CSV with the voxels and ml of each target in the label map of each case, by its name."""
+def write_statistics(
+    path: Path, results: Mapping[str, Path], targets: Targets, truths: Mapping[str, Path] | None = None
+) -> None:
+    """A CSV with the voxels and ml of each target in the label map of each case, by its name; with `truths`
+    also those in its label, on the same grid."""
+    columns = ("voxels", "ml", "label_voxels", "label_ml")[: 2 if truths is None else 4]
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(("case", "target", "voxels", "ml"))
+        table.writerow(("case", "target", *columns))
         for name, result in results.items():
-            affine = read_nifti(result)[0]
-            labels = read_labels(result, None)
-            for target, ml in volumes(labels, affine, targets).items():
-                table.writerow((name, target, int(np.isin(labels, list(targets[target])).sum()), f"{ml:.6g}"))
+            affine = read_grid(result)[0]
+            maps = [read_labels(file, None) for file in (result, *([truths[name]] if truths else []))]
+            for target, values in targets.items():
+                numbers: list[object] = []
+                for labels in maps:
+                    ml = volumes(labels, affine, {target: values})[target]
+                    numbers += [int(np.isin(labels, list(values)).sum()), f"{ml:.6g}"]
+                table.writerow((name, target, *numbers))
 
 
 def _channels(case: Case) -> int:

@@ -45,7 +45,7 @@ from factorizer.segmentation.errors import DataError, FlatImageError, data_error
 from factorizer.segmentation.files import load_tensors, save_tensors
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
-from factorizer.segmentation.volumes import Geometry, check_image, parts_of, read_labels
+from factorizer.segmentation.volumes import Geometry, check_image, doubts_of_image, parts_of, read_labels
 
 CACHE_BYTES = 6 * 2**30  # volumes beyond this are read again at every use
 
@@ -60,7 +60,7 @@ class ReadVolumesd(MapTransform):
     """Files to volumes (C, X, Y, Z) float32 on the case's grid, as `check_image` and `read_labels` read them.
 
     Labels get the very affine of their image, so that rounding in theirs cannot make resampling give them one
-    voxel more or less.
+    voxel more or less. An item with "doubts" gets what is odd about the image (`doubts_of_image`) there.
     """
 
     def __init__(self, keys: Sequence[str], plan: Plan) -> None:
@@ -70,6 +70,8 @@ class ReadVolumesd(MapTransform):
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item, case = dict(data), data["image"]
         affine, image = check_image(case, self.plan.modalities)
+        if "doubts" in item:
+            item["doubts"] = doubts_of_image(image, self.plan.modalities)
         for key in self.key_iterator(item):
             if key == "image":
                 voxels = np.moveaxis(image, 3, 0)
@@ -153,6 +155,7 @@ class PreparedCase:
 
     Attributes:
         image: (C, X, Y, Z) float32, see `preprocessing`.
+        doubts: sentences about what is odd about the files' voxels.
 
     Raises:
         DataError: see `check_image`; FlatImageError where there is nothing to be seen.
@@ -161,7 +164,8 @@ class PreparedCase:
     def __init__(self, plan: Plan, case: Case) -> None:
         self.plan, self.case = plan, case
         self._preprocess = preprocessing(plan, ("image",))
-        self._item: dict[str, Any] = run_steps(self._preprocess, files_of(case))
+        self._item: dict[str, Any] = run_steps(self._preprocess, {**files_of(case), "doubts": []})
+        self.doubts: list[str] = self._item.pop("doubts")
         self.image: torch.Tensor = self._item["image"].as_tensor()
         if bool((self.image == self.image[:, :1, :1, :1]).all()):
             raise FlatImageError(

@@ -6,6 +6,7 @@ it holds and what it must hold.
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
 import math
@@ -23,7 +24,7 @@ from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import atomic, digest_of
 from factorizer.segmentation.intensities import clean, is_ct, window_of
-from factorizer.segmentation.names import PAIRED, places_by_name
+from factorizer.segmentation.names import PAIRED, numbers_of, places_by_name
 from factorizer.segmentation.recipe import RANGE_QUANTILES
 from factorizer.segmentation.screen import count, log_lines, progress, tell_warning
 
@@ -37,6 +38,8 @@ GRID_TOLERANCE = 1e-2  # mm, and a fifth of a voxel at most, between the places 
 MILLIMETRES = {1: 1e3, 2: 1.0, 3: 1e-3}  # of NIfTI's units; a file that says none means mm
 MIN_SPACING, MAX_SPACING = 0.01, 100.0  # mm; no scanner's beyond
 MAX_LABEL = 2**31  # beyond it not every whole number has a float of its own, nor a class
+UNSIGNED = "holds no value below 0 (air has -1000 Hounsfield units, fat -100: was an offset lost?)"
+MIN_COVERED = 0.5  # of a grid that a modality is brought to
 ALIKE, ALIKE_SAMPLE = 1 - 1e-4, 2**18  # correlation of a volume with its copy; by so many voxels
 MAP_STEPS = 4095  # from 0 to the largest value of maps in a file
 LABEL_ROUNDING = 0.05  # a label's distance from a whole number, at most, where the file's steps are coarse
@@ -55,7 +58,8 @@ class Geometry:
             nonzero part: their 5 and 95 percentiles.
         constant: channels that hold a single value.
         identical: pairs of channels with the same voxels, but for a factor and an offset.
-        digest: of the files' contents.
+        unsigned: channels of CT without a value below 0.
+        digest: of the image's voxels.
     """
 
     shape: tuple[int, int, int]
@@ -65,6 +69,7 @@ class Geometry:
     sides: Mapping[int, tuple[float, float]] = field(default_factory=dict)
     constant: tuple[int, ...] = ()
     identical: tuple[tuple[int, int], ...] = ()
+    unsigned: tuple[int, ...] = ()
     digest: str = ""
 
 
@@ -90,8 +95,7 @@ def check_case(task: Task, case: Case) -> Geometry:
         for channel in range(len(task.modalities))
     )
     left_right = int(order[0])
-    channels = [image[..., channel] for channel in range(image.shape[3])]
-    pairs = itertools.combinations(range(len(channels)), 2)
+    constant, identical, unsigned = _oddities(image, task.modalities)
     values, voxels = np.unique(label, return_counts=True)
     return Geometry(
         (shape[0], shape[1], shape[2]),
@@ -103,9 +107,10 @@ def check_case(task: Task, case: Case) -> Geometry:
             for value in values.tolist()
             if value
         },
-        tuple(k for k, channel in enumerate(channels) if channel.min() == channel.max()),
-        tuple((a, b) for a, b in pairs if _alike(channels[a], channels[b])),
-        digest_of_case(case),
+        constant,
+        identical,
+        unsigned,
+        hashlib.sha256(np.ascontiguousarray(image).data).hexdigest(),
     )
 
 
@@ -121,6 +126,7 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
     _check_order(case, modalities)
     files = [read_nifti(path) for path in case.images]
     affine, first = files[case.grid if len(files) > 1 else 0]
+    _check_affine(case.image, affine)
     if len(files) == 1:
         whole = _without_ones(first, 4)
         if whole.ndim not in (3, 4):
@@ -133,7 +139,9 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
             voxels = _without_ones(voxels, 3)
             if voxels.ndim != 3:
                 raise DataError(f"{path}: has shape {voxels.shape}; it must be X, Y, Z")
-            same = voxels.shape == first.shape and _same_grid(other, affine, first.shape)
+            _check_affine(path, other)
+            voxels, other = in_order_of(voxels, other, affine)
+            same = voxels.shape == first.shape and same_grid(other, affine, first.shape)
             if not same and not case.resample:
                 what = (
                     "lies on another grid than {} (their affines differ)"
@@ -145,15 +153,24 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
                     "modality, all are "
                     "brought to the grid of that one"
                 )
-            _check_affine(path, other)
             _check_finite(path, voxels, "")
-            channels.append(voxels if same else _on_grid(voxels, other, first.shape, affine))
+            moved = voxels if same else _on_grid(voxels, other, first.shape, affine)
+            if not moved.any() and voxels.any():
+                raise DataError(
+                    f"{path}: has nothing where {case.image} is: by their headers the two show different "
+                    "places. Mend the header that is wrong, or give the scan that belongs to it"
+                )
+            channels.append(moved)
     if len(channels) != len(modalities):
-        raise DataError(
-            f"{case.image}: {len(channels)} channels; there must be one for each of the "
-            f"{len(modalities)} modalities ({', '.join(modalities)})"
+        way_out = (
+            ". Give a case's files separated by commas, with the endings _0000, _0001, ..., or in a data list"
+            if len(channels) < len(modalities)
+            else ". Give those alone that belong to these; of a series in time, one volume"
         )
-    _check_affine(case.image, affine)
+        raise DataError(
+            f"{case.image}: {count(len(channels), 'channel')}; there must be one for each of the "
+            f"{len(modalities)} modalities ({', '.join(modalities)}){way_out}"
+        )
     image = np.zeros((*channels[0].shape, len(channels)), np.float32)
     for channel, (name, voxels) in enumerate(zip(modalities, channels, strict=True)):
         path = case.images[channel if len(files) > 1 else 0]
@@ -182,12 +199,14 @@ def read_labels(path: Path, values: Sequence[int] | None, *, grid_of: Path | Non
     """Read label values (X, Y, Z), whole numbers.
 
     Values that the file can only hold to within rounding (as float32, or as integers times a slope) are
-    the whole numbers that they stand for.
+    the whole numbers that they stand for. A file that has the grid of the image `grid_of` with its axes in
+    another order or direction is brought to that one's.
 
     Raises DataError where the file cannot be read, lies on another grid than the image `grid_of`, or has
     other values than `values` (None: any whole number).
     """
     affine, voxels = read_nifti(path)
+    _check_affine(path, affine)
     labels = _without_ones(voxels, 3)
     if labels.ndim != 3:
         raise DataError(
@@ -195,11 +214,15 @@ def read_labels(path: Path, values: Sequence[int] | None, *, grid_of: Path | Non
         )
     if grid_of is not None:
         of_image, shape = read_grid(grid_of)
+        _check_affine(grid_of, of_image)
+        labels, affine = in_order_of(labels, affine, of_image)
+        way_out = "Bring it to that grid (values of the nearest voxel), or mend the header that is wrong"
         if labels.shape != shape:
-            raise DataError(f"{path}: shape {labels.shape} does not match its image's {shape} ({grid_of})")
-        if not _same_grid(affine, of_image, shape):
-            raise DataError(f"{path}: its affine differs from its image's ({grid_of})")
-    _check_affine(path, affine)
+            raise DataError(
+                f"{path}: shape {labels.shape} does not match its image's {shape} ({grid_of}). {way_out}"
+            )
+        if not same_grid(affine, of_image, shape):
+            raise DataError(f"{path}: its affine differs from its image's ({grid_of}). {way_out}")
     _check_finite(path, labels, "; a label must be a whole number")
     found, place = np.unique(labels, return_inverse=True)
     whole = np.rint(found.astype(np.float64))
@@ -221,9 +244,12 @@ def read_labels(path: Path, values: Sequence[int] | None, *, grid_of: Path | Non
 def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """The affine of a NIfTI file to mm, and its voxels, real numbers.
 
-    Raises DataError where it cannot be read, or has no orientation."""
+    Raises DataError where it cannot be read, has no orientation, or was damaged."""
     file = _load(path)
     try:
+        if path.name.lower().endswith(".gz") and not path.name.lower().endswith(PAIRED):
+            # Nibabel reads as far as the voxels go, and never sees the checksum behind them.
+            file = type(file).from_bytes(gzip.decompress(path.read_bytes()))
         voxels = np.asarray(file.dataobj)
     except Exception as error:  # a broken file makes nibabel, zlib or numpy raise one of a dozen
         raise DataError(f"{path}: not readable as NIfTI ({str(error) or type(error).__name__})") from error
@@ -268,6 +294,14 @@ def on_grid_of(voxels: np.ndarray, like: Path) -> nib.Nifti1Image:
     for name in GRID_FIELDS:
         volume.header[name] = source.header[name]
     return volume
+
+
+def in_order_of(voxels: np.ndarray, affine: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Voxels (X, Y, Z) or (X, Y, Z, n) and their affine, with the axes in the order and direction of those
+    of the affine `wanted`. No value changes."""
+    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(wanted))
+    turned = affine @ nib.orientations.inv_ornt_aff(turn, voxels.shape[:3])
+    return nib.apply_orientation(voxels, turn), turned
 
 
 def digest_of_case(case: Case) -> str:
@@ -336,29 +370,84 @@ def doubts(task: Task, geometries: Mapping[str, Geometry], training: Sequence[st
         if same:
             which = f"{task.modalities[a]} and {task.modalities[b]}"
             found.append(f"{which} are the same volume in {count(len(same), 'case')}: {_some(same)}")
-    for kind in ("label", "images"):
-        by_path: dict[object, list[str]] = {}
-        for case in task.cases:
-            by_path.setdefault(getattr(case, kind), []).append(case.name)
-        for path, names in by_path.items():
-            if path and len(names) > 1:
-                found.append(f"these cases have the same {kind} file: {_some(names)}")
-    found.extend(doubts_of_sides(task.cases))
+    for channel, modality in enumerate(task.modalities):
+        unsigned = [name for name, geometry in geometries.items() if channel in geometry.unsigned]
+        if unsigned:
+            found.append(f"{modality} {UNSIGNED} in {count(len(unsigned), 'case')}: {_some(unsigned)}")
+    by_path: dict[Path | None, list[str]] = {}
+    for case in task.cases:
+        by_path.setdefault(case.label, []).append(case.name)
+    for path, names in by_path.items():
+        if path and len(names) > 1:
+            found.append(f"these cases have the same label file: {_some(names)}")
+    found.extend(doubts_of_files(task.cases))
     by_digest: dict[str, list[str]] = {}
     for name, geometry in geometries.items():
         by_digest.setdefault(geometry.digest, []).append(name)
     for digest, names in by_digest.items():
         if digest and len(names) > 1:
-            found.append(f"these cases hold the same files: {_some(names)}")
+            known = set(training).intersection(names)
+            leak = "; some are trained on, others held out" if known and len(known) < len(names) else ""
+            found.append(f"these cases hold the same image: {_some(names)}{leak}")
     return found
 
 
-def doubts_of_sides(cases: Iterable[Case]) -> list[str]:
+def doubts_of_image(image: np.ndarray, modalities: Sequence[str]) -> list[str]:
+    """Sentences about what is allowed, and seldom meant, in an image (X, Y, Z, channel)."""
+    constant, identical, unsigned = _oddities(image, modalities)
+    return [
+        *(f"{modalities[channel]} holds a single value" for channel in constant),
+        *(f"{modalities[a]} and {modalities[b]} are the same volume" for a, b in identical),
+        *(f"{modalities[channel]} {UNSIGNED}" for channel in unsigned),
+    ]
+
+
+def _oddities(
+    image: np.ndarray, modalities: Sequence[str]
+) -> tuple[tuple[int, ...], tuple[tuple[int, int], ...], tuple[int, ...]]:
+    """Channels that hold a single value, pairs of channels that are one volume, and channels of CT without
+    a value below 0."""
+    channels = list(np.moveaxis(image, 3, 0))
+    lowest = [float(channel.min()) for channel in channels]
+    constant = tuple(k for k, channel in enumerate(channels) if lowest[k] == channel.max())
+    pairs = itertools.combinations(range(len(channels)), 2)
+    identical = tuple((a, b) for a, b in pairs if _alike(channels[a], channels[b]))
+    unsigned = tuple(k for k, name in enumerate(modalities) if is_ct(name) and lowest[k] >= 0)
+    return constant, identical, unsigned
+
+
+def doubts_of_files(cases: Sequence[Case]) -> list[str]:
+    """Sentences about what is odd in the names and the headers of files; they name the cases."""
+    return _doubts_of_names(cases) + _doubts_of_headers(cases)
+
+
+def _doubts_of_names(cases: Sequence[Case]) -> list[str]:
+    """About files of a case whose names have the numbers of another one's first file."""
+    owners: dict[tuple[int, ...], list[Case]] = {}
+    for case in cases:
+        owners.setdefault(numbers_of(case.images[0]) if case.images else (), []).append(case)
+    found = []
+    for numbers, members in owners.items():
+        for case in members if numbers else ():
+            others = [*case.images[1:], *([] if case.label is None else [case.label])]
+            for file in others:
+                own, other = numbers_of(file), owners.get(numbers_of(file), [])
+                if own != numbers and own and len(other) == 1:
+                    found.append(f"{case.name} has {file.name}, which by its name is of {other[0].name}")
+    if not found:
+        return []
+    return [f"files of other cases are given, by their names: {_some(found)}"]
+
+
+def _doubts_of_headers(cases: Iterable[Case]) -> list[str]:
     """Sentences about files whose headers do not agree with themselves on which side is left, or do not say
-    it; they name the cases. Files that cannot be read are told elsewhere."""
-    silent, two = [], []
+    it, and about modalities that cover little of the grid that they are brought to; they name the cases.
+    Files that cannot be read are told elsewhere."""
+    silent, two, apart = [], [], []
     for case in cases:
         try:
+            if case.resample and min(_covered(case)) < MIN_COVERED:
+                apart.append(case.name)
             header = _load(case.image).header
             known = [form for form in (header.get_sform(coded=True), header.get_qform(coded=True)) if form[1]]
             directions = {nib.aff2axcodes(affine) for affine, _ in known}
@@ -375,12 +464,32 @@ def doubts_of_sides(cases: Iterable[Case]) -> list[str]:
             f"{count(len(silent), 'case')}, and the first axis is taken to run from right to left: "
             f"{_some(silent)}"
         )
+    if apart:
+        found.append(
+            f"by the headers, a modality covers less than half of the grid that it is brought to in "
+            f"{count(len(apart), 'case')}; the rest of it is 0: {_some(apart)}"
+        )
     if two:
         found.append(
             f"sform and qform give the axes different directions in {count(len(two), 'case')}, and the sform "
             f"is believed: {_some(two)}"
         )
     return found
+
+
+def _covered(case: Case) -> list[float]:
+    """The share of the case's grid that lies within each of its files."""
+    affine, shape = read_grid(case.image)
+    steps = [np.linspace(0, length - 1, 16) for length in shape]
+    places = affine @ np.stack(np.meshgrid(*steps, [1], indexing="ij")).reshape(4, -1)
+    shares = []
+    for path in case.images:
+        of_file, size = read_grid(path)
+        _check_affine(path, of_file)
+        voxels = (np.linalg.inv(of_file) @ places)[:3]
+        inside = (voxels > -0.5).all(axis=0) & (voxels < np.array(size)[:, None] - 0.5).all(axis=0)
+        shares.append(float(inside.mean()))
+    return shares
 
 
 def _alike(one: np.ndarray, other: np.ndarray) -> bool:
@@ -491,7 +600,7 @@ def _step(path: Path) -> float:
     return min(abs(slope) / 2 * (1 + 1e-6), LABEL_ROUNDING)
 
 
-def _same_grid(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> bool:
+def same_grid(affine: np.ndarray, other: np.ndarray, shape: Sequence[int]) -> bool:
     """Whether two affines put the corners of a volume at the same places."""
     corners = np.stack(np.meshgrid(*[(0, n - 1) for n in shape[:3]], [1], indexing="ij")).reshape(4, -1)
     tolerance = min(GRID_TOLERANCE, 0.2 * float(nib.affines.voxel_sizes(other).min()))

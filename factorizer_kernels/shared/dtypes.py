@@ -5,6 +5,13 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+# Asked for once: torch.compile of torch 2.11 and earlier does not trace the question.
+_AUTOCAST_DEVICES = frozenset(
+    device
+    for device in ("cpu", "cuda", "mps", "xpu", "hpu", "mtia", "maia", "xla")
+    if torch.amp.is_autocast_available(device)
+)
+
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -15,7 +22,7 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
 
 def autocasts(device: str) -> bool:
     """Whether autocast is on for that type of device."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _AUTOCAST_DEVICES and torch.is_autocast_enabled(device)
 
 
 def autocast_disabled(x: Tensor) -> AbstractContextManager:

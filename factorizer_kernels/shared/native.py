@@ -6,25 +6,35 @@ and raises ValueError where they are too few, so that an error of ours is an exc
 
 import ctypes
 import importlib
+import os
+import warnings
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from factorizer_kernels.shared.dynamo import constant_while_compiling
+
 MODULE = "factorizer_kernels._native"
+ON_REQUEST = "FACTORIZER_KERNELS_NATIVE=0"  # setup.py's words for a module that was not wanted
+
+
+def _left_out() -> str | None:
+    """Why setup.py left the module out of this installation; None where it did not, or left no word."""
+    file = Path(__file__).parents[1] / "_left_out.txt"
+    return file.read_text(encoding="utf-8").strip() if file.is_file() else None
 
 
 def _why_missing(error: ImportError) -> str:
     if not (isinstance(error, ModuleNotFoundError) and error.name == MODULE):
         return f"the compiled module cannot be loaded: {error}"
-    left_out = Path(__file__).parents[1] / "_left_out.txt"  # written by setup.py
-    if left_out.is_file():
-        reason = left_out.read_text(encoding="utf-8").strip()
+    if (reason := _left_out()) is not None:
         return (
             f"the package was built without its compiled module ({reason}): install a C++17 compiler, then "
-            "reinstall with "
-            "`pip install --no-cache-dir --force-reinstall --no-deps`, since pip may have kept the build"
+            "`pip cache remove factorizer_kernels`, as pip keeps what it builds, and "
+            "`pip install --force-reinstall --no-deps` it again"
         )
     root = Path(__file__).parents[2]
     if (root / "CMakeLists.txt").exists():
@@ -41,6 +51,25 @@ try:
     native = importlib.import_module(MODULE)
 except ImportError as _error:
     missing = _why_missing(_error)
+    if os.environ.get("FACTORIZER_KERNELS_NATIVE", "").strip() == "1":
+        # What it asks of a build pip does not ask of a build that it has kept.
+        raise ImportError(f"FACTORIZER_KERNELS_NATIVE=1, but {missing}") from _error
+
+
+@constant_while_compiling
+def warn_once() -> None:
+    """Say once a process that plain PyTorch takes the place of a module that nobody meant to leave out."""
+    _warn()
+
+
+@cache
+def _warn() -> None:
+    if _left_out() != ON_REQUEST:
+        warnings.warn(
+            f"factorizer_kernels runs on plain PyTorch, many times slower on a CPU: {missing}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
 
 
 def _share_torch_threads() -> None:

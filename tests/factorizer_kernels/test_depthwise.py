@@ -69,8 +69,9 @@ def test_formula(size, kernel_size, backend):
     )
 
 
-# Of the L2 norm: what rounding a result to its dtype does, or the roundings of a sum of 1e5 terms in float64.
-TOLERANCES = {torch.float32: 1e-6, torch.float64: 5e-14, torch.bfloat16: 4e-3, torch.float16: 5e-4}
+# Of the L2 norm: what rounding a result to its dtype does, or the roundings of a sum of 1e5 terms in float64
+# and, in a few lanes, of 2e4 in float32.
+TOLERANCES = {torch.float32: 2e-6, torch.float64: 5e-14, torch.bfloat16: 4e-3, torch.float16: 5e-4}
 
 
 def _assert_close(result, expected, terms):

@@ -6,18 +6,22 @@ import shutil
 import site
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
 
 import factorizer_kernels as fk
+from factorizer_kernels.shared import native
 
 PROGRAM = """
 import torch, factorizer_kernels as fk
 for backend in fk.backends():
     print(backend.name, backend.available, backend.reason)
-fk.nmf(torch.rand(3, 4), torch.rand(3, 1), torch.rand(4, 1))
+for _ in range(2):
+    fk.nmf(torch.rand(3, 4), torch.rand(3, 1), torch.rand(4, 1))
 """
+SLOW = "RuntimeWarning: factorizer_kernels runs on plain PyTorch, many times slower on a CPU: "
 
 
 @pytest.fixture
@@ -28,17 +32,19 @@ def package(tmp_path):
     return tmp_path
 
 
-def run(package: Path, program: str) -> str:
+def run(package: Path, program: str, native: str = "") -> subprocess.CompletedProcess[str]:
     # -S: no .pth file, which might bring in another installation's module.
     command = [sys.executable, "-S", "-c", program]
     path = os.pathsep.join([str(package), *site.getsitepackages()])
-    environment = {**os.environ, "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, cwd=package, capture_output=True, text=True, check=True)
-    return done.stdout
+    environment = {**os.environ, "PYTHONPATH": path, "FACTORIZER_KERNELS_NATIVE": native}
+    return subprocess.run(command, env=environment, cwd=package, capture_output=True, text=True)
 
 
 def reasons(package: Path) -> dict[str, str]:
-    return dict(line.split(" ", 1) for line in run(package, PROGRAM).splitlines())
+    done = run(package, PROGRAM)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count(SLOW) == 1  # however many calls
+    return dict(line.split(" ", 1) for line in done.stdout.splitlines())
 
 
 def test_a_source_folder(package):
@@ -54,6 +60,28 @@ def test_an_installation_without_a_compiler(package):
     assert (
         "installed without its compiled module: reinstall it with a C++17 compiler" in reasons(package)["cpu"]
     )
+
+
+def test_a_build_that_pip_has_kept(package):
+    """Of a time without a compiler: no cache passes it for the compiled one."""
+    left_out = package / "factorizer_kernels" / "_left_out.txt"
+    left_out.write_text("no compiler\n")
+    told = "the package was built without its compiled module (no compiler): install a C++17 compiler, then "
+    assert f"False {told}`pip cache remove factorizer_kernels`" in reasons(package)["cpu"]
+    done = run(package, PROGRAM, native="1")
+    assert done.returncode != 0
+    assert f"ImportError: FACTORIZER_KERNELS_NATIVE=1, but {told}" in done.stderr
+
+
+def test_a_module_left_out_on_request_is_not_warned_of(monkeypatch):
+    for reason, warned in (("no compiler", True), ("FACTORIZER_KERNELS_NATIVE=0", False)):
+        monkeypatch.setattr(native, "_left_out", lambda reason=reason: reason)
+        native._warn.cache_clear()
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            native.warn_once()
+        assert bool(told) == warned
+    native._warn.cache_clear()
 
 
 def test_a_triton_that_is_too_old(package):

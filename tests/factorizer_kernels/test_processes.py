@@ -1,7 +1,9 @@
 """Threads, processes and long runs: the GIL, fork, DistributedDataParallel, determinism, memory."""
 
+import ctypes
 import gc
 import os
+import resource
 import subprocess
 import sys
 import threading
@@ -49,6 +51,39 @@ def test_deterministic_algorithms(deterministic, backend):
     assert torch.equal(fk.sw_dematricize(z, x.shape, **CUT), fk.sw_dematricize(z, x.shape, **CUT))
     first, second = (fk.nmf_factors(z, torch.ones(8, 1), torch.ones(64, 1)) for _ in range(2))
     assert _same(first, second)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_freed_memory_is_kept():
+    """A block above 32 MiB that was freed is handed out again: its pages are not cleared anew.
+
+    In a forked child, for this cannot be undone; with the C library's own functions, for a child has none of
+    torch's threads.
+    """
+    child = os.fork()
+    if child == 0:
+        libc, size = ctypes.CDLL(None), 40 << 20
+        libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+        libc.free.argtypes, libc.memset.argtypes = (
+            [ctypes.c_void_p],
+            [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t],
+        )
+
+        def faults() -> int:
+            """Pages that the system had to bring while a new block was filled."""
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            block = libc.malloc(size)
+            libc.memset(block, 1, size)
+            libc.free(block)
+            return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+        faults()
+        pages = size // os.sysconf("SC_PAGE_SIZE")
+        anew = faults()
+        done = fk.keep_freed_memory()
+        faults()
+        os._exit(0 if done and anew > pages / 2 and faults() < pages / 20 else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 def test_one_thread(backend):

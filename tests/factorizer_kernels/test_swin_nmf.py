@@ -1,5 +1,7 @@
 """swin_nmf: against the reference in value and gradient, memory, layouts, determinism."""
 
+from functools import partial
+
 import pytest
 import torch
 from tests_support import away_from_dead_components, grads_of
@@ -186,3 +188,116 @@ def test_nan_stays_in_its_windows(backend):
     assert spoiled[..., :4, :4, :4].isnan().all()
     spoiled[..., :4, :4, :4] = clean[..., :4, :4, :4]
     assert torch.equal(spoiled, clean)
+
+
+# --- after norm_linear ---------------------------------------------------------------------------
+
+
+def _normed_problem(dtype, layout=lambda x: x):
+    """x (2, 6, 8, 4, 12), weights of norm_linear to 4 channels, u0 and v0 of rank 1, and two gradients."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*size):
+        return torch.randn(size, generator=generator, dtype=torch.float64)
+
+    x, dx = (layout(randn(2, 6, 8, 4, 12)).to(dtype) for _ in range(2))
+    weights = [1 + randn(6) / 4, randn(6), randn(4, 6), randn(4)]
+    factors = [randn(2, 1).abs(), randn(64, 1).abs()]
+    tensors = [t.to(torch.promote_types(dtype, torch.float32)) for t in (*weights, *factors)]
+    return (x, *tensors), (layout(randn(2, 4, 8, 4, 12)).to(dtype), dx)
+
+
+_NORMED = {"head_dim": 2, "patch_size": 4, "shifts": [None, (2, 0, 1)], "num_iters": 3, "norm_eps": 1e-3}
+
+
+@pytest.mark.parametrize(
+    ("dtype", "layout"),
+    [
+        (torch.float32, lambda x: x),
+        (torch.float64, lambda x: x.transpose(2, 4).contiguous().transpose(2, 4)),
+        (torch.bfloat16, lambda x: x),
+    ],
+    ids=["float32", "float64, another layout", "bfloat16"],
+)
+def test_norm_linear_swin_nmf(dtype, layout, backend):
+    """Values and all gradients, that of the x that is returned among them, against float64."""
+    tensors, upstream = _normed_problem(dtype, layout)
+    exact = _normed_outcome("reference", [t.double() for t in tensors], [g.double() for g in upstream])
+    ours = _normed_outcome(backend, tensors, upstream)
+    tolerance = {torch.float64: 1e-9, torch.float32: 2e-5, torch.bfloat16: 5e-2}[dtype]
+    for result, expected in zip(ours, exact, strict=True):
+        assert (result.double() - expected).norm() <= tolerance * expected.norm()
+
+
+def _normed_outcome(backend, tensors, upstream):
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    with fk.use_backend(backend):
+        y, x = fk.norm_linear_swin_nmf(*leaves, **_NORMED)
+    assert torch.equal(x, leaves[0])
+    return (y.detach(), *torch.autograd.grad([y, x], leaves, list(upstream), materialize_grads=True))
+
+
+def test_norm_linear_swin_nmf_is_the_two_in_turn(backend):
+    """To the bit, with half of the arguments without a gradient, and where nothing is differentiated."""
+    tensors, upstream = _normed_problem(torch.float32)
+    eps, options = _NORMED["norm_eps"], {k: v for k, v in _NORMED.items() if k != "norm_eps"}
+
+    def in_turn(*tensors, **more):
+        between, x = fk.norm_linear(*tensors[:5], eps=eps, residual=True)
+        return fk.swin_nmf(between, *tensors[5:], **options, **more), x
+
+    def together(*tensors, **more):
+        return fk.norm_linear_swin_nmf(*tensors, **_NORMED, **more)
+
+    def outcome(function, **more):
+        leaves = [t.clone().requires_grad_(i % 2 == 0) for i, t in enumerate(tensors)]
+        results = [r for r in function(*leaves, **more) if r.requires_grad]
+        wanted = leaves[::2] if len(results) == 2 else leaves[:1]
+        return (*results, *torch.autograd.grad(results, wanted, list(upstream[-len(results) :])))
+
+    with fk.use_backend(backend):
+        for more in ({}, {"num_grad_steps": 0}):
+            pairs = zip(outcome(together, **more), outcome(in_turn, **more), strict=True)
+            assert all(torch.equal(ours, expected) for ours, expected in pairs)
+        assert all(torch.equal(a, b) for a, b in zip(together(*tensors), in_turn(*tensors), strict=True))
+
+
+def test_norm_linear_swin_nmf_keeps_no_map_but_x(backend):
+    """Where there are kernels; and its second derivative names the way out."""
+    tensors, _ = _normed_problem(torch.float32)
+    leaves = [t.clone().requires_grad_() for t in tensors]
+    kept = []
+    with (
+        fk.use_backend(backend),
+        torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t),
+    ):
+        y, _ = fk.norm_linear_swin_nmf(*leaves, **_NORMED)
+        if backend != "reference":
+            assert sum(t.numel() for t in kept) == sum(t.numel() for t in tensors)
+            (gradient,) = torch.autograd.grad(y.sum(), leaves[0], create_graph=True)
+            with pytest.raises(
+                NotImplementedError, match="norm_linear_swin_nmf cannot be differentiated twice"
+            ):
+                gradient.sum().backward()
+
+
+def test_norm_linear_swin_nmf_under_transforms(backend):
+    """Forward mode, per-sample gradients and autocast."""
+    tensors, _ = _normed_problem(torch.float64)
+    x, *others = tensors
+    with fk.use_backend(backend):
+        function = partial(fk.norm_linear_swin_nmf, **_NORMED)
+        tangent = torch.func.jvp(lambda x: function(x, *others)[0], (x,), (x.cos(),))[1]
+        expected = torch.func.vjp(lambda x: function(x, *others)[0], x)[1](tangent)[0]
+        torch.testing.assert_close((expected * x.cos()).sum(), tangent.square().sum())
+
+        def loss(x, *others):
+            return sum(t.sin().sum() for t in function(x[None], *others))
+
+        samples = torch.func.vmap(torch.func.grad(loss, (0, 3)), (0, *[None] * 6))(x, *others)
+        for i in range(2):
+            for ours, alone in zip(samples, torch.func.grad(loss, (0, 3))(x[i], *others), strict=True):
+                torch.testing.assert_close(ours[i], alone)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, same = function(*(t.float() for t in tensors))
+        assert (y.dtype, same.dtype) == (torch.bfloat16, torch.float32)

@@ -450,7 +450,7 @@ def test_choice_belongs_to_its_thread():
     with fk.use_backend("reference"):
         x, u0, v0 = _nmf_arguments()
         x.requires_grad_()
-        thread = threading.Thread(target=lambda: seen.append(fk.nmf(x, u0, v0).grad_fn.name()))
+        thread = threading.Thread(target=lambda: seen.append(type(fk.nmf(x, u0, v0).grad_fn).__name__))
         thread.start()
         thread.join()
     assert seen == ["NMFBackward"]

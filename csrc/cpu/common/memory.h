@@ -47,6 +47,10 @@ class OrderedSums {
   template <class To>
   void add(i64 tasks, i64 first, i64 count, To* to) const {
     constexpr i64 block = 256;
+    if (tasks == 1) {
+      for (i64 i = 0; i < count; ++i) to[i] = To(shares_[first + i]);
+      return;
+    }
     for (i64 begin = 0; begin < count; begin += block) {
       const i64 length = count - begin < block ? count - begin : block;
       double totals[block];

@@ -30,6 +30,53 @@
 namespace factorizer {
 namespace FK_ISA {
 
+// --- Lanes that change places ----------------------------------------------------------------
+
+template <class V>
+struct SameSize {
+  using Lane = std::conditional_t<sizeof(V{}[0]) == 4, std::int32_t, std::int64_t>;
+  typedef Lane Integers __attribute__((vector_size(sizeof(V))));
+};
+
+// Of each two blocks of S lanes the first of a and the first of b, or the second of both.
+template <int S, class V, int... I>
+FK_INLINE V firsts(V a, V b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, ((I & S) ? int(sizeof...(I)) + I - S : I)...);
+#else
+  return __builtin_shuffle(a, b,
+                           typename SameSize<V>::Integers{((I & S) ? int(sizeof...(I)) + I - S : I)...});
+#endif
+}
+
+template <int S, class V, int... I>
+FK_INLINE V seconds(V a, V b, std::integer_sequence<int, I...>) {
+#if defined(__clang__)
+  return __builtin_shufflevector(a, b, ((I & S) ? int(sizeof...(I)) + I : I + S)...);
+#else
+  return __builtin_shuffle(a, b,
+                           typename SameSize<V>::Integers{((I & S) ? int(sizeof...(I)) + I : I + S)...});
+#endif
+}
+
+template <class T>
+constexpr std::make_integer_sequence<int, int(Simd<T>::width)> lanes_of{};
+
+// Transposes a square of vectors: the blocks of S x S lanes off the diagonal change places, S = width/2 .. 1.
+template <class T, int S = int(Simd<T>::width) / 2>
+FK_INLINE void transpose_square(Vec<T> (&rows)[Simd<T>::width]) {
+  if constexpr (S > 0) {
+#pragma GCC unroll 16
+    for (int i = 0; i < int(Simd<T>::width); ++i) {
+      if (i & S) continue;
+      const Vec<T> a = rows[i], b = rows[i + S];
+      rows[i] = firsts<S>(a, b, lanes_of<T>);
+      rows[i + S] = seconds<S>(a, b, lanes_of<T>);
+    }
+    transpose_square<T, S / 2>(rows);
+  }
+}
+
 // --- Weights ---------------------------------------------------------------------------------
 
 // The registers' tile: at most max_height rows of `out` by two vectors, or fewer rows by more. Along a short
@@ -44,6 +91,10 @@ constexpr i64 max_height = 6, short_height = 4;
 constexpr i64 max_height = 4, short_height = 4;
 #endif
 constexpr i64 short_depth = 64;
+
+// Vectors of sums in the registers: along a short depth one more than its tile has, where they hold it.
+constexpr i64 most_sums = 2 * max_height;
+constexpr i64 short_sums = 2 * short_height < most_sums ? 2 * short_height + 1 : most_sums;
 
 // Columns of W that one go of the microkernel takes: what it reads of `in`, at most depth_block x two vectors
 // or slice_bytes, stays in the first-level cache while the panels of W pass.
@@ -75,6 +126,32 @@ inline Parts panels_of(i64 rows, i64 depth) {
   return Parts::of(rows, depth < short_depth ? short_height : max_height);
 }
 
+// The columns of `height` rows, one after another.
+template <class T, class S, class Height>
+void pack_panel(const S* from, Height height, i64 depth, i64 row, i64 column, T* to) {
+  constexpr i64 width = Simd<T>::width;
+  const i64 h = height;
+  i64 k = 0;
+  if constexpr (std::is_same_v<S, T>) {
+    // By squares, as long as what a store leaves past its h elements is overwritten by the next ones.
+    const i64 end = column == 1 && 0 < h && h <= width ? depth - width : 0;
+    for (; k + width <= end; k += width) {
+      Vec<T> square[width];
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) {
+        square[i] = i < h ? load(from + i * row + k) : Vec<T>{};
+        if (i < h) prefetch(from + i * row + k, h * row * i64(sizeof(T)), 1);  // of the next panel
+      }
+      transpose_square<T>(square);
+#pragma GCC unroll 16
+      for (int i = 0; i < width; ++i) store(to + (k + i) * h, square[i]);
+    }
+  }
+  for (; k < depth; ++k) {
+    for (i64 p = 0; p < h; ++p) to[k * h + p] = T(to_compute(from[p * row + k * column]));
+  }
+}
+
 // W as the microkernel reads it: where it lies with any strides, or packed in panels of some rows, in which
 // the coefficients stand in the order of their use. A view: the memory is the caller's.
 template <class T>
@@ -96,13 +173,28 @@ struct Weights {
   template <class S>
   static Weights pack(const S* w, i64 rows, i64 depth, i64 row, i64 column, T* memory) {
     const Parts blocks = Parts::of(depth, depth_block), panels = panels_of(rows, depth);
-    T* to = memory;
+    // Where W's columns are contiguous, some panels together, a few columns at a time: every line of memory
+    // is read once.
+    const bool transposed = row == 1 && column != 1;
+    const i64 together = transposed ? 8 : 1, step = transposed ? 8 : depth_block;
     for (i64 block = 0; block < blocks.count; ++block) {
-      for (i64 panel = 0; panel < panels.count; ++panel) {
-        const S* from = w + panels.begin(panel) * row + blocks.begin(block) * column;
-        const i64 height = panels.size(panel);
-        for (i64 k = 0; k < blocks.size(block); ++k) {
-          for (i64 p = 0; p < height; ++p) *to++ = T(to_compute(from[p * row + k * column]));
+      const S* const from = w + blocks.begin(block) * column;
+      T* const to = memory + blocks.begin(block) * rows;
+      const i64 length = blocks.size(block);
+      for (i64 first = 0; first < panels.count; first += together) {
+        const i64 last = first + together < panels.count ? first + together : panels.count;
+        const i64 begin = panels.begin(first), bytes = (panels.begin(last) - begin) * i64(sizeof(S));
+        for (i64 k = 0; k < length; k += step) {
+          const i64 count = step < length - k ? step : length - k;
+          for (i64 next = k + step; transposed && next < k + 2 * step; ++next)
+            prefetch(from + begin, next * column * i64(sizeof(S)), bytes);
+          for (i64 i = first; i < last; ++i) {
+            const i64 at = panels.begin(i);
+            with_small(panels.size(i), [&](auto height) {
+              pack_panel<T>(from + at * row + k * column, height, count, row, column,
+                            to + at * length + k * height);
+            });
+          }
         }
       }
     }
@@ -192,8 +284,7 @@ FK_INLINE void multiply_panel_of(i64 height, const typename Weights<T>::Panel& w
   if constexpr (H > 0) {
     if (height != H)
       return multiply_panel_of<V, T, H - 1>(height, w, depth, in, out, length, accumulate, bias);
-    if constexpr (H * V <= 2 * max_height)
-      multiply_panel<H, V, T>(w, depth, in, out, length, accumulate, bias);
+    if constexpr (H * V <= most_sums) multiply_panel<H, V, T>(w, depth, in, out, length, accumulate, bias);
   }
 }
 
@@ -232,7 +323,7 @@ void multiply_columns(const Weights<T>& w, Parts panels, Rows<const T> in, Rows<
 template <class T>
 void multiply(const Weights<T>& w, Rows<const T> in, Rows<T> out, i64 length, Start<T> start = {}) {
   const Parts panels = panels_of(w.rows, w.depth);
-  const i64 sums = w.depth < short_depth ? 2 * short_height + 1 : 2 * max_height;
+  const i64 sums = w.depth < short_depth ? short_sums : most_sums;
   switch (panels.largest() > 0 ? sums / panels.largest() : 0) {
     case 0: return;
     case 1:
@@ -242,52 +333,7 @@ void multiply(const Weights<T>& w, Rows<const T> in, Rows<T> out, i64 length, St
   }
 }
 
-// --- Lanes that change places ----------------------------------------------------------------
-
-template <class V>
-struct SameSize {
-  using Lane = std::conditional_t<sizeof(V{}[0]) == 4, std::int32_t, std::int64_t>;
-  typedef Lane Integers __attribute__((vector_size(sizeof(V))));
-};
-
-// Of each two blocks of S lanes the first of a and the first of b, or the second of both.
-template <int S, class V, int... I>
-FK_INLINE V firsts(V a, V b, std::integer_sequence<int, I...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, ((I & S) ? int(sizeof...(I)) + I - S : I)...);
-#else
-  return __builtin_shuffle(a, b,
-                           typename SameSize<V>::Integers{((I & S) ? int(sizeof...(I)) + I - S : I)...});
-#endif
-}
-
-template <int S, class V, int... I>
-FK_INLINE V seconds(V a, V b, std::integer_sequence<int, I...>) {
-#if defined(__clang__)
-  return __builtin_shufflevector(a, b, ((I & S) ? int(sizeof...(I)) + I : I + S)...);
-#else
-  return __builtin_shuffle(a, b,
-                           typename SameSize<V>::Integers{((I & S) ? int(sizeof...(I)) + I : I + S)...});
-#endif
-}
-
-template <class T>
-constexpr std::make_integer_sequence<int, int(Simd<T>::width)> lanes_of{};
-
-// Transposes a square of vectors: the blocks of S x S lanes off the diagonal change places, S = width/2 .. 1.
-template <class T, int S = int(Simd<T>::width) / 2>
-FK_INLINE void transpose_square(Vec<T> (&rows)[Simd<T>::width]) {
-  if constexpr (S > 0) {
-#pragma GCC unroll 16
-    for (int i = 0; i < int(Simd<T>::width); ++i) {
-      if (i & S) continue;
-      const Vec<T> a = rows[i], b = rows[i + S];
-      rows[i] = firsts<S>(a, b, lanes_of<T>);
-      rows[i + S] = seconds<S>(a, b, lanes_of<T>);
-    }
-    transpose_square<T, S / 2>(rows);
-  }
-}
+// --- Sums over lanes -------------------------------------------------------------------------
 
 // Adds the lanes of N vectors until these are as few as hold the sums, one in a lane.
 template <class T, int N, int S>
@@ -384,14 +430,21 @@ void transpose(i64 rows, Rows<const T> from, i64 length, Rows<T> to) {
   }
 }
 
+// Whether B is left as it is, for want of rows that would share the work.
+template <class T>
+bool multiplies_by_dots(i64 rows, i64 columns) {
+  constexpr i64 width = Simd<T>::width, step = 2 * width;
+  return columns < width || rows < width / 2 || (columns <= step && rows <= step);
+}
+
 // out (rows x columns) (+)= A Bᵀ, with A (rows x length) and B (columns x length). Where both have rows
 // enough B is transposed on the way, a work that A's rows share: let B be the one of fewer. out's rows hold
 // round_up(columns) elements.
 template <class T>
 void multiply_by_transpose(i64 rows, Rows<const T> a, i64 columns, Rows<const T> b, i64 length, Rows<T> out,
                            bool accumulate, Wanted wanted = Wanted::all) {
-  constexpr i64 width = Simd<T>::width, step = 2 * width;
-  if (columns < width || rows < width / 2 || (columns <= step && rows <= step))
+  constexpr i64 step = 2 * Simd<T>::width;
+  if (multiplies_by_dots<T>(rows, columns))
     return multiply_by_dots(rows, a, columns, b, length, out, accumulate, wanted);
   alignas(64) T transposed[depth_block * step];
   for (i64 n = 0; n < length; n += depth_block) {

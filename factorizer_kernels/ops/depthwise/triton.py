@@ -22,10 +22,10 @@ from factorizer_kernels.shared.triton import compute_type, launch, padded
 
 # Elements of a program's block, and the planes that it goes through.
 BLOCK = 512
-PLANES = 16
+PLANES = 32
 # Elements of a block of the weights' gradient, with a sum for every tap of a plane, and blocks of a chunk.
-SUMS_BLOCK = 256
-CHUNK = 64
+SUMS_BLOCK = 1024
+CHUNK = 32
 
 
 @triton.jit

@@ -1,7 +1,7 @@
 """The public functions: pointwise chains, and the linear maps between a grid and a coarser one."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -99,11 +99,31 @@ def norm_linear(
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
     x = feature_map("x", x)
+    arguments = norm_linear_arguments(x, norm_weight, norm_bias, weight, bias, eps)
+    function: Any = ResidualNormLinear if residual else NormLinear
+    if arguments.backend == "reference":
+        return function.reference(x, *arguments[:-1])
+    return call_function("norm_linear", function, x, *arguments)
+
+
+class NormLinearArguments(NamedTuple):
+    norm_weight: Tensor
+    norm_bias: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    dtype: torch.dtype
+    backend: str
+
+
+def norm_linear_arguments(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float
+) -> NormLinearArguments:
+    """Those of :func:`norm_linear` but for x, checked and completed."""
     norm = _norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x)
     linear = _linear_weights("weight", weight, "bias", bias, x)
-    function: Any = ResidualNormLinear if residual else NormLinear
-    arguments = (x, *norm, *linear)
-    return _call("norm_linear", function.reference, function, x, arguments, _eps(eps), widest=x.shape[1])
+    backend = choose("norm_linear", x, x.shape[1])
+    return NormLinearArguments(*norm, *linear, _eps(eps), autocast_dtype(x), backend)
 
 
 def linear_norm_mlp(

@@ -68,7 +68,7 @@ def _over_columns(gradient: Tensor) -> Tensor:
     return gradient.sum((0, 2))
 
 
-def _linear_backward(
+def linear_backward(
     dy: Tensor, x: Tensor, weight: Tensor, dtype: torch.dtype, weight_grads: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """The gradients of x, W and b for y = W x + b of x (B, C, n)."""
@@ -76,7 +76,8 @@ def _linear_backward(
     dx = weight.to(dtype).mT @ dy
     if not weight_grads:
         return dx, None, None
-    return dx, (dy @ x.to(dtype).mT).sum(0), _over_columns(dy)
+    dweight = (dy @ x.to(dtype).mT).sum(0, dtype=weight.dtype)
+    return dx, dweight, dy.sum((0, 2), dtype=weight.dtype)
 
 
 def _standardise_backward(dy: Tensor, y: Tensor, scale: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ def norm_linear(
 
 
 @kernel("norm_linear_backward", "torch")
-def norm_linear_backward(
+def normlinear_backward(
     dy: Tensor,
     addend: Tensor | None,
     x: Tensor,
@@ -125,7 +126,7 @@ def norm_linear_backward(
             x, scale = standardise(x, eps)
             normed = x * norm_weight[:, None] + norm_bias[:, None]
         if weight is not None:
-            dy, dweight, dbias = _linear_backward(dy, normed, weight, dtype, weight_grads)
+            dy, dweight, dbias = linear_backward(dy, normed, weight, dtype, weight_grads)
         if norm_weight is not None and scale is not None:
             if weight_grads:
                 dscale, dshift = _over_columns(dy * x), _over_columns(dy)
@@ -159,13 +160,13 @@ def linear_norm_mlp_backward(dout: Tensor, y: Tensor, x: Tensor, *others) -> tup
         normed, scale = standardise(x.to(compute) + linear(y, weight, bias, dtype), eps)
         scaled = normed * norm_weight[:, None] + norm_bias[:, None]
         hidden = linear(scaled, weight1, bias1, dtype).to(compute)
-        dhidden, *grads2 = _linear_backward(dout, F.gelu(hidden), weight2, dtype, weight_grads)
+        dhidden, *grads2 = linear_backward(dout, F.gelu(hidden), weight2, dtype, weight_grads)
         dhidden = torch.ops.aten.gelu_backward(dhidden.to(compute), hidden)
-        dscaled, *grads1 = _linear_backward(dhidden, scaled, weight1, dtype, weight_grads)
+        dscaled, *grads1 = linear_backward(dhidden, scaled, weight1, dtype, weight_grads)
         dscale = _over_columns(dscaled * normed) if weight_grads else None
         dshift = _over_columns(dscaled) if weight_grads else None
         dz = _standardise_backward(dscaled * norm_weight[:, None], normed, scale) + dout
-        dy, *grads = _linear_backward(dz, y, weight, dtype, weight_grads)
+        dy, *grads = linear_backward(dz, y, weight, dtype, weight_grads)
         return dy, dz, *grads, dscale, dshift, *grads1, *grads2
 
     return _backward(chain, [dout, y, x], gradients_like([y, x], weights, weight_grads), 2)
@@ -210,7 +211,7 @@ def join_backward(
     dtype: torch.dtype,
     weight_grads: bool,
 ) -> tuple[Tensor, ...]:
-    dskip, dweight_skip, dbias = _linear_backward(
+    dskip, dweight_skip, dbias = linear_backward(
         dy.flatten(2), skip.flatten(2), weight_skip, dtype, weight_grads
     )
     dx, dweight_x, _ = _convolution_backward(dy, x, weight_x, dtype, True, weight_grads)

@@ -1,15 +1,17 @@
-"""The public function ``swin_nmf``."""
+"""The public functions ``swin_nmf``, and ``norm_linear_swin_nmf``."""
 
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from factorizer_kernels.choice import choose, load_kernels
-from factorizer_kernels.ops.nmf.arguments import check_factorisation
+from factorizer_kernels.ops.nmf.arguments import Options, check_factorisation
 from factorizer_kernels.ops.nmf.spec import MatrixSizes
+from factorizer_kernels.ops.pointwise.functional import norm_linear, norm_linear_arguments
 from factorizer_kernels.ops.swin_nmf import reference
-from factorizer_kernels.ops.swin_nmf.autograd import SwinNMF
-from factorizer_kernels.ops.windows.geometry import Shift, resolve
+from factorizer_kernels.ops.swin_nmf.autograd import NormLinearSwinNMF, SwinNMF
+from factorizer_kernels.ops.windows.geometry import Shift, Windows, resolve
 from factorizer_kernels.shared.autograd import call_function
 from factorizer_kernels.shared.checks import feature_map, one_of
 
@@ -54,6 +56,82 @@ def swin_nmf(
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
     x = feature_map("x", x)
+    arguments = _resolved(
+        x, u0, v0, num_heads=num_heads, head_dim=head_dim, grid_size=grid_size, patch_size=patch_size,
+        shifts=shifts, act=act, num_iters=num_iters, solver=solver, num_grad_steps=num_grad_steps, eps=eps,
+    )  # fmt: skip
+    if arguments.backend == "reference":
+        return reference.swin_nmf(x, *arguments[:-1])
+    return call_function("swin_nmf", SwinNMF, x, *arguments)
+
+
+def norm_linear_swin_nmf(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    u0: Tensor,
+    v0: Tensor,
+    *,
+    norm_eps: float = 1e-5,
+    **options: Any,
+) -> tuple[Tensor, Tensor]:
+    """:func:`norm_linear`, then :func:`swin_nmf`, where autograd does not keep the map between the two.
+
+    The first half of a Factorizer's block. The backward computes the map between again, for one pass over x;
+    the residual connection's gradient is added on the way.
+
+    Args:
+        x: (B, C, S1..Sp), as for :func:`swin_nmf`.
+        norm_weight, norm_bias, weight, bias: of :func:`norm_linear`; W (D, C).
+        u0, v0: of :func:`swin_nmf`, on a map of D channels.
+        norm_eps: added to the variance.
+        options: the others of :func:`swin_nmf`.
+
+    Returns:
+        The factorised map (B, D, S1..Sp) in x's dtype, or under autocast in autocast's; and x, for the
+        residual connection: where that one is used in place of x, the backward adds its gradient to x's.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, what it got and what it needs.
+    """
+    x = feature_map("x", x)
+    chain = norm_linear_arguments(x, norm_weight, norm_bias, weight, bias, norm_eps)
+    between = x.new_empty((), dtype=chain.dtype).expand(x.shape[0], chain.weight.shape[0], *x.shape[2:])
+    arguments = _resolved(between, u0, v0, **options)
+    if "reference" in (chain.backend, arguments.backend) or arguments.options.constant:
+        y, x = norm_linear(x, norm_weight, norm_bias, weight, bias, eps=norm_eps, residual=True)
+        return swin_nmf(y, u0, v0, **options), x
+    return call_function("norm_linear_swin_nmf", NormLinearSwinNMF, x, *chain, *arguments)
+
+
+class _Arguments(NamedTuple):
+    u0: Tensor
+    v0: Tensor
+    windows: Windows
+    relu: bool
+    options: Options
+    backend: str
+
+
+def _resolved(
+    x: Tensor,
+    u0: Tensor,
+    v0: Tensor,
+    *,
+    num_heads: int | None = None,
+    head_dim: int | None = None,
+    grid_size: int | Sequence[int] | None = None,
+    patch_size: int | Sequence[int] | None = None,
+    shifts: Sequence[Shift] | None = None,
+    act: str | None = "relu",
+    num_iters: int = 5,
+    solver: str = "hals",
+    num_grad_steps: int | None = None,
+    eps: float = 1e-16,
+) -> _Arguments:
+    """The arguments of :func:`swin_nmf`, checked and completed, for a map like x."""
     windows = resolve(
         x.shape,
         num_heads=num_heads,
@@ -67,7 +145,4 @@ def swin_nmf(
         x, u0, v0, windows.matrices_shape, num_iters, solver, num_grad_steps, eps
     )
     sizes = MatrixSizes(windows.rows, windows.columns, u0.shape[-1], windows.num_shifts)
-    backend = choose("swin_nmf", x, sizes)
-    if backend == "reference":
-        return reference.swin_nmf(x, u0, v0, windows, relu, options)
-    return call_function("swin_nmf", SwinNMF, x, u0, v0, windows, relu, options, backend)
+    return _Arguments(u0, v0, windows, relu, options, choose("swin_nmf", x, sizes))

@@ -5,8 +5,10 @@ import sys
 
 import pytest
 import typer
+from typer.testing import CliRunner
 
-from factorizer.commands.cli import _errors
+import factorizer_kernels
+from factorizer.commands.cli import _errors, app
 from factorizer.segmentation.errors import DataError
 
 
@@ -16,6 +18,24 @@ def test_help_loads_nothing_heavy():
         "sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'monai', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        "predict --checkpoint no.pt --input no --output no",
+        "explain --checkpoint no.pt --input no --output no",
+        "speed --checkpoint no.pt --input no --output no",
+        "train no --out no",
+        "demo --data no --out no",
+    ],
+)
+def test_networks_run_in_memory_that_is_kept(options, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    calls = []
+    monkeypatch.setattr(factorizer_kernels, "keep_freed_memory", lambda: calls.append(1))
+    assert CliRunner().invoke(app, options.split()).exit_code == 2
+    assert calls == [1]
 
 
 def test_names_are_imported_at_their_first_use():

@@ -7,7 +7,7 @@ import re
 import nibabel as nib
 import numpy as np
 import pytest
-from factorizer_support import four_modalities, run_command
+from factorizer_support import checkpoint_for, four_modalities, plan_for, run_command
 
 
 def evaluate(tmp_path, prediction, truth, *options, code=0):
@@ -126,6 +126,32 @@ def test_evaluate_draws_over_the_image_that_a_list_names(tumour, tmp_path):
     (tmp_path / "case.nii.gz").write_bytes(b"broken")
     assert "case: no picture: " in run_command("evaluate", *options, "--preview")
     assert "lesion" in (tmp_path / "s.csv").read_text()
+
+
+def test_evaluate_tells_what_its_scores_do_not_mean(tmp_path):
+    volume = np.zeros((8, 8, 8), np.uint8)
+    volume[2:5, 2:6, 2:5] = 1
+    printed, rows = evaluate(tmp_path, volume * np.uint8(255), volume)
+    assert "no label has the values [255] that segmentations have" in printed
+    assert float(rows["1"]["dice"]) == float(rows["255"]["dice"]) == 0
+    network = checkpoint_for(
+        plan_for(labels={0: "background", 1: "lesion"}, training=("case",)), tmp_path / "c.pt"
+    )
+    told = "the network was trained on cases of these names, whose scores say nothing about new ones: case"
+    assert told in evaluate(tmp_path, volume, volume, "--checkpoint", network)[0]
+
+
+def test_evaluate_measures_volumes_of_prediction_and_label(tmp_path):
+    truth = np.zeros((8, 8, 8), np.uint8)
+    truth[2:5, 2:6, 2:5] = 1
+    evaluate(tmp_path, truth * (np.arange(8) < 4), truth, "--statistics", "--preview")
+    with (tmp_path / "scores_statistics.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    expected = {"voxels": 24, "ml": 24 * 6e-3, "label_voxels": 36, "label_ml": 36 * 6e-3}
+    assert {key: float(row[key]) for key in expected} == pytest.approx(expected)
+    evaluate(tmp_path, truth, truth)  # without these, none of an earlier command's stay beside its scores
+    assert not (tmp_path / "scores_statistics.csv").exists()
+    assert not list((tmp_path / "scores_previews").iterdir())
 
 
 def test_evaluate_tells_of_a_segmentation_of_another_scan(tumour, tmp_path):

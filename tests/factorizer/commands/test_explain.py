@@ -95,8 +95,11 @@ def test_explain_writes_over_no_other_case(tumour, tmp_path):
     assert "scan: failed:" in printed
     assert "was made from other inputs" in printed
     assert (tmp_path / "out" / "scan_deep.nii.gz").read_bytes() == before
+    assert "scan,deep," in (tmp_path / "out" / "components.csv").read_text()
+    (tmp_path / "out" / "scan_shallow.nii.gz").touch()  # as another network's command would leave it
     run_command(*options, tmp_path / "b", "--overwrite")
     assert (tmp_path / "out" / "scan_deep.nii.gz").read_bytes() != before
+    assert not (tmp_path / "out" / "scan_shallow.nii.gz").exists()
 
 
 def test_a_network_whose_output_is_not_finite_explains_nothing(tumour, tmp_path):
@@ -106,4 +109,4 @@ def test_a_network_whose_output_is_not_finite_explains_nothing(tumour, tmp_path)
     torch.save(state, tmp_path / "nan.pt")
     options = ["--checkpoint", tmp_path / "nan.pt", "--input", tmp_path / "in", "--output", tmp_path / "out"]
     assert "output for it is not finite" in run_command("explain", *options, "--layer", "deep", code=1)
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {"components.csv"}
+    assert not list((tmp_path / "out").iterdir())

@@ -210,8 +210,30 @@ def test_predict_draws_and_measures(tumour, tmp_path):
     (out / "previews" / "a.png").unlink()
     assert "1 were there" in run_command(*options, "--preview")  # drawn, though not made anew
     assert (out / "previews" / "a.png").exists()
+    assert (out / "statistics.csv").exists()
     run_command(*options, "--overwrite", "--no-mirror")
+    assert not (out / "statistics.csv").exists()  # it is another result's
     assert not (out / "previews" / "a.png").exists()  # it may be another result's
+
+
+def test_predict_tells_what_is_odd(tumour, tmp_path):
+    for name in ("flat", "twice", "loop"):
+        four_modalities(tmp_path / "in", name)
+    flat = nib.load(tmp_path / "in" / "flat_0001.nii.gz")
+    nib.save(nib.Nifti1Image(np.full(flat.shape, 7.0), flat.affine), tmp_path / "in" / "flat_0001.nii.gz")
+    (tmp_path / "in" / "twice_0003.nii.gz").write_bytes((tmp_path / "in" / "twice_0000.nii.gz").read_bytes())
+    link = tmp_path / "in" / "loop_0002.nii.gz"
+    link.unlink()
+    link.symlink_to(link)
+    options = ["--input", tmp_path / "in", "--output", tmp_path / "out"]
+    printed = run_command("predict", "--checkpoint", tumour, *options, code=1)
+    assert "warning: flat: T1w holds a single value" in printed
+    assert "warning: twice: FLAIR and T2w are the same volume" in printed
+    assert "loop_0002.nii.gz: there is no such file" in printed
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == [
+        "flat.nii.gz",
+        "twice.nii.gz",
+    ]
 
 
 def test_predict_writes_probabilities(tumour, tmp_path):

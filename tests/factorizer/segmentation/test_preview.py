@@ -9,6 +9,7 @@ from factorizer_support import ODD
 from matplotlib.image import imread
 
 from factorizer.segmentation.cases import Case
+from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.preview import class_indices, draw_preview, volumes, write_statistics
 
 TARGETS = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
@@ -30,6 +31,40 @@ def test_volumes_are_in_ml_whatever_the_axes_and_the_unit(tmp_path):
 
 def test_the_innermost_region_is_what_is_drawn():
     assert class_indices(np.array([0, 1, 2, 4, 9]), TARGETS).tolist() == [0, 2, 1, 3, 0]
+
+
+def test_air_around_the_head_is_not_drawn(tmp_path):
+    labels, image = np.zeros((60, 50, 40), np.uint8), np.zeros((60, 50, 40), np.float32)
+    image[20:40, 20:38, 10:30] = np.random.default_rng(0).gamma(2, 100, (20, 18, 20))
+    labels[25:30, 25:30, 15:20] = 2
+    for name, voxels in (("image", image), ("p", labels)):
+        nib.save(nib.Nifti1Image(voxels, ODD), tmp_path / f"{name}.nii.gz")
+    shape = []
+    for seen in (image, image + 5000):  # the second has no air
+        nib.save(nib.Nifti1Image(seen, ODD), tmp_path / "image.nii.gz")
+        case = Case("case", (tmp_path / "image.nii.gz",))
+        draw_preview(tmp_path, case, tmp_path / "p.nii.gz", TARGETS, {}, ("T1",))
+        pixels = imread(tmp_path / "case.png")[..., :3]
+        panels = pixels[: len(pixels) * 17 // 20]  # above the legend
+        shape.append((panels.max(-1) - panels.min(-1) > 0.3).mean())
+    assert shape[0] > 2 * shape[1]  # the same structure, in more of the picture
+
+
+def test_a_picture_lies_on_the_grid_of_the_prediction(tmp_path):
+    labels, image = np.zeros((8, 9, 10), np.uint8), np.random.default_rng(0).gamma(2, 100, (8, 9, 10))
+    labels[1:3, 2:4, 2:5] = 2
+    flipped = np.array([[-1.0, 0, 0, 7], [0, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(labels, np.eye(4)), tmp_path / "p.nii.gz")
+    drawn = []
+    for voxels, affine in ((image, np.eye(4)), (image[::-1], flipped)):
+        nib.save(nib.Nifti1Image(voxels.astype(np.float32), affine), tmp_path / "image.nii.gz")
+        case = Case("case", (tmp_path / "image.nii.gz",))
+        draw_preview(tmp_path, case, tmp_path / "p.nii.gz", TARGETS, {}, ("T1",))
+        drawn.append(imread(tmp_path / "case.png"))
+    np.testing.assert_array_equal(*drawn)
+    nib.save(nib.Nifti1Image(image.astype(np.float32), flipped + 1), tmp_path / "image.nii.gz")
+    with pytest.raises(DataError, match="lies on another grid than its image"):
+        draw_preview(tmp_path, case, tmp_path / "p.nii.gz", TARGETS, {}, ("T1",))
 
 
 @pytest.mark.parametrize("kind", ["with a label", "an empty prediction", "without an image"])

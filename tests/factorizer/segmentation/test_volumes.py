@@ -1,5 +1,6 @@
 """What is read from and written to NIfTI files, and what is wrong with them."""
 
+import gzip
 import shutil
 from dataclasses import replace
 
@@ -15,7 +16,8 @@ from factorizer.segmentation.volumes import (
     check_image,
     check_label,
     doubts,
-    doubts_of_sides,
+    doubts_of_files,
+    doubts_of_image,
     on_grid_of,
     read_labels,
     write_nifti,
@@ -47,12 +49,23 @@ def test_unreadable_nifti(folder, kind, content):
         check_all(folder)
 
 
+@pytest.mark.parametrize("kind", ["imagesTr", "labelsTr"])
+def test_a_damaged_file_that_can_still_be_unpacked(folder, kind):
+    """One bit of the voxels, stored as they are: only the checksum behind them knows."""
+    path = folder / kind / "synthetic_002.nii.gz"
+    packed = bytearray(gzip.compress(gzip.decompress(path.read_bytes()), compresslevel=0))
+    packed[len(packed) // 2] ^= 1
+    path.write_bytes(packed)
+    with pytest.raises(DataError, match=rf"{kind}/synthetic_002.nii.gz: not readable as NIfTI \(CRC check"):
+        check_all(folder)
+
+
 @pytest.mark.parametrize(
     ("kind", "change", "words"),
     [
         ("labelsTr", lambda x: x[:-1], r"labelsTr/.*shape .* does not match"),
-        ("imagesTr", lambda x: x[..., :1], "1 channels; there must be one for each of the 2 modalities"),
-        ("imagesTr", lambda x: x[..., 0], "1 channels; there must be one for each of the 2 modalities"),
+        ("imagesTr", lambda x: x[..., :1], "1 channel; there must be one for each of the 2 modalities"),
+        ("imagesTr", lambda x: x[..., 0], "1 channel; there must be one for each of the 2 modalities"),
         ("imagesTr", lambda x: np.stack([x, x], -1), "has shape"),
         ("imagesTr", lambda x: np.where(x == x.max(), np.nan, x), "NaN or infinite"),
         ("imagesTr", lambda x: x * 0, "nothing but zeros"),
@@ -324,7 +337,7 @@ def test_doubts_are_told_before_training(synthetic):
         "the label map is empty in 5 of 5 cases: synthetic_001, ",
         "contrast B holds a single value in 5 cases",
         "contrast A and contrast B are the same volume in 5 cases",
-        "these cases hold the same files: synthetic_001, ",
+        "these cases hold the same image: synthetic_001, ",
     ):
         assert words in told
 
@@ -356,10 +369,28 @@ def test_headers_that_do_not_say_which_side_is_left(tmp_path):
     for name, image in images.items():
         nib.save(image, tmp_path / f"{name}.nii.gz")
     names = [*images, "missing"]
-    found = doubts_of_sides([Case(name, (tmp_path / f"{name}.nii.gz",)) for name in names])
+    found = doubts_of_files([Case(name, (tmp_path / f"{name}.nii.gz",)) for name in names])
     assert [text.split()[-1] for text in found] == ["silent", "two"]
     assert "sform_code and qform_code are 0" in found[0]
     assert "the sform is believed" in found[1]
+
+
+def test_files_of_other_cases_are_seen_by_their_numbers(tmp_path):
+    def case(name, *files):
+        return Case(name, tuple(tmp_path / file for file in files[:-1]), tmp_path / files[-1])
+
+    right = [
+        case("a", "t1/img_01.nii.gz", "t2/img_01.nii.gz", "label_1.nii.gz"),
+        case("b", "t1/img_02.nii.gz", "t2/img_02.nii.gz", "label_2.nii.gz"),
+        case("c", "pat_3/t1.nii.gz", "pat_3/t2.nii.gz", "pat_3/seg.nii.gz"),
+        case("d", "scan_0000.nii.gz", "scan_0001.nii.gz", "seg.nii.gz"),
+    ]
+    assert doubts_of_files(right) == []
+    swapped = [replace(right[0], label=right[1].label), replace(right[1], label=right[0].label), *right[2:]]
+    (told,) = doubts_of_files(swapped)
+    assert "a has label_2.nii.gz, which by its name is of b, b has label_1.nii.gz" in told
+    mixed = replace(right[2], images=(right[2].images[0], right[0].images[1]))
+    assert "c has img_01.nii.gz, which by its name is of a" in doubts_of_files([*right[:2], mixed])[0]
 
 
 def test_two_cases_with_one_label_file_are_told(synthetic):
@@ -367,9 +398,71 @@ def test_two_cases_with_one_label_file_are_told(synthetic):
     first, second, *others = task.cases
     task = replace(task, cases=(first, replace(second, label=first.label), *others))
     geometries = {case.name: check_case(task, case) for case in task.cases[2:]}
-    assert doubts(task, geometries, list(geometries)) == [
-        f"these cases have the same label file: {first.name}, {second.name}"
-    ]
+    assert f"these cases have the same label file: {first.name}, {second.name}" in doubts(
+        task, geometries, list(geometries)
+    )
+
+
+def test_axes_stored_in_another_order_or_direction(tmp_path):
+    """The same grid: every voxel goes where it belongs, and nothing is interpolated."""
+    voxels = np.random.default_rng(0).gamma(5, 100, (6, 7, 8)).astype(np.float32)
+    labels = (voxels > 600).astype(np.uint8)
+    flipped = np.array([[-2.0, 0, 0, 10], [0, 1, 0, 0], [0, 0, 3, 0], [0, 0, 0, 1]])
+    turned = np.array([[0.0, 2, 0, 0], [0, 0, 1, 0], [3, 0, 0, 0], [0, 0, 0, 1]])
+    nib.save(nib.Nifti1Image(voxels, np.diag([2.0, 1, 3, 1])), tmp_path / "a.nii.gz")
+    nib.save(nib.Nifti1Image(voxels[::-1] + 1, flipped), tmp_path / "b.nii.gz")
+    nib.save(nib.Nifti1Image(labels.transpose(2, 0, 1), turned), tmp_path / "label.nii.gz")
+    case = Case("case", (tmp_path / "a.nii.gz", tmp_path / "b.nii.gz"), tmp_path / "label.nii.gz")
+    np.testing.assert_array_equal(check_image(case, ("A", "B"))[1], np.stack([voxels, voxels + 1], -1))
+    np.testing.assert_array_equal(check_label(case, [0, 1]), labels)
+    nib.save(nib.Nifti1Image(labels[::-1], np.diag([-2.0, 1, 3, 1])), tmp_path / "label.nii.gz")
+    with pytest.raises(DataError, match=r"its affine differs .* Bring it to that grid"):
+        check_label(case, [0, 1])
+
+
+def test_modalities_of_different_places(tmp_path):
+    voxels = np.random.default_rng(0).gamma(5, 100, (6, 7, 8)).astype(np.float32)
+    places = {"first": 0, "near": 4, "far": 500}
+    for name, place in places.items():
+        affine = np.eye(4)
+        affine[0, 3] = place
+        nib.save(nib.Nifti1Image(voxels, affine), tmp_path / f"{name}.nii.gz")
+    near, far = (
+        Case(name, (tmp_path / "first.nii.gz", tmp_path / f"{name}.nii.gz"), resample=True)
+        for name in ("near", "far")
+    )
+    (told,) = doubts_of_files([near])
+    assert (
+        "covers less than half of the grid that it is brought to in 1 case; the rest of it is 0: near" in told
+    )
+    assert check_image(near, ("A", "B"))[1][..., 1].any()
+    with pytest.raises(DataError, match=r"far.nii.gz: has nothing where .*first.nii.gz is"):
+        check_image(far, ("A", "B"))
+
+
+def test_ct_whose_offset_was_lost(tmp_path):
+    voxels = np.random.default_rng(0).normal(-200, 300, (6, 7, 8)).astype(np.float32)
+    found = []
+    for offset in (0, 1024):
+        image = (voxels + offset).clip(-1000 + offset)[..., None]
+        found.append(doubts_of_image(image, ("CT",)))
+    assert found[0] == []
+    assert "CT holds no value below 0" in found[1][0]
+    assert doubts_of_image(image, ("MR",)) == []
+
+
+def test_one_image_trained_on_and_held_out(folder):
+    """Whatever its files are called, and however they were written."""
+    image = nib.load(folder / "imagesTr" / "synthetic_001.nii.gz")
+    voxels = np.asarray(image.dataobj).astype(np.float64)
+    nib.save(nib.Nifti1Image(voxels, image.affine), folder / "imagesTr" / "synthetic_002.nii.gz")
+    shutil.copy(folder / "labelsTr" / "synthetic_001.nii.gz", folder / "labelsTr" / "synthetic_002.nii.gz")
+    task = read_decathlon(folder)
+    geometries = {case.name: check_case(task, case) for case in task.cases}
+    names = [case.name for case in task.cases]
+    same = f"these cases hold the same image: {names[0]}, {names[1]}"
+    assert doubts(task, geometries, names) == [same]
+    assert doubts(task, geometries, names[1:]) == [f"{same}; some are trained on, others held out"]
 
 
 def test_a_label_beyond_every_class_is_refused(tmp_path):

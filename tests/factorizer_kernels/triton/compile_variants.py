@@ -97,6 +97,30 @@ def pointwise(dtype):
     join = (x, coarse, square, blocks, norm, dtype)
     OPERATORS.join(*join, "triton")
     OPERATORS.join_backward(x, *join, True, "triton")
+    wide, norm = torch.rand(1, 128, 8, 8, 8, dtype=dtype), torch.rand(128)
+    norm_alone = (wide, norm, norm, None, None, 1e-5, dtype)
+    OPERATORS.norm_linear(*norm_alone, "triton")
+    OPERATORS.norm_linear_backward(wide, None, *norm_alone, True, "triton")
+
+
+def pointwise_64():
+    """The chains of a block of 64 channels, the widest that a tile holds."""
+    x, norm, square, tall = (
+        torch.rand(1, 64, 16, 16, 16),
+        torch.rand(64),
+        torch.rand(64, 64),
+        torch.rand(128, 64),
+    )
+    weights = (square, norm, norm, norm, tall, torch.rand(128), tall.mT.contiguous(), norm)
+    OPERATORS.linear_norm_mlp(x, x, *weights, 1e-5, x.dtype, "triton")
+    OPERATORS.linear_norm_mlp_backward(x, x, x, *weights, 1e-5, x.dtype, True, "triton")
+
+
+def tf32(case):
+    """A case where torch multiplies float32 by one product of TF32."""
+    torch.set_float32_matmul_precision("high")
+    case()
+    torch.set_float32_matmul_precision("highest")
 
 
 def depthwise(side):
@@ -107,6 +131,9 @@ def depthwise(side):
 
 CASES = {
     "pointwise": lambda: pointwise(torch.float32),
+    "pointwise tf32": lambda: tf32(lambda: pointwise(torch.float32)),
+    "pointwise 64": pointwise_64,
+    "pointwise 64 tf32": lambda: tf32(pointwise_64),
     "pointwise bfloat16": lambda: pointwise(torch.bfloat16),
     "depthwise 3": lambda: depthwise(3),
     "swin hals 1": lambda: swin("hals", 1),

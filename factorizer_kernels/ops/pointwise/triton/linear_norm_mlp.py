@@ -5,17 +5,22 @@ again, in two kernels, since one would not fit the registers: one writes dy and 
 whose programs have HIDDEN hidden channels each, sums for W1 and W2. dW = Σ dz yᵀ is that of a linear map.
 """
 
+import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels.ops.pointwise.spec import gradients_like
+from factorizer_kernels.ops.pointwise.torch import linear_backward
+from factorizer_kernels.ops.pointwise.triton import norm
 from factorizer_kernels.ops.pointwise.triton.norm_linear import linear_sums, weights_before
 from factorizer_kernels.ops.pointwise.triton.tiles import (
-    VOXELS,
+    MAX_CHANNELS,
     channel_block,
     columns,
     empty_shares,
+    exact,
     gelu,
     limit,
     load_matrix,
@@ -32,10 +37,12 @@ from factorizer_kernels.ops.pointwise.triton.tiles import (
 from factorizer_kernels.shared.registry import kernel
 from factorizer_kernels.shared.triton import launch
 
-# Hidden channels at a time.
-HIDDEN = 16
-# With fewer the sums do not fit the registers.
-SUMS_WARPS = 8
+# Voxels of a tile and hidden channels at a time, of the exact products and of others. More of either would
+# take fewer instructions, but not fit the registers.
+WARPS = 4
+FORWARD, EXACT_FORWARD = (64, 64), (64, 32)
+BACKWARD, EXACT_BACKWARD = (128, 32), (64, 32)
+SUMS, EXACT_SUMS = (64, 64), (32, 32)
 
 
 @triton.jit
@@ -151,49 +158,91 @@ def mlp_sums_kernel(
     tl.store(bias_shares2 + tl.program_id(0) * C + c, bias_total2, mask=(c < C) & (tl.program_id(1) == 0))
 
 
-def _constants(y: Tensor, x: Tensor, hidden: int, dtype) -> dict:
+def _constants(y: Tensor, x: Tensor, hidden: int, dtype, tile: tuple[int, int]) -> dict:
+    voxels, block = tile
     return {
         "E": y.shape[1], "C": x.shape[1], "H": hidden, **products(dtype),
         "E_BLOCK": channel_block(y.shape[1]), "C_BLOCK": channel_block(x.shape[1]),
-        "H_BLOCK": channel_block(hidden, HIDDEN), "VOXELS": VOXELS,
+        "H_BLOCK": channel_block(hidden, block), "VOXELS": voxels, "num_warps": WARPS,
     }  # fmt: skip
 
 
-@kernel("linear_norm_mlp", "triton", limit)
+# --- Maps wider than a tile: the norm alone is a kernel, and torch multiplies ----------------------
+
+
+def _wide_middle(y, x, weight, bias, norm_weight, norm_bias, weight1, bias1, eps, dtype):
+    """(z, z normed, the hidden layer's input) of y (B, E, V) and x (B, C, V)."""
+    z = norm.multiplied(weight, y, bias, dtype) + x.to(weight.dtype)
+    normed = norm.normed(z, norm_weight, norm_bias, eps, torch.empty_like(z, dtype=dtype))
+    return z, normed, norm.multiplied(weight1, normed, bias1, dtype)
+
+
+def _wide(y, x, weight, bias, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps, dtype):
+    z, _normed, hidden = _wide_middle(y, x, weight, bias, norm_weight, norm_bias, weight1, bias1, eps, dtype)
+    return z.add_(norm.multiplied(weight2, F.gelu(hidden.to(z.dtype)), bias2, dtype))
+
+
+def _wide_backward(outputs, dout, y, x, *others) -> tuple[Tensor, ...]:
+    weight, bias, norm_weight, norm_bias, weight1, bias1, weight2, _, eps, dtype, weight_grads = others
+    compute = weight.dtype
+    z, normed, hidden = _wide_middle(y, x, weight, bias, norm_weight, norm_bias, weight1, bias1, eps, dtype)
+    hidden, dout = hidden.to(compute), dout.to(compute)
+    dhidden, *of_second = linear_backward(dout, F.gelu(hidden), weight2, dtype, weight_grads)
+    dhidden = torch.ops.aten.gelu_backward(dhidden.to(compute), hidden)
+    dnormed, *of_first = linear_backward(dhidden, normed, weight1, dtype, weight_grads)
+    dz = torch.empty_like(z)
+    of_norm = norm.normed_backward(dnormed, z, norm_weight, eps, dout, weight_grads, dz)
+    dy, *of_linear = linear_backward(dz, y, weight, dtype, weight_grads)
+    outputs[0].flatten(2).copy_(dy)
+    outputs[1].flatten(2).copy_(dz)
+    if not weight_grads:
+        return tuple(outputs)
+    return (*outputs[:2], *of_linear, *of_norm, *of_first, *of_second)
+
+
+# --- Registered --------------------------------------------------------------------------------
+
+
+@kernel("linear_norm_mlp", "triton", limit(norm.MAX_CHANNELS))
 def linear_norm_mlp(y: Tensor, x: Tensor, *others) -> Tensor:
     *weights, eps, dtype = others
+    if max(y.shape[1], x.shape[1]) > MAX_CHANNELS:
+        return _wide(columns(y), columns(x), *others).to(x.dtype).unflatten(2, x.shape[2:])
     weights = [w.contiguous() for w in weights]
     out = x.new_empty(x.shape)
     y, x = columns(y), columns(x)
+    constants = _constants(y, x, weights[4].shape[0], dtype, EXACT_FORWARD if exact(dtype) else FORWARD)
     launch(
-        linear_norm_mlp_kernel, tiles_of(x), x,
-        y, y.stride()[:2], x, x.stride()[:2], *weights, out, x.shape[2], eps,
-        **_constants(y, x, weights[4].shape[0], dtype),
+        linear_norm_mlp_kernel, tiles_of(x, constants["VOXELS"]), x,
+        y, y.stride()[:2], x, x.stride()[:2], *weights, out, x.shape[2], eps, **constants,
     )  # fmt: skip
     return out
 
 
-@kernel("linear_norm_mlp_backward", "triton", limit)
+@kernel("linear_norm_mlp_backward", "triton", limit(norm.MAX_CHANNELS))
 def linear_norm_mlp_backward(dout: Tensor, y: Tensor, x: Tensor, *others) -> tuple[Tensor, ...]:
     *weights, eps, dtype, weight_grads = others
     *weights, bias2 = (w.contiguous() for w in weights)
     dy, dx, *dweights = gradients_like([y, x], [*weights, bias2], weight_grads)
     dout, y, x = columns(dout), columns(y), columns(x)
+    if max(y.shape[1], x.shape[1]) > MAX_CHANNELS:
+        return _wide_backward([dy, dx, *dweights], dout, y, x, *others)
     maps = (dout, dout.stride()[:2], y, y.stride()[:2], x, x.stride()[:2])
     hidden, channels = weights[4].shape
-    constants = _constants(y, x, hidden, dtype)
+    constants = _constants(y, x, hidden, dtype, EXACT_BACKWARD if exact(dtype) else BACKWARD)
     launch(
-        linear_norm_mlp_backward_kernel, tiles_of(x), x,
+        linear_norm_mlp_backward_kernel, tiles_of(x, constants["VOXELS"]), x,
         *maps, *weights, dy, dx, x.shape[2], eps, **constants,
     )  # fmt: skip
     if not weight_grads:
         return dy, dx, *dweights
+    constants = _constants(y, x, hidden, dtype, EXACT_SUMS if exact(dtype) else SUMS)
     blocks = triton.cdiv(hidden, constants["H_BLOCK"])
-    programs = programs_of(tiles_of(x), blocks)
+    programs = programs_of(tiles_of(x, constants["VOXELS"]), blocks)
     shares = empty_shares(x, programs, (hidden, channels), (hidden,), (hidden, channels), (channels,))
     launch(
         mlp_sums_kernel, (programs, blocks), x,
-        *maps, *weights, *shares, x.shape[0], x.shape[2], eps, **constants, num_warps=SUMS_WARPS,
+        *maps, *weights, *shares, x.shape[0], x.shape[2], eps, **constants,
     )  # fmt: skip
     sums1, dbias1, sums2, dbias2 = (share.sum(0) for share in shares)
     _, _, norm_weight, norm_bias, weight1, *_ = weights

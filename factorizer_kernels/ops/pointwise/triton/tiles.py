@@ -5,7 +5,7 @@ contiguous. Channels are padded to a power of two, 16 at least, which ``tl.dot``
 map is zero. Products take operands of ``PRODUCT``, the dtype of the operator, and add in float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -15,23 +15,27 @@ from torch import Tensor
 
 from factorizer_kernels.shared.triton import INTERPRETED, padded
 
-VOXELS = 32
-# Programs of a kernel that sums over voxels, and the tiles that each of them takes at least.
-PROGRAMS = 512
+# Voxels, warps and channels at a time are those that were fastest on an H100 (docs/performance.md).
+
+# Programs of a kernel that sums over voxels, eight for each of its multiprocessors, and the tiles that each
+# of them takes at least.
+PROGRAMS = 1056
 TILES_OF_A_PROGRAM = 8
-# The most channels that a tile has: of more, the registers do not hold it.
+# The most channels of a product's tile: of more, the registers do not hold it.
 MAX_CHANNELS = 64
 
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def limit(x: Tensor, widest: int) -> str | None:
-    """Why the kernels do not run a call whose widest map has that many channels, or None where they do."""
-    if x.dtype == torch.float64:
-        return "its products take no float64"
-    if widest > MAX_CHANNELS:
-        return f"it takes at most {MAX_CHANNELS} channels, got {widest}"
-    return None
+def limit(most: int) -> Callable[[Tensor, int], str | None]:
+    """The limit of kernels that take maps of so many channels."""
+
+    def reason(x: Tensor, widest: int) -> str | None:
+        if x.dtype == torch.float64:
+            return "its products take no float64"
+        return f"it takes at most {most} channels, got {widest}" if widest > most else None
+
+    return reason
 
 
 def columns(x: Tensor) -> Tensor:
@@ -45,22 +49,26 @@ def channel_block(channels: int, most: int = MAX_CHANNELS) -> int:
     return min(max(padded(channels), 16), most)
 
 
+def exact(dtype: torch.dtype) -> bool:
+    """Whether products in ``dtype`` are three of TF32, as exact as one of float32: torch's "highest"."""
+    return dtype not in _HALF and torch.get_float32_matmul_precision() == "highest"
+
+
 def products(dtype: torch.dtype) -> dict[str, Any]:
     """The constants of products in ``dtype``, after torch's float32 matmul precision.
 
-    At "highest" they are three products of TF32, which is as exact as float32; else one. Loops are not
+    Loops are not
     pipelined: the buffers would take the shared memory, and the registers, of two resident blocks.
     """
-    exact = torch.get_float32_matmul_precision() == "highest"
     # The interpreter multiplies the bits of bfloat16 as integers: there the operands stay in float32.
     half = _HALF.get(dtype, tl.float32)
     product = tl.float32 if INTERPRETED and half is tl.bfloat16 else half
-    precision = "tf32x3" if exact and half is tl.float32 else "tf32"
+    precision = "tf32x3" if exact(dtype) else "tf32"
     return {"PRODUCT": product, "PRECISION": precision, "num_stages": 1}
 
 
-def tiles_of(x: Tensor, voxels: int = VOXELS) -> int:
-    """The tiles of x (B, C, V)."""
+def tiles_of(x: Tensor, voxels: int) -> int:
+    """The tiles of so many voxels of x (B, C, V)."""
     return x.shape[0] * triton.cdiv(x.shape[2], voxels)
 
 

@@ -22,6 +22,9 @@ CASES = {
     "layer_norm": (fk.layer_norm, 1, [(2, 19, 70), (19,), (19,)]),
     "norm_linear": (fk.norm_linear, 1, [(2, 8, 5, 30), (8,), (8,), (9, 8), (9,)]),
     "norm_linear, programs": (fk.norm_linear, 1, [(1, 16, 530), (16,), (16,), (16, 16), (16,)]),
+    "norm_linear, wider than a tile": (fk.norm_linear, 1, [(2, 70, 9), (70,), (70,), (33, 70), (33,)]),
+    "linear, wider than a tile": (fk.linear, 1, [(2, 9, 5, 3), (65, 9), (65,)]),
+    "layer_norm, wide": (fk.layer_norm, 1, [(2, 300, 21), (300,), (300,)]),
     "norm_linear, one": (fk.norm_linear, 1, [(1, 1, 1), (1,), (1,), (1, 1), (1,)]),
     "linear_norm_mlp": (fk.linear_norm_mlp, 2, [
         (2, 7, 5, 3, 5), (2, 20, 5, 3, 5), (20, 7), (20,), (20,), (20,), (40, 20), (40,), (20, 40), (20,),
@@ -29,9 +32,14 @@ CASES = {
     "linear_norm_mlp, programs": (fk.linear_norm_mlp, 2, [
         (1, 16, 530), (1, 16, 530), (16, 16), (16,), (16,), (16,), (16, 16), (16,), (16, 16), (16,),
     ]),
+    "linear_norm_mlp, wider than a tile": (fk.linear_norm_mlp, 2, [
+        (2, 7, 5, 3), (2, 66, 5, 3), (66, 7), (66,), (66,), (66,), (40, 66), (40,), (66, 40), (66,),
+    ]),
     "join": (fk.join, 2, [(2, 5, 4, 6, 2), (2, 7, 2, 3, 2), (3, 5), (7, 3, 2, 2, 1), (3,)]),
     "join, wide": (fk.join, 2, [(1, 33, 80), (1, 40, 40), (50, 33), (40, 50, 2), (50,)]),
     "patch_conv": (fk.patch_conv, 1, [(2, 3, 4, 6, 9), (5, 3, 2, 2, 3), (5,)]),
+    "patch_conv, pairs": (fk.patch_conv, 1, [(2, 3, 4, 6, 10), (5, 3, 2, 2, 2), (5,)]),
+    "join, pairs": (fk.join, 2, [(2, 5, 4, 6, 10), (2, 7, 2, 3, 5), (3, 5), (7, 3, 2, 2, 2), (3,)]),
     "patch_conv, wide": (fk.patch_conv, 1, [(1, 40, 80), (50, 40, 2), (50,)]),
 }  # fmt: skip
 
@@ -72,7 +80,18 @@ def test_float32(name, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", ["layer_norm", "norm_linear", "linear_norm_mlp", "join", "patch_conv"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "layer_norm",
+        "norm_linear",
+        "linear_norm_mlp",
+        "join",
+        "patch_conv",
+        "norm_linear, wider than a tile",
+        "linear_norm_mlp, wider than a tile",
+    ],
+)
 def test_half_types(name, dtype):
     compare(*problem(name, dtype))
 
@@ -89,9 +108,9 @@ def test_strides():
 @pytest.mark.parametrize("name", ["norm_linear", "linear_norm_mlp"])
 def test_wide_maps_are_refused_by_name(name):
     function, num_maps, shapes = CASES[name]
-    wide = {shapes[num_maps - 1][1]: 65}
+    wide = {shapes[num_maps - 1][1]: 1025}
     inputs = [torch.randn([wide.get(n, n) for n in shape]) for shape in shapes]
-    with fk.use_backend("triton"), pytest.raises(ValueError, match="at most 64 channels, got 65"):
+    with fk.use_backend("triton"), pytest.raises(ValueError, match="at most 1024 channels, got 1025"):
         function(*inputs)
     with fk.use_backend("triton"), pytest.raises(ValueError, match="no float64"):
         function(*(t.double() for t in inputs))
@@ -109,8 +128,9 @@ def test_empty_operators():
     assert not any(g.isnan().any() for g in gradients)
 
 
-def test_the_residual_gets_its_gradient():
-    _, (x, *weights), _ = problem("norm_linear", torch.float32)
+@pytest.mark.parametrize("name", ["norm_linear", "norm_linear, wider than a tile"])
+def test_the_residual_gets_its_gradient(name):
+    _, (x, *weights), _ = problem(name, torch.float32)
     gradients = []
     for backend in ("triton", "reference"):
         z = x.detach().requires_grad_()
