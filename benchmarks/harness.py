@@ -370,7 +370,11 @@ def graphed(call: Callable[[], Any]) -> Callable[[], Any]:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         call()
-    return graph.replay
+
+    def replay(held: Callable[[], Any] = call) -> None:  # ``held`` are the tensors that the graph reads
+        graph.replay()
+
+    return replay
 
 
 def peak_bytes(call: Callable[[], Any]) -> int | None:

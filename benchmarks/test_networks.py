@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from monai.networks.nets import UNETR, DynUNet, SegResNet, SwinUNETR
+from monai.networks.nets import UNETR, DynUNet, SegResNet, SwinUNETR, UNet
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -104,6 +104,8 @@ CONTENDERS = (
         Contender(f"ours, {name}", _factorizer(name), FUSED, ("forward",))
         for name in ("local-brats", "global-brats", "swin-isles22")
     ),
+    Contender("UNet", _monai(lambda side: UNet(3, IN, OUT, (32, 64, 128, 256, 512), (2, 2, 2, 2)), 32)),
+    Contender("SegResNet-16", _monai(lambda side: SegResNet(3, 16, IN, OUT))),
     Contender("SegResNet", _monai(lambda side: SegResNet(3, 32, IN, OUT))),
     Contender("DynUNet", _monai(lambda side: DynUNet(3, IN, OUT, **_DYNUNET))),
     Contender("UNETR", _monai(lambda side: UNETR(IN, OUT, side))),

@@ -119,7 +119,7 @@ groups = list(groups)
 broken = replace(groups[0], problem=None, label="broken")
 parts = (
     gpu.Part("a part", ("-c", "print('well')"), 60),
-    gpu.Part("a failing part", ("-c", "raise SystemExit('its last words')"), 60),
+    gpu.Part("a failing part", ("-c", "print('FAILED a_test - why'); raise SystemExit('last words')"), 60),
     gpu.Part("an endless part", ("-c", "while True: pass"), 0.5),
 )
 gpu.main([broken, *groups], EFFORTS["tiny"], Path(sys.argv[1]), parts)
@@ -138,7 +138,7 @@ assert len({case.group for case in gpu.all_cases()}) == len(list(gpu.all_cases()
     assert "- swin_nmf, broken, forward" in page
     assert "- a part: " in page
     assert "- a failing part: exit status 1, " in page
-    assert "; its last words" in page
+    assert "; last words; FAILED a_test" in page
     assert "- an endless part: Command" in page
 
 

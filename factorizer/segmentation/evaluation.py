@@ -343,9 +343,10 @@ def _targets(
     if not classes:
         of_images, of_labels = ({0}, {0})
         for case in cases:
-            for path, values in ((case.image, of_images), (case.label, of_labels)):
+            files = () if case.label is None else ((case.image, of_images), (case.label, of_labels))
+            for path, values in files:
                 try:
-                    values |= set() if path is None else set(np.unique(read_labels(path, None)).tolist())
+                    values |= set(np.unique(read_labels(path, None)).tolist())
                 except DataError:
                     continue  # told when its case is compared
         if only := sorted(of_images - of_labels):

@@ -103,7 +103,9 @@ def draw_segmentations(
             _show(ax, case, 0, axis, index)
             _overlay(ax, np.take(labels, index, axis), len(classes), fill=0.45)  # type: ignore[arg-type]
         row[0].set_ylabel(f"{case.name}\n{VIEWS[axis]}, {index}", color=TEXT, fontsize=8)
-        row[-1].set_xlabel(case.caption, color=TEXT, fontsize=8)
+        row[-1].set_xlabel(
+            case.caption, color=TEXT, fontsize=8, loc="right"
+        )  # it may be wider than the panel
     for ax, name in zip(grid[0], columns, strict=True):
         ax.set_title(name, color=TEXT, fontsize=11)
     _finish(figure, path, title, classes)

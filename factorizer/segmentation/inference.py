@@ -142,7 +142,7 @@ class Predictor:
         else:
             infer = SlidingWindowInferer(
                 roi_size=plan.crop,
-                sw_batch_size=2,
+                sw_batch_size=2 if cuda else 1,  # a CPU gains nothing by a second window but its memory
                 overlap=0.5,
                 mode="gaussian",
                 sw_device=self.device,

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import torch
 from monai.data import CacheDataset, MetaTensor
@@ -47,6 +48,7 @@ from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
 from factorizer.segmentation.volumes import Geometry, check_image, doubts_of_image, parts_of, read_labels
 
+COARSE = 3.0  # a volume is too coarse for a network where its voxels are longer than so many of the network's
 CACHE_BYTES = 6 * 2**30  # volumes beyond this are read again at every use
 
 
@@ -165,12 +167,20 @@ class PreparedCase:
         self.plan, self.case = plan, case
         self._preprocess = preprocessing(plan, ("image",))
         self._item: dict[str, Any] = run_steps(self._preprocess, {**files_of(case), "doubts": []})
-        self.doubts: list[str] = self._item.pop("doubts")
+        self.doubts: list[str] = self._item.pop("doubts") + self._doubts_of_spacing()
         self.image: torch.Tensor = self._item["image"].as_tensor()
         if bool((self.image == self.image[:, :1, :1, :1]).all()):
             raise FlatImageError(
                 f"{case.image}: holds a single value in each channel: there is nothing to be seen"
             )
+
+    def _doubts_of_spacing(self) -> list[str]:
+        affine = self._item["image"].meta["original_affine"]
+        sizes = nib.affines.voxel_sizes(affine)[nib.io_orientation(affine)[:, 0].argsort()]
+        if (sizes <= COARSE * np.array(self.plan.spacing)).all():
+            return []
+        own, known = (" x ".join(f"{size:.3g}" for size in grid) for grid in (sizes, self.plan.spacing))
+        return [f"its voxels are {own} mm large, the network's {known} mm: details that it knows are missing"]
 
     def to_own_grid(self, values: torch.Tensor) -> torch.Tensor:
         """Values (n, X, Y, Z) on the network's grid to the case's own (n, X', Y', Z'); interpolated

@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     page when it is first touched. Where a network's maps are that large this takes a fifth of its time on a
     CPU (docs/performance.md). After this call freed blocks are used again, until the process ends. The price:
     the process never gets smaller, and since blocks of many sizes share what is kept, its peak is higher, by
-    a quarter to a half.
+    a quarter to five sixths as measured.
 
     Nothing calls it by itself but the command line. Memory of a GPU is not concerned.
 

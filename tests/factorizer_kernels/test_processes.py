@@ -3,7 +3,6 @@
 import ctypes
 import gc
 import os
-import resource
 import subprocess
 import sys
 import threading
@@ -16,6 +15,7 @@ from tests_support import grads_of
 from torch.utils.data import DataLoader, Dataset
 
 import factorizer_kernels as fk
+from factorizer_kernels.shared import allocation
 
 HERE = Path(__file__).parent
 CUT = {"head_dim": 8, "patch_size": 4, "shifts": [None, 2]}
@@ -57,20 +57,18 @@ def test_deterministic_algorithms(deterministic, backend):
 def test_freed_memory_is_kept():
     """A block above 32 MiB that was freed is handed out again: its pages are not cleared anew.
 
-    In a forked child, for this cannot be undone; with the C library's own functions, for a child has none of
-    torch's threads.
+    In a process of its own, for this cannot be undone; with the C library's own functions, and without torch.
     """
-    child = os.fork()
-    if child == 0:
+    script = """if True:
+        import ctypes, os, resource, runpy, sys
+
+        keep_freed_memory = runpy.run_path(sys.argv[1])["keep_freed_memory"]
         libc, size = ctypes.CDLL(None), 40 << 20
         libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
-        libc.free.argtypes, libc.memset.argtypes = (
-            [ctypes.c_void_p],
-            [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t],
-        )
+        libc.free.argtypes = [ctypes.c_void_p]
+        libc.memset.argtypes = [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
 
-        def faults() -> int:
-            """Pages that the system had to bring while a new block was filled."""
+        def faults():  # pages that the system had to bring while a new block was filled
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
             block = libc.malloc(size)
             libc.memset(block, 1, size)
@@ -78,12 +76,14 @@ def test_freed_memory_is_kept():
             return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
         faults()
-        pages = size // os.sysconf("SC_PAGE_SIZE")
-        anew = faults()
-        done = fk.keep_freed_memory()
+        pages, anew = size // os.sysconf("SC_PAGE_SIZE"), faults()
+        assert keep_freed_memory()
         faults()
-        os._exit(0 if done and anew > pages / 2 and faults() < pages / 20 else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert anew > pages / 2, (anew, pages)
+        assert faults() < pages / 20
+    """
+    done = subprocess.run([sys.executable, "-c", script, allocation.__file__], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_one_thread(backend):

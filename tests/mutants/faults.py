@@ -213,6 +213,24 @@ FAULTS = (
         "factorizer_kernels/ops/pointwise/autograd.py",
         "any(wanted[num_maps:])", "all(wanted[num_maps:])", POINTWISE,
     ),
+    Fault(
+        "norm_linear: another gradient of x is written over", _POINTWISE + "norm_linear.cpp",
+        "standardise_backward<T>(p.channels, dx, x, scales, tile.length, total, adds);",
+        "standardise_backward<T>(p.channels, dx, x, scales, tile.length, total, false);", POINTWISE,
+    ),
+    Fault(
+        "patch_conv: the gradient of the bias is of a group's last tile alone", _POINTWISE + "join.cpp",
+        "add_rows<T>(p.out_channels, dy, tile.length, shares.of(dbias, group)[0], add);",
+        "add_rows<T>(p.out_channels, dy, tile.length, shares.of(dbias, group)[0], false);", POINTWISE,
+    ),
+    Fault(
+        "norm_linear_swin_nmf: the residual's gradient is missing",
+        "factorizer_kernels/ops/swin_nmf/autograd.py", "between, dx, *tensors,", "between, None, *tensors,",
+    ),
+    Fault(
+        "norm_linear_swin_nmf: v0's gradient is wanted only with u0's",
+        "factorizer_kernels/ops/swin_nmf/autograd.py", "any(wanted[8:10])", "any(wanted[8:9])",
+    ),
     # The autograd Functions, the operators under vmap, the reference.
     Fault(
         "autograd: u0's and v0's gradients are wanted only together",

@@ -107,7 +107,7 @@ def norm_linear(
 
 
 @kernel("norm_linear_backward", "torch")
-def normlinear_backward(
+def norm_linear_backward(
     dy: Tensor,
     addend: Tensor | None,
     x: Tensor,

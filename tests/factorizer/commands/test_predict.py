@@ -217,8 +217,9 @@ def test_predict_draws_and_measures(tumour, tmp_path):
 
 
 def test_predict_tells_what_is_odd(tumour, tmp_path):
-    for name in ("flat", "twice", "loop"):
-        four_modalities(tmp_path / "in", name)
+    for name in ("flat", "twice", "loop", "coarse"):
+        affine = np.diag([1.0, 1, 4 if name == "coarse" else 1, 1])
+        four_modalities(tmp_path / "in", name, affine=affine)
     flat = nib.load(tmp_path / "in" / "flat_0001.nii.gz")
     nib.save(nib.Nifti1Image(np.full(flat.shape, 7.0), flat.affine), tmp_path / "in" / "flat_0001.nii.gz")
     (tmp_path / "in" / "twice_0003.nii.gz").write_bytes((tmp_path / "in" / "twice_0000.nii.gz").read_bytes())
@@ -229,8 +230,11 @@ def test_predict_tells_what_is_odd(tumour, tmp_path):
     printed = run_command("predict", "--checkpoint", tumour, *options, code=1)
     assert "warning: flat: T1w holds a single value" in printed
     assert "warning: twice: FLAIR and T2w are the same volume" in printed
+    assert "warning: coarse: its voxels are 1 x 1 x 4 mm large, the network's 1 x 1 x 1 mm" in printed
+    assert printed.count("warning: ") == 3
     assert "loop_0002.nii.gz: there is no such file" in printed
     assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == [
+        "coarse.nii.gz",
         "flat.nii.gz",
         "twice.nii.gz",
     ]

@@ -1,6 +1,6 @@
 """Triton kernels of the pointwise operators.
 
-Read tiles, norm_linear, linear_norm_mlp, blocks. They are registered where they are defined.
+Read tiles, norm, norm_linear, linear_norm_mlp, blocks. They are registered where they are defined.
 """
 
 from factorizer_kernels.ops.pointwise.triton import blocks, linear_norm_mlp, norm_linear

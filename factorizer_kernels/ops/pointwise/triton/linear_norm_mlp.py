@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from factorizer_kernels.ops.pointwise.reference import linear
 from factorizer_kernels.ops.pointwise.spec import gradients_like
 from factorizer_kernels.ops.pointwise.torch import linear_backward
 from factorizer_kernels.ops.pointwise.triton import norm
@@ -172,14 +173,14 @@ def _constants(y: Tensor, x: Tensor, hidden: int, dtype, tile: tuple[int, int]) 
 
 def _wide_middle(y, x, weight, bias, norm_weight, norm_bias, weight1, bias1, eps, dtype):
     """(z, z normed, the hidden layer's input) of y (B, E, V) and x (B, C, V)."""
-    z = norm.multiplied(weight, y, bias, dtype) + x.to(weight.dtype)
-    normed = norm.normed(z, norm_weight, norm_bias, eps, torch.empty_like(z, dtype=dtype))
-    return z, normed, norm.multiplied(weight1, normed, bias1, dtype)
+    z = linear(y, weight, bias, dtype) + x.to(weight.dtype)
+    normed = norm.normed(z, norm_weight, norm_bias, eps, dtype)
+    return z, normed, linear(normed, weight1, bias1, dtype)
 
 
 def _wide(y, x, weight, bias, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps, dtype):
     z, _normed, hidden = _wide_middle(y, x, weight, bias, norm_weight, norm_bias, weight1, bias1, eps, dtype)
-    return z.add_(norm.multiplied(weight2, F.gelu(hidden.to(z.dtype)), bias2, dtype))
+    return z.add_(linear(F.gelu(hidden.to(z.dtype)), weight2, bias2, dtype))
 
 
 def _wide_backward(outputs, dout, y, x, *others) -> tuple[Tensor, ...]:

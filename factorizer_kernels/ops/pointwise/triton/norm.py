@@ -80,9 +80,13 @@ def _tile(channels: int) -> dict[str, int]:
     return {"C_BLOCK": block, "VOXELS": voxels, "num_warps": WARPS}
 
 
-def normed(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, y: Tensor) -> Tensor:
-    """Write and return the contiguous y: n(x) of x (B, C, V), with the norm's scale and shift."""
-    tile = _tile(x.shape[1])
+def normed(
+    x: Tensor, norm_weight: Tensor | None, norm_bias: Tensor | None, eps: float, dtype: torch.dtype
+) -> Tensor:
+    """n(x) of x (B, C, V) in that dtype, with the norm's scale and shift; x itself where there is no norm."""
+    if norm_weight is None or norm_bias is None:
+        return x
+    y, tile = x.new_empty(x.shape, dtype=dtype), _tile(x.shape[1])
     launch(
         norm_kernel, tiles_of(x, tile["VOXELS"]), x,
         x, x.stride()[:2], norm_weight.contiguous(), norm_bias.contiguous(), y, x.shape[2], eps,
@@ -110,9 +114,3 @@ def normed_backward(
         ADDEND=addend is not None, SUMS=sums, C=x.shape[1], **tile,
     )  # fmt: skip
     return (shares.sum(0), bias_shares.sum(0)) if sums else ()
-
-
-def multiplied(weight: Tensor, x: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """W x + b of x (B, C, V) in that dtype, by torch."""
-    weight = weight.to(dtype).expand(x.shape[0], -1, -1)
-    return torch.baddbmm(bias.to(dtype)[:, None], weight, x.to(dtype))

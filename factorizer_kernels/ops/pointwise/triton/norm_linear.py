@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from factorizer_kernels.ops.pointwise.reference import linear
 from factorizer_kernels.ops.pointwise.spec import gradients_like
 from factorizer_kernels.ops.pointwise.torch import linear_backward
 from factorizer_kernels.ops.pointwise.triton import norm
@@ -149,11 +150,10 @@ def norm_linear(
     channels = x.shape[1] if weight is None else weight.shape[0]
     size, x = x.shape[2:], columns(x)
     if weight is None or bias is None or max(x.shape[1], channels) > MAX_CHANNELS:
-        if norm_weight is not None and norm_bias is not None:
-            x = norm.normed(x, norm_weight, norm_bias, eps, x.new_empty(x.shape, dtype=dtype))
+        y = norm.normed(x, norm_weight, norm_bias, eps, dtype)
         if weight is not None and bias is not None:
-            x = norm.multiplied(weight, x, bias, dtype)
-        return x.unflatten(2, size)
+            y = linear(y, weight, bias, dtype)
+        return y.unflatten(2, size)
     y = x.new_empty((x.shape[0], channels, *size), dtype=dtype)
     launch(
         norm_linear_kernel, tiles_of(x, VOXELS), x,
@@ -209,10 +209,8 @@ def norm_linear_backward(
     dy, x, addend = columns(dy), columns(x), None if addend is None else columns(addend)
     dscale, dshift, dweight, dbias = dweights
     if weight is None or max(x.shape[1], dy.shape[1]) > MAX_CHANNELS:
-        normed = x
         if weight is not None:
-            if norm_weight is not None and norm_bias is not None:
-                normed = norm.normed(x, norm_weight, norm_bias, eps, x.new_empty(x.shape, dtype=dtype))
+            normed = norm.normed(x, norm_weight, norm_bias, eps, dtype)
             dy, *of_product = linear_backward(dy, normed, weight, dtype, weight_grads)
             if weight_grads:
                 dweight, dbias = cast(list[Tensor], of_product)
