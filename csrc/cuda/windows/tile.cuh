@@ -22,55 +22,103 @@ FK_DEVICE u32 column_of(const DeviceWindows& windows, int k, int c) {
                       : (chunk * k + c) * blockDim.x + threadIdx.x;
 }
 
-// x = the chunks first, first + 1, ...; zero where there is no row or no column.
-//
-// Everything is read before the first number is converted: a conversion between the reads of two chunks would
-// wait for the first, once for each chunk.
+// A thread's chunks of a window, as they lie in memory, in registers: for one chunk or few rows.
 template <class S, int K>
-FK_DEVICE void load_tile(const DeviceWindows& windows, const Window& window, const Map& map, int first,
-                         float (&x)[K][max_rows][chunk]) {
-  const S* base = static_cast<const S*>(map.data) + DeviceWindows::origin(window, map);
-  using Chunk = Words<chunk, S>;
-  Chunk words[K][max_rows] = {};  // zeros, in every dtype
-  FK_UNROLL
-  for (int k = 0; k < K; ++k) {
-    if (windows.wide) {
-      const u32 n = column_of(windows, first + k, 0);
-      if (n >= windows.columns) continue;
-      const auto* from = base + windows.offset(window, n, map);
-      FK_UNROLL
-      for (int m = 0; m < max_rows; ++m) {
-        if (m < windows.rows) words[k][m] = Chunk::read(from + m * map.stride[1]);
-      }
-      continue;
-    }
+struct Held {
+  Words<chunk, S> at[K][max_rows];
+
+  FK_DEVICE Words<chunk, S> get(int k, int m) const { return at[k][m]; }
+  FK_DEVICE void set(int k, int m, const Words<chunk, S>& words) { at[k][m] = words; }
+  // Zero where there is no row or no column.
+  FK_DEVICE void load(const DeviceWindows& windows, const Window& window, const Map& map, int first = 0) {
+    const S* base = static_cast<const S*>(map.data) + DeviceWindows::origin(window, map);
     FK_UNROLL
-    for (int c = 0; c < chunk; ++c) {
-      const u32 n = column_of(windows, first + k, c);
-      if (n >= windows.columns) continue;
-      const auto* from = base + windows.offset(window, n, map);
+    for (int k = 0; k < K; ++k) {
       FK_UNROLL
-      for (int m = 0; m < max_rows; ++m) {
-        if (m < windows.rows) words[k][m].put(c, from[m * map.stride[1]]);
+      for (int m = 0; m < max_rows; ++m) at[k][m] = {};  // zeros, in every dtype
+      if (windows.wide) {
+        const u32 n = column_of(windows, first + k, 0);
+        if (n >= windows.columns) continue;
+        const auto* from = base + windows.offset(window, n, map);
+        FK_UNROLL
+        for (int m = 0; m < max_rows; ++m) {
+          if (m < windows.rows) at[k][m] = Words<chunk, S>::read(from + m * map.stride[1]);
+        }
+        continue;
+      }
+      FK_UNROLL
+      for (int c = 0; c < chunk; ++c) {
+        const u32 n = column_of(windows, first + k, c);
+        if (n >= windows.columns) continue;
+        const auto* from = base + windows.offset(window, n, map);
+        FK_UNROLL
+        for (int m = 0; m < max_rows; ++m) {
+          if (m < windows.rows) at[k][m].put(c, from[m * map.stride[1]]);
+        }
       }
     }
   }
-  FK_UNROLL
-  for (int k = 0; k < K; ++k) {
+};
+
+// The same in shared memory, where they leave the registers to more warps: of one warp of each row of a
+// block's threads, and of wide windows alone. A lane has its own chunks; another's are there after the warp has
+// met.
+template <class S, int K, int WARPS>
+struct Staged {
+  struct alignas(16) Row {
+    Words<chunk, S> of_lane[32];
+    u32 gap[4];  // the rows of a chunk begin in different banks
+  };
+  using Rows = Row[K][max_rows];
+  Rows& at = place();
+
+  FK_DEVICE static Rows& place() {
+    __shared__ Rows of_warp[WARPS];
+    return of_warp[threadIdx.y];
+  }
+  FK_DEVICE Words<chunk, S> get(int k, int m) const { return at[k][m].of_lane[threadIdx.x]; }
+  FK_DEVICE void set(int k, int m, const Words<chunk, S>& words) { at[k][m].of_lane[threadIdx.x] = words; }
+  FK_DEVICE void load(const DeviceWindows& windows, const Window& window, const Map& map) {
+    const S* base = static_cast<const S*>(map.data) + DeviceWindows::origin(window, map);
     FK_UNROLL
-    for (int m = 0; m < max_rows; ++m) {
+    for (int k = 0; k < K; ++k) {
+      const u32 n = column_of(windows, k, 0);
+      const bool there = n < windows.columns;
+      const auto* from = base + (there ? windows.offset(window, n, map) : 0);
       FK_UNROLL
-      for (int c = 0; c < chunk; ++c) x[k][m][c] = words[k][m].number(c);
+      for (int m = 0; m < max_rows; ++m) {
+        copy_async(at[k][m].of_lane[threadIdx.x], from, there && m < windows.rows);
+        from += m + 1 < windows.rows ? map.stride[1] : 0;
+      }
     }
+    wait_for_copies();
+  }
+};
+
+template <class Tile>
+FK_DEVICE void numbers_of(const Tile& tile, int k, float (&x)[max_rows][chunk]) {
+  FK_UNROLL
+  for (int m = 0; m < max_rows; ++m) {
+    const auto words = tile.get(k, m);
+    FK_UNROLL
+    for (int c = 0; c < chunk; ++c) x[m][c] = words.number(c);
   }
 }
 
-// Where the map's dtype is known at the launch alone: a branch around the whole of it.
+// The numbers of a tile, where the map's dtype is known at the launch alone: a branch around the whole of it.
+//
+// Everything is read before the first number is converted: a conversion between the reads of two chunks would
+// wait for the first, once for each chunk.
 template <int K>
-FK_DEVICE void load_tile(const DeviceWindows& windows, const Window& window, const Map& map, int first,
-                         float (&x)[K][max_rows][chunk]) {
-  with_storage(map.data, map.dtype,
-               [&](auto* data) { load_tile<std::decay_t<decltype(*data)>>(windows, window, map, first, x); });
+FK_DEVICE void load_numbers(const DeviceWindows& windows, const Window& window, const Map& map,
+                            float (&x)[K][max_rows][chunk]) {
+  with_storage(map.data, map.dtype, [&](auto* data) {
+    using S = std::decay_t<decltype(*data)>;
+    Held<S, K> words;
+    words.load(windows, window, map);
+    FK_UNROLL
+    for (int k = 0; k < K; ++k) numbers_of(words, k, x[k]);
+  });
 }
 
 template <class S>
