@@ -8,9 +8,9 @@
 namespace factorizer {
 namespace cuda {
 
-// sums += A B of a warp: A (16 x 16), B (16 x 8). Lane 4 g + t holds, as pairs of neighbours along the 16 that
-// are summed: of A row g at 2 t and at 2 t + 8 (a[0], a[2]) and row g + 8 there (a[1], a[3]); of B column g
-// there; of the sums row g and row g + 8 at columns 2 t and 2 t + 1.
+// sums += A B of a warp: A (16 x 16), B (16 x 8). Lane 4 g + t holds, as pairs of neighbours along the 16
+// that are summed: of A row g at 2 t and at 2 t + 8 (a[0], a[2]) and row g + 8 there (a[1], a[3]); of B
+// column g there; of the sums row g and row g + 8 at columns 2 t and 2 t + 1.
 template <class S>
 FK_DEVICE void multiply_add(const u32 (&a)[4], const u32 (&b)[2], float (&sums)[4]) {
 #ifdef __CUDA_ARCH__

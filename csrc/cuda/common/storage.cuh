@@ -101,10 +101,10 @@ struct alignas(W * sizeof(S)) Words {
 template <int W, class S>
 FK_DEVICE void copy_async(Words<W, S>& to, const S* from, bool there) {
 #ifdef __CUDA_ARCH__
-  asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(
-                   static_cast<u32>(__cvta_generic_to_shared(&to))),
-               "l"(from), "n"(sizeof(to)), "r"(there ? static_cast<u32>(sizeof(to)) : 0u)
-               : "memory");
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(&to))),
+      "l"(from), "n"(sizeof(to)), "r"(there ? static_cast<u32>(sizeof(to)) : 0u)
+      : "memory");
 #else
   to = there ? Words<W, S>::read(from) : Words<W, S>{};
 #endif

@@ -18,7 +18,9 @@ constexpr int most_warps = K == 1 ? max_columns / chunk / 32 : 1;
 
 // Windows of a block of each kernel: as many as its shared memory holds (48 KB without asking for more).
 template <int K, class S>
-constexpr int forward_windows = K == 1 ? 1 : sizeof(S) == 2 ? 4 : 2;
+constexpr int forward_windows = K == 1           ? 1
+                                : sizeof(S) == 2 ? 4
+                                                 : 2;
 template <int K>
 constexpr int backward_windows = K == 1 ? 1 : 2;
 
@@ -26,6 +28,11 @@ template <int K>
 constexpr int threads_of(int windows) {
   return 32 * most_warps<K> * windows;
 }
+
+// Blocks of the backward on a multiprocessor, which bound a thread's registers; 0: as the compiler likes.
+// Half types leave shared memory to 16 warps.
+template <int K, class S>
+constexpr int backward_blocks = K > 1 && sizeof(S) == 2 ? 16 / backward_windows<K> : 0;
 
 // Where a window's numbers are kept. Four chunks in registers would leave room for eight warps, which do not
 // hide one another's loads.
@@ -72,7 +79,8 @@ FK_DEVICE void take_pairs(const Staged<S, K, WINDOWS>& tile, MomentSums<K>& sums
       read_matrices(reinterpret_cast<const S*>(&tile.at[k][lane() % 8]) + n + lane() / 8 * 8, x);
       FK_UNROLL
       for (int half = 0; half < 2; ++half) {
-        const u32 a[4] = {x[2 * half], of_ones, x[2 * half + 1], of_ones}, b[2] = {x[2 * half], x[2 * half + 1]};
+        const u32 a[4] = {x[2 * half], of_ones, x[2 * half + 1], of_ones},
+                  b[2] = {x[2 * half], x[2 * half + 1]};
         multiply_add<S>(a, b, sum[(n / columns * 2 + half) % chains]);
       }
     }
@@ -166,7 +174,7 @@ __global__ void __launch_bounds__(threads_of<K>(forward_windows<K, S>))
 }
 
 template <int K, class S>
-__global__ void __launch_bounds__(threads_of<K>(backward_windows<K>))
+__global__ void __launch_bounds__(threads_of<K>(backward_windows<K>), backward_blocks<K, S>)
     backward_kernel(const DeviceWindows windows, const int iters, const int first, const float eps,
                     const Map x, const Map dy, const Factor v0, const Map dx,
                     Coefficients* const coefficients_out, float* const dv_out, float* const du0,
@@ -289,8 +297,8 @@ void rank_one_forward(const Launcher& launch, const DeviceWindows& windows, cons
   with_chunks(windows, x.dtype, [&](auto chunks, auto number) {
     using S = decltype(number);
     constexpr int rows = forward_windows<chunks(), S>;
-    launch(forward_kernel<chunks(), S>, blocks_of(windows, rows), threads_of(windows, chunks(), rows), windows,
-           static_cast<int>(options.num_iters), static_cast<float>(options.eps), x, v0, y, u, v);
+    launch(forward_kernel<chunks(), S>, blocks_of(windows, rows), threads_of(windows, chunks(), rows),
+           windows, static_cast<int>(options.num_iters), static_cast<float>(options.eps), x, v0, y, u, v);
   });
 }
 
@@ -300,9 +308,9 @@ void rank_one_backward(const Launcher& launch, const DeviceWindows& windows, con
   with_chunks(windows, x.dtype, [&](auto chunks, auto number) {
     constexpr int rows = backward_windows<chunks()>;
     launch(backward_kernel<chunks(), decltype(number)>, blocks_of(windows, rows),
-           threads_of(windows, chunks(), rows), windows,
-           static_cast<int>(options.num_iters), static_cast<int>(options.num_iters - options.grad_steps),
-           static_cast<float>(options.eps), x, dy, v0, dx, coefficients, dv, du0, dv0);
+           threads_of(windows, chunks(), rows), windows, static_cast<int>(options.num_iters),
+           static_cast<int>(options.num_iters - options.grad_steps), static_cast<float>(options.eps), x, dy,
+           v0, dx, coefficients, dv, du0, dv0);
   });
 }
 

@@ -61,8 +61,8 @@ struct Held {
 };
 
 // The same in shared memory, where they leave the registers to more warps: of one warp of each row of a
-// block's threads, and of wide windows alone. A lane has its own chunks; another's are there after the warp has
-// met.
+// block's threads, and of wide windows alone. A lane has its own chunks; another's are there after the warp
+// has met.
 template <class S, int K, int WARPS>
 struct Staged {
   struct alignas(16) Row {
