@@ -22,6 +22,7 @@ help:
 	@echo "make mutants                    plants faults in the kernels and shows that the tests see them"
 	@echo "make coverage                   lines and branches of factorizer_kernels that the tests run"
 	@echo "make bench [SIZE=paper]         the benchmarks, and their page in docs/benchmarks"
+	@echo "make bench OLD=REVISION [NEW=.] two revisions of the project, side by side"
 	@echo "make gpu                        tests, training and benchmarks on a card, 8 minutes, one report"
 	@echo "make wheel                      the wheels of this platform, checked and tried, in dist"
 	@echo "make docs                       the documentation's site, in build/site"
@@ -45,10 +46,14 @@ coverage: .venv/.installed-test
 	$(BIN)/python -m pytest tests/factorizer_kernels --cov --cov-report=term-missing --cov-fail-under=95 $(ARGS)
 
 bench: .venv/.installed-bench
+ifdef OLD
+	$(BIN)/python -m benchmarks.revisions $(OLD) $(NEW) $(ARGS)
+else
 	mkdir -p build
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/benchmarks.json \
 	  $(if $(SIZE),--size $(SIZE)) $(ARGS)
 	$(BIN)/python -m benchmarks.report build/benchmarks.json
+endif
 
 gpu: .venv/.installed-bench
 	$(BIN)/python -m benchmarks.gpu $(ARGS)

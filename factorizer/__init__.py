@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         set_rank,
     )
     from .models import PRESETS, Factorizer, UNet, preset
+    from .segmentation.in_memory import segment
 
 __all__ = [
     "MLP",
@@ -43,6 +44,7 @@ __all__ = [
     "SWMatricize",
     "UNet",
     "preset",
+    "segment",
     "set_num_iters",
     "set_rank",
 ]
@@ -52,7 +54,16 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     home = ".models" if name in ("PRESETS", "Factorizer", "UNet", "preset") else ".layers"
-    value = globals()[name] = getattr(import_module(home, __name__), name)
+    if name == "segment":
+        home = ".segmentation.in_memory"
+    try:
+        value = globals()[name] = getattr(import_module(home, __name__), name)
+    except ModuleNotFoundError as error:
+        if name != "segment" or (error.name or "").startswith(__name__):
+            raise
+        raise ModuleNotFoundError(
+            f"factorizer.segment needs {error.name}: pip install 'factorizer-kernels[seg]'", name=error.name
+        ) from error
     return value
 
 

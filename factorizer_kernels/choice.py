@@ -132,12 +132,13 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(operator: str, x: Tensor, sizes: Any = None) -> str:
-    """The backend that runs ``operator`` on x: that of :func:`use_backend`, else the first that can.
+    """The backend that runs ``operator`` on x: that of :func:`use_backend`, else the first that can and does
+    not yield to those after it.
 
     On an empty x there is nothing to launch: plain PyTorch gives the empty result.
 
     Args:
-        sizes: what the limits of the operator's kernels ask for, see ``registry.kernel``.
+        sizes: what the operator's kernels are asked about, see ``registry.kernel``.
 
     Raises:
         ValueError: the backend of :func:`use_backend` does not run this call; the message says why.
@@ -159,7 +160,7 @@ def choose(operator: str, x: Tensor, sizes: Any = None) -> str:
 
 
 def _why_not(record: _Record, operator: str, x: Tensor, sizes: Any, named: str | None) -> str | None:
-    """Why the backend does not run the operator on x, or None where it does."""
+    """Why the backend does not run the operator on x, or None where it does; ``named``: the one asked for."""
     if record.name == "reference":
         return None
     by_name = record.name == named
@@ -168,7 +169,8 @@ def _why_not(record: _Record, operator: str, x: Tensor, sizes: Any, named: str |
         return f"x is on {x.device}"
     if (kernel := registry.find(operator, record.name)) is None:
         return f"it has no {operator}"
-    return _why_no_kernel(by_name) or kernel.limit(x, sizes)
+    reason = _why_no_kernel(by_name) or kernel.limit(x, sizes)
+    return reason if reason or by_name else kernel.yields(x, sizes)
 
 
 def _why_no_kernel(by_name: bool) -> str | None:

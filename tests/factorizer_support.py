@@ -98,3 +98,43 @@ def run_command(*arguments, code=0):
     assert result.exit_code == code, (printed, result.exception)
     assert "Traceback" not in printed
     return printed
+
+
+def write_series(folder, volume, **tags):
+    """Writes a nibabel image of whole numbers as a DICOM series of MR, a file for each slice, with `tags`
+    over those that it has; returns the folder."""
+    import pydicom
+    from pydicom.dataset import FileDataset, FileMetaDataset
+    from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage, generate_uid
+
+    folder.mkdir(parents=True, exist_ok=True)
+    affine = np.diag([-1.0, -1, 1, 1]) @ volume.affine
+    sizes = np.linalg.norm(affine[:3, :3], axis=0)
+    axes = affine[:3, :3] / sizes
+    voxels = np.asarray(volume.dataobj)
+    series, study, frame = generate_uid(), generate_uid(), generate_uid()
+    for k in range(voxels.shape[2]):
+        meta = FileMetaDataset()
+        meta.MediaStorageSOPClassUID, meta.MediaStorageSOPInstanceUID = MRImageStorage, generate_uid()
+        meta.TransferSyntaxUID = ExplicitVRLittleEndian
+        image = FileDataset("", {}, file_meta=meta, preamble=b"\0" * 128)
+        image.SOPClassUID, image.SOPInstanceUID = MRImageStorage, meta.MediaStorageSOPInstanceUID
+        image.StudyInstanceUID, image.SeriesInstanceUID, image.FrameOfReferenceUID = study, series, frame
+        image.PatientName, image.PatientID, image.PatientBirthDate, image.PatientSex = "A^B", "1", "", ""
+        image.StudyDate = image.StudyTime = image.AccessionNumber = image.ReferringPhysicianName = ""
+        image.StudyID, image.SeriesNumber, image.InstanceNumber, image.Modality = "1", 3, k + 1, "MR"
+        image.SeriesDescription, image.Manufacturer, image.PositionReferenceIndicator = "T1", "", ""
+        image.Columns, image.Rows = voxels.shape[:2]
+        image.SamplesPerPixel, image.PhotometricInterpretation = 1, "MONOCHROME2"
+        image.BitsAllocated, image.BitsStored, image.HighBit, image.PixelRepresentation = 16, 16, 15, 1
+        place = affine[:3, 3] + k * affine[:3, 2]
+        image.ImagePositionPatient = [f"{x:.10g}" for x in place]
+        image.ImageOrientationPatient = [f"{x:.10g}" for x in (*axes[:, 0], *axes[:, 1])]
+        image.PixelSpacing = [f"{sizes[1]:.10g}", f"{sizes[0]:.10g}"]
+        image.SliceThickness = f"{sizes[2]:.10g}"
+        image.PixelData = np.ascontiguousarray(voxels[:, :, k].T, "<i2").tobytes()
+        for name, value in tags.items():
+            setattr(image, name, value)
+        # Names in another order than the slices, and without an ending, as scanners and archives have them.
+        pydicom.dcmwrite(folder / f"IM{(k * 7) % 1000:04d}", image, enforce_file_format=True)
+    return folder

@@ -1,5 +1,6 @@
 """The benchmarks' harness, at its tiny size: it runs, it reports, and it gives no time to a wrong kernel."""
 
+import importlib
 import json
 import os
 import subprocess
@@ -196,3 +197,26 @@ def test_study(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before  # what is done is not done again
     with pytest.raises(typer.BadParameter, match="nothing"):
         main(data, out, ["nothing"])
+
+
+def test_revisions_are_compared_in_turn_and_only_where_they_agree(monkeypatch):
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    revisions, order = importlib.import_module("benchmarks.revisions"), []
+
+    class Worker:
+        def __init__(self, *answers):
+            self.answers = answers
+
+        def ask(self, name, backward):
+            order.append(self)
+            return self.answers[min(order.count(self), len(self.answers)) - 1]
+
+    old, new = Worker([9, 5.0, 1.0], [3e-3, 5.0, 1.0]), Worker([9, 5.0, 1.0], [2e-3, 5.0, 1.0])
+    assert revisions.compare((old, new), "case", False, 3) == ["3.0", "2.0", "1.50 (1.50)"]
+    assert order == [old, new, new, old, old, new, new, old]
+    for other, told in (
+        (Worker("AttributeError: no such\nline"), "new: AttributeError: no such"),
+        (Worker([9, 5.0, 1.1]), "the results differ: 5, 5"),
+        (Worker([9, float("nan"), 1.0]), "the results differ: 5, nan"),
+    ):
+        assert revisions.compare((old, other), "case", False, 3) == ["", "", told]

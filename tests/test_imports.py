@@ -20,8 +20,9 @@ LAYERS = (
     "factorizer_kernels",
     "factorizer.layers",
     "factorizer.models",
-    "factorizer",
     "factorizer.segmentation",
+    "factorizer",
+    "factorizer.nnunet",
     "factorizer.commands",
     "factorizer.__main__",
 )

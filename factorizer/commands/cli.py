@@ -36,15 +36,17 @@ Inputs = Annotated[
     list[str],
     typer.Option(
         "--input",
-        help="NIfTI file, files of one case's modalities separated by commas, folder, or JSON data list. "
-        "May be given again.",
+        help="NIfTI, NRRD or MHA file, folder of files or of a DICOM series, files of one case's modalities "
+        "separated by commas, or JSON data list. May be given again.",
     ),
 ]
 Section = Annotated[
     str | None,
     typer.Option(help="List to take from a data list. Default: testing, test, validation or training."),
 ]
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, ... Default: a GPU if there is one.")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda, cuda:1, mps, ... Default: a CUDA GPU if there is one.")
+]
 Iterations = Annotated[
     int | None,
     typer.Option("--num-iters", help="Iterations of every factorisation; fewer are faster."),
@@ -280,6 +282,17 @@ def predict(
     probabilities: Annotated[
         bool, typer.Option("--probabilities", help="Write those of each voxel, float16, to NAME.npz.")
     ] = False,
+    also: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Write each label map in this format too: nrrd, mha, or dicom-seg (of a DICOM series). "
+            "May be given again."
+        ),
+    ] = None,
+    part: Annotated[
+        str,
+        typer.Option(help="Only this part of the cases, such as 3/16: for the jobs of an array, at once."),
+    ] = "1/1",
     device: Device = None,
 ) -> None:
     """Segment volumes. Cases that are done already are skipped; exit code 1 if one failed."""
@@ -302,6 +315,8 @@ def predict(
             preview=preview,
             statistics=statistics,
             probabilities=probabilities,
+            also=also or (),
+            part=part,
             device=device,
         )
         if any(outcome.failed for outcome in outcomes):

@@ -31,7 +31,7 @@ from factorizer.segmentation.plan import AS_PLANNED, Plan, Wishes
 from factorizer.segmentation.processes import pick_device
 from factorizer.segmentation.screen import count, progress
 from factorizer.segmentation.trained import TrainedModel, save_model
-from factorizer.segmentation.volumes import check_label
+from factorizer.segmentation.volumes import check_label, read_grid
 
 FOLDS = 5
 ENSEMBLE, SCORES = "ensemble.pt", "cross_validation.csv"
@@ -114,7 +114,7 @@ def _scores(
     with progress(console) as bar:
         for case in bar.track(cases, description="Segmenting"):
             truth = check_label(case, list(plan.labels))
-            spacing = nib.affines.voxel_sizes(nib.load(case.image).affine).tolist()  # type: ignore[attr-defined]
+            spacing = nib.affines.voxel_sizes(read_grid(case.image)[0]).tolist()
             for mirror, largest in VARIANTS:
                 if not largest:
                     labels = predictors[mirror].segment(case)

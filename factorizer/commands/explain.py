@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import torch
 from rich.console import Console
@@ -27,6 +26,7 @@ from factorizer.segmentation.explanation import (
 )
 from factorizer.segmentation.figures import component_row, draw_components, picture, told
 from factorizer.segmentation.files import atomic, prepare_folder
+from factorizer.segmentation.formats import save
 from factorizer.segmentation.inference import Predictor, check_finite, load_predictor
 from factorizer.segmentation.intensities import body
 from factorizer.segmentation.provenance import made, write_result
@@ -134,7 +134,7 @@ def _explain_case(
     volume = on_grid_of(prediction, case.image)
     # The first that is written, so that what comes after it never lies beside another input's.
     result = out / f"{case.name}_prediction.nii.gz"
-    write_result(result, case, {}, lambda temporary: nib.save(volume, temporary))
+    write_result(result, case, {}, lambda temporary: save(volume, temporary))
     for name in find_layers(network, plan, ["shallow", "deep", *mixers(network)]):  # of another network
         (out / f"{case.name}_{name}.nii.gz").unlink(missing_ok=True)
     rows, shown = [], []

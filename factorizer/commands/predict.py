@@ -1,4 +1,4 @@
-"""factorizer predict: label maps for NIfTI volumes."""
+"""factorizer predict: label maps for volumes."""
 
 from __future__ import annotations
 
@@ -7,17 +7,24 @@ import platform
 from collections.abc import Sequence
 from pathlib import Path
 
+import nibabel as nib
 import torch
 from rich.console import Console
 
 from factorizer.segmentation.cases import Case, find_cases, with_grid
+from factorizer.segmentation.dicom import write_segmentation
+from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import atomic, digest_of, prepare_folder
+from factorizer.segmentation.formats import load, parts_of, save
 from factorizer.segmentation.inference import Predictor, load_predictor, run_cases
 from factorizer.segmentation.measure import peak_memory, versions
+from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.preview import draw_preview, preview_of, write_statistics
-from factorizer.segmentation.processes import gather, group_position, process_group
+from factorizer.segmentation.processes import gather, group_position, part_of, process_group
 from factorizer.segmentation.screen import Outcome, tell_failures, tell_warning
-from factorizer.segmentation.volumes import doubts_of_files, parts_of
+from factorizer.segmentation.volumes import doubts_of_files
+
+ALSO = {"nrrd": ".nrrd", "mha": ".mha", "dicom-seg": ".dcm"}  # formats beside NIfTI, with their endings
 
 
 def predict(
@@ -35,29 +42,43 @@ def predict(
     preview: bool = False,
     statistics: bool = False,
     probabilities: bool = False,
+    also: Sequence[str] = (),
+    part: str = "1/1",
     device: str | None = None,
 ) -> list[Outcome[str]]:
     """Segments the cases that `inputs` name (`find_cases`) into out/NAME.nii.gz.
 
     With `preview` a picture of each goes to out/previews/NAME.png (`draw_preview`), with `statistics` the
     volume of each class in ml to out/statistics.csv, with `probabilities` those of each voxel to
-    out/probabilities/NAME.npz (`write_probabilities`). out/report.json says what was run on what, with what.
+    out/probabilities/NAME.npz (`write_probabilities`), and in each format of `also`, names of ALSO, its label
+    map to out/FORMAT/NAME. out/report.json says what was run on what, with what.
 
-    Where torchrun started several processes each takes its part of the cases. Returns what became of each
-    case, of all processes. Cases that were made from the same inputs are skipped (`run_cases`).
+    With `part`, "3/16", only every sixteenth case from the third on: each case is in one part, and all parts
+    may write to one `out` at the same time. Where torchrun started several processes they share the cases.
+    Returns what became of each case, of all processes. Cases that were made from the same inputs are skipped
+    (`run_cases`).
 
     Raises DataError for checkpoints, inputs or an `out` that cannot be used.
     """
+    number, parts = part_of(part)
+    suffix = "" if parts == 1 else f"-{number}-of-{parts}"  # of what is about the cases of this command
     predictor = load_predictor(checkpoints, device=device, num_iters=num_iters, whole=whole, mirror=mirror)
     cases = with_grid(find_cases(inputs, section), predictor.plan.modalities, resample)
     prepare_folder("output", out, (path for case in cases for path in case.images))
+    _check_also(also, cases)
+    cases = cases[number - 1 :: parts]
     for doubt in doubts_of_files(cases):
         tell_warning(console, doubt)
     previews = out / "previews"
     if preview:
         prepare_folder("preview", previews)
 
-    def draw(case: Case, result: Path) -> None:
+    def show(case: Case, result: Path) -> None:
+        for name, ending in ALSO.items():
+            path = out / name / f"{case.name}{ending}"
+            path.unlink(missing_ok=True)  # of another result
+            if name in also:
+                _write_also(name, load(result), case, predictor.plan, path)
         if preview:
             draw_preview(previews, case, result, targets, modalities=predictor.plan.modalities)
         else:  # of another result
@@ -73,36 +94,64 @@ def predict(
             out,
             overwrite=overwrite,
             probabilities=probabilities,
-            then=draw,
+            then=show,
         )
         outcomes = gather(own)
     # Only the first process has a screen, and its own failures are told already.
     tell_failures(console, outcomes[len(own) :])
     if index == 0 and (statistics or any(o.result == "done" for o in outcomes)):
-        (out / "statistics.csv").unlink(missing_ok=True)  # of other results
+        for name in {"statistics.csv", f"statistics{suffix}.csv"}:
+            (out / name).unlink(missing_ok=True)  # of other results
     if index == 0 and statistics:
         results = {o.name: out / f"{o.name}.nii.gz" for o in outcomes if not o.failed}
-        write_statistics(out / "statistics.csv", results, targets)
-    memory = peak_memory(predictor.device) / 2**30
+        write_statistics(out / f"statistics{suffix}.csv", results, targets)
+    peak = peak_memory(predictor.device)
+    memory = None if peak is None else round(peak / 2**30, 3)
     if index == 0:
-        _write_report(out, predictor, cases, outcomes, memory)
+        _write_report(out / f"report{suffix}.json", predictor, cases, outcomes, memory)
     where = "GPU memory" if predictor.device.type == "cuda" else "memory of the process"
+    told = "" if memory is None else f"{where}, peak: {memory:.2f} GiB; "
     done, skipped = ([o for o in outcomes if o.result == result] for result in ("done", "skipped"))
     mean = f", {sum(outcome.seconds for outcome in done) / len(done):.2f} s each" if done else ""
     console.print(
         f"{len(done)} segmented{mean}, {len(skipped)} were there, "
         f"{len(outcomes) - len(done) - len(skipped)} failed; "
-        f"{where}, peak: {memory:.2f} GiB; results in {out}",
+        f"{told}results in {out}",
         soft_wrap=True,
     )
     return outcomes
 
 
+def _check_also(also: Sequence[str], cases: Sequence[Case]) -> None:
+    """Raises DataError for a format that there is not, or that a case cannot be written in."""
+    for name in also:
+        if name not in ALSO:
+            raise DataError(f"also: got {name!r}; it must be one of {', '.join(ALSO)}")
+    no_series = [case.name for case in cases if not case.image.is_dir()]
+    if "dicom-seg" in also and no_series:
+        raise DataError(
+            f"also: dicom-seg needs the DICOM series that was segmented; {no_series[0]} is in another format"
+        )
+
+
+def _write_also(name: str, labels: nib.Nifti1Image, case: Case, plan: Plan, path: Path) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with atomic(path) as temporary:
+        if name == "dicom-seg":
+            write_segmentation(labels, case.image, plan.labels, temporary)
+        else:
+            save(labels, temporary)
+
+
 def _write_report(
-    out: Path, predictor: Predictor, cases: Sequence[Case], outcomes: Sequence[Outcome[str]], memory: float
+    path: Path,
+    predictor: Predictor,
+    cases: Sequence[Case],
+    outcomes: Sequence[Outcome[str]],
+    memory: float | None,
 ) -> None:
-    """Writes out/report.json: versions, device, settings, peak GiB of this process, and of each case what
-    came of it, the seconds and the SHA-256 of its files, as they are now."""
+    """Writes what was run, on what and with what, as JSON: versions, device, settings, peak GiB of this
+    process, and of each case what came of it, the seconds and the SHA-256 of its files, as they are now."""
     by_name = {case.name: case for case in cases}
     content = {
         "versions": versions(),
@@ -111,7 +160,7 @@ def _write_report(
         "device": str(predictor.device),
         "threads": torch.get_num_threads(),
         "settings": predictor.settings(),
-        "peak_gib": round(memory, 3),
+        "peak_gib": memory,
         "cases": [
             {
                 "name": outcome.name,
@@ -123,7 +172,7 @@ def _write_report(
             for outcome in outcomes
         ],
     }
-    with atomic(out / "report.json") as temporary:
+    with atomic(path) as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 

@@ -16,7 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from rich.console import Console
 from torch import nn
 
-from factorizer import MatrixFactorization, set_num_iters, set_rank
+from factorizer.layers import MatrixFactorization, set_num_iters, set_rank
 from factorizer.segmentation.cases import Case, find_cases
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import dice

@@ -71,10 +71,15 @@ class FactorizerBlock(nn.Module):
             and not any(isinstance(p, nn.Dropout) and p.training and p.p for p in parts)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, channels, S1..Sp) to the same shape."""
+    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """x (B, channels, S1..Sp) to the same shape.
+
+        `overwrite`: nobody reads x afterwards, so that its memory may be used.
+        """
+        spare = None
         if self.local is not None:
-            x = x + self.local(x)
+            spare = x if overwrite else None
+            x = self.local.residual(x)
         if not self.fused:
             x = x + self.fact(self.norm1(x))
             return x + self.mlp(self.norm2(x))
@@ -82,10 +87,11 @@ class FactorizerBlock(nn.Module):
         check_features("FactorizerBlock", x, norm1.dim, len(fact.spatial_size))
         check_dtype(x, fact.out_proj.linear.weight)
         scale, shift = norm1.affine(x)
-        y, x = fact.mix_normed(x, scale, shift, norm1.norm.eps)
+        y, x = fact.mix_normed(x, scale, shift, norm1.norm.eps, spare)
         first, second = (part.weights for part in self.mlp.linears)
         weights = [*fact.out_proj.weights, *norm2.affine(x), *first, *second]
-        return fk.linear_norm_mlp(y, x, *weights, eps=norm2.norm.eps)
+        own = y if fact.fused else None  # parts from elsewhere may keep what they return
+        return fk.linear_norm_mlp(y, x, *weights, eps=norm2.norm.eps, overwrite=own)
 
 
 class FactorizerStage(nn.Module):
@@ -126,13 +132,16 @@ class FactorizerStage(nn.Module):
             FactorizerBlock(out_channels, size, dropout=dropout, **kwargs) for _ in range(depth)
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, in_channels, S1..Sp) to (B, out_channels, S1..Sp)."""
-        return self.after_adapter(self.adapter(x))
+    def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
+        """x (B, in_channels, S1..Sp) to (B, out_channels, S1..Sp).
 
-    def after_adapter(self, x: Tensor) -> Tensor:
+        `overwrite`: nobody reads x or the blocks' results afterwards, see `FactorizerBlock`.
+        """
+        return self.after_adapter(self.adapter(x), overwrite)
+
+    def after_adapter(self, x: Tensor, overwrite: bool = False) -> Tensor:
         """What follows the channel adapter, on x (B, out_channels, S1..Sp)."""
         x = self.dropout(self.pos_embed(x))
         for block in self.blocks:
-            x = block(x)
+            x = block(x, overwrite) if overwrite and type(block) is FactorizerBlock else block(x)
         return x

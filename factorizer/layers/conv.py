@@ -80,8 +80,11 @@ def can_join(upsample: Any, adapter: Any) -> bool:
     )
 
 
-def join(skip: Tensor, x: Tensor, upsample: Any, adapter: Linear) -> Tensor:
-    """adapter(cat([skip, upsample(x)])): the product of the two weights, then `factorizer_kernels.join`."""
+def join(skip: Tensor, x: Tensor, upsample: Any, adapter: Linear, overwrite: bool = False) -> Tensor:
+    """adapter(cat([skip, upsample(x)])): the product of the two weights, then `factorizer_kernels.join`.
+
+    `overwrite`: nobody reads skip afterwards.
+    """
     check_dtype(x, upsample.weight)
     weight, bias = adapter.weights
     with autocast_disabled(x):
@@ -90,7 +93,8 @@ def join(skip: Tensor, x: Tensor, upsample: Any, adapter: Linear) -> Tensor:
         if upsample.bias is not None:
             shift = torch.mv(of_x, upsample.bias)
             bias = shift if bias is None else bias + shift
-    return fk.join(skip, x, of_skip, weight_x.unflatten(2, upsample.kernel_size), bias)
+    weight_x = weight_x.unflatten(2, upsample.kernel_size)
+    return fk.join(skip, x, of_skip, weight_x, bias, overwrite=skip if overwrite else None)
 
 
 class ConvStage(nn.Module):

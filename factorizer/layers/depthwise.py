@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
 from factorizer_kernels.shared.checks import integer, integers, one_of
+from factorizer_kernels.shared.dtypes import autocast_dtype, compute_dtype
 
 from .checks import check_features
 from .conv import CONV
+from .parts import has_hooks
 
 
 class DepthwiseConv(nn.Module):
@@ -52,3 +55,14 @@ class DepthwiseConv(nn.Module):
         """x (B, channels, S1..Sp) to the same shape."""
         check_features("DepthwiseConv", x, self.channels, self.spatial_dims)
         return fk.depthwise_conv(x, self.conv.weight.squeeze(1), self.conv.bias)
+
+    def residual(self, x: Tensor) -> Tensor:
+        """x + self(x). On a CPU it is one filter, with 1 added to its middle; elsewhere, and under autocast,
+        the filter may round x."""
+        if x.device.type != "cpu" or autocast_dtype(x) != x.dtype or has_hooks(self) or has_hooks(self.conv):
+            return x + self(x)
+        check_features("DepthwiseConv", x, self.channels, self.spatial_dims)
+        weight = self.conv.weight.squeeze(1).to(compute_dtype(x.dtype))
+        one = torch.zeros_like(weight[0])
+        one[tuple(k // 2 for k in one.shape)] = 1
+        return fk.depthwise_conv(x, weight + one, self.conv.bias)

@@ -94,7 +94,12 @@ class FactMixer(nn.Module):
         return self._fused(x) if self.fused else self._unfused(x)
 
     def mix_normed(
-        self, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+        self,
+        x: Tensor,
+        norm_weight: Tensor,
+        norm_bias: Tensor,
+        eps: float,
+        overwrite: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Layer normalisation, the first linear map and `mix`, on x (B, in_channels, S1..Sp); and x.
 
@@ -104,7 +109,9 @@ class FactMixer(nn.Module):
         size = tuple(x.shape[2:])
         if self.fused and tuple(self.reshape.fitted_size(size)) == size:
             factors, options = self._operator(x)
-            return fk.norm_linear_swin_nmf(x, *weights, *factors, norm_eps=eps, **options)
+            return fk.norm_linear_swin_nmf(
+                x, *weights, *factors, norm_eps=eps, overwrite=overwrite, **options
+            )
         y, x = fk.norm_linear(x, *weights, eps=eps, residual=True)
         return self.mix(y), x
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from factorizer_kernels.shared.checks import integer, integers, one_of, plain_tensor
 
+from ..layers.block import FactorizerStage
 from ..layers.checks import check_dtype, check_features
 from ..layers.conv import CONV, CONV_TRANSPOSE, ConvStage, can_join, join
 from ..layers.parts import Part, build, has_hooks
@@ -28,11 +29,14 @@ class Encoder(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, x: Tensor) -> list[Tensor]:
-        """x (B, C, S1..Sp) to the features of each level, finest first."""
-        features = []
+    def forward(self, x: Tensor, overwrite: bool = False) -> list[Tensor]:
+        """x (B, C, S1..Sp) to the features of each level, finest first.
+
+        `overwrite`: nobody else reads x, or what is computed on the way.
+        """
+        features: list[Tensor] = []
         for block in self.blocks:
-            x = block(x)
+            x = block(x, overwrite, not features) if overwrite else block(x)
             features.append(x)
         return features
 
@@ -45,9 +49,15 @@ class EncoderBlock(nn.Module):
         self.downsample = downsample
         self.block = block
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, C, S1..Sp) to (B, width, ceil(S1 / stride)..)."""
-        return self.block(self.downsample(x))
+    def forward(self, x: Tensor, overwrite: bool = False, last_use: bool = False) -> Tensor:
+        """x (B, C, S1..Sp) to (B, width, ceil(S1 / stride)..).
+
+        `overwrite`: nobody else reads what is computed on the way; `last_use`: nor x.
+        """
+        y = self.downsample(x)
+        if overwrite and type(self.block) is FactorizerStage and (last_use or not _share_memory(x, y)):
+            return self.block(y, True)
+        return self.block(y)
 
 
 class Decoder(nn.Module):
@@ -60,11 +70,15 @@ class Decoder(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, features: list[Tensor]) -> list[Tensor]:
-        """The encoder's features, finest first, to the output of each level, finest first."""
+    def forward(self, features: list[Tensor], overwrite: bool = False) -> list[Tensor]:
+        """The encoder's features, finest first, to the output of each level, finest first.
+
+        `overwrite`: nobody else reads the features, or what is computed on the way.
+        """
         outputs = [features.pop()]
+        options = (True,) if overwrite else ()
         for block in self.blocks:
-            outputs.insert(0, block(outputs[0], features.pop()))
+            outputs.insert(0, block(outputs[0], features.pop(), *options))
         return outputs
 
 
@@ -80,11 +94,16 @@ class DecoderBlock(nn.Module):
         self.upsample = upsample
         self.block = block
 
-    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
-        """x (B, C, S1..Sp) and the finer skip (B, width, T1..Tp) to (B, width, T1..Tp)."""
+    def forward(self, x: Tensor, skip: Tensor, overwrite: bool = False) -> Tensor:
+        """x (B, C, S1..Sp) and the finer skip (B, width, T1..Tp) to (B, width, T1..Tp).
+
+        `overwrite`: nobody else reads skip, or what is computed on the way.
+        """
         block: Any = self.block
         adapter: Any = getattr(block, "adapter", None)
         if can_join(self.upsample, adapter) and not has_hooks(block):
+            if overwrite and type(block) is FactorizerStage and not _share_memory(x, skip):
+                return block.after_adapter(join(skip, x, self.upsample, adapter, True), True)
             return block.after_adapter(join(skip, x, self.upsample, adapter))
         return self.block(torch.cat([skip, self.upsample(x)], 1))
 
@@ -206,14 +225,32 @@ class UNet(nn.Module):
         check_dtype(x, next(self.parameters()))
         x = plain_tensor(x)
         size = x.shape[2:]
-        x = pad_to(x, round_up(size, self._strides[-1]))
-        outputs = self.decoder(self.encoder(self.stem(x)))
+        # Without a name of their own here, maps are freed after their last use.
+        y = self.stem(pad_to(x, round_up(size, self._strides[-1])))
+        overwrite = self._unwatched() and not _share_memory(x, y)
+        features = [y]
+        del y
+        outputs = self.decoder(self.encoder(features.pop(), overwrite), overwrite)
         heads = self.heads if self.num_deep_supr else [self.head]
         logits = [
             crop_to(head(y), _divide_up(size, stride))
             for head, y, stride in zip(heads, outputs, self._strides, strict=False)
         ]
         return logits if self.num_deep_supr else logits[0]
+
+    def _unwatched(self) -> bool:
+        """Whether nobody sees the maps between: nothing is differentiated or compiled, no part has a hook."""
+        return not (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or torch._C._are_functorch_transforms_active()
+            or torch.nn.modules.module._has_any_global_hook()
+            or any(map(has_hooks, self.modules()))
+        )
+
+
+def _share_memory(x: Tensor, y: Tensor) -> bool:
+    return x.untyped_storage()._cdata == y.untyped_storage()._cdata
 
 
 def _steps(strides: Sequence[int | Sequence[int]], levels: int, axes: int) -> list[Size]:

@@ -12,11 +12,12 @@ import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
 from factorizer.segmentation.dataset import Regions, read_labels_and_regions, read_modalities
+from factorizer.segmentation.dicom import dicom_files
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import read_json
 from factorizer.segmentation.names import (
@@ -52,6 +53,9 @@ class Case:
     def image(self) -> Path:
         """The file whose grid is the case's."""
         return self.images[self.grid if len(self.images) > 1 else 0]
+
+
+AnyCase = TypeVar("AnyCase", bound=Case)
 
 
 @dataclass(frozen=True)
@@ -104,7 +108,7 @@ def read_decathlon(root: str | Path) -> Task:
     if not isinstance(training, list) or not training:
         raise DataError(f"{path}: 'training' is {training!r}; it must be {wanted}")
     cases = _listed_cases(path, training, "training", labelled=True)
-    missing = [str(f) for c in cases for f in (*c.images, c.label) if f is not None and not f.is_file()]
+    missing = [str(f) for c in cases for f in (*c.images, c.label) if f is not None and not f.exists()]
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise DataError(f"{path} names files that are missing: {', '.join(missing[:3])}{more}")
@@ -132,10 +136,11 @@ def find_cases(
 
     Each input is one of
 
-    - a NIfTI file, X, Y, Z or X, Y, Z, channel: a case;
-    - several NIfTI files separated by commas, one for each modality: a case;
+    - a file, X, Y, Z or X, Y, Z, channel: NIfTI, NRRD or MetaImage (.mha): a case;
+    - a folder with the slices of one DICOM series: a case; a folder of such folders: a case for each;
+    - several of these files and folders separated by commas, one for each modality: a case;
     - a folder with a dataset.json: that data list, or the folders of nnU-Net's layout;
-    - another folder: every NIfTI file in it is a case, but files that differ in an ending _0000, _0001, …
+    - another folder: every file in it is a case, but files that differ in an ending _0000, _0001, …
       alone, counted from _0000, are the modalities of one;
     - a data list, a JSON file such as a dataset.json: a list of {"image": file or files, "label":
       file, "name": text}, "label" and "name" being optional, or an object with such lists. `section`
@@ -156,18 +161,17 @@ def find_cases(
         if (path / "dataset.json").is_file():
             path = path / "dataset.json"
         if path.is_dir():
-            cases.extend(_cases_in_folder(path))
+            cases.extend(_cases_in_folder(path) or _series_in_folder(path))
         elif path.suffix.lower() == ".json":
             cases.extend(_cases_in_list(path, section, every=labelled))
         else:
             files = (path,) if path.is_file() else tuple(Path(part) for part in str(given).split(","))
             for file in files:
-                if not is_volume(_voxels_of(file)):
+                if not is_volume(_voxels_of(file)) and not dicom_files(file):
                     there = "is" if file.exists() else "does not exist, and is"
                     raise DataError(
-                        f"input: {file} {there} no NIfTI file (.nii, .nii.gz, .img with .hdr), folder or "
-                        "data list "
-                        "(.json)"
+                        f"input: {file} {there} no NIfTI file (.nii, .nii.gz, .img with .hdr), .nrrd, .mha, "
+                        "folder (of files, or of one DICOM series) or data list (.json)"
                     )
             files = tuple(map(_voxels_of, files))
             _check_numbers(str(given), [files], known=False)
@@ -255,7 +259,7 @@ def on_one_grid(task: Task, resample: str) -> Task:
     return replace(task, cases=with_grid(task.cases, task.modalities, resample))
 
 
-def with_grid(cases: Sequence[Case], modalities: Sequence[str], resample: str) -> tuple[Case, ...]:
+def with_grid(cases: Sequence[AnyCase], modalities: Sequence[str], resample: str) -> tuple[AnyCase, ...]:
     """The cases, whose modalities are brought to the grid of "first" or of the modality of that name.
 
     An empty `resample` leaves them alone. Raises DataError where there is no such modality.
@@ -278,13 +282,23 @@ def _cases_in_folder(folder: Path) -> list[Case]:
         if number is None or f"{base}_0000" not in names:
             base, number = volume.name, 0
         grouped.setdefault(base, {})[number] = volume.image
-    if not grouped and any(part.is_dir() for part in folder.iterdir()):
+    if grouped and dicom_files(folder):
+        raise DataError(f"input: {folder} holds volumes and a DICOM series; give a folder for each")
+    return [Case(name, _numbered(files)) for name, files in grouped.items()]
+
+
+def _series_in_folder(folder: Path) -> list[Case]:
+    """The DICOM series of a folder, or those of its folders."""
+    if dicom_files(folder):
+        return [Case(stem(folder), (folder,))]
+    folders = [part for part in sorted(folder.iterdir()) if part.is_dir()]
+    if folders and not all(dicom_files(part) for part in folders):
         raise DataError(
-            f"input: {folder} holds no NIfTI file, but folders; name the cases in a data list, a JSON "
+            f"input: {folder} holds no volume, but folders; name the cases in a data list, a JSON "
             "file such as "
             '[{"name": "patient_1", "image": ["patient_1/flair.nii.gz", "patient_1/t1.nii.gz"]}]'
         )
-    return [Case(name, _numbered(files)) for name, files in grouped.items()]
+    return [Case(stem(part), (part,)) for part in folders]
 
 
 def _numbered(files: Mapping[int, Path]) -> tuple[Path, ...]:
@@ -306,7 +320,7 @@ def _lists(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         return lists
     ending = str(content.get("file_ending", ".nii.gz"))
     if not is_volume(Path(f"a{ending}")):
-        raise DataError(f"{path}: 'file_ending' is {ending!r}; the files must be NIfTI (.nii, .nii.gz)")
+        raise DataError(f"{path}: 'file_ending' is {ending!r}; the files must be NIfTI, NRRD or MHA")
     if isinstance(content.get("dataset"), dict):  # nnU-Net 2: files that may lie anywhere
         return {
             "training": [

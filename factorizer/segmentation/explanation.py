@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
-from factorizer import FactMixer
+from factorizer.layers import FactMixer
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.inference import Predictor

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 
@@ -27,7 +28,8 @@ def atomic(path: str | Path, *, shared: bool = False) -> Iterator[Path]:
     processes may write the same at the same time, each under a name of its own.
     """
     path = Path(path)
-    temporary = path.with_name(f".part-{f'{os.getpid()}-' if shared else ''}{path.name}")
+    # Of a name of its own: process numbers are alike in the containers and machines that share a disk.
+    temporary = path.with_name(f".part-{f'{uuid4().hex}-' if shared else ''}{path.name}")
     try:
         yield temporary
         os.replace(temporary, path)
@@ -48,9 +50,10 @@ def prepare_folder(name: str, folder: Path, inputs: Iterable[Path] = ()) -> Path
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{name}: {folder} is a file; it must be a folder, or not exist yet")
     where = os.path.realpath(folder)  # not Path.resolve, which ends in an error on a loop of links
-    if any(os.path.dirname(os.path.realpath(path)) == where for path in inputs):
+    places = {os.path.realpath(path) for path in inputs}
+    if any(where in (place, os.path.dirname(place)) for place in places):  # a series is a folder itself
         raise DataError(f"{name}: {folder} holds the inputs; give another folder")
-    probe = folder / f".part-probe-{os.getpid()}"
+    probe = folder / f".part-probe-{uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()

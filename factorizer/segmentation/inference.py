@@ -3,34 +3,36 @@
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import nibabel as nib
 import numpy as np
 import torch
-from monai.inferers import Inferer, SimpleInferer, SlidingWindowInferer
 from rich.console import Console
 from scipy import ndimage
 from torch import Tensor, nn
 
-from factorizer import MatrixFactorization, set_num_iters
+from factorizer.layers import MatrixFactorization, set_num_iters
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.files import atomic, read_json
+from factorizer.segmentation.formats import save
+from factorizer.segmentation.grids import OwnGrid
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position, pick_device
 from factorizer.segmentation.provenance import differences, made, write_result
 from factorizer.segmentation.screen import Outcome, each_case, tell_warning
+from factorizer.segmentation.sliding import Planes, mirrored, slide
 from factorizer.segmentation.trained import load_model
 from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import on_grid_of, read_grid
 
+SLAB_ELEMENTS = 2**22  # logits that are decided at a time, about
 SETTINGS = "settings.json"  # in a folder of results: what they were made with
 
 
@@ -78,6 +80,8 @@ class Predictor:
                     raise DataError(f"checkpoint {number}: {field} = {now!r}; the first one has {was!r}")
         self.models = [(network.to(device).eval(), plan) for network, plan in models]
         self.device, self.whole, self.mirror = torch.device(device), whole, mirror
+        # A CPU gains nothing by a second window but its memory.
+        self.windows = 2 if self.device.type == "cuda" else 1
         self.tell: Callable[[str], object] = lambda doubt: None  # is told what is odd about an image
         self.largest_component = tuple(largest_component)
         if unknown := set(largest_component).difference(self.plan.targets):
@@ -101,57 +105,117 @@ class Predictor:
         """Label values (X, Y, Z) uint8 on the image's own grid.
 
         The logits, not the decisions, are taken back to that grid where it is another than the
-        network's.
+        network's. They are decided slab by slab, so that those of many classes need not exist at once.
         """
-        return self.decide(self.logits(case))
+        return self.results(case)[0]
 
-    def decide(self, logits: Tensor) -> np.ndarray:
-        """Logits (outputs, ...) to label values (...), uint8."""
-        labels = self.plan.decide(logits).numpy()
-        return keep_largest(labels, [self.plan.targets[name] for name in self.largest_component])
+    def results(self, case: Case, *, probabilities: bool = False) -> tuple[np.ndarray, Tensor | None]:
+        """The label values as `segment` has them, and where they are wanted the probabilities.
+
+        Those are (outputs, X, Y, Z) float32: of the regions, each for itself, or of the labels, together 1.
+        """
+        labels, chances = np.zeros(0), None
+        for shape, place, logits in self._slabs(case):
+            if not labels.size:
+                labels = np.zeros(shape, np.uint8)
+                if probabilities:
+                    chances = torch.zeros(len(logits), *shape)
+            labels[place[1:]] = self.plan.decide(logits).numpy()
+            if chances is not None:
+                chances[place] = logits.sigmoid() if self.plan.regions else logits.softmax(0)
+        kept = [self.plan.targets[name] for name in self.largest_component]
+        return keep_largest(labels, kept) if kept else labels, chances
 
     def logits(self, case: Case) -> Tensor:
         """Mean logits (outputs, X, Y, Z) on the image's own grid."""
+        total = torch.zeros(0)
+        for shape, place, logits in self._slabs(case):
+            if not total.numel():
+                total = torch.zeros(len(logits), *shape)
+            total[place] = logits
+        return total
+
+    def _slabs(self, case: Case) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...], Tensor]]:
+        """The shape of the image's own grid, a slab of it, and the mean logits (outputs, ...) there; slab by
+        slab."""
         groups: dict[Any, list[tuple[nn.Module, Plan]]] = {}  # one for each way to preprocess the image
         for network, plan in self.models:
             groups.setdefault((plan.spacing, plan.window), []).append((network, plan))
-        total: Any = 0
+        parts: list[tuple[OwnGrid, int, list[Planes]]] = []
+        axis = 0
         for members in groups.values():
             prepared = PreparedCase(members[0][1], case)
             for doubt in prepared.doubts:
                 self.tell(f"{case.name}: {doubt}")
-            total = total + prepared.to_own_grid(
-                sum(self.run(network, plan, prepared.image) for network, plan in members)  # type: ignore[arg-type]
-            )
-        check_finite(total, case)
-        return total / len(self.models)
+            size = prepared.image.shape[1:]
+            if not parts:  # the axis of which a window holds the smallest part
+                axis = min(range(3), key=lambda k: members[0][1].crop[k] / size[k])
+            planes = [
+                Planes(self._chunks(network, plan, prepared.image, axis), axis) for network, plan in members
+            ]
+            parts.append((prepared.own_grid, size[axis], planes))
+        shape, own = parts[0][0].shape, parts[0][0].along(axis)
+        thickness = max(1, SLAB_ELEMENTS * shape[own] // (math.prod(shape) * len(self.plan.outputs)))
+        slabs = [slice(k, min(k + thickness, shape[own])) for k in range(0, shape[own], thickness)]
+        if parts[0][0].reversed(own):
+            slabs.reverse()
+        for slab in slabs:
+            total: Any = 0
+            for grid, length, members_planes in parts:
+                begin, end = grid.planes(own, slab.start, slab.stop, length)
+                values: Any = sum(planes.take(begin, end) for planes in members_planes)
+                total = total + grid.bring(values, own, slab.start, slab.stop, begin)
+            check_finite(total, case)
+            place = (slice(None), *(slab if k == own else slice(None) for k in range(3)))
+            yield shape, place, total.div_(len(self.models)) if len(self.models) > 1 else total
 
-    @torch.no_grad()
     def run(self, network: nn.Module, plan: Plan, image: Tensor) -> Tensor:
         """The network moved over a preprocessed image (C, X, Y, Z): (outputs, X, Y, Z), on the CPU."""
-        cuda, finest = self.device.type == "cuda", FinestHead(network)
+        return torch.cat(list(self._chunks(network, plan, image, 0)), 1)
 
-        def logits(x: Tensor) -> Tensor:
-            with torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
-                return finest(x).float()
+    def _chunks(self, network: nn.Module, plan: Plan, image: Tensor, axis: int) -> Iterator[Tensor]:
+        """What `run` returns, cut along the axis.
 
-        x = image[None]
-        if self.whole:
-            infer: Inferer = SimpleInferer()
-            x = x.to(self.device)
-        else:
-            infer = SlidingWindowInferer(
-                roi_size=plan.crop,
-                sw_batch_size=2 if cuda else 1,  # a CPU gains nothing by a second window but its memory
-                overlap=0.5,
-                mode="gaussian",
-                sw_device=self.device,
-                device="cpu",
-            )
-        axes = [axis + 2 for axis in plan.flips] if self.mirror else []
-        flips = [f for n in range(len(axes) + 1) for f in itertools.combinations(axes, n)]
-        total = sum(infer(x.flip(f) if f else x, logits).flip(f) for f in flips)
-        return (total / len(flips))[0].cpu()
+        Where the memory of a GPU is too small for two windows at a time, they go one by one from then on;
+        where it is too small for one, the rest of this volume goes through the CPU. Both are told.
+        """
+        device = self.device
+        run = mirrored(lambda x: self._forward(network, x, device), plan.flips if self.mirror else ())
+
+        def fitting(x: Tensor) -> Tensor:
+            nonlocal device
+            while len(x) <= self.windows:
+                try:
+                    return run(x).cpu()
+                except torch.OutOfMemoryError:
+                    if device.type == "cpu":
+                        raise
+                torch.cuda.empty_cache()  # out of the handler, which holds on to the tensors
+                if len(x) > 1:
+                    self.windows = 1
+                    self.tell(f"the memory of {device} is too small for two windows at a time: one by one "
+                              "from here on")  # fmt: skip
+                else:
+                    self.tell(f"the memory of {device} is too small for a volume: it goes through the CPU, "
+                              "which takes longer")  # fmt: skip
+                    device = torch.device("cpu")
+                    network.to(device)
+            return torch.cat([fitting(window) for window in x.split(1)])
+
+        try:
+            if self.whole:
+                yield fitting(image[None])[0]
+            else:
+                yield from slide(fitting, image, plan.crop, axis=axis, batch_size=self.windows)
+        finally:
+            if device != self.device:
+                network.to(self.device)
+
+    def _forward(self, network: nn.Module, x: Tensor, device: torch.device) -> Tensor:
+        """The finest logits (B, outputs, X, Y, Z) of windows (B, C, X, Y, Z), on the device."""
+        cuda = device.type == "cuda"
+        with torch.no_grad(), torch.autocast("cuda", torch.bfloat16) if cuda else nullcontext():
+            return FinestHead(network)(x.to(device)).float()
 
 
 def keep_largest(labels: np.ndarray, targets: Sequence[Sequence[int]]) -> np.ndarray:
@@ -176,7 +240,7 @@ def check_finite(logits: Tensor, case: Case) -> None:
 
 
 def load_predictor(
-    checkpoints: Sequence[Path],
+    checkpoints: Sequence[str | Path],
     *,
     device: str | None = None,
     num_iters: int | None = None,
@@ -239,14 +303,14 @@ def run_cases(
         there = not overwrite and made(path, case, settings)
         skipped = there and (not probabilities or made(maps, case, settings))
         if not skipped:
-            logits = predictor.logits(case)
-            labels = on_grid_of(predictor.decide(logits), case.image)
+            values, chances = predictor.results(case, probabilities=probabilities)
+            labels = on_grid_of(values, case.image)
             if not probabilities:
                 maps.unlink(missing_ok=True)  # of another result
-            write_result(path, case, settings, lambda temporary: nib.save(labels, temporary))
-            if probabilities:
+            write_result(path, case, settings, lambda temporary: save(labels, temporary))
+            if chances is not None:
                 maps.parent.mkdir(exist_ok=True)
-                write = partial(write_probabilities, predictor.plan, logits, read_grid(case.image)[0])
+                write = partial(write_probabilities, predictor.plan, chances, read_grid(case.image)[0])
                 write_result(maps, case, settings, write)
         then(case, path)
         return "skipped" if skipped else "done"
@@ -254,15 +318,14 @@ def run_cases(
     return each_case(console, cases, "Segmenting", segment)
 
 
-def write_probabilities(plan: Plan, logits: Tensor, affine: np.ndarray, path: Path) -> None:
-    """Writes what logits (outputs, X, Y, Z) say as a NumPy archive.
+def write_probabilities(plan: Plan, values: Tensor, affine: np.ndarray, path: Path) -> None:
+    """Writes the probabilities (outputs, X, Y, Z) of `Predictor.results` as a NumPy archive.
 
-    It holds "probabilities", float16, of that shape; "names" of the outputs, those of the regions (each for
-    itself) or of the labels, background first (together 1); and "affine", voxels to mm.
+    It holds "probabilities", float16, of that shape; "names" of the outputs (`Plan.outputs`); and "affine",
+    voxels to mm.
     """
-    values = logits.sigmoid() if plan.regions else logits.softmax(0)
-    names = np.array(list(plan.regions) or list(plan.labels.values()))
-    np.savez_compressed(path, probabilities=values.numpy().astype(np.float16), names=names, affine=affine)
+    half = values.numpy().astype(np.float16)
+    np.savez_compressed(path, probabilities=half, names=np.array(plan.outputs), affine=affine)
 
 
 def _keep_settings(path: Path, settings: dict[str, Any], overwrite: bool) -> None:
@@ -274,7 +337,7 @@ def _keep_settings(path: Path, settings: dict[str, Any], overwrite: bool) -> Non
                 "give another folder, delete this one, or give --overwrite"
             )
     elif group_position()[0] == 0:
-        with atomic(path) as temporary:
+        with atomic(path, shared=True) as temporary:  # the parts of a job array may begin at once
             temporary.write_text(json.dumps(settings, indent=1), encoding="utf-8")
 
 

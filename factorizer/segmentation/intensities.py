@@ -92,8 +92,10 @@ def clean(channel: np.ndarray, *, ct: bool) -> np.ndarray | None:
         if not len(core) or values.std() <= INFLUENCE * core.std():
             low, high = float(ends[0]), float(ends[1])
     scale = _scale(low, high)
-    result = np.zeros(channel.shape, np.float64)
-    result[data] = np.clip(values, low, high)
+    result = np.zeros(channel.shape, np.float32)
+    np.clip(values, low, high, out=values)
+    values /= scale
+    result[data] = values
     if not ct:
         result[(channel < low) & data] = 0
         above = (channel > high) & data
@@ -101,8 +103,8 @@ def clean(channel: np.ndarray, *, ct: bool) -> np.ndarray | None:
         if alike and (ends[1] >= FILL or _share_of_faces(above) > FACES):
             result[above] = 0
     elif not exact:
-        result[missing] = max(low, float(ends[0]))
-    return (result / scale).astype(np.float32)
+        result[missing] = max(low, float(ends[0])) / scale
+    return result
 
 
 def window_of(values: np.ndarray, quantiles: Sequence[float]) -> tuple[float, float] | None:

@@ -48,12 +48,15 @@ def side_by_side(
     return {name: round(1e3 * median(times), 2) for name, times in seconds.items()}
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes that this process has held at most: on the GPU, or in main memory for the CPU."""
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes that this process has held at most, on a CUDA GPU or in main memory; None where the system does
+    not say (Windows)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return None
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -11,18 +11,25 @@ from pathlib import Path
 
 from factorizer.segmentation.errors import DataError
 
-# What nibabel reads as NIfTI; of a pair of files the one with the voxels stands for both.
+WINDOWS = os.name == "nt"
+# What no file can be called there, whatever its ending.
+NOT_ON_WINDOWS = re.compile(r'.*[<>:"|?*].*|.*[ .]|(con|prn|aux|nul|com\d|lpt\d)(\..*)?', re.IGNORECASE)
+# What nibabel reads as NIfTI, of a pair of files the one with the voxels stands for both; and what SimpleITK
+# reads, with the name that it has for the format.
 PAIRED = (".img", ".img.gz")
-ENDINGS = (".nii", ".nii.gz", *PAIRED)
+ITK_ENDINGS = {".nrrd": "NrrdImageIO", ".mha": "MetaImageIO"}
+ENDINGS = (".nii", ".nii.gz", *PAIRED, *ITK_ENDINGS)
 
 
 def is_volume(path: Path) -> bool:
-    """Whether a file has a name as NIfTI files have them, in capitals or not."""
+    """Whether a file has a name as files of volumes have them, in capitals or not."""
     return path.name.lower().endswith(ENDINGS) and not path.name.startswith(".")
 
 
 def stem(path: Path) -> str:
-    """The name of a NIfTI file without its ending."""
+    """The name of a volume's file without its ending; of a series that of its folder."""
+    if path.is_dir():
+        return Path(os.path.abspath(path)).name
     ending = next((e for e in sorted(ENDINGS, key=len)[::-1] if path.name.lower().endswith(e)), "")
     return path.name[: len(path.name) - len(ending)]
 
@@ -99,6 +106,11 @@ def check_names(source: str, names: Iterable[str]) -> None:
             raise DataError(
                 f"{source}: a case is called {name!r}; results are called after it, so it must have 1 to 200 "
                 "characters, none of them / or \\, and not begin with a dot"
+            )
+        if WINDOWS and NOT_ON_WINDOWS.fullmatch(name):
+            raise DataError(
+                f"{source}: a case is called {name!r}, and results are called after it, as no file on "
+                "Windows can be; give it another 'name' in a data list"
             )
 
 

@@ -126,6 +126,11 @@ class Plan:
         return list(self.labels.values())[1:]
 
     @property
+    def outputs(self) -> list[str]:
+        """Names of the network's outputs: the regions, or the labels, background first."""
+        return list(self.regions) or list(self.labels.values())
+
+    @property
     def targets(self) -> dict[str, tuple[int, ...]]:
         """What is measured: the regions or the foreground classes, with their label values."""
         return self.regions or {name: (value,) for value, name in self.labels.items() if value}

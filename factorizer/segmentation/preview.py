@@ -20,7 +20,7 @@ from factorizer.segmentation.volumes import (
     in_order_of,
     read_grid,
     read_labels,
-    read_nifti,
+    read_volume,
     same_grid,
 )
 
@@ -49,7 +49,7 @@ def draw_preview(
 
     Raises DataError where a file cannot be read.
     """
-    affine, voxels = read_nifti(prediction)
+    affine, voxels = read_volume(prediction)
     labels = {"prediction": read_labels(prediction, None)}
     if case.label is not None:
         labels["label"] = read_labels(case.label, None, grid_of=prediction)
@@ -147,5 +147,5 @@ def _channels(case: Case) -> int:
     """How many channels the images of a case have."""
     if len(case.images) != 1:
         return len(case.images)
-    shape = read_nifti(case.images[0])[1].shape
+    shape = read_volume(case.images[0])[1].shape
     return shape[-1] if len(shape) > 3 else 1

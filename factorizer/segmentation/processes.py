@@ -21,6 +21,14 @@ def group_position() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def part_of(text: str) -> tuple[int, int]:
+    """Which part of how many "3/16" is, the first being 1: (3, 16). Raises DataError for anything else."""
+    part, slash, parts = text.partition("/")
+    if not (slash and part.isdecimal() and parts.isdecimal() and 1 <= int(part) <= int(parts)):
+        raise DataError(f"part: got {text!r}; it must be such as 3/16, a number from 1 to that of all parts")
+    return int(part), int(parts)
+
+
 @contextmanager
 def process_group() -> Iterator[None]:
     """Joins the processes that torchrun started, to work together; does nothing without torchrun.
@@ -60,8 +68,10 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise DataError(f"device: {name!r} is no device ({error})") from error
-    if device.type not in ("cpu", "cuda"):
-        raise DataError(f"device: {name!r} is not supported; give cpu or cuda")
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise DataError(f"device: {name!r} is not supported; give cpu, cuda or mps")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise DataError(f"device: {name!r} is not here: torch sees no Apple GPU")
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise DataError(f"device: {name!r} is not here: torch sees no CUDA device")

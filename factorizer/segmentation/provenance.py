@@ -14,7 +14,7 @@ from typing import Any
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import atomic, digest_of, read_json
-from factorizer.segmentation.volumes import parts_of
+from factorizer.segmentation.formats import parts_of
 
 FOLDER = "made_from"
 

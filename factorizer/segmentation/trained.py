@@ -20,13 +20,12 @@ from typing import Any
 
 from torch import Tensor, nn
 
-import factorizer
 from factorizer.segmentation.checkpoint import entries_of, network_of_entry, read_entry
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import load_tensors, save_tensors
 from factorizer.segmentation.plan import Plan
 
-SHIPPED = Path(factorizer.__file__).with_name("trained")
+SHIPPED = Path(__file__).parents[1] / "trained"
 SUFFIX = ".pt"
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 

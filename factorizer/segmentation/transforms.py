@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from monai.transforms import (
     Compose,
     CropForegroundd,
     EnsureTyped,
-    Invertd,
     MapLabelValued,
     MapTransform,
     Orientationd,
@@ -44,9 +43,11 @@ from torch.utils.data import Dataset
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError, FlatImageError, data_error
 from factorizer.segmentation.files import load_tensors, save_tensors
+from factorizer.segmentation.formats import parts_of
+from factorizer.segmentation.grids import OwnGrid
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
-from factorizer.segmentation.volumes import Geometry, check_image, doubts_of_image, parts_of, read_labels
+from factorizer.segmentation.volumes import Geometry, check_image, doubts_of_image, read_labels
 
 COARSE = 3.0  # a volume is too coarse for a network where its voxels are longer than so many of the network's
 CACHE_BYTES = 6 * 2**30  # volumes beyond this are read again at every use
@@ -97,22 +98,23 @@ class Normalised(MapTransform):
 
     def __call__(self, data: Mapping[Hashable, Any]) -> dict[Hashable, Any]:
         item = dict(data)
-        channels = []
-        for channel, window in zip(item["image"].as_tensor().double(), self.windows, strict=True):
+        # Within the image, which remembers how it was resampled, and in place; a part of a larger image is
+        # copied, so that that one is freed. A slice at a time: float64 is large.
+        item["image"] = item["image"].contiguous()
+        for channel, window in zip(item["image"].as_tensor(), self.windows, strict=True):
             if window is None:
-                signal = channel != 0
+                values = channel.numpy()  # whose masks need no index of every voxel
+                signal = torch.from_numpy(values[values != 0]).double()
                 std, mean = (
-                    torch.std_mean(channel[signal], correction=0)
-                    if signal.any()
-                    else (channel.new_ones(()),) * 2
+                    torch.std_mean(signal, correction=0) if len(signal) else (signal.new_ones(()),) * 2
                 )
-                channels.append(torch.where(signal, (channel - mean) / (std if std > 0 else 1), 0))
+                spread = float(std) or 1.0
+                for part in channel:
+                    part.copy_(torch.where(part != 0, (part.double() - mean) / spread, 0))
             else:
                 low, high = window
-                channels.append(((channel - low) / (high - low) * 2 - 1).clip(-1, 1))
-        # Within the image, which remembers how it was resampled.
-        item["image"] = item["image"].clone()
-        item["image"].as_tensor().copy_(torch.stack(channels))
+                for part in channel:
+                    part.copy_(((part.double() - low) / (high - low) * 2 - 1).clip(-1, 1))
         return item
 
 
@@ -185,9 +187,21 @@ class PreparedCase:
     def to_own_grid(self, values: torch.Tensor) -> torch.Tensor:
         """Values (n, X, Y, Z) on the network's grid to the case's own (n, X', Y', Z'); interpolated
         linearly, 0 where preprocessing has cut voxels off."""
-        inverse = Invertd("values", transform=self._preprocess, orig_keys="image", nearest_interp=False)
-        item: Any = {**self._item, "values": MetaTensor(values)}
-        return inverse(item)["values"].as_tensor()
+        return self.own_grid.bring(values)
+
+    @cached_property
+    def own_grid(self) -> OwnGrid:
+        """Where the voxels of the case's own grid lie on the network's."""
+        image = self._item["image"]
+        steps = {step["class"]: step for step in image.applied_operations}
+        crop = steps["CropForeground"]
+        return OwnGrid(
+            np.asarray(image.meta["original_affine"]),
+            steps["Orientation"]["orig_size"],
+            image.affine.numpy(),
+            [-before for before in crop["extra_info"]["cropped"][::2]],
+            crop["orig_size"],
+        )
 
     def class_indices(self, labels: np.ndarray) -> np.ndarray:
         """Label values (X', Y', Z') on the case's own grid to class indices (X, Y, Z) on the network's,

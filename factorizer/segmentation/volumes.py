@@ -1,4 +1,4 @@
-"""Volumes: NIfTI files in and out, and what can be wrong with them.
+"""Volumes: their files in and out, and what can be wrong with them.
 
 All lengths are in mm, whatever the unit of a file. Every error is a `DataError` that names the file, what
 it holds and what it must hold.
@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -23,8 +22,9 @@ from scipy.ndimage import affine_transform, gaussian_filter, maximum_filter, min
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import atomic, digest_of
+from factorizer.segmentation.formats import load, parts_of, save
 from factorizer.segmentation.intensities import clean, is_ct, window_of
-from factorizer.segmentation.names import PAIRED, numbers_of, places_by_name
+from factorizer.segmentation.names import is_volume, numbers_of, places_by_name
 from factorizer.segmentation.recipe import RANGE_QUANTILES
 from factorizer.segmentation.screen import count, log_lines, progress, tell_warning
 
@@ -71,6 +71,25 @@ class Geometry:
     identical: tuple[tuple[int, int], ...] = ()
     unsigned: tuple[int, ...] = ()
     digest: str = ""
+
+
+@dataclass(frozen=True)
+class Volume:
+    """Voxels (X, Y, Z, ...), real numbers, and their affine (4, 4) to mm, axes right, anterior, superior.
+
+    `source` is what errors call them: a file, or an argument.
+    """
+
+    source: Path
+    affine: np.ndarray
+    voxels: np.ndarray
+
+
+@dataclass(frozen=True)
+class LoadedCase(Case):
+    """A case whose image is in memory: `volumes`, in the order of `images`, which names them in errors."""
+
+    volumes: tuple[Volume, ...] = ()
 
 
 def check_case(task: Task, case: Case) -> Geometry:
@@ -124,8 +143,13 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
     holds NaN, infinity or nothing but zeros, or where the files lie on different grids.
     """
     _check_order(case, modalities)
-    files = [read_nifti(path) for path in case.images]
-    affine, first = files[case.grid if len(files) > 1 else 0]
+    files: Sequence[Volume] = (
+        case.volumes
+        if isinstance(case, LoadedCase)
+        else [Volume(path, *read_volume(path)) for path in case.images]
+    )
+    grid = files[case.grid if len(files) > 1 else 0]
+    affine, first = grid.affine, grid.voxels
     _check_affine(case.image, affine)
     if len(files) == 1:
         whole = _without_ones(first, 4)
@@ -135,8 +159,8 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
     else:
         first = _without_ones(first, 3)
         channels = []
-        for path, (other, voxels) in zip(case.images, files, strict=True):
-            voxels = _without_ones(voxels, 3)
+        for volume in files:
+            path, other, voxels = volume.source, volume.affine, _without_ones(volume.voxels, 3)
             if voxels.ndim != 3:
                 raise DataError(f"{path}: has shape {voxels.shape}; it must be X, Y, Z")
             _check_affine(path, other)
@@ -162,16 +186,20 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
                 )
             channels.append(moved)
     if len(channels) != len(modalities):
-        way_out = (
-            ". Give a case's files separated by commas, with the endings _0000, _0001, ..., or in a data list"
-            if len(channels) < len(modalities)
-            else ". Give those alone that belong to these; of a series in time, one volume"
-        )
+        way_out = ". Give those alone that belong to these; of a series in time, one volume"
+        if len(channels) < len(modalities):
+            way_out = ". Give a mapping of the modalities' names to volumes"
+            if not isinstance(case, LoadedCase):
+                way_out = (
+                    ". Give a case's files separated by commas, with the endings _0000, _0001, ..., or in a "
+                    "data list"
+                )
         raise DataError(
             f"{case.image}: {count(len(channels), 'channel')}; there must be one for each of the "
             f"{len(modalities)} modalities ({', '.join(modalities)}){way_out}"
         )
-    image = np.zeros((*channels[0].shape, len(channels)), np.float32)
+    # The channels one after another in memory, as a network has them: nothing copies them later.
+    image = np.moveaxis(np.zeros((len(channels), *channels[0].shape), np.float32), 0, 3)
     for channel, (name, voxels) in enumerate(zip(modalities, channels, strict=True)):
         path = case.images[channel if len(files) > 1 else 0]
         _check_finite(path, voxels, f" ({name})")
@@ -205,7 +233,7 @@ def read_labels(path: Path, values: Sequence[int] | None, *, grid_of: Path | Non
     Raises DataError where the file cannot be read, lies on another grid than the image `grid_of`, or has
     other values than `values` (None: any whole number).
     """
-    affine, voxels = read_nifti(path)
+    affine, voxels = read_volume(path)
     _check_affine(path, affine)
     labels = _without_ones(voxels, 3)
     if labels.ndim != 3:
@@ -241,37 +269,39 @@ def read_labels(path: Path, values: Sequence[int] | None, *, grid_of: Path | Non
     return whole.astype(smallest)[place].reshape(labels.shape)
 
 
-def read_nifti(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """The affine of a NIfTI file to mm, and its voxels, real numbers.
+def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """The affine of a file, or of the folder of a DICOM series, to mm; and its voxels, real numbers.
 
     Raises DataError where it cannot be read, has no orientation, or was damaged."""
-    file = _load(path)
+    file = load(path)
     try:
-        if path.name.lower().endswith(".gz") and not path.name.lower().endswith(PAIRED):
+        if path.name.lower().endswith(".nii.gz"):
             # Nibabel reads as far as the voxels go, and never sees the checksum behind them.
             file = type(file).from_bytes(gzip.decompress(path.read_bytes()))
         voxels = np.asarray(file.dataobj)
+    except DataError:
+        raise
     except Exception as error:  # a broken file makes nibabel, zlib or numpy raise one of a dozen
         raise DataError(f"{path}: not readable as NIfTI ({str(error) or type(error).__name__})") from error
     if voxels.dtype.kind not in "biuf":
         raise DataError(f"{path}: its voxels are {voxels.dtype}; they must be real numbers")
-    return _affine(file), voxels
+    return affine_of(file), voxels
 
 
 def read_grid(path: Path) -> tuple[np.ndarray, tuple[int, int, int]]:
-    """The affine of a NIfTI file to mm, and the first three lengths of its shape."""
-    file = _load(path)
+    """The affine of a file to mm, and the first three lengths of its shape."""
+    file = load(path)
     x, y, z = (*file.shape, 1, 1, 1)[:3]
-    return _affine(file), (x, y, z)
+    return affine_of(file), (x, y, z)
 
 
-def write_nifti(voxels: np.ndarray, like: Path, path: Path) -> None:
+def write_volume(voxels: np.ndarray, like: Path, path: Path) -> None:
     """Write voxels (X, Y, Z) or (X, Y, Z, n) on the grid of `like`.
 
     Both qform and sform are copied from its header: viewers differ in which of them they believe.
     """
     with atomic(path) as temporary:
-        nib.save(on_grid_of(voxels, like), temporary)
+        save(on_grid_of(voxels, like), temporary)
 
 
 def write_maps(maps: np.ndarray, like: Path, path: Path) -> np.ndarray:
@@ -282,13 +312,13 @@ def write_maps(maps: np.ndarray, like: Path, path: Path) -> np.ndarray:
     volume = on_grid_of(np.moveaxis(steps, 0, -1), like)
     volume.header.set_slope_inter(slope, 0)
     with atomic(path) as temporary:
-        nib.save(volume, temporary)
+        save(volume, temporary)
     return steps * slope
 
 
-def on_grid_of(voxels: np.ndarray, like: Path) -> nib.Nifti1Image:
-    """Voxels (X, Y, Z) or (X, Y, Z, n) on the grid of the file `like`, in its unit."""
-    source = _load(like)
+def on_grid_of(voxels: np.ndarray, like: Path | nib.Nifti1Image) -> nib.Nifti1Image:
+    """Voxels (X, Y, Z) or (X, Y, Z, n) on the grid of the file or image `like`, in its unit."""
+    source = load(like) if isinstance(like, Path) else like
     volume = nib.Nifti1Image(voxels, source.affine)
     volume.header["pixdim"][:4] = source.header["pixdim"][:4]
     for name in GRID_FIELDS:
@@ -316,15 +346,6 @@ def digest_of_cases(cases: Iterable[Case]) -> str:
     """Of the names of cases, in alphabetical order, and the contents of their files."""
     known = sorted((case.name, digest_of_case(case)) for case in cases)
     return hashlib.sha256(repr(known).encode()).hexdigest()
-
-
-def parts_of(path: Path) -> list[Path]:
-    """The files that a volume is in: that of the voxels, and of a pair also the header's."""
-    if not path.name.lower().endswith(PAIRED):
-        return [path]
-    return [
-        Path(holder.filename) for holder in _load(path).file_map.values() if Path(holder.filename).exists()
-    ]
 
 
 def check_cases(console: Console, task: Task, training: Iterable[Case] | None = None) -> dict[str, Geometry]:
@@ -448,7 +469,7 @@ def _doubts_of_headers(cases: Iterable[Case]) -> list[str]:
         try:
             if case.resample and min(_covered(case)) < MIN_COVERED:
                 apart.append(case.name)
-            header = _load(case.image).header
+            header = load(case.image).header
             known = [form for form in (header.get_sform(coded=True), header.get_qform(coded=True)) if form[1]]
             directions = {nib.aff2axcodes(affine) for affine, _ in known}
         except (DataError, ValueError, nib.spatialimages.HeaderDataError):
@@ -505,33 +526,8 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def _load(path: Path) -> Any:
-    """A NIfTI file, its voxels not yet read."""
-    try:
-        if not path.exists():
-            raise FileNotFoundError
-        if path.name != path.name.lower() and path.name.lower().endswith((".nii", ".nii.gz")):
-            # nibabel takes endings in small letters or in capitals, but for no mixture, such as .Nii
-            file: Any = nib.Nifti1Image.from_file_map({"image": nib.fileholders.FileHolder(str(path))})
-        else:
-            file = nib.load(path)
-    except FileNotFoundError as error:
-        missing = "" if not path.exists() else f": its header {path.stem}.hdr is missing"
-        raise DataError(f"{path}: there is no such file{missing}") from error
-    except Exception as error:  # a broken file makes nibabel, zlib or numpy raise one of a dozen
-        raise DataError(f"{path}: not readable as NIfTI ({str(error) or type(error).__name__})") from error
-    if not isinstance(file.header, nib.Nifti1Header):
-        analyze = isinstance(file.header, nib.AnalyzeHeader)
-        sides = "it does not say which side is left. Convert it" if analyze else "convert it"
-        raise DataError(
-            f"{path}: is {type(file).__name__}, no NIfTI: {sides} to NIfTI with a program that knows where "
-            "it came from"
-        )
-    return file
-
-
-def _affine(file: Any) -> np.ndarray:
-    """Voxels to mm."""
+def affine_of(file: nib.Nifti1Image) -> np.ndarray:
+    """Voxels to mm, whatever the file's unit."""
     unit = MILLIMETRES.get(int(file.header["xyzt_units"]) & 7, 1.0)
     return np.diag([unit, unit, unit, 1.0]) @ file.affine
 
@@ -541,12 +537,14 @@ def _check_affine(path: Path, affine: np.ndarray) -> None:
         raise DataError(f"{path}: its affine is singular")
     sizes = nib.affines.voxel_sizes(affine)
     if sizes.min() < MIN_SPACING or sizes.max() > MAX_SPACING:
-        unit = {1: "metres", 3: "micrometres"}.get(int(_load(path).header["xyzt_units"]) & 7, "mm")
-        told = " x ".join(f"{size:.4g}" for size in sizes)
+        told, by, way_out = " x ".join(f"{size:.4g}" for size in sizes), "", ""
+        if is_volume(path):
+            unit = {1: "metres", 3: "micrometres"}.get(int(load(path).header["xyzt_units"]) & 7, "mm")
+            by = f", by a header in {unit}"
+            way_out = ". Mend the header: its unit (xyzt_units) or its voxel size"
         raise DataError(
-            f"{path}: its voxels are {told} mm large, by a header in {unit}; they must be between "
-            f"{MIN_SPACING:g} "
-            f"and {MAX_SPACING:g} mm. Mend the header: its unit (xyzt_units) or its voxel size"
+            f"{path}: its voxels are {told} mm large{by}; they must be between {MIN_SPACING:g} and "
+            f"{MAX_SPACING:g} mm{way_out}"
         )
 
 
@@ -586,14 +584,14 @@ def _without_ones(voxels: np.ndarray, dims: int) -> np.ndarray:
 
 def _precision(path: Path, voxels: np.ndarray) -> float:
     """The rounding of a file's values as a part of them: float32's at least, as programs go through it."""
-    stored = _load(path).get_data_dtype()
+    stored = load(path).get_data_dtype()
     kinds = [dtype for dtype in (stored, voxels.dtype) if dtype.kind == "f"]
     return max([4 * float(np.finfo(dtype).eps) for dtype in kinds] + [1e-6])
 
 
 def _step(path: Path) -> float:
     """Half the step between the values of a file of integers times a slope; 0 for plain ones."""
-    file = _load(path)
+    file = load(path)
     slope = getattr(file.dataobj, "slope", 1.0)
     if file.get_data_dtype().kind not in "iu" or not math.isfinite(slope) or abs(slope) >= 1:
         return 0.0

@@ -11,22 +11,31 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
+from torch.autograd.graph import increment_version
+
+from factorizer_kernels.shared import registry
 
 _WAY_OUT = 'inside factorizer_kernels.use_backend("reference") it is plain PyTorch, and'
 
 
-def call_function(name: str, function: type[torch.autograd.Function], *arguments) -> Any:
+def call_function(
+    name: str, function: type[torch.autograd.Function], *arguments, overwrite: Tensor | None = None
+) -> Any:
     """``function.apply(*arguments)``, for the public function of that name.
 
     Forward mode goes through ``function.reference``, where there is one: plain PyTorch that takes the same
     arguments but the last, the backend, and returns the same.
 
+    Args:
+        overwrite: see :func:`over`.
+
     Raises:
         NotImplementedError: forward mode without such a reference, or a gradient inside
             ``torch.jit.trace``; the message names the way out.
     """
-    if not _differentiated(arguments):
-        return function.forward(*arguments)  # apply's own bookkeeping takes as long as a small kernel
+    if not differentiated(arguments):
+        # apply's own bookkeeping takes as long as a small kernel.
+        return over(overwrite, name, function.forward, *arguments)
     if torch.compiler.is_compiling():  # Dynamo refuses a Function that has a jvp of its own
         return function.apply(*arguments)
     if torch.jit.is_tracing():
@@ -35,6 +44,36 @@ def call_function(name: str, function: type[torch.autograd.Function], *arguments
             f"torch.no_grad(); or {_WAY_OUT} can be traced"
         )
     return _with_jvp(name, function).apply(*arguments)
+
+
+def over(memory: Tensor | None, name: str, operator: Callable, *arguments) -> Tensor:
+    """``operator(*arguments)``, that of this name, whose result may lie in a map that is not read any more.
+
+    It does where the kernel can write there, and the call is nothing but a call: not differentiated,
+    compiled, recorded or watched.
+
+    Args:
+        memory: of the result's shape and dtype, and contiguous, or it is not used.
+    """
+    if memory is None or torch.compiler.is_compiling() or not _plain(memory, arguments):
+        return operator(*arguments)
+    kernel = registry.find(name, arguments[-1])
+    if kernel is None or not kernel.takes_out:
+        return operator(*arguments)
+    y = kernel.function(*arguments[:-1], out=memory)
+    if y is memory:
+        increment_version(memory)  # so that a backward pass which needed the old values says so
+    return y
+
+
+def _plain(memory: Tensor, arguments) -> bool:
+    return (
+        type(memory) is Tensor
+        and memory.is_contiguous()
+        and not differentiated(arguments)
+        and not torch.jit.is_tracing()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
 
 
 def once(name: str, operator: Callable, fallback: Callable | None = None) -> Callable:
@@ -87,7 +126,8 @@ class _Once(torch.autograd.Function):
         return None, None, None, *(next(grads) if a is None else None for a in ctx.others)
 
 
-def _differentiated(arguments) -> bool:
+def differentiated(arguments) -> bool:
+    """Whether a call with these arguments is part of something that is differentiated, or transformed."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return True
     return torch.is_grad_enabled() and any(a.requires_grad for a in arguments if isinstance(a, Tensor))

@@ -14,14 +14,16 @@ from torch import Tensor
 
 _LIBRARY = torch.library.Library("factorizer_kernels", "DEF")
 
-Limit = Callable[[Tensor, Any], str | None]
+Reason = Callable[[Tensor, Any], str | None]
 
 
 class Kernel(NamedTuple):
     """What a backend runs for an operator; see :func:`kernel`."""
 
     function: Callable
-    limit: Limit
+    limit: Reason
+    yields: Reason
+    takes_out: bool
 
 
 _KERNELS: dict[tuple[str, str], Kernel] = {}
@@ -51,11 +53,13 @@ def define(name: str, schema: str, fake: Callable, vmap: Callable) -> torch._ops
     return getattr(torch.ops.factorizer_kernels, name).default
 
 
-def no_limit(x: Tensor, sizes: Any) -> None:
-    """The limit of a kernel that can run every call."""
+def never(x: Tensor, sizes: Any) -> None:
+    """The limit of a kernel that can run every call; when one yields that is the fastest at all of them."""
 
 
-def kernel(operator: str, backend: str, limit: Limit = no_limit) -> Callable[[Callable], Callable]:
+def kernel(
+    operator: str, backend: str, limit: Reason = never, yields: Reason = never, takes_out: bool = False
+) -> Callable[[Callable], Callable]:
     """Register the decorated function as the kernel of ``operator`` on ``backend``.
 
     The function takes the operator's arguments without the last one, in the schema's order.
@@ -63,10 +67,14 @@ def kernel(operator: str, backend: str, limit: Limit = no_limit) -> Callable[[Ca
     Args:
         limit: ``limit(x, sizes)`` returns why the kernel cannot run this call, or None where it can. What
             ``sizes`` are is a matter of the family.
+        yields: ``yields(x, sizes)`` returns why a backend after this one should run a call that the kernel
+            can run as well, or None. A backend that was asked for by name does not yield.
+        takes_out: whether the function takes ``out=``, a contiguous tensor for the result, which may be a
+            map that the kernel reads: it writes a voxel after all that depends on its old value.
     """
 
     def register(function: Callable) -> Callable:
-        _KERNELS[operator, backend] = Kernel(function, limit)
+        _KERNELS[operator, backend] = Kernel(function, limit, yields, takes_out)
         return function
 
     return register

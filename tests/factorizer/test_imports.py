@@ -1,4 +1,4 @@
-"""Imports run one way: commands, segmentation, models, layers, factorizer_kernels; and in no circle."""
+"""Imports run one way: commands, nnunet, segmentation, models, layers, kernels; and in no circle."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -13,8 +13,19 @@ MODULES = {
     ".".join(("factorizer", *path.relative_to(ROOT).with_suffix("").parts)).removesuffix(".__init__"): path
     for path in ROOT.rglob("*.py")
 }
-FLOORS = ("layers", "models", "segmentation", "commands")
-SEG_ALONE = {"monai", "nibabel", "scipy", "matplotlib", "rich", "typer", "tensorboard"}
+FLOORS = ("layers", "models", "segmentation", "nnunet", "commands")
+SEG_ALONE = {
+    "monai",
+    "nibabel",
+    "scipy",
+    "matplotlib",
+    "rich",
+    "typer",
+    "tensorboard",
+    "pydicom",
+    "highdicom",
+    "SimpleITK",
+}
 
 
 def imports_of(module):
@@ -60,3 +71,18 @@ def test_nothing_imports_the_commands_but_the_entry_point():
 def test_imports_run_in_no_circle():
     graph = {m: {o for o in imports_of(m) if o in MODULES and o not in ("factorizer", m)} for m in MODULES}
     TopologicalSorter(graph).prepare()  # raises CycleError
+
+
+def test_no_module_needs_posix():
+    """What Windows does not have is imported where its absence does no harm, never atop a module."""
+    posix = {"resource", "fcntl", "pwd", "grp", "termios", "tty", "pty", "posix", "syslog", "readline"}
+    for module, path in MODULES.items():
+        tree = ast.parse(path.read_text())
+        for node in tree.body:
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) else []
+            assert not posix & set(names), module
+        calls = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+        assert not calls & {"os.fork", "os.getuid", "os.geteuid", "os.uname", "os.kill", "signal.SIGKILL"}, (
+            module
+        )

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from tests_support import away_from_dead_components, grads_of
 
 import factorizer_kernels as fk
+from factorizer_kernels.choice import choose
+from factorizer_kernels.ops.nmf.spec import MatrixSizes
 
 # (batch, M, N): odd, tiny, one row, one column, beyond one vector, beyond the cache (long tiles).
 SHAPES = [
@@ -180,6 +182,24 @@ def test_layouts(rank, backend, rel):
             (dx,) = torch.autograd.grad(y, leaf, same_dy)
             assert rel(y, expected.values[0]) < 1e-12, name
             assert rel(dx, expected.gradients[0]) < 1e-10, name
+
+
+@pytest.mark.parametrize(
+    ("solver", "rank", "num_iters", "requires_grad", "chosen"),
+    [
+        ("mu", 9, 1, False, "reference"), ("mu", 8, 1, False, "cpu"), ("hals", 9, 1, False, "cpu"),
+        ("mu", 96, 2, False, "cpu"), ("mu", 96, 2, True, "reference"), ("mu", 96, 3, True, "cpu"),
+    ],
+)  # fmt: skip
+def test_the_open_choice_leaves_few_iterations_to_plain_pytorch(
+    solver, rank, num_iters, requires_grad, chosen
+):
+    """It is faster there; who asks for the kernels by name gets them."""
+    x, sizes = torch.rand(8, 16, requires_grad=requires_grad), MatrixSizes(8, 16, rank, 1, num_iters, solver)
+    for operator in ("nmf", "nmf_factors"):
+        assert choose(operator, x, sizes) == chosen
+        with fk.use_backend("cpu"):
+            assert choose(operator, x, sizes) == "cpu"
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 1e-2), (torch.float16, 2e-3)])

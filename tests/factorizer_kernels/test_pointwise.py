@@ -646,3 +646,41 @@ def test_dtypes_of_the_weights(name, backend):
         assert y.dtype == torch.bfloat16
         y.float().sum().backward()
         assert all(leaf.grad.dtype == dtype for leaf in leaves)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["linear_norm_mlp", "join", "norm_linear_swin_nmf"])
+def test_a_result_may_lie_in_a_map_that_is_not_read_any_more(backend, name, dtype):
+    if (backend, name) == ("torch", "norm_linear_swin_nmf"):
+        pytest.skip("the backend torch has no swin_nmf")
+    torch.manual_seed(0)
+    y, x, coarse = (torch.randn(2, c, *s).to(dtype) for c, s in ((8, (6, 5, 8)),) * 2 + ((16, (3, 5, 4)),))
+    norm, square, wide = torch.rand(8), torch.randn(8, 8), torch.randn(12, 8)
+    factors = torch.rand(4, 1), torch.rand(8, 1)
+    windows = {"head_dim": 4, "patch_size": (2, 1, 4), "shifts": (None, (1, 0, 2))}
+
+    def call(y: Tensor, x: Tensor, memory: Tensor | None = None) -> Tensor:
+        if name == "linear_norm_mlp":
+            weights = square, None, norm, norm, wide, None, wide.mT, None
+            return fk.linear_norm_mlp(y, x, *weights, overwrite=memory)
+        if name == "join":
+            return fk.join(y, coarse, square, torch.ones(16, 8, 2, 1, 2), norm, overwrite=memory)
+        weights = norm, norm, square, None, *factors
+        return fk.norm_linear_swin_nmf(x, *weights, **windows, overwrite=memory)[0]
+
+    expected = call(y, x)
+    memory, other = y.clone(), x.clone()
+    result = call(memory, other, memory)
+    assert torch.equal(result, expected)
+    assert torch.equal(other, x)
+    if backend == "cpu":
+        assert result.data_ptr() == memory.data_ptr()
+        assert memory._version > 0  # a backward pass that needed the old values says so
+    # Not where something is differentiated, nor where the result does not fit.
+    memory, leaf = y.clone(), y.clone().requires_grad_()
+    assert call(leaf, leaf, memory).data_ptr() != memory.data_ptr()
+    assert torch.equal(memory, y)
+    for memory in (y[:, :4].clone(), y.movedim(2, 4).contiguous().movedim(4, 2), y.to(torch.complex64)):
+        kept = memory.clone()
+        assert torch.equal(call(y, x, memory), expected)
+        assert torch.equal(memory, kept)

@@ -87,6 +87,22 @@ FAULTS = (
         "sums.add(sections.count, row", "sums.add(sections.count > 1 ? sections.count - 1 : 1, row", PRODUCT,
     ),
     Fault(
+        "product: a packed column's last store reaches into the next panel", _PRODUCT,
+        "for (; k + 1 < depth; ++k) store", "for (; k < depth; ++k) store", PRODUCT,
+    ),
+    Fault(
+        "product: where a packed block of the depth begins", "csrc/cpu/product/product.cpp",
+        "first * p.depth + k * rows);", "first * p.depth + k * p.rows);", PRODUCT,
+    ),
+    Fault(
+        "product: every thread writes to the first rows", "csrc/cpu/product/product.cpp",
+        "const Columns y = rows_from<S>(p.y, first);", "const Columns y = rows_from<S>(p.y, 0);", PRODUCT,
+    ),
+    Fault(
+        "product: what lies past the columns is not zero", "csrc/cpu/product/product.cpp",
+        "clear_padding(rows, buffer, valid, length);", "", PRODUCT,
+    ),
+    Fault(
         "iterations: a section's second tile begins its sums anew", _NMF + "iterations.h",
         "return tile > tiles_.sections.begin(section);", "return tile > tiles_.sections.begin(section) + 1;",
     ),
@@ -102,6 +118,18 @@ FAULTS = (
     Fault(
         "iterations: the gradient of x lacks the last iterations' V", _NMF + "iterations.h",
         "multiply<T>(u, tile_row(tile, kept_ + 1), dx, length, {true});", "",
+    ),
+    Fault(
+        "iterations: all steps keep U's denominator in one place", _NMF + "iterations.h",
+        "{u_work_ + step(t) * rank_ * rows_, rows_}", "{u_work_, rows_}",
+    ),
+    Fault(
+        "iterations: all steps keep V's denominator in one place", _NMF + "iterations.h",
+        "2 * (kept_ + 1) + step(t))", "2 * (kept_ + 1))",
+    ),
+    Fault(
+        "iterations: the second step's old factors have no gradient", _NMF + "iterations.h",
+        "reaches_old = t > first_ + 1 ||", "reaches_old = t > first_ + 2 ||",
     ),
     Fault(
         "HALS in blocks: the components after the block", _NMF + "updates.h",
@@ -137,7 +165,7 @@ FAULTS = (
     ),
     Fault(
         "depthwise: where the ring of planes begins is forgotten", _DEPTHWISE + "depthwise.cpp",
-        "add((first + a) % k[0], 0, c)", "add(a, 0, c)", DEPTHWISE,
+        "add((first + a) % plan_.planes, 0, c)", "add(a, 0, c)", DEPTHWISE,
     ),
     Fault(
         "depthwise: another tile's voxels stay around this one", _DEPTHWISE + "depthwise.cpp",
@@ -155,6 +183,22 @@ FAULTS = (
         "depthwise: the last tile's share of the weights' gradients", _DEPTHWISE + "depthwise.cpp",
         "add_in_order(shares + channel * tiles * size, tiles,",
         "add_in_order(shares + channel * tiles * size, tiles > 1 ? tiles - 1 : 1,", DEPTHWISE,
+    ),
+    Fault(
+        "depthwise: planes before the map are those of its end", _DEPTHWISE + "depthwise.cpp",
+        "first = std::max<i64>(0, reach - z), last", "first = 0, last", DEPTHWISE,
+    ),
+    Fault(
+        "depthwise: the bias' gradient lacks a row's last columns", _DEPTHWISE + "maps.h",
+        "for (i64 n = whole; n < count; ++n) row[n - whole] += from[n];", "", DEPTHWISE,
+    ),
+    Fault(
+        "depthwise: the weights' gradients are those of the last plane", _DEPTHWISE + "filter.h",
+        "store(totals, load(totals) + sums[d][k])", "store(totals, sums[d][k])", DEPTHWISE,
+    ),
+    Fault(
+        "depthwise: a group of tiles lacks its last", _DEPTHWISE + "depthwise.cpp",
+        "std::min(tiles, (task + 1) * group)", "std::min(tiles, (task + 1) * group - (group > 1))", DEPTHWISE,
     ),
     # The binding.
     Fault(

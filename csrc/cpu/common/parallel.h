@@ -27,17 +27,23 @@ void parallel_for(i64 tasks, int threads, F&& body) {
 using TeamLauncher = void (*)(void (*region)(void*), void* data, unsigned threads, unsigned flags);
 void set_team_launcher(TeamLauncher launcher);
 
-// Cache-line aligned scratch memory, uninitialised. Throws std::bad_alloc.
+struct MemoryBlock {
+  void* data;
+  std::size_t bytes;
+};
+
+// Cache-line aligned scratch memory, uninitialised. Throws std::bad_alloc. Up to 16 MiB are kept for the
+// thread's next calls.
 class Scratch {
  public:
   explicit Scratch(std::size_t bytes);
   ~Scratch();
   Scratch(const Scratch&) = delete;
   Scratch& operator=(const Scratch&) = delete;
-  void* data() const { return data_; }
+  void* data() const { return block_.data; }
 
  private:
-  void* data_;
+  MemoryBlock block_;
 };
 
 // Tells the system that all of a large fresh output will be written: it may then back it by huge pages, which

@@ -29,13 +29,16 @@ class Iterations {
         gram_stride_(gram_stride<T>(o.rank)),
         rows_(row_stride<T>(tiles.rows)),
         stride_(row_stride<T>(tiles.max_length())),
-        tile_rows_((kept_ + 1) * rank_ + (backward ? (kept_ + 1) * rank_ : 0)),
+        keeps_work_(keeps_work(o)),
+        tile_rows_((kept_ + 1) * rank_ + (backward ? (kept_ + 1) * rank_ : 0) +
+                   (keeps_work_ ? kept_ * rank_ : 0)),
         u_parts_((tiles.rows + u_part - 1) / u_part),
         sums_(tiles.sections.count, (tiles.rows + rank_) * gram_stride_, arena),
         u_sums_(backward ? u_parts_ : 0, rank_ * gram_stride_, arena) {
     const i64 grams = kept_ > 1 ? kept_ : 1;
     u_ = arena.template take<T>((kept_ + 1) * rank_ * rows_);
     a_ = arena.template take<T>(grams * rank_ * rows_);
+    u_work_ = arena.template take<T>(keeps_work_ ? kept_ * rank_ * rows_ : 0);
     v_ = arena.template take<T>(tiles.count * tile_rows_ * stride_);
     b_ = arena.template take<T>(grams * rank_ * gram_stride_);
     d_ = arena.template take<T>(grams * rank_ * gram_stride_);
@@ -96,25 +99,28 @@ class Iterations {
     });
   }
 
-  // Leaves dX with the tiles, and dU0 and dV0 in du() and dv() where all the iterations are differentiated.
-  void backward() {
+  // Leaves dX with the tiles, and with reaches_factors dU0 and dV0 in du() and dv(): all the iterations must
+  // then be differentiated.
+  void backward(bool reaches_factors) {
     for (i64 t = o_.num_iters; t > first_; --t) {
+      const bool reaches_old = t > first_ + 1 || reaches_factors;
       const Weights<T> da = weights_of_a(t + 1);
-      tiles_.each(
-          [&](i64 tile, i64 section, int worker) { backward_pass_of_v(t, da, tile, section, worker); });
-      u_step_backward(t);
+      tiles_.each([&](i64 tile, i64 section, int worker) {
+        backward_pass_of_v(t, da, tile, section, worker, reaches_old);
+      });
+      u_step_backward(t, reaches_old);
     }
     // dX = sum_t dA_tᵀ V_{t-1} + U_tᵀ dC_t, in two products over all the iterations at once.
     const i64 depth = kept_ * rank_;
-    const bool reaches_v0 = first_ == 0 && kept_ > 0;
-    const Weights<T> da_first = weights_of_a(first_ + 1);
+    const bool reaches_v0 = reaches_factors && kept_ > 0;
+    const Weights<T> da_first = reaches_v0 ? weights_of_a(first_ + 1) : Weights<T>{};
     T* rest = packs() ? packed_ + rank_ * tiles_.rows : nullptr;
     const Weights<T> da = packed(Weights<T>::in_place(a_, tiles_.rows, depth, 1, rows_), rest);
     const Weights<T> u = packed(Weights<T>::in_place(u_ + rank_ * rows_, tiles_.rows, depth, 1, rows_),
                                 packs() ? rest + depth * tiles_.rows : nullptr);
     tiles_.each([&](i64 tile, i64, int worker) {
       const i64 length = tiles_.length(tile);
-      const Rows<const T> x = tiles_.x(tile, worker);
+      const Rows<const T> x = reaches_v0 || o_.relu ? tiles_.x(tile, worker) : Rows<const T>{};
       if (reaches_v0) add_gradient_through_a(0, da_first, tile, x);
       const Rows<T> dx = tiles_.dx(tile, worker);
       multiply<T>(da, tile_row(tile, 0), dx, length);
@@ -134,13 +140,21 @@ class Iterations {
   Rows<T> b_at(i64 t) const { return {b_ + step(t) * rank_ * gram_stride_, gram_stride_}; }
   Rows<T> d_at(i64 t) const { return {d_ + step(t) * rank_ * gram_stride_, gram_stride_}; }
   // What belongs to a tile, rank rows each: V of each slot, C of each step (in the backward its gradient),
-  // dV.
+  // dV, and what each step's update keeps.
   Rows<T> tile_row(i64 tile, i64 index) const {
     return {v_ + (tile * tile_rows_ + index * rank_) * stride_, stride_};
   }
   Rows<T> v_at(i64 t, i64 tile) const { return tile_row(tile, slot(t)); }
   Rows<T> c_at(i64 t, i64 tile, int worker) const {
     return t > first_ ? tile_row(tile, kept_ + 1 + step(t)) : scratch(worker, 0);
+  }
+  // The work rows of V's update in a tile, and of U's.
+  Rows<T> v_work(i64 t, i64 tile, int worker) const {
+    return keeps_work_ && t > first_ ? tile_row(tile, 2 * (kept_ + 1) + step(t)) : scratch(worker, 1);
+  }
+  Rows<T> u_work(i64 t, i64 part, int worker) const {
+    if (!keeps_work_ || t <= first_) return scratch(worker, 1);
+    return of_part({u_work_ + step(t) * rank_ * rows_, rows_}, part);
   }
   Rows<T> scratch(int worker, i64 index) const {
     const i64 stride = row_stride<T>(u_part) > stride_ ? row_stride<T>(u_part) : stride_;
@@ -177,7 +191,7 @@ class Iterations {
     if (t > 0) {
       const Rows<T> c = c_at(t, tile, worker);
       multiply<T>(u, x, c, length);
-      update<T>(o_, d_at(t), v_at(t - 1, tile), c, v, scratch(worker, 1), tiles_.valid(tile), length);
+      update<T>(o_, d_at(t), v_at(t - 1, tile), c, v, v_work(t, tile, worker), tiles_.valid(tile), length);
     }
     if (t == o_.num_iters) return;
     const bool continued = continues(tile, section);
@@ -192,7 +206,7 @@ class Iterations {
     tiles_.parallel(u_parts_, [&](i64 part, int worker) {
       add_shares(part, worker, a_at(t), false);
       update<T>(o_, b_at(t), of_part(u_at(t - 1), part), of_part(a_at(t), part), of_part(u_at(t), part),
-                scratch(worker, 1), part_valid(part), part_length(part));
+                u_work(t, part, worker), part_valid(part), part_length(part));
     });
     // By columns of D, each over all of U.
     constexpr i64 width = 2 * Simd<T>::width;
@@ -231,14 +245,15 @@ class Iterations {
 
   // --- Backward ---
 
-  void backward_pass_of_v(i64 t, const Weights<T>& da, i64 tile, i64 section, int worker) {
+  // reaches_old: whether the gradients of the factors before this step are wanted.
+  void backward_pass_of_v(i64 t, const Weights<T>& da, i64 tile, i64 section, int worker, bool reaches_old) {
     const i64 length = tiles_.length(tile);
     const Rows<const T> x = tiles_.x(tile, worker);
     if (t < o_.num_iters) add_gradient_through_a(t, da, tile, x);
     const Rows<T> dc = c_at(t, tile, worker);
     const bool continued = continues(tile, section);
-    update_backward<T>(o_, d_at(t), v_at(t - 1, tile), v_at(t, tile), dc, dv(tile), scratch(worker, 1),
-                       b_share(section), continued, length);
+    update_backward<T>(o_, d_at(t), v_at(t - 1, tile), v_at(t, tile), dc, dv(tile), v_work(t, tile, worker),
+                       b_share(section), continued, length, reaches_old);
     multiply_by_transpose<T>(tiles_.rows, x, rank_, dc, length, a_share(section), continued);
   }
 
@@ -249,7 +264,7 @@ class Iterations {
     add_gram_gradient({db_, gram_stride_}, v_at(t, tile), dv(tile), length);
   }
 
-  void u_step_backward(i64 t) {
+  void u_step_backward(i64 t, bool reaches_old) {
     const Rows<T> dd{dd_, gram_stride_}, db{db_, gram_stride_};
     add_gram_shares(dd);
     symmetric_gram_gradient<T>(o_, dd);
@@ -258,9 +273,11 @@ class Iterations {
       const Rows<T> u = of_part(u_at(t), part), du = of_part(this->du(), part);
       add_shares(part, worker, this->du(), true);
       add_gram_gradient(dd, u, du, length);
+      const Rows<T> db_share = reaches_old ? Rows<T>{u_sums_.share(part), gram_stride_} : Rows<T>{};
       update_backward<T>(o_, b_at(t), of_part(u_at(t - 1), part), u, of_part(a_at(t), part), du,
-                         scratch(worker, 1), {u_sums_.share(part), gram_stride_}, false, length);
+                         u_work(t, part, worker), db_share, false, length, reaches_old);
     });
+    if (!reaches_old) return;
     u_sums_.add(u_parts_, 0, rank_ * gram_stride_, db_);
     symmetric_gram_gradient<T>(o_, db);
   }
@@ -273,12 +290,13 @@ class Iterations {
   const NMFOptions o_;
   Tiles<T>& tiles_;
   const i64 rank_, kept_, first_;
-  const i64 gram_stride_, rows_, stride_,
-      tile_rows_;  // rows_, stride_: from one row of U, of a tile to the next
+  const i64 gram_stride_, rows_, stride_;  // rows_, stride_: from one row of U, of a tile to the next
+  const bool keeps_work_;
+  const i64 tile_rows_;
   const i64 u_parts_;
   const OrderedSums<T> sums_, u_sums_;
   i64 scratch_size_;
-  T *u_, *a_, *v_, *b_, *d_, *scratch_, *packed_;
+  T *u_, *a_, *u_work_, *v_, *b_, *d_, *scratch_, *packed_;
   T *du_ = nullptr, *dd_ = nullptr, *db_ = nullptr;  // gradients of the last U, of one D and one B
 };
 

@@ -112,7 +112,7 @@ void factorize_backward(const NMFOptions& o, Tiles<T>& tiles, bool rank_one, voi
   } else {
     solver.start_backward(du, dv);
   }
-  solver.backward();
+  solver.backward(du0 != nullptr && reaches_factors);
   write_factor_grads([&](i64 r) -> const T* { return solver.du()[r]; },
                      [&](i64 tile) { return solver.dv(tile); });
 }

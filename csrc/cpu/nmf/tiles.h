@@ -118,7 +118,7 @@ struct LongCut {
     }
     cut.tiles_per_line = (cut.line + cut.voxels - 1) / cut.voxels;
     cut.count = (cut.num_lines + cut.tile_lines - 1) / cut.tile_lines * cut.tiles_per_line;
-    const i64 tiles = section_columns(w.columns()) / (cut.tile_lines * cut.voxels);
+    const i64 tiles = section_columns(w.columns(), rank) / (cut.tile_lines * cut.voxels);
     cut.sections = Parts::of(cut.count, tiles > 1 ? tiles : 1);
     return cut;
   }
@@ -130,11 +130,12 @@ struct LongCut {
     return fit < least ? least : fit < most ? fit : most;
   }
 
-  // Sums over fewer would cost too much to add up, fewer sections would leave cores idle.
-  static i64 section_columns(i64 columns) {
+  // Sums over fewer would cost too much to add up (a share of them is a matrix of rank columns), fewer
+  // sections would leave cores idle.
+  static i64 section_columns(i64 columns, i64 rank) {
     constexpr i64 least = 64, most_sections = 64;
     i64 section = least;
-    while (section * section < 16 * columns) section *= 2;
+    while (section * section < 16 * columns || section < rank) section *= 2;
     const i64 needed = (columns + most_sections - 1) / most_sections;
     return section < needed ? needed : section;
   }

@@ -131,10 +131,11 @@ void hals_blocks(i64 rank, T eps, Rows<const T> gram, Rows<const T> c, Rows<T> f
   });
 }
 
-// df -= what `count` components have taken from the others' gradient is done where these are in turn.
+// df -= what `count` components have taken from the others' gradient is done where these are in turn. Only
+// with reaches_f is df in the end the gradient of f.
 template <class T>
 void hals_blocks_backward(i64 rank, T eps, Rows<const T> gram, Rows<const T> f_new, Rows<T> df, Rows<T> dc,
-                          Rows<T> work, i64 length) {
+                          Rows<T> work, i64 length, bool reaches_f) {
   each_component_block(rank, true, [&](i64 first, i64 count) {
     multiply_components<T>(gram, first, count, first + count, rank, dc, work, length, false);
     const GramBlock<T> block(gram, first, count);
@@ -149,6 +150,7 @@ void hals_blocks_backward(i64 rank, T eps, Rows<const T> gram, Rows<const T> f_n
       });
     });
   });
+  if (!reaches_f) return;
   // The components before have a part in the old ones' gradient only.
   each_component_block(rank, false, [&](i64 first, i64 count) {
     if (first == 0) return;
@@ -162,7 +164,11 @@ void hals_blocks_backward(i64 rank, T eps, Rows<const T> gram, Rows<const T> f_n
 
 // --- An update -------------------------------------------------------------------------------
 
-// out = the updated factor; it may be f itself. work: rank rows of scratch.
+// Whether update() leaves in `work` what update_backward() wants there.
+inline bool keeps_work(const NMFOptions& o) { return !o.hals && o.rank > lane_rank; }
+
+// out = the updated factor; it may be f itself. work: rank rows of scratch; with keeps_work() MU's
+// denominator without its eps is left there.
 template <class T>
 void update(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, Rows<const T> c, Rows<T> out,
             Rows<T> work, i64 valid, i64 length) {
@@ -198,11 +204,13 @@ void update(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, Rows<const
   clear_padding(o.rank, out, valid, length);
 }
 
-// The adjoint. In: df = the gradient of f_new; dc = c (HALS does not look at it). Out: df = the gradient of
-// f, dc = that of c, and dgram (+)= what symmetric_gram_gradient() wants. work: rank rows of scratch.
+// The adjoint. In: df = the gradient of f_new; dc = c (HALS does not look at it); work, rank rows: scratch,
+// or with keeps_work() what update() left there. Out: dc = the gradient of c; with reaches_f df = that of f;
+// dgram, where it is not null, (+)= what symmetric_gram_gradient() wants.
 template <class T>
 void update_backward(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, Rows<const T> f_new,
-                     Rows<T> dc, Rows<T> df, Rows<T> work, Rows<T> dgram, bool accumulate, i64 length) {
+                     Rows<T> dc, Rows<T> df, Rows<T> work, Rows<T> dgram, bool accumulate, i64 length,
+                     bool reaches_f) {
   const T eps = T(o.eps);
   const i64 rank = o.rank;
   if (o.hals) {
@@ -217,8 +225,9 @@ void update_backward(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, R
         });
       });
     } else {
-      hals_blocks_backward<T>(rank, eps, gram, f_new, df, dc, work, length);
+      hals_blocks_backward<T>(rank, eps, gram, f_new, df, dc, work, length, reaches_f);
     }
+    if (dgram.data == nullptr) return;
     // dD_jr = - sum (j <= r ? F+_j : F_j) dC_r. Of dD + dDᵀ the lower triangle, negative, the diagonal once
     // more: there F+ stands for F.
     multiply_by_transpose<T>(rank, f, rank, dc, length, dgram, accumulate, Wanted::lower);
@@ -230,7 +239,6 @@ void update_backward(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, R
     }
     return;
   }
-  const Weights<T> weights = Weights<T>::in_place(gram.data, rank, rank, gram.stride, 1);
   if (rank <= lane_rank) {
     const GramBlock<T> block(gram, 0, rank);
     with_lane_rank(rank, [&](auto constant) {
@@ -241,7 +249,6 @@ void update_backward(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, R
       });
     });
   } else {
-    multiply<T>(weights, f, work, length);
     for (i64 r = 0; r < rank; ++r) {
       each_lane<T>(length, [&](i64 n) {
         const Vec<T> dp = load(df[r] + n) / (load(work[r] + n) + eps);
@@ -250,10 +257,11 @@ void update_backward(const NMFOptions& o, Rows<const T> gram, Rows<const T> f, R
         store(dc[r] + n, dp * load(f[r] + n));
       });
     }
-    multiply<T>(weights, work, df, length, {true});
+    if (reaches_f)
+      multiply<T>(Weights<T>::in_place(gram.data, rank, rank, gram.stride, 1), work, df, length, {true});
   }
   // dD_jr = sum F_j dQ_r
-  multiply_by_transpose<T>(rank, f, rank, work, length, dgram, accumulate);
+  if (dgram.data != nullptr) multiply_by_transpose<T>(rank, f, rank, work, length, dgram, accumulate);
 }
 
 // dD + dDᵀ of update_backward's dgram, in place: what D's gradient is multiplied with is symmetric.

@@ -42,7 +42,7 @@ from factorizer.segmentation.screen import progress
 from factorizer.segmentation.trained import SHIPPED
 from factorizer.segmentation.training import Trainer, fit, within_budget
 from factorizer.segmentation.transforms import CropBatches, PreparedCase, training_volumes
-from factorizer.segmentation.volumes import Geometry, check_cases, check_label, read_nifti, write_nifti
+from factorizer.segmentation.volumes import Geometry, check_cases, check_label, read_volume, write_volume
 
 SEED = 0
 EXPLAINED = 4  # cases of each part, at most, that components are compared with the truth on
@@ -202,7 +202,7 @@ def _segment(
     with progress(console) as bar:
         for case in bar.track(cases, description="Segmenting"):
             path = folder / f"{case.name}.nii.gz"
-            write_nifti(predictor.segment(case), case.image, path)
+            write_volume(predictor.segment(case), case.image, path)
             scores[case.name] = evaluate_case(path, case, list(plan.labels), plan.targets)
     return scores
 
@@ -238,7 +238,7 @@ def _draw(
     for case in dict.fromkeys((by_dice[0], middle, by_dice[-1])):
         values = [f"{score.target} {score.dice:.2f}" for score in scores[case.name]]
         caption = textwrap.fill("Dice " + ", ".join(values), 40)
-        _, prediction = read_nifti(out / "predictions" / f"{case.name}.nii.gz")
+        _, prediction = read_volume(out / "predictions" / f"{case.name}.nii.gz")
         truth = check_label(case, list(plan.labels))
         pictures[case] = picture(PreparedCase(plan, case), prediction, truth, caption)
     draw_segmentations(

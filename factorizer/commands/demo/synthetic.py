@@ -17,6 +17,7 @@ from monai.networks.layers import GaussianFilter
 from torch.nn.functional import interpolate
 
 from factorizer.segmentation.files import atomic
+from factorizer.segmentation.formats import save
 
 CASES = 30
 SHAPE = (40, 48, 40)  # voxels, about
@@ -42,7 +43,7 @@ def write_synthetic(
         name = f"synthetic_{index + 1:03d}.nii.gz"
         for folder, volume in (("imagesTr", image), ("labelsTr", label)):
             with atomic(root / folder / name) as temporary:
-                nib.save(nib.Nifti1Image(volume, np.eye(4)), temporary)
+                save(nib.Nifti1Image(volume, np.eye(4)), temporary)
         training.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
     content = {
         "name": "Synthetic lesions",

@@ -6,6 +6,7 @@ from functools import partial
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.native import Problem, register
+from factorizer_kernels.ops.nmf.spec import MatrixSizes
 from factorizer_kernels.shared.native import memory, native, threads
 
 
@@ -26,4 +27,20 @@ class CpuProblem(Problem):
         return dx, *self.factor_grads(du0, dv0)
 
 
-register("cpu", CpuProblem)
+def yields(x: Tensor, sizes: MatrixSizes) -> str | None:
+    """Why plain PyTorch should factorise x, which it does faster, or None.
+
+    It keeps the iterations for the backward, which the kernels compute again: with few of them, each of large
+    products, nothing makes up for that (measured: docs/performance.md). Up to rank 8 the kernels update
+    factors in registers, and HALS goes through the reference column by column.
+    """
+    if sizes.solver != "mu":
+        return None
+    if sizes.num_iters == 1:
+        faster = sizes.rank > 8
+    else:
+        faster = sizes.num_iters == 2 and x.requires_grad and sizes.rank >= 96
+    return "plain PyTorch is faster at so few iterations of MU at such a rank" if faster else None
+
+
+register("cpu", CpuProblem, yields=yields)

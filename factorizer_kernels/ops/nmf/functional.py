@@ -46,7 +46,8 @@ def nmf(
     """
     x = tensor("x", x, "(..., M, N)", 2)
     u0, v0, options = check_factorisation(x, u0, v0, x.shape, num_iters, solver, num_grad_steps, eps)
-    backend = choose("nmf", x, MatrixSizes(x.shape[-2], x.shape[-1], u0.shape[-1], 1))
+    sizes = MatrixSizes(x.shape[-2], x.shape[-1], u0.shape[-1], 1, options.num_iters, options.solver)
+    backend = choose("nmf", x, sizes)
     if backend == "reference":
         return reference.nmf(x, u0, v0, options)
     return call_function("nmf", NMF, x, u0, v0, options, backend)
@@ -65,7 +66,8 @@ def nmf_factors(
     """The factors themselves: U (..., M, R) and V (..., N, R), in x's dtype. The arguments of :func:`nmf`."""
     x = tensor("x", x, "(..., M, N)", 2)
     u0, v0, options = check_factorisation(x, u0, v0, x.shape, num_iters, solver, num_grad_steps, eps)
-    backend = choose("nmf_factors", x, MatrixSizes(x.shape[-2], x.shape[-1], u0.shape[-1], 1))
+    sizes = MatrixSizes(x.shape[-2], x.shape[-1], u0.shape[-1], 1, options.num_iters, options.solver)
+    backend = choose("nmf_factors", x, sizes)
     if backend == "reference":
         return reference.nmf_factors(x, u0, v0, options)
     return call_function("nmf_factors", NMFFactors, x, u0, v0, options, backend)

@@ -15,7 +15,7 @@ from factorizer_kernels.ops.nmf.arguments import Options
 from factorizer_kernels.ops.windows.geometry import Windows, whole_matrices
 from factorizer_kernels.ops.windows.native import native_windows
 from factorizer_kernels.shared.native import DTYPE_CODES, memory, native, volume
-from factorizer_kernels.shared.registry import Limit, kernel, no_limit
+from factorizer_kernels.shared.registry import Reason, kernel, never
 
 
 @lru_cache(maxsize=256)  # a network asks for the same few again and again
@@ -94,10 +94,10 @@ class Problem(ABC):
         return self.u0.new_empty((0,)), self.v0.new_empty((0,))
 
 
-def register(backend: str, problem: type[Problem], limit: Limit = no_limit) -> None:
+def register(backend: str, problem: type[Problem], limit: Reason = never, yields: Reason = never) -> None:
     """Register the operators of this family for a backend, on its kind of problem."""
 
-    @kernel("nmf", backend, limit)
+    @kernel("nmf", backend, limit, yields)
     def nmf(x: Tensor, u0: Tensor, v0: Tensor, *options) -> Tensor:
         y = x.new_empty(x.shape)
         made = problem.of_matrices(x, u0, v0, options)  # a name, since it owns what the call reads
@@ -111,7 +111,7 @@ def register(backend: str, problem: type[Problem], limit: Limit = no_limit) -> N
         dx, du0, dv0 = made.backward(factor_grads, dy=volume(dy))
         return dx.view(x.shape), du0, dv0
 
-    @kernel("nmf_factors", backend, limit)
+    @kernel("nmf_factors", backend, limit, yields)
     def nmf_factors(x: Tensor, u0: Tensor, v0: Tensor, *options) -> tuple[Tensor, Tensor]:
         made = problem.of_matrices(x, u0, v0, options)
         u, v = made.new_factors()

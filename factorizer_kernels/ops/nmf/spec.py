@@ -17,12 +17,14 @@ GRADIENTS = "(Tensor dx, Tensor du0, Tensor dv0)"
 
 
 class MatrixSizes(NamedTuple):
-    """What the limits of kernels that factorise are asked about, beside x."""
+    """What kernels that factorise are asked about, beside x: see ``registry.kernel``."""
 
     rows: int
     columns: int
     rank: int
     num_shifts: int
+    num_iters: int
+    solver: str
 
 
 def _nmf_fake(x, *others):

@@ -11,6 +11,14 @@ from factorizer_kernels.shared import native as cpu
 from factorizer_kernels.shared.maps import three_axes
 from factorizer_kernels.shared.registry import kernel
 
+
+def _result(out: Tensor | None, x: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+    """out, where a result of this shape and dtype fits there, else new memory."""
+    if out is not None and out.shape == torch.Size(shape) and out.dtype == dtype:
+        return out
+    return x.new_empty(shape, dtype=dtype)
+
+
 _Map = tuple[int, int, int, int, int]
 
 
@@ -58,7 +66,7 @@ def _norm_linear_sizes(x: Tensor, weights: list[Tensor | None], eps: float) -> d
     }
 
 
-@kernel("norm_linear", "cpu")
+@kernel("norm_linear", "cpu", takes_out=True)
 def norm_linear(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -67,10 +75,11 @@ def norm_linear(
     bias: Tensor | None,
     eps: float,
     dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     weights = _contiguous(norm_weight, norm_bias, weight, bias)
     channels = x.shape[1] if weight is None else weight.shape[0]
-    y = x.new_empty((x.shape[0], channels, *x.shape[2:]), dtype=dtype)
+    y = _result(out, x, (x.shape[0], channels, *x.shape[2:]), dtype)
     x = _columns(x)
     sizes = _norm_linear_sizes(x, weights, eps)
     cpu.native.norm_linear_forward(x=_read(x), y=_written(y), **sizes)
@@ -117,11 +126,11 @@ def _linear_norm_mlp_sizes(y: Tensor, x: Tensor, weights: list[Tensor], eps: flo
     }
 
 
-@kernel("linear_norm_mlp", "cpu")
-def linear_norm_mlp(y: Tensor, x: Tensor, *others) -> Tensor:
+@kernel("linear_norm_mlp", "cpu", takes_out=True)
+def linear_norm_mlp(y: Tensor, x: Tensor, *others, out: Tensor | None = None) -> Tensor:
     *weights, eps, _ = others
     weights = _contiguous(*weights)
-    out = x.new_empty(x.shape)
+    out = _result(out, x, x.shape, x.dtype)
     y, x = _columns(y), _columns(x)
     cpu.native.linear_norm_mlp_forward(
         y=_read(y), x=_read(x), out=_written(out), **_linear_norm_mlp_sizes(y, x, weights, eps)
@@ -165,12 +174,18 @@ def _join_sizes(skip: Tensor, x: Tensor, weights: list[Tensor]) -> dict:
     }
 
 
-@kernel("join", "cpu")
+@kernel("join", "cpu", takes_out=True)
 def join(
-    skip: Tensor, x: Tensor, weight_skip: Tensor, weight_x: Tensor, bias: Tensor, dtype: torch.dtype
+    skip: Tensor,
+    x: Tensor,
+    weight_skip: Tensor,
+    weight_x: Tensor,
+    bias: Tensor,
+    dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> Tensor:
     weights = _contiguous(weight_skip, weight_x, bias)
-    y = x.new_empty((x.shape[0], weight_skip.shape[0], *fine_size(x, weight_x)), dtype=dtype)
+    y = _result(out, x, (x.shape[0], weight_skip.shape[0], *fine_size(x, weight_x)), dtype)
     sizes = _join_sizes(skip, x, weights)
     skip, x = _columns(skip), _columns(x)
     cpu.native.join_forward(skip=_read(skip), x=_read(x), y=_written(y), **sizes)

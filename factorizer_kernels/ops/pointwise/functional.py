@@ -139,6 +139,7 @@ def linear_norm_mlp(
     bias2: Tensor | None,
     *,
     eps: float = 1e-5,
+    overwrite: Tensor | None = None,
 ) -> Tensor:
     """A residual linear map and a residual MLP: z + W2 gelu(W1 n(z) + b1) + b2, where z = x + W y + b.
 
@@ -153,6 +154,8 @@ def linear_norm_mlp(
         weight1, bias1: W1 (H, C) and b1 (H).
         weight2, bias2: W2 (C, H) and b2 (C). Any of the three biases may be None.
         eps: added to the variance.
+        overwrite: a map that is not read afterwards, such as y or x: its memory may be used for the result.
+            It is where it fits and nothing is differentiated, compiled or recorded.
 
     Returns:
         x's shape, in x's dtype. Under autocast the products may be computed in its dtype; the norm, the sums
@@ -178,12 +181,18 @@ def linear_norm_mlp(
     )  # fmt: skip
     return _call(
         "linear_norm_mlp", reference.linear_norm_mlp, LinearNormMLP, x, arguments, _eps(eps),
-        widest=max(channels, y.shape[1]),
+        widest=max(channels, y.shape[1]), overwrite=overwrite,
     )  # fmt: skip
 
 
 def join(
-    skip: Tensor, x: Tensor, weight_skip: Tensor, weight_x: Tensor, bias: Tensor | None = None
+    skip: Tensor,
+    x: Tensor,
+    weight_skip: Tensor,
+    weight_x: Tensor,
+    bias: Tensor | None = None,
+    *,
+    overwrite: Tensor | None = None,
 ) -> Tensor:
     """A fine map and a coarse one, joined: W_s skip + (transposed convolution of x by weight_x) + b.
 
@@ -198,6 +207,8 @@ def join(
         weight_skip: W_s (D, C).
         weight_x: (E, D, k1..kp), as ``torch.nn.ConvTranspose3d`` has it; k is the scale along each axis.
         bias: b (D), or None for none.
+        overwrite: a map that is not read afterwards, such as skip: its memory may be used for the result. It
+            is where it fits and nothing is differentiated, compiled or recorded.
 
     Returns:
         (B, D, k1 S1..kp Sp) in x's dtype, or under autocast in autocast's.
@@ -222,7 +233,8 @@ def join(
     shape = (weight_x.shape[1], skip.shape[1])
     weight_skip, bias = _linear_weights("weight_skip", weight_skip, "bias", bias, x, shape)
     widest = max(x.shape[1], *shape)
-    return _call("join", reference.join, Join, x, (skip, x, weight_skip, weight_x, bias), widest=widest)
+    arguments = (skip, x, weight_skip, weight_x, bias)
+    return _call("join", reference.join, Join, x, arguments, widest=widest, overwrite=overwrite)
 
 
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -270,13 +282,14 @@ def _call(
     *options: float,
     widest: int,
     dtype: torch.dtype | None = None,
+    overwrite: Tensor | None = None,
 ) -> Tensor:
     """``widest``: see ``spec``."""
     dtype = autocast_dtype(x) if dtype is None else dtype
     backend = choose(name, x, widest)
     if backend == "reference":
         return definition(*tensors, *options, dtype)
-    return call_function(name, function, *tensors, *options, dtype, backend)
+    return call_function(name, function, *tensors, *options, dtype, backend, overwrite=overwrite)
 
 
 def _eps(eps: float) -> float:

@@ -8,7 +8,7 @@ from factorizer_kernels.ops.pointwise import reference as pointwise_reference
 from factorizer_kernels.ops.pointwise import spec as pointwise_spec
 from factorizer_kernels.ops.swin_nmf import reference, spec
 from factorizer_kernels.ops.windows.geometry import Windows
-from factorizer_kernels.shared.autograd import once
+from factorizer_kernels.shared.autograd import once, over
 
 
 class SwinNMF(torch.autograd.Function):
@@ -37,6 +37,22 @@ class SwinNMF(torch.autograd.Function):
         return dx, du0, dv0, None, None, None, None
 
 
+def norm_linear_swin_nmf(
+    x, norm_weight, norm_bias, weight, bias, eps: float, dtype: torch.dtype, chain_backend: str,
+    u0, v0, windows: Windows, relu: bool, options: Options, backend: str, *,
+    overwrite: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The two operators in turn; the second writes over the result of the first, where it can."""
+    between = over(
+        overwrite, "norm_linear", pointwise_spec.norm_linear,
+        x, norm_weight, norm_bias, weight, bias, eps, dtype, chain_backend,
+    )  # fmt: skip
+    return over(
+        between, "swin_nmf", spec.swin_nmf,
+        between, u0, v0, *windows.options, relu, *options, backend,
+    )  # fmt: skip
+
+
 class NormLinearSwinNMF(torch.autograd.Function):
     """(x, the weights of norm_linear, its options and backend, then as above) -> (y, x).
 
@@ -51,15 +67,8 @@ class NormLinearSwinNMF(torch.autograd.Function):
         return reference.swin_nmf(between, *factorisation), x.view_as(x)
 
     @staticmethod
-    def forward(
-        x, norm_weight, norm_bias, weight, bias, eps: float, dtype: torch.dtype, chain_backend: str,
-        u0, v0, windows: Windows, relu: bool, options: Options, backend: str,
-    ):  # fmt: skip
-        between = pointwise_spec.norm_linear(
-            x, norm_weight, norm_bias, weight, bias, eps, dtype, chain_backend
-        )
-        y = spec.swin_nmf(between, u0, v0, *windows.options, relu, *options, backend)
-        return y, x.view_as(x)
+    def forward(x, *arguments):
+        return norm_linear_swin_nmf(x, *arguments), x.view_as(x)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

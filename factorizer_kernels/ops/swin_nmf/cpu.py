@@ -3,4 +3,4 @@
 from factorizer_kernels.ops.nmf.cpu import CpuProblem
 from factorizer_kernels.ops.swin_nmf.native import register
 
-register("cpu", CpuProblem)
+register("cpu", CpuProblem, takes_out=True)

@@ -11,8 +11,9 @@ from factorizer_kernels.ops.nmf.spec import MatrixSizes
 from factorizer_kernels.ops.pointwise.functional import norm_linear, norm_linear_arguments
 from factorizer_kernels.ops.swin_nmf import reference
 from factorizer_kernels.ops.swin_nmf.autograd import NormLinearSwinNMF, SwinNMF
+from factorizer_kernels.ops.swin_nmf.autograd import norm_linear_swin_nmf as run_both
 from factorizer_kernels.ops.windows.geometry import Shift, Windows, resolve
-from factorizer_kernels.shared.autograd import call_function
+from factorizer_kernels.shared.autograd import call_function, differentiated
 from factorizer_kernels.shared.checks import feature_map, one_of
 
 load_kernels(__package__)
@@ -75,6 +76,7 @@ def norm_linear_swin_nmf(
     v0: Tensor,
     *,
     norm_eps: float = 1e-5,
+    overwrite: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
     """:func:`norm_linear`, then :func:`swin_nmf`, where autograd does not keep the map between the two.
@@ -87,6 +89,8 @@ def norm_linear_swin_nmf(
         norm_weight, norm_bias, weight, bias: of :func:`norm_linear`; W (D, C).
         u0, v0: of :func:`swin_nmf`, on a map of D channels.
         norm_eps: added to the variance.
+        overwrite: a map that is not read afterwards, and is not x: its memory may be used for the result. It
+            is where it fits and nothing is differentiated, compiled or recorded.
         options: the others of :func:`swin_nmf`.
 
     Returns:
@@ -103,6 +107,8 @@ def norm_linear_swin_nmf(
     if "reference" in (chain.backend, arguments.backend) or arguments.options.constant:
         y, x = norm_linear(x, norm_weight, norm_bias, weight, bias, eps=norm_eps, residual=True)
         return swin_nmf(y, u0, v0, **options), x
+    if overwrite is not None and not differentiated((x, *chain, *arguments)):
+        return run_both(x, *chain, *arguments, overwrite=overwrite), x
     return call_function("norm_linear_swin_nmf", NormLinearSwinNMF, x, *chain, *arguments)
 
 
@@ -144,5 +150,7 @@ def _resolved(
     u0, v0, options = check_factorisation(
         x, u0, v0, windows.matrices_shape, num_iters, solver, num_grad_steps, eps
     )
-    sizes = MatrixSizes(windows.rows, windows.columns, u0.shape[-1], windows.num_shifts)
+    sizes = MatrixSizes(
+        windows.rows, windows.columns, u0.shape[-1], windows.num_shifts, options.num_iters, options.solver
+    )
     return _Arguments(u0, v0, windows, relu, options, choose("swin_nmf", x, sizes))

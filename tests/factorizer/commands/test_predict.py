@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+import sys
 
 import nibabel as nib
 import numpy as np
@@ -258,3 +259,31 @@ def test_predict_writes_probabilities(tumour, tmp_path):
     assert "1 were there" in run_command(*options, "--probabilities")
     run_command(*options, "--overwrite", "--no-mirror")
     assert not file.exists()
+
+
+def test_parts_of_a_job_array_share_the_cases(tumour, tmp_path, monkeypatch):
+    names = ["a", "b", "c", "d"]
+    for name in names:
+        four_modalities(tmp_path / "in", name, shape=(8, 8, 8))
+    out = tmp_path / "out"
+    options = ["predict", "--checkpoint", tumour, "--input", tmp_path / "in", "--output", out, "--statistics"]
+    monkeypatch.setitem(sys.modules, "resource", None)  # as on Windows
+    made = []
+    for part, expected in ((3, 1), (1, 2), (2, 1)):
+        printed = run_command(*options, "--part", f"{part}/3")
+        assert f"{expected} segmented" in printed
+        assert "memory" not in printed
+        report = json.loads((out / f"report-{part}-of-3.json").read_text())
+        assert report["peak_gib"] is None
+        made += [case["name"] for case in report["cases"]]
+        with (out / f"statistics-{part}-of-3.csv").open() as file:
+            assert {row["case"] for row in csv.DictReader(file)} == set(made[-expected:])
+    assert sorted(made) == names
+    assert "0 segmented, 1 were there" in run_command(*options, "--part", "2/3")
+    assert not (out / "statistics.csv").exists()
+    assert "0 segmented, 4 were there" in run_command(*options)
+    with (out / "statistics.csv").open() as file:
+        assert [row["case"] for row in csv.DictReader(file)][:: len(REGIONS)] == names
+    assert "0 segmented, 0 were there" in run_command(*options, "--part", "7/9")
+    for part in ("0/3", "4/3", "3", "a/3", "1/"):
+        assert f"part: got '{part}'; it must be such as 3/16" in run_command(*options, "--part", part, code=2)

@@ -30,6 +30,18 @@ def test_is_torchs(axes, kernel_size, bias, rel):
         assert rel(ours, expected) < 1e-14
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_residual_is_one_filter(dtype, rel):
+    torch.manual_seed(0)
+    layer, x = DepthwiseConv(4, (3, 1, 5)).to(dtype), torch.randn(2, 4, 6, 5, 7, dtype=dtype)
+    both = [layer.residual(x), x + layer(x)]
+    assert rel(*both) < 4 * torch.finfo(dtype).eps
+    with torch.autocast("cpu", torch.bfloat16):  # which would round x
+        assert layer.residual(x).dtype == (x + layer(x)).dtype
+    layer.register_forward_hook(lambda *_: torch.zeros_like(x))
+    assert torch.equal(layer.residual(x), x)
+
+
 @pytest.mark.parametrize(
     ("build", "error", "message"),
     [

@@ -75,3 +75,25 @@ def test_one_level():
     network = Factorizer(2, 3, (8, 8), (1,), (8,), strides=(1,), decoder_depth=(), reshape=SWIN)
     assert network(torch.randn(1, 2, 8, 8)).shape == (1, 3, 8, 8)
     assert "encoder.blocks.0.block.pos_embed.pos" in network.state_dict()
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"local": 3}, {"strides": (1, 1, 2)}, {"stem": nn.Identity}], ids=str
+)
+def test_inference_writes_over_maps_of_its_own_alone(options):
+    """The results are those of a pass that keeps all; the input and what a hook has seen stay as they are."""
+    network = small((8, 12), num_deep_supr=2, **options, **({"in_channels": 8} if "stem" in options else {}))
+    for parameter in network.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    x = torch.randn(2, network.in_channels, 9, 12)
+    before, seen = x.clone(), []
+    with network.encoder.blocks[0].register_forward_hook(lambda *args: seen.append(args[2])):
+        expected = network(x)
+        with torch.no_grad():
+            results = [network(x)]
+    with torch.no_grad():
+        results.append(network(x))
+    assert torch.equal(x, before)
+    assert torch.equal(*seen)
+    for result in results:
+        assert all(map(torch.equal, result, expected))

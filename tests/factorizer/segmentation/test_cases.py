@@ -200,7 +200,7 @@ def test_names_of_cases(tmp_path):
         save_volume(tmp_path / f"p{k}/scan.nii.gz")
     assert [case.name for case in find_cases([tmp_path / "p1", tmp_path / "p2"])] == ["p1", "p2"]
     assert [case.name for case in find_cases([tmp_path / "p1"])] == ["scan"]
-    with pytest.raises(DataError, match=r"holds no NIfTI file, but folders; name the cases in a data list"):
+    with pytest.raises(DataError, match=r"holds no volume, but folders; name the cases in a data list"):
         find_cases([tmp_path])
 
 
@@ -387,3 +387,15 @@ def test_brain_tumours_in_every_numbering():
     assert classes({0: "background", 1: "x", 2: "y"}, given)[1] == given
     with pytest.raises(DataError, match="their names must say which value is edema"):
         classes({0: "background", 1: "a", 2: "b", 3: "c"})
+
+
+def test_names_that_windows_does_not_take(tmp_path, monkeypatch):
+    names = ["a:b", "con", "Lpt1.x", "trailing.", "what?"]
+    for name in [*names, "console", "com"]:
+        save_volume(tmp_path / f"{name}.nii")
+    assert len(find_cases([tmp_path])) == 7
+    monkeypatch.setattr("factorizer.segmentation.names.WINDOWS", True)
+    for name in names:
+        with pytest.raises(DataError, match="as no file on Windows can be"):
+            find_cases([tmp_path / f"{name}.nii"])
+    assert find_cases([tmp_path / "console.nii", tmp_path / "com.nii"])

@@ -6,17 +6,23 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from factorizer_support import plan_for
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from factorizer.models.build import build_network
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.checkpoint import load_network
+from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import load_tensors
 from factorizer.segmentation.inference import Predictor, keep_largest
 from factorizer.segmentation.plan import Wishes, plan_run
+from factorizer.segmentation.processes import pick_device
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import PreparedCase
-from factorizer.segmentation.volumes import Geometry, write_nifti
+from factorizer.segmentation.volumes import Geometry, write_volume
+from factorizer_kernels import use_backend
 
 AFFINES = {
     "as the network sees it": np.diag([1.0, 1, 1, 1]),
@@ -33,11 +39,37 @@ def plan():
     return plan_run(task, geometries, members[:2], members[2:], Wishes(steps=1))
 
 
+class OnSmallGPU(Predictor):
+    """A predictor on a GPU, played by the CPU, that has room for so many windows at a time."""
+
+    def __init__(self, models, room, **options):
+        super().__init__(models, **options)
+        self.device, self.windows, self.room, self.told = torch.device("cuda"), 2, room, []
+        self.tell = self.told.append
+
+    def _forward(self, network, x, device):
+        if device.type == "cuda" and len(x) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super()._forward(network, x, torch.device("cpu"))
+
+
 class Thresholds(nn.Module):
     """Class 1 where the z-score is above 0, class 2 where it is above 1."""
 
     def forward(self, x):
         return torch.cat([-x, x * 0 + x.clamp(max=1), 2 * x - 1], dim=1)
+
+
+class Traveller(Thresholds):
+    """Remembers where it was sent."""
+
+    def __init__(self):
+        super().__init__()
+        self.journey = []
+
+    def to(self, device):
+        self.journey.append(str(device))
+        return self
 
 
 def thresholds(image):
@@ -78,7 +110,7 @@ def test_written_segmentation_has_the_images_header(tmp_path):
     image.header.set_xyzt_units("mm", "sec")
     nib.save(image, tmp_path / "image.nii.gz")
     labels = np.random.default_rng(0).integers(0, 3, (5, 6, 7), dtype=np.uint8)
-    write_nifti(labels, tmp_path / "image.nii.gz", tmp_path / "labels.nii.gz")
+    write_volume(labels, tmp_path / "image.nii.gz", tmp_path / "labels.nii.gz")
     image, written = nib.load(tmp_path / "image.nii.gz"), nib.load(tmp_path / "labels.nii.gz")
     np.testing.assert_array_equal(written.affine, image.affine)
     np.testing.assert_array_equal(np.asarray(written.dataobj), labels)
@@ -156,3 +188,69 @@ def test_keep_largest():
     assert (keep_largest(labels, [(1, 2)]) == 2).sum() == 0  # a region's parts are kept together or not
     assert labels[4, 4, 3] == 1  # what was given is left alone
     np.testing.assert_array_equal(keep_largest(np.zeros_like(labels), [(1,)]), 0 * labels)
+
+
+@pytest.mark.parametrize(
+    ("room", "whole", "journey", "words"),
+    [
+        (2, False, [], []),
+        (1, False, [], ["two windows at a time: one by one from here on"]),
+        (
+            0,
+            False,
+            ["cpu", "cuda"] * 2,
+            [
+                "two windows at a time",
+                "a volume: it goes through the CPU",
+                "a volume: it goes through the CPU",
+            ],
+        ),
+        (0, True, ["cpu", "cuda"] * 2, ["a volume: it goes through the CPU"] * 2),
+    ],
+)
+def test_a_gpu_that_is_too_small(plan, tmp_path, room, whole, journey, words):
+    image = np.random.default_rng(0).gamma(2, 100, (20, 12, 21)).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "image.nii.gz")
+    network = Traveller()
+    predictor = OnSmallGPU([(network, plan)], room, whole=whole)
+    network.journey.clear()
+    for _ in range(2):
+        labels = predictor.segment(Case("case", (tmp_path / "image.nii.gz",)))
+        np.testing.assert_array_equal(labels, thresholds(image))
+    assert network.journey == journey
+    assert len(predictor.told) == len(words)
+    assert all(word in told for word, told in zip(words, predictor.told, strict=True))
+
+
+def test_a_cpu_that_is_too_small_is_an_error(plan, tmp_path):
+    image = np.random.default_rng(0).gamma(2, 100, (20, 12, 21)).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "image.nii.gz")
+
+    class Greedy(Thresholds):
+        def forward(self, x):
+            raise torch.OutOfMemoryError("no memory")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        Predictor([(Greedy(), plan)]).segment(Case("case", (tmp_path / "image.nii.gz",)))
+
+
+def test_the_reference_asks_for_what_an_apple_gpu_has():
+    """A network on the reference, as devices without kernels run it, takes torch's own operators alone, and
+    none in float64, which there is not on such a GPU."""
+    plan = plan_for(("MRI",))
+    network = build_network(plan.network, 0).eval()
+    asked = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            asked.add(func.namespace)
+            y = func(*args, **(kwargs or {}))
+            assert all(t.dtype != torch.float64 for t in tree_leaves(y) if isinstance(t, torch.Tensor)), func
+            return y
+
+    with torch.no_grad(), use_backend("reference"), Watch():
+        logits = network(torch.rand(2, 1, *plan.crop))
+    assert logits.shape == (2, 3, *plan.crop)
+    assert asked == {"aten"}
+    with pytest.raises(DataError, match="device: 'mps' is not here: torch sees no Apple GPU"):
+        pick_device("mps")

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from factorizer_support import plan_for
+from monai.data import MetaTensor
+from monai.transforms import Invertd
 
 from factorizer.segmentation.cases import Case, read_decathlon
 from factorizer.segmentation.errors import DataError
@@ -188,3 +190,31 @@ def test_a_window_clips_and_scales(tmp_path):
     item = preprocessing(plan, ("image",))(files_of(Case("case", (tmp_path / "image.nii",))))
     expected = np.clip((image + 100) / 200 - 1, -1, 1)
     np.testing.assert_allclose(item["image"].numpy()[0], expected, atol=1e-6)
+
+
+TURNED = np.array([[0.955, -0.29, 0.06], [0.295, 0.937, -0.19], [0, 0.199, 0.98]]) @ np.diag([-1.2, 0.8, 2.5])
+
+
+@pytest.mark.parametrize("spacing", [(1.0, 1.0, 1.0), (1.7, 0.8, 2.3)])
+@pytest.mark.parametrize("axes", [np.diag([-1.0, -1, 1]), np.eye(3)[[2, 0, 1]] * (1, -1, 1.3), TURNED])
+def test_the_own_grid_is_reached_as_monai_inverts_the_preprocessing(tmp_path, spacing, axes):
+    rng, affine = np.random.default_rng(0), np.eye(4)
+    affine[:3, :3], affine[:3, 3] = axes, (5, -3, 8)
+    image = rng.gamma(2, 100, (13, 8, 11)).astype(np.float32)
+    image[:6], image[:, :, -2:] = 0, 0  # whole slabs are cut off
+    nib.save(nib.Nifti1Image(image, affine), tmp_path / "image.nii")
+    prepared = PreparedCase(
+        plan_for(modalities=("A",), spacing=spacing), Case("case", (tmp_path / "image.nii",))
+    )
+    values = torch.randn(3, *prepared.image.shape[1:])
+    inverse = Invertd("values", transform=prepared._preprocess, orig_keys="image", nearest_interp=False)
+    expected = inverse({**prepared._item, "values": MetaTensor(values)})["values"].as_tensor()
+    torch.testing.assert_close(prepared.to_own_grid(values), expected, rtol=0, atol=1e-5)
+    grid = prepared.own_grid
+    for axis in range(3):  # slab by slab, from the planes that each needs
+        own, slabs = grid.along(axis), []
+        for begin in range(0, grid.shape[own], 3):
+            first, last = grid.planes(own, begin, begin + 3, values.shape[axis + 1])
+            planes = values.narrow(axis + 1, first, last - first)
+            slabs.append(grid.bring(planes, own, begin, begin + 3, first))
+        assert torch.equal(torch.cat(slabs, own + 1), prepared.to_own_grid(values))

@@ -20,7 +20,7 @@ from factorizer.segmentation.volumes import (
     doubts_of_image,
     on_grid_of,
     read_labels,
-    write_nifti,
+    write_volume,
 )
 
 
@@ -144,7 +144,7 @@ def test_what_is_written_lies_on_the_grid_by_qform_and_by_sform(tmp_path):
     image.set_qform(np.diag([-2.0, -1, 3, 1]), code=1)
     image.set_sform(np.diag([2.0, 1, 3, 1]), code=4)
     nib.save(image, tmp_path / "image.nii")
-    write_nifti(np.ones((4, 5, 6), np.uint8), tmp_path / "image.nii", tmp_path / "label.nii.gz")
+    write_volume(np.ones((4, 5, 6), np.uint8), tmp_path / "image.nii", tmp_path / "label.nii.gz")
     label = nib.load(tmp_path / "label.nii.gz")
     for form in ("get_qform", "get_sform"):
         wanted, code = getattr(image, form)(coded=True)

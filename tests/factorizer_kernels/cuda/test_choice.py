@@ -55,10 +55,10 @@ def test_a_driver_that_is_too_old_is_told_once(monkeypatch):
         x = torch.empty(1, 8, 16, device="cuda")
     try:
         with pytest.warns(UserWarning, match=r"are not used: the driver knows CUDA up to 12\.8"):
-            assert choice.choose("nmf", x, MatrixSizes(8, 16, 1, 1)) != "cuda"
+            assert choice.choose("nmf", x, MatrixSizes(8, 16, 1, 1, 5, "hals")) != "cuda"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
-            choice.choose("nmf", x, MatrixSizes(8, 16, 1, 1))
+            choice.choose("nmf", x, MatrixSizes(8, 16, 1, 1, 5, "hals"))
     finally:
         cuda._why_no_code.cache_clear()
         cuda._warn.cache_clear()

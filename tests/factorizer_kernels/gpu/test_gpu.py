@@ -149,8 +149,10 @@ def test_choice():
     from factorizer_kernels.ops.nmf.spec import MatrixSizes
 
     x = torch.empty(1, 8, 16, device="cuda")
-    assert choose("nmf", x, MatrixSizes(8, 16, 1, 1)) == order[0]
-    assert choose("nmf", x, MatrixSizes(8, 16, 9, 1)) == next(name for name in order if name != "cuda")
+    assert choose("nmf", x, MatrixSizes(8, 16, 1, 1, 5, "hals")) == order[0]
+    assert choose("nmf", x, MatrixSizes(8, 16, 9, 1, 5, "hals")) == next(
+        name for name in order if name != "cuda"
+    )
     assert choose("sw_matricize", x) == next(name for name in order if name != "cuda")
 
 

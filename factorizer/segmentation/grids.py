@@ -1,0 +1,114 @@
+"""The way from a network's grid to a volume's own, for a part of the volume at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+ON_THE_GRID = 1e-3  # voxels; of a place so near to a voxel the rest is rounding
+
+
+class OwnGrid:
+    """A volume's own grid, seen from the network's.
+
+    Nearly always its axes are those of the network's in another order, direction and step, so that values are
+    interpolated along one after another. Not where the axes of the own grid are oblique, as of a tilted CT.
+
+    Args:
+        affine, shape: of the own grid; (4, 4) to mm.
+        network: the affine of the network's grid.
+        begin, whole: where along each axis of the network's grid the volume begins of which it is a part, and
+            how long that is: beyond its outermost voxels the values are theirs.
+    """
+
+    def __init__(
+        self,
+        affine: np.ndarray,
+        shape: Sequence[int],
+        network: np.ndarray,
+        begin: Sequence[int],
+        whole: Sequence[int],
+    ) -> None:
+        self.shape = tuple(shape)
+        self._matrix = np.linalg.inv(network) @ affine
+        self._ends = np.array(begin), np.array(begin) + np.array(whole) - 1
+        self._axes = np.abs(self._matrix[:3, :3]).argmax(axis=0).tolist()
+        rest = self._matrix[:3, :3] * np.array(shape)
+        rest[self._axes, range(3)] = 0
+        self._parallel = sorted(self._axes) == [0, 1, 2] and bool((np.abs(rest) < ON_THE_GRID).all())
+        if not self._parallel:
+            self._axes = linear_sum_assignment(-np.abs(self._matrix[:3, :3].T))[1].tolist()
+
+    def along(self, axis: int) -> int:
+        """The own axis that runs along this axis of the network's grid, or nearly."""
+        return self._axes.index(axis)
+
+    def reversed(self, own: int) -> bool:
+        """Whether the own axis runs against the network's."""
+        return bool(self._matrix[self._axes[own], own] < 0)
+
+    def planes(self, own: int, begin: int, end: int, size: int) -> tuple[int, int]:
+        """The planes of a network's grid of that size which voxels begin to end of an own axis depend on; one
+        at least."""
+        ends = [(begin, min(end, n) - 1) if k == own else (0, n - 1) for k, n in enumerate(self.shape)]
+        corners = np.stack(np.meshgrid(*ends, indexing="ij")).reshape(3, -1)
+        places = self._places(corners)[self._axes[own]]
+        low, high = int(np.floor(places.min())), int(np.floor(places.max())) + 2
+        low = min(max(low, 0), size - 1)
+        return low, max(min(high, size), low + 1)
+
+    def bring(
+        self, values: Tensor, own: int = 0, begin: int = 0, end: int | None = None, first: int = 0
+    ) -> Tensor:
+        """Values (n, X, Y, Z) on the network's grid to (n, X', Y', Z') on the own one, where only the voxels
+        begin to end of axis `own` are wanted.
+
+        Interpolated linearly, 0 outside of the values. These begin with plane `first` along that axis.
+        """
+        ranges = [np.arange(n)[begin:end] if k == own else np.arange(n) for k, n in enumerate(self.shape)]
+        start = np.zeros(3)
+        start[self._axes[own]] = first
+        if not self._parallel:
+            return _sampled(values, self._places(np.stack(np.meshgrid(*ranges, indexing="ij"))).T - start)
+        for k, axis in enumerate(self._axes):
+            index = np.zeros((3, len(ranges[k])))
+            index[k] = ranges[k]
+            values = _interpolated(values, axis + 1, self._places(index)[axis] - start[axis])
+        return values.permute(0, *(axis + 1 for axis in self._axes))
+
+    def _places(self, index: np.ndarray) -> np.ndarray:
+        """Voxels (3, ...) of the own grid to places on the network's."""
+        places = np.tensordot(self._matrix[:3, :3], index, 1)
+        places += self._matrix[:3, 3].reshape(3, *(1,) * (index.ndim - 1))
+        if self._parallel:
+            nearest = places.round()
+            places = np.where(np.abs(places - nearest) < ON_THE_GRID, nearest, places)
+        return np.clip(places.T, *self._ends).T
+
+
+def _interpolated(values: Tensor, dim: int, places: np.ndarray) -> Tensor:
+    """Values at places between those along a dimension; 0 outside."""
+    below = np.floor(places)
+
+    def at(index: np.ndarray) -> Tensor:
+        outside = (index < 0) | (index >= values.shape[dim])
+        taken = values.index_select(dim, torch.from_numpy(np.where(outside, 0, index).astype(np.int64)))
+        return taken.index_fill_(dim, torch.from_numpy(outside.nonzero()[0]), 0)
+
+    share = torch.from_numpy((places - below).astype(np.float32))
+    if not share.any():
+        return at(below)
+    return at(below).lerp_(at(below + 1), share.reshape(-1, *(1,) * (values.ndim - 1 - dim)).to(values.dtype))
+
+
+def _sampled(values: Tensor, places: np.ndarray) -> Tensor:
+    """Values (n, X, Y, Z) at places (Z', Y', X', 3) between them: (n, X', Y', Z'); 0 outside."""
+    # grid_sample takes -1 to 1 for the begin of the first voxel to the end of the last, the last axis first.
+    grid = (2 * places + 1) / np.array(values.shape[1:]) - 1
+    grid = torch.from_numpy(grid[..., ::-1].copy()).transpose(0, 2)
+    return F.grid_sample(values[None].double(), grid[None], align_corners=False)[0].to(values.dtype)

@@ -1,0 +1,268 @@
+"""DICOM series, NRRD and MetaImage: the volumes and label maps of NIfTI, and errors in words."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+from factorizer_support import checkpoint_for, plan_for, run_command, write_series
+from scipy.spatial.transform import Rotation
+
+from factorizer.segmentation.cases import find_cases
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.formats import load, parts_of, save
+from factorizer.segmentation.volumes import read_volume
+
+highdicom, pydicom, sitk = map(pytest.importorskip, ("highdicom", "pydicom", "SimpleITK"))  # the extra io
+
+HIPPOCAMPUS = Path(__file__).parents[4] / "shared/data/Task04_Hippocampus/imagesTr"
+TURNED = nib.affines.from_matvec(
+    Rotation.from_euler("xyz", [20, -10, 5], degrees=True).as_matrix() @ np.diag([-0.9, 1.1, 2.5]),
+    [10, 20, -30],
+)
+
+
+def volume_of(shape=(12, 14, 9), affine=TURNED, seed=0):
+    voxels = np.random.default_rng(seed).integers(1, 2000, shape).astype(np.int16)
+    return nib.Nifti1Image(voxels, affine)
+
+
+def in_order_of(volume, like):
+    turn = nib.orientations.ornt_transform(nib.io_orientation(volume.affine), nib.io_orientation(like.affine))
+    return volume.as_reoriented(turn)
+
+
+def assert_same(volume, expected):
+    volume = in_order_of(volume, expected)
+    np.testing.assert_allclose(volume.affine, expected.affine, atol=1e-6)
+    np.testing.assert_array_equal(np.asarray(volume.dataobj), np.asarray(expected.dataobj))
+
+
+def test_a_series_is_the_volume_that_it_was_made_of(tmp_path):
+    volume = volume_of()
+    series = write_series(tmp_path / "series", volume)
+    assert_same(load(series), volume)
+    slope = write_series(tmp_path / "scaled", volume, RescaleSlope="2", RescaleIntercept="-1000")
+    np.testing.assert_array_equal(read_volume(slope)[1], 2 * read_volume(series)[1] - 1000)
+    assert len(parts_of(series)) == 9
+
+
+@pytest.mark.parametrize("ending", [".nrrd", ".mha", ".MHA"])
+def test_itk_files_are_what_itk_says(tmp_path, ending):
+    volume = volume_of()
+    nib.save(volume, tmp_path / "a.nii.gz")
+    image = sitk.ReadImage(str(tmp_path / "a.nii.gz"))
+    sitk.WriteImage(image, str(tmp_path / f"a{ending.lower()}"))
+    path = (tmp_path / f"a{ending.lower()}").rename(tmp_path / f"b{ending}")
+    found = load(path)
+    assert found.get_data_dtype() == np.int16
+    assert_same(found, volume)
+    save(found, tmp_path / f"again{ending.lower()}")
+    written = sitk.ReadImage(str(tmp_path / f"again{ending.lower()}"))
+    np.testing.assert_allclose(written.GetDirection(), image.GetDirection(), atol=1e-6)
+    np.testing.assert_allclose(written.GetOrigin(), image.GetOrigin(), atol=1e-5)
+    np.testing.assert_array_equal(sitk.GetArrayFromImage(written), sitk.GetArrayFromImage(image))
+    both = sitk.Compose(image, image * 2)
+    sitk.WriteImage(both, str(tmp_path / f"two{ending.lower()}"))
+    voxels = np.asarray(load(tmp_path / f"two{ending.lower()}").dataobj)
+    np.testing.assert_array_equal(voxels, np.stack([volume.dataobj, 2 * np.asarray(volume.dataobj)], axis=3))
+
+
+def predicted(folder, model, files, *options):
+    inputs = [part for file in files for part in ("--input", file)]
+    run_command("predict", *model, *inputs, "--output", folder / "out", *options)
+    return [nib.load(folder / "out" / f"{file.name.split('.')[0]}.nii.gz") for file in files]
+
+
+def check_formats(folder, volume, model, names):
+    """Files of one volume, and a series, give one label map, and its copies hold what it holds."""
+    series = write_series(folder / "series", volume)
+    expected, *others = predicted(folder, model, [folder / name for name in names])
+    assert len(np.unique(expected.dataobj)) > 1
+    for labels in others:
+        np.testing.assert_allclose(labels.affine, expected.affine, atol=1e-5)
+        np.testing.assert_array_equal(np.asarray(labels.dataobj), np.asarray(expected.dataobj))
+
+    also = [part for name in ("nrrd", "mha", "dicom-seg") for part in ("--also", name)]
+    (labels,) = predicted(folder, model, [series], *also)
+    turned = in_order_of(labels, expected)
+    np.testing.assert_allclose(turned.affine, expected.affine, atol=1e-5)
+    np.testing.assert_array_equal(np.asarray(turned.dataobj), np.asarray(expected.dataobj))
+    for ending in ("nrrd", "mha"):
+        assert_same(load(folder / "out" / ending / f"series.{ending}"), labels)
+    check_segmentation(folder / "out" / "dicom-seg" / "series.dcm", series, labels)
+    predicted(folder, model, [series])
+    assert not list((folder / "out" / "dicom-seg").iterdir())  # of another command
+
+
+def check_segmentation(path, series, labels):
+    """What another program reads from a DICOM-SEG is the label map, on the series that it names."""
+    segmentation = highdicom.seg.segread(path)
+    assert [segment.SegmentNumber for segment in segmentation.SegmentSequence] == [1, 2]
+    images = [pydicom.dcmread(file) for file in parts_of(series)]
+    assert segmentation.StudyInstanceUID == images[0].StudyInstanceUID
+    assert segmentation.PatientID == images[0].PatientID
+    assert segmentation.FrameOfReferenceUID == images[0].FrameOfReferenceUID
+    source = highdicom.get_volume_from_series(images)
+    found = segmentation.get_volume(combine_segments=True).match_geometry(source)
+    affine = np.diag([-1.0, -1, 1, 1]) @ found.affine
+    assert_same(nib.Nifti1Image(found.array.astype(np.uint8), affine), labels)
+
+
+def test_all_formats_give_one_label_map(tmp_path):
+    plan = plan_for(("MRI",), {0: "background", 1: "front", 2: "back"})
+    volume = volume_of((15, 12, 18), nib.affines.from_matvec(np.diag([-1, 1.2, 1.1]), (20, -30, 5)))
+    nib.save(volume, tmp_path / "plain.nii.gz")
+    nib.save(volume, tmp_path / "CAPITALS.NII.GZ")
+    nib.save(nib.Nifti1Pair(np.asarray(volume.dataobj), volume.affine), tmp_path / "pair.img")
+    for ending in ("nrrd", "mha"):
+        save(volume, tmp_path / f"by_{ending}.{ending}")
+    names = ("plain.nii.gz", "CAPITALS.NII.GZ", "pair.hdr", "by_nrrd.nrrd", "by_mha.mha")
+    model = ("--checkpoint", checkpoint_for(plan, tmp_path / "checkpoint.pt"))
+    check_formats(tmp_path, volume, model, names)
+
+
+@pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="the Decathlon's hippocampus is not here")
+def test_an_mri_gives_one_label_map(tmp_path):
+    volume = nib.load(min(HIPPOCAMPUS.glob("*.nii.gz")))
+    nib.save(volume, tmp_path / "plain.nii.gz")
+    check_formats(tmp_path, volume, ("--model", "hippocampus"), ("plain.nii.gz",))
+
+
+def without(*slices):
+    def change(folder, files):
+        for k in slices:
+            files[k].unlink()
+
+    return change
+
+
+def edited(change, *slices):
+    """A change of the headers of some slices, of all by default."""
+
+    def edit(folder, files):
+        for k, file in enumerate(files):
+            if not slices or k in slices:
+                image = pydicom.dcmread(file)
+                change(image, k)
+                image.save_as(file)
+
+    return edit
+
+
+def move(image, by):
+    image.ImagePositionPatient = [float(x) + d for x, d in zip(image.ImagePositionPatient, by, strict=True)]
+
+
+def beside(folder, files):
+    write_series(folder / "more", volume_of(), SeriesDescription="localizer")
+    for file in (folder / "more").iterdir():
+        file.rename(folder / f"b{file.name}")
+    (folder / "more").rmdir()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (without(4), r"series: 1 slice is missing between 7.50 and 12.50 mm, where slices are 2.5 mm apart"),
+        (without(3, 4), "series: 2 slices are missing between"),
+        (edited(lambda image, k: move(image, (0, 0, 0.7)), 4), "unevenly spaced, 1.8 to 3.2 mm apart"),
+        (edited(lambda image, k: move(image, (0, k * 0.4, 0))), r"at 9.1 degrees .* \(gantry tilt\)"),
+        (beside, r"holds 2 DICOM series: 'T1' \(9 images\), 'localizer' \(9 images\)"),
+        (edited(lambda image, k: move(image, (0, 0, -2.5)), 4), "several slices of one place"),
+        (
+            edited(lambda image, k: setattr(image, "ImageOrientationPatient", [1, 0, 0, 0, 0, -1]), 8),
+            "different directions",
+        ),
+        (edited(lambda image, k: setattr(image, "PixelSpacing", [2, 2]), 3), "different pixel spacings"),
+        (edited(lambda image, k: setattr(image, "Rows", 7), 3), "different sizes: .*7.* and"),
+        (without(*range(1, 9)), "holds one slice"),
+        (edited(lambda image, k: setattr(image, "SamplesPerPixel", 3)), "in colour"),
+        (edited(lambda image, k: setattr(image, "NumberOfFrames", 3)), "holds several frames"),
+        (edited(lambda image, k: delattr(image, "PixelSpacing")), "headers lack what a volume needs"),
+        (edited(lambda image, k: delattr(image, "ImagePositionPatient")), "holds no DICOM images"),
+        (edited(lambda image, k: setattr(image, "PixelData", b"12")), "IM.*: not readable as DICOM"),
+        (lambda folder, files: [f.write_bytes(f.read_bytes()[:140]) for f in files], "not readable|no DICOM"),
+    ],
+)
+def test_a_series_that_is_no_volume(tmp_path, change, words):
+    series = write_series(tmp_path / "series", volume_of(affine=np.diag([-1, -1, 2.5, 1]) + np.eye(4, k=3)))
+    places = {float(pydicom.dcmread(file).ImagePositionPatient[2]): file for file in parts_of(series)}
+    change(series, [places[height] for height in sorted(places)])
+    with pytest.raises(DataError, match=words):
+        read_volume(series)
+
+
+def test_positions_rounded_to_a_tenth_of_a_millimetre_are_even(tmp_path):
+    volume = volume_of((6, 6, 40), np.diag([-1, -1, 0.625, 1]))
+    series = write_series(tmp_path / "series", volume)
+    for file in parts_of(series):
+        image = pydicom.dcmread(file)
+        image.ImagePositionPatient = [round(float(x), 1) for x in image.ImagePositionPatient]
+        image.save_as(file)
+    np.testing.assert_allclose(load(series).affine, volume.affine, atol=0.05)
+
+
+@pytest.mark.parametrize("content", [b"", b"NRRD0004\ntype: short\n", "truncated"])
+@pytest.mark.parametrize("ending", ["nrrd", "mha"])
+def test_unreadable_itk_files(tmp_path, content, ending):
+    path = tmp_path / f"a.{ending}"
+    save(volume_of(), path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2] if content == "truncated" else content)
+    with pytest.raises(DataError, match=rf"a.{ending}: not readable as {ending.upper()}"):
+        read_volume(path)
+
+
+def test_an_itk_file_of_a_plane_or_that_is_not_there(tmp_path):
+    sitk.WriteImage(sitk.Image((4, 5), sitk.sitkInt16), str(tmp_path / "a.mha"))
+    with pytest.raises(DataError, match=r"a.mha: has 2 axes"):
+        load(tmp_path / "a.mha")
+    with pytest.raises(DataError, match=r"b.nrrd: there is no such file"):
+        load(tmp_path / "b.nrrd")
+
+
+@pytest.mark.parametrize(("module", "path"), [("pydicom", "series"), ("SimpleITK", "a.nrrd")])
+def test_a_missing_extra_is_named(tmp_path, monkeypatch, module, path):
+    write_series(tmp_path / "series", volume_of())
+    save(volume_of(), tmp_path / "a.nrrd")
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(DataError, match=rf"{path}: needs {module}: pip install .*\[io\]"):
+        load(tmp_path / path)
+
+
+def test_series_among_the_inputs(tmp_path):
+    for name in ("b", "a"):
+        write_series(tmp_path / "all" / name, volume_of())
+    assert [case.name for case in find_cases([tmp_path / "all"])] == ["a", "b"]
+    assert [case.name for case in find_cases([tmp_path / "all" / "b"])] == ["b"]
+    (case,) = find_cases([f"{tmp_path}/all/a,{tmp_path}/all/b"])
+    assert [path.name for path in case.images] == ["a", "b"]
+    one = parts_of(tmp_path / "all" / "a")[0]
+    with pytest.raises(DataError, match="is no NIfTI file"):
+        find_cases([one])
+    save(volume_of(), tmp_path / "all" / "a" / "c.nrrd")
+    with pytest.raises(DataError, match="holds volumes and a DICOM series"):
+        find_cases([tmp_path / "all" / "a"])
+    shutil.rmtree(tmp_path / "all" / "b")
+    (tmp_path / "all" / "b").mkdir()
+    with pytest.raises(DataError, match="holds no volume, but folders"):
+        find_cases([tmp_path / "all"])
+
+
+def test_formats_that_cannot_be_written(tmp_path):
+    checkpoint = checkpoint_for(plan_for(("MRI",)), tmp_path / "checkpoint.pt")
+    nib.save(volume_of(), tmp_path / "a.nii.gz")
+    series = write_series(tmp_path / "series", volume_of())
+    options = ["predict", "--checkpoint", checkpoint, "--output", tmp_path / "out", "--input"]
+    printed = run_command(*options, tmp_path / "a.nii.gz", "--also", "dicom-seg", code=2)
+    assert "also: dicom-seg needs the DICOM series that was segmented; a is in another format" in printed
+    assert "also: got 'png'; it must be one of nrrd, mha, dicom-seg" in run_command(
+        *options, tmp_path / "a.nii.gz", "--also", "png", code=2
+    )
+    printed = run_command(
+        "predict", "--checkpoint", checkpoint, "--output", series, "--input", series, code=2
+    )
+    assert "series holds the inputs" in printed
