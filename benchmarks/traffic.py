@@ -81,7 +81,9 @@ def _moved(function: Any, args: Any, kwargs: Any, result: Any) -> int:
     if name == "convolution_backward":  # a kernel for each gradient, of two of the three tensors
         dy, x, weight, *_ = args
         others = (weight, x, None)
-        return sum(_extent([dy, other, out]) for other, out in zip(others, result, strict=True) if out is not None)
+        return sum(
+            _extent([dy, other, out]) for other, out in zip(others, result, strict=True) if out is not None
+        )
     return _extent(inputs) + _extent(outputs)
 
 
