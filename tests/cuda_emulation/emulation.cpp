@@ -43,7 +43,8 @@ void enter() {
 
 void resume(std::size_t index) {
   current = index;
-  threadIdx = dim3(static_cast<unsigned>(index));
+  const unsigned thread = static_cast<unsigned>(index);
+  threadIdx = dim3(thread % blockDim.x, thread / blockDim.x);
   swapcontext(&scheduler, &fibers[index].context);
 }
 
@@ -132,7 +133,7 @@ std::uint64_t meet(Meeting meeting, unsigned mask, int parameter, int source, st
 }
 
 cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
-  const unsigned threads = config.blockDim.x, blocks = config.gridDim.x;
+  const unsigned threads = config.blockDim.x * config.blockDim.y, blocks = config.gridDim.x;
   if (next != cudaSuccess) {
     pending = next;
     next = cudaSuccess;
@@ -140,7 +141,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, const std::function<void()>& k
     return pending;
   }
   // Whole warps: shuffles over a full mask need them.
-  if (threads == 0 || threads % 32 != 0 || threads > 1024 || blocks == 0 || blocks > 0x7fffffffu) {
+  if (threads == 0 || config.blockDim.x % 32 != 0 || threads > 1024 || blocks == 0 || blocks > 0x7fffffffu) {
     message = "invalid configuration";
     return pending = cudaErrorInvalidConfiguration;
   }

@@ -37,12 +37,13 @@ class Launcher {
     }
   }
 
+  // threads: a multiple of 32, or as many rows of them as the second number says.
   template <class... Parameters, class... Arguments>
-  void operator()(void (*kernel)(Parameters...), i64 blocks, int threads,
+  void operator()(void (*kernel)(Parameters...), i64 blocks, dim3 threads,
                   const Arguments&... arguments) const {
     cudaLaunchConfig_t config{};
     config.gridDim = dim3(static_cast<unsigned>(blocks));
-    config.blockDim = dim3(static_cast<unsigned>(threads));
+    config.blockDim = threads;
     config.stream = stream_;
     check(cudaLaunchKernelEx(&config, kernel, arguments...), operation_);
   }

@@ -1,8 +1,11 @@
 // How numbers lie in memory, and how some neighbours are moved by one instruction.
 #pragma once
 
+#include <type_traits>
+
 #include "common/scalar_types.h"
 #include "cuda/common/device.cuh"
+#include "math/factor_update.h"
 
 namespace factorizer {
 namespace cuda {
@@ -39,6 +42,32 @@ FK_DEVICE void with_storage(void* data, DType dtype, F&& f) {
   }
 }
 
+// relu of the numbers of a word; NaN passes, -0 becomes 0.
+template <class S>
+FK_DEVICE u32 relu_word(u32 word) {
+  if constexpr (std::is_same_v<S, float>) {
+#ifdef __CUDA_ARCH__
+    asm("max.NaN.f32 %0, %0, 0f00000000;" : "+r"(word));
+    return word;
+#else
+    return bit_cast<u32>(relu(bit_cast<float>(word)));
+#endif
+  } else {
+    const float low = to_compute(S{static_cast<std::uint16_t>(word)});
+    const float high = to_compute(S{static_cast<std::uint16_t>(word >> 16)});
+#ifdef __CUDA_ARCH__  // where two numbers are packed, relu is free
+    if constexpr (std::is_same_v<S, bfloat16>) {
+      asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    } else {
+      asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    }
+    return word;
+#else
+    return Storage<S>::from(relu(low)).bits | u32{Storage<S>::from(relu(high)).bits} << 16;
+#endif
+  }
+}
+
 // W neighbours as they lie in memory, in words: taken as numbers of 16 bits they would be split where they
 // are read, and each read waited for there.
 template <int W, class S>
@@ -54,6 +83,10 @@ struct alignas(W * sizeof(S)) Words {
       return to_compute(S{static_cast<std::uint16_t>(at[c / 2] >> (c % 2 * 16))});
     }
   }
+  FK_DEVICE void relu() {
+    FK_UNROLL
+    for (u32& word : at) word = relu_word<S>(word);
+  }
   // Of words that are zero.
   FK_DEVICE void put(int c, S number) {
     if constexpr (in_word == 1) {
@@ -63,6 +96,26 @@ struct alignas(W * sizeof(S)) Words {
     }
   }
 };
+
+// Shared memory takes words from global memory by itself; zeros where `there` is false, and nothing is read.
+template <int W, class S>
+FK_DEVICE void copy_async(Words<W, S>& to, const S* from, bool there) {
+#ifdef __CUDA_ARCH__
+  asm volatile(
+      "cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(static_cast<u32>(__cvta_generic_to_shared(&to))),
+      "l"(from), "n"(sizeof(to)), "r"(there ? static_cast<u32>(sizeof(to)) : 0u)
+      : "memory");
+#else
+  to = there ? Words<W, S>::read(from) : Words<W, S>{};
+#endif
+}
+
+// This thread's copies are there.
+FK_DEVICE void wait_for_copies() {
+#ifdef __CUDA_ARCH__
+  asm volatile("cp.async.wait_all;" ::: "memory");
+#endif
+}
 
 // W neighbours, on a multiple of their size.
 template <int W, class S>

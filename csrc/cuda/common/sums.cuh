@@ -1,6 +1,8 @@
 // Sums over a block's threads, in a fixed order: by shuffles in each warp, then warp after warp.
 //
-// The first warp works with the sums ("row work"); the block meets before and after.
+// The first warp works with the sums ("row work"); the block meets before and after. Where sums are one
+// warp's (WARPS = 1), each row of a block's threads is a warp with sums of its own, and no warp waits for
+// another.
 #pragma once
 
 #include "cuda/common/device.cuh"
@@ -42,6 +44,16 @@ FK_DEVICE void fold(float (&v)[32]) {
   if constexpr (HALF > 1) fold<HALF / 2>(v);
 }
 
+// The threads of a sum meet.
+template <int WARPS>
+FK_DEVICE void meet() {
+  if constexpr (WARPS == 1) {
+    __syncwarp();
+  } else {
+    __syncthreads();
+  }
+}
+
 // Up to COUNT sums over at most WARPS warps.
 template <int COUNT, int WARPS>
 struct Sums {
@@ -52,17 +64,30 @@ struct Sums {
   // together.
   template <int N = COUNT, class F>
   FK_DEVICE void take(F&& value) {
+    take_from<0, N>(value);
+    finish<N>();
+  }
+
+  // A warp's sums FIRST .. N - 1 of value(i); others are put() there. finish() when all are.
+  template <int FIRST, int N, class F>
+  FK_DEVICE void take_from(F&& value) {
     static_assert(N <= COUNT, "room for the sums");
     FK_UNROLL
-    for (int first = 0; first < N; first += 32) {
+    for (int first = FIRST; first < N; first += 32) {
+      constexpr bool few = N - FIRST <= 16;  // twice as many lanes for each
       float v[32];
       FK_UNROLL
       for (int i = 0; i < 32; ++i) v[i] = first + i < N ? value(first + i) : 0.0f;
-      fold<16>(v);
-      if (first + lane() < N) of[threadIdx.x / 32][first + lane()] = v[0];
+      fold<few ? 8 : 16>(v);
+      if (few) v[0] += __shfl_xor_sync(full_warp, v[0], 16);
+      if (lane() < (few ? 16 : 32) && first + lane() < N) of[threadIdx.x / 32][first + lane()] = v[0];
     }
-    __syncthreads();
-    if (first_warp() && blockDim.x > 32) {
+  }
+  FK_DEVICE void put(int i, float sum) { of[threadIdx.x / 32][i] = sum; }
+  template <int N = COUNT>
+  FK_DEVICE void finish() {
+    meet<WARPS>();
+    if (WARPS > 1 && first_warp() && blockDim.x > 32) {
       for (int i = lane(); i < N; i += 32) {
         float total = of[0][i];
         for (u32 warp = 1; warp < blockDim.x / 32; ++warp) total += of[warp][i];

@@ -167,7 +167,7 @@ __global__ void __launch_bounds__(32 * most_iterations_warps)
   for (u32 index = blockIdx.x; index < windows.per_shift; index += gridDim.x) {
     const Window window = windows.window(copy, index);
     float tile[1][max_rows][chunk], grad[1][max_rows][chunk], v[chunk][R], grad_v[chunk][R];
-    load_tile(windows, window, x, 0, tile);
+    load_numbers(windows, window, x, tile);
     if (with_relu) relu_rows(tile[0]);
     load_factor(windows, of_matrix(v0, window.matrix), v);
     if (first_warp()) shared.load_u(windows, of_matrix(u0, window.matrix));
@@ -180,7 +180,7 @@ __global__ void __launch_bounds__(32 * most_iterations_warps)
     }
 
     if (dv == nullptr) {
-      load_tile(windows, window, dy, 0, grad);
+      load_numbers(windows, window, dy, grad);
       FK_UNROLL
       for (int m = 0; m < max_rows; ++m) {
         FK_UNROLL
@@ -219,7 +219,7 @@ __global__ void __launch_bounds__(32 * most_iterations_warps)
 
     if (with_relu) mask_rows(tile[0], grad[0]);
     if (copy > 0) {
-      load_tile(windows, window, dx, 0, tile);
+      load_numbers(windows, window, dx, tile);
       FK_UNROLL
       for (int m = 0; m < max_rows; ++m) {
         FK_UNROLL

@@ -13,7 +13,7 @@ __global__ void __launch_bounds__(32 * most_iterations_warps)
   __shared__ Shared<R> shared;
   const Window window = windows.window_of_block(blockIdx.x);
   float tile[1][max_rows][chunk], v[chunk][R];
-  load_tile(windows, window, x, 0, tile);
+  load_numbers(windows, window, x, tile);
   if (with_relu) relu_rows(tile[0]);
   load_factor(windows, of_matrix(v0, window.matrix), v);
   if (first_warp()) shared.load_u(windows, of_matrix(u0, window.matrix));

@@ -1,17 +1,43 @@
 // Rank 1 of HALS after a ReLU: one look at a window gives the sums that the iterations need, and an iteration
-// costs 8 x 8 numbers. A window of 8 x 512 is held by one warp, 128 numbers in a lane.
+// costs 8 x 8 numbers. A window of 8 x 512 is held by one warp, 128 numbers in a lane, and four neighbours of
+// the last axis share a block: where a row of one ends in the middle of a sector, the next has the rest.
 #include "cuda/nmf/rank_one.cuh"
 
 #include <type_traits>
 
+#include "cuda/common/gram.cuh"
 #include "cuda/windows/tile.cuh"
 
 namespace factorizer {
 namespace cuda {
 namespace {
 
+// Of a window: one where a lane has four chunks, so its warp holds up to 512 columns.
 template <int K>
-constexpr int most_warps = max_columns / chunk / K / 32;
+constexpr int most_warps = K == 1 ? max_columns / chunk / 32 : 1;
+
+// Windows of a block of each kernel: as many as its shared memory holds (48 KB without asking for more).
+template <int K, class S>
+constexpr int forward_windows = K == 1           ? 1
+                                : sizeof(S) == 2 ? 4
+                                                 : 2;
+template <int K>
+constexpr int backward_windows = K == 1 ? 1 : 2;
+
+template <int K>
+constexpr int threads_of(int windows) {
+  return 32 * most_warps<K> * windows;
+}
+
+// Blocks of the backward on a multiprocessor, which bound a thread's registers; 0: as the compiler likes.
+// Half types leave shared memory to 16 warps.
+template <int K, class S>
+constexpr int backward_blocks = K > 1 && sizeof(S) == 2 ? 16 / backward_windows<K> : 0;
+
+// Where a window's numbers are kept. Four chunks in registers would leave room for eight warps, which do not
+// hide one another's loads.
+template <int K, class S, int WINDOWS>
+using Tile = std::conditional_t<K == 1, Held<S, K>, Staged<S, K, WINDOWS>>;
 
 // The last u, w and e, for all the threads.
 struct LastStep {
@@ -37,55 +63,103 @@ struct LastStep {
 template <int K>
 using MomentSums = Sums<Moments::count, most_warps<K>>;
 
-// Reads a window, and takes the sums over its columns.
-template <int K>
-FK_DEVICE void read_window(const DeviceWindows& windows, const Window& window, const Map& map,
-                           const float* v0, float (&x)[K][max_rows][chunk], MomentSums<K>& sums) {
-  float v[K][chunk];
-  load_tile(windows, window, map, 0, x);
+// The sums over the columns of rows in shared memory, and of their products by pairs.
+template <class S, int K, int WINDOWS>
+FK_DEVICE void take_pairs(const Staged<S, K, WINDOWS>& tile, MomentSums<K>& sums) {
+  constexpr u32 ones = std::is_same_v<S, bfloat16> ? 0x3f803f80u : 0x3c003c00u;
+  constexpr int chains = 4, columns = 32;  // sums that do not wait for one another; columns of a reading
+  float sum[chains][4] = {};
+  const int g = lane() / 4, t = lane() % 4;
+  const u32 of_ones = g == 0 ? ones : 0;  // row 8 of A
   FK_UNROLL
   for (int k = 0; k < K; ++k) {
-    load_row(windows, v0, k, v[k]);
-    relu_rows(x[k]);
-  }
-  sums.take([&](int i) {
-    constexpr int pairs = Moments::pairs;
-    float sum = 0.0f;
     FK_UNROLL
-    for (int k = 0; k < K; ++k) {
+    for (int n = 0; n < chunk * 32; n += columns) {
+      u32 x[4];
+      read_matrices(reinterpret_cast<const S*>(&tile.at[k][lane() % 8]) + n + lane() / 8 * 8, x);
       FK_UNROLL
-      for (int c = 0; c < chunk; ++c) {
-        sum += i < pairs ? x[k][Symmetric<max_rows>::row(i)][c] * x[k][Symmetric<max_rows>::column(i)][c]
-               : i < pairs + max_rows     ? x[k][i - pairs][c]
-               : i < pairs + 2 * max_rows ? x[k][i - pairs - max_rows][c] * v[k][c]
-                                          : v[k][c] * v[k][c];
+      for (int half = 0; half < 2; ++half) {
+        const u32 a[4] = {x[2 * half], of_ones, x[2 * half + 1], of_ones},
+                  b[2] = {x[2 * half], x[2 * half + 1]};
+        multiply_add<S>(a, b, sum[(n / columns * 2 + half) % chains]);
       }
     }
-    return sum;
-  });
+  }
+  FK_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    const float total = (sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i]);
+    const int column = 2 * t + i % 2;
+    if (i < 2 && g <= column) sums.put(Symmetric<max_rows>::index(g, column), total);
+    if (i >= 2 && g == 0) sums.put(Moments::pairs + column, total);
+  }
 }
 
-template <int K>
-__global__ void __launch_bounds__(32 * most_warps<K>)
+// Reads a window, and takes the sums over its columns.
+template <class S, int K, class T>
+FK_DEVICE void read_window(const DeviceWindows& windows, const Window& window, const Map& map,
+                           const float* v0, T& tile, MomentSums<K>& sums) {
+  constexpr bool by_tensor_cores = K > 1 && sizeof(S) == 2;
+  constexpr int pairs = Moments::pairs;
+  float sum[Moments::count] = {};
+  tile.load(windows, window, map);
+  FK_UNROLL
+  for (int k = 0; k < K; ++k) {
+    float v[chunk], x[max_rows][chunk];
+    load_row(windows, v0, k, v);
+    FK_UNROLL
+    for (int m = 0; m < max_rows; ++m) {
+      auto words = tile.get(k, m);
+      words.relu();
+      tile.set(k, m, words);
+      FK_UNROLL
+      for (int c = 0; c < chunk; ++c) x[m][c] = words.number(c);
+    }
+    FK_UNROLL
+    for (int i = by_tensor_cores ? pairs + max_rows : 0; i < Moments::count; ++i) {
+      FK_UNROLL
+      for (int c = 0; c < chunk; ++c) {
+        sum[i] += i < pairs ? x[Symmetric<max_rows>::row(i)][c] * x[Symmetric<max_rows>::column(i)][c]
+                  : i < pairs + max_rows     ? x[i - pairs][c]
+                  : i < pairs + 2 * max_rows ? x[i - pairs - max_rows][c] * v[c]
+                                             : v[c] * v[c];
+      }
+    }
+  }
+  if constexpr (by_tensor_cores) {
+    __syncwarp();
+    take_pairs(tile, sums);
+  }
+  constexpr int first = by_tensor_cores ? pairs + max_rows : 0;
+  sums.template take_from<first, Moments::count>([&](int i) { return sum[i]; });
+  sums.finish();
+}
+
+template <int K, class S>
+__global__ void __launch_bounds__(threads_of<K>(forward_windows<K, S>))
     forward_kernel(const DeviceWindows windows, const int iters, const float eps, const Map x,
                    const Factor v0, const Map y, float* const u_out, float* const v_out) {
-  __shared__ MomentSums<K> sums;
-  __shared__ LastStep last;
+  constexpr int rows = forward_windows<K, S>;
+  __shared__ MomentSums<K> sums_of[rows];
+  __shared__ LastStep last_of[rows];
   if (K > 1 && !windows.wide)
     return;  // K > 1 is launched only with wide windows: the compiler may drop the narrow code
-  const Window window = windows.window_of_block(blockIdx.x);
-  float tile[K][max_rows][chunk];
-  read_window(windows, window, x, of_matrix(v0, window.matrix), tile, sums);
+  Window window;
+  if (!windows.window_of_row(blockIdx.x, rows, threadIdx.y, window)) return;
+  auto& sums = sums_of[threadIdx.y];
+  LastStep& last = last_of[threadIdx.y];
+  Tile<K, S, rows> tile;
+  read_window<S, K>(windows, window, x, of_matrix(v0, window.matrix), tile, sums);
   if (first_warp()) {
     const Step step = solve_rank_one(windows.rows, windows.columns, iters, eps, Moments(sums.of[0]), nullptr);
     last.publish(step);
     if (u_out != nullptr && lane() < windows.rows) u_out[window.matrix * windows.rows + lane()] = step.u;
   }
-  __syncthreads();
+  meet<most_warps<K>>();
   FK_UNROLL
   for (int k = 0; k < K; ++k) {
-    float v[chunk], product[max_rows][chunk];
-    last.v_of(tile[k], v);
+    float values[max_rows][chunk], v[chunk], product[max_rows][chunk];
+    numbers_of(tile, k, values);
+    last.v_of(values, v);
     if (v_out != nullptr) {
       store_row(windows, v_out + window.matrix * windows.columns, k, v);
       continue;
@@ -95,54 +169,62 @@ __global__ void __launch_bounds__(32 * most_warps<K>)
       FK_UNROLL
       for (int c = 0; c < chunk; ++c) product[m][c] = last.u[m] * v[c];
     }
-    store_chunk(windows, window, y, k, product);
+    store_chunk<S>(windows, window, y, k, product);
   }
 }
 
-template <int K>
-__global__ void __launch_bounds__(32 * most_warps<K>)
+template <int K, class S>
+__global__ void __launch_bounds__(threads_of<K>(backward_windows<K>), backward_blocks<K, S>)
     backward_kernel(const DeviceWindows windows, const int iters, const int first, const float eps,
                     const Map x, const Map dy, const Factor v0, const Map dx,
                     Coefficients* const coefficients_out, float* const dv_out, float* const du0,
                     float* const dv0) {
-  constexpr int count = 2 * max_rows + 1;
-  __shared__ MomentSums<K> moment_sums;
-  __shared__ Sums<count, most_warps<K>> loss_sums;
-  __shared__ LastStep last;
-  __shared__ Trace trace;
-  __shared__ Coefficients coefficients;
-  __shared__ float db;
+  constexpr int count = 2 * max_rows + 1, rows = backward_windows<K>;
+  struct Shared {
+    MomentSums<K> moment_sums;
+    Sums<count, most_warps<K>> loss_sums;
+    LastStep last;
+    Trace trace;
+    Coefficients coefficients;
+    float db;
+  };
+  __shared__ Shared shared[rows];
   if (K > 1 && !windows.wide)
     return;  // K > 1 is launched only with wide windows: the compiler may drop the narrow code
-  const Window window = windows.window_of_block(blockIdx.x);
+  Window window;
+  if (!windows.window_of_row(blockIdx.x, rows, threadIdx.y, window)) return;
+  auto& [moment_sums, loss_sums, last, trace, coefficients, db] = shared[threadIdx.y];
   const float* const v0_row = of_matrix(v0, window.matrix);
-  float tile[K][max_rows][chunk];
-  read_window(windows, window, x, v0_row, tile, moment_sums);
+  Tile<K, S, rows> tile;
+  read_window<S, K>(windows, window, x, v0_row, tile, moment_sums);
   if (first_warp()) {
     last.publish(
         solve_rank_one(windows.rows, windows.columns, iters, eps, Moments(moment_sums.of[0]), &trace));
   }
-  __syncthreads();
+  meet<most_warps<K>>();
 
   // dv = dYᵀu, then dY v, X dv and dvᵀv.
   const float scale = 1.0f / windows.num_shifts;
   float dv[K][chunk], partial[count] = {};
   FK_UNROLL
   for (int k = 0; k < K; ++k) {
-    float v[chunk], loss[1][max_rows][chunk];
-    load_tile(windows, window, dy, k, loss);
-    last.v_of(tile[k], v);
+    Held<S, 1> of_dy;
+    of_dy.load(windows, window, dy, k);
+    float values[max_rows][chunk], loss[max_rows][chunk], v[chunk];
+    numbers_of(of_dy, 0, loss);
+    numbers_of(tile, k, values);
+    last.v_of(values, v);
     FK_UNROLL
     for (int c = 0; c < chunk; ++c) {
       dv[k][c] = 0.0f;
       FK_UNROLL
       for (int m = 0; m < max_rows; ++m) {
-        loss[0][m][c] *= scale;
-        dv[k][c] += loss[0][m][c] * last.u[m];
-        partial[m] += loss[0][m][c] * v[c];
+        loss[m][c] *= scale;
+        dv[k][c] += loss[m][c] * last.u[m];
+        partial[m] += loss[m][c] * v[c];
       }
       FK_UNROLL
-      for (int m = 0; m < max_rows; ++m) partial[max_rows + m] += tile[k][m][c] * dv[k][c];
+      for (int m = 0; m < max_rows; ++m) partial[max_rows + m] += values[m][c] * dv[k][c];
       partial[2 * max_rows] += dv[k][c] * v[c];
     }
   }
@@ -156,7 +238,7 @@ __global__ void __launch_bounds__(32 * most_warps<K>)
     // U is updated first: u0 has no part in the result.
     if (du0 != nullptr && lane() < windows.rows) du0[window.matrix * windows.rows + lane()] = 0.0f;
   }
-  __syncthreads();
+  meet<most_warps<K>>();
 
   if (coefficients_out != nullptr) {
     const float* from = &coefficients.s[0][0];
@@ -165,14 +247,15 @@ __global__ void __launch_bounds__(32 * most_warps<K>)
   }
   FK_UNROLL
   for (int k = 0; k < K; ++k) {
-    float v[chunk], grad_v0[chunk], grad[max_rows][chunk] = {};
+    float values[max_rows][chunk], v[chunk], grad_v0[chunk], grad[max_rows][chunk] = {};
+    numbers_of(tile, k, values);
     load_row(windows, v0_row, k, v);
     if (dv0 != nullptr) {
       FK_UNROLL
       for (int c = 0; c < chunk; ++c) {
         grad_v0[c] = 2.0f * db * v[c];
         FK_UNROLL
-        for (int m = 0; m < max_rows; ++m) grad_v0[c] += tile[k][m][c] * coefficients.da[m];
+        for (int m = 0; m < max_rows; ++m) grad_v0[c] += values[m][c] * coefficients.da[m];
       }
       store_row(windows, dv0 + window.matrix * windows.columns, k, grad_v0);
     }
@@ -180,32 +263,41 @@ __global__ void __launch_bounds__(32 * most_warps<K>)
       store_row(windows, dv_out + window.matrix * windows.columns, k, dv[k]);
       continue;
     }
-    add_gradient(coefficients, tile[k], dv[k], v, grad);
-    mask_rows(tile[k], grad);
-    store_chunk(windows, window, dx, k, grad);
+    add_gradient(coefficients, values, dv[k], v, grad);
+    mask_rows(values, grad);
+    store_chunk<S>(windows, window, dx, k, grad);
   }
 }
 
-// Chunks of each thread: four where one warp then holds 8 x 512.
+// Calls f with the chunks of a thread as a constant, and a number of the map's dtype. Four chunks where one
+// warp then holds the window.
 template <class F>
-void with_chunks(const DeviceWindows& windows, F&& f) {
-  if (windows.wide && windows.columns > 256) {
-    f(std::integral_constant<int, 4>{});
-  } else {
-    f(std::integral_constant<int, 1>{});
-  }
+void with_chunks(const DeviceWindows& windows, DType dtype, F&& f) {
+  with_dtype(dtype, [&](auto number) {
+    if (windows.wide && windows.columns > 256 && windows.columns <= 512) {
+      f(std::integral_constant<int, 4>{}, number);
+    } else {
+      f(std::integral_constant<int, 1>{}, number);
+    }
+  });
 }
 
-int threads_for(const DeviceWindows& windows, int chunks) {
-  return round_up((windows.columns + chunk * chunks - 1) / (chunk * chunks), 32);
+i64 blocks_of(const DeviceWindows& windows, int rows) {
+  return windows.num_shifts * ((windows.per_shift + rows - 1) / rows);
+}
+
+dim3 threads_of(const DeviceWindows& windows, int chunks, int rows) {
+  return dim3(round_up((windows.columns + chunk * chunks - 1) / (chunk * chunks), 32), rows);
 }
 
 }  // namespace
 
 void rank_one_forward(const Launcher& launch, const DeviceWindows& windows, const NMFOptions& options,
                       const Map& x, const Factor& v0, const Map& y, float* u, float* v) {
-  with_chunks(windows, [&](auto chunks) {
-    launch(forward_kernel<chunks()>, windows.num_shifts * windows.per_shift, threads_for(windows, chunks()),
+  with_chunks(windows, x.dtype, [&](auto chunks, auto number) {
+    using S = decltype(number);
+    constexpr int rows = forward_windows<chunks(), S>;
+    launch(forward_kernel<chunks(), S>, blocks_of(windows, rows), threads_of(windows, chunks(), rows),
            windows, static_cast<int>(options.num_iters), static_cast<float>(options.eps), x, v0, y, u, v);
   });
 }
@@ -213,9 +305,10 @@ void rank_one_forward(const Launcher& launch, const DeviceWindows& windows, cons
 void rank_one_backward(const Launcher& launch, const DeviceWindows& windows, const NMFOptions& options,
                        const Map& x, const Map& dy, const Factor& v0, const Map& dx,
                        Coefficients* coefficients, float* dv, float* du0, float* dv0) {
-  with_chunks(windows, [&](auto chunks) {
-    launch(backward_kernel<chunks()>, windows.num_shifts * windows.per_shift, threads_for(windows, chunks()),
-           windows, static_cast<int>(options.num_iters),
+  with_chunks(windows, x.dtype, [&](auto chunks, auto number) {
+    constexpr int rows = backward_windows<chunks()>;
+    launch(backward_kernel<chunks(), decltype(number)>, blocks_of(windows, rows),
+           threads_of(windows, chunks(), rows), windows, static_cast<int>(options.num_iters),
            static_cast<int>(options.num_iters - options.grad_steps), static_cast<float>(options.eps), x, dy,
            v0, dx, coefficients, dv, du0, dv0);
   });

@@ -88,6 +88,13 @@ struct DeviceWindows {
     const u32 copy = by_num_shifts.split(block);
     return window(copy, block);
   }
+  // Window `row` of a block of `together` neighbours; false where there is none.
+  FK_INLINE bool window_of_row(u32 block, u32 together, u32 row, Window& to) const {
+    const u32 copy = by_num_shifts.split(block), index = block * together + row;
+    if (index >= per_shift) return false;
+    to = window(copy, index);
+    return true;
+  }
 
   // Window `index` of a copy; copy == num_shifts: of the map as it lies, not rolled.
   FK_INLINE Window window(u32 copy, u32 index) const {

@@ -186,10 +186,15 @@ def _convolution_backward(
     )  # fmt: skip
 
 
-def _copied(outputs: list[Tensor], gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    for output, gradient in zip(outputs, gradients, strict=True):
-        if gradient is not None:
-            output.copy_(gradient)
+def _outputs(outputs: list[Tensor], gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The gradients, copied only where an operator may not return them as they are."""
+    for i, gradient in enumerate(gradients):
+        if gradient is None:
+            continue
+        if gradient.dtype == outputs[i].dtype and gradient.is_contiguous():
+            outputs[i] = gradient
+        else:
+            outputs[i].copy_(gradient)
     return tuple(outputs)
 
 
@@ -216,7 +221,7 @@ def join_backward(
     )
     dx, dweight_x, _ = _convolution_backward(dy, x, weight_x, dtype, True, weight_grads)
     outputs = gradients_like([skip, x], [weight_skip, weight_x, bias], weight_grads)
-    return _copied(outputs, (dskip.view(skip.shape), dx, dweight_skip, dweight_x, dbias))
+    return _outputs(outputs, (dskip.view(skip.shape), dx, dweight_skip, dweight_x, dbias))
 
 
 @kernel("patch_conv", "torch")
@@ -229,4 +234,4 @@ def patch_conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, weight_grads: bool
 ) -> tuple[Tensor, ...]:
     gradients = _convolution_backward(dy, x, weight, dtype, False, weight_grads)
-    return _copied(gradients_like([x], [weight, bias], weight_grads), gradients)
+    return _outputs(gradients_like([x], [weight, bias], weight_grads), gradients)

@@ -51,14 +51,15 @@ def test_torch_makes_the_device_current(monkeypatch):
     assert calls == [1, "back"]
 
 
-def test_each_window_is_one_block(device):
-    """Of 8 x 512 one warp."""
-    x, u0, v0 = torch.rand(1, 8, 8, 8, 16), torch.rand(8, 1), torch.rand(512, 1)
+@pytest.mark.parametrize(("dtype", "blocks", "threads"), [(torch.float32, 2, 64), (torch.bfloat16, 1, 128)])
+def test_windows_of_one_warp_share_a_block(dtype, blocks, threads, device):
+    """As many as its shared memory holds. And a box of the map is a block where they are composed."""
+    x, u0, v0 = torch.rand(1, 8, 8, 8, 32, dtype=dtype), torch.rand(8, 1), torch.rand(512, 1)
     with fk.use_backend("cuda"):
         fk.swin_nmf(x, u0, v0, head_dim=8, patch_size=8, shifts=[None, 4])
-        assert device.launches() == [(0, 0, 4, 32), (0, 0, 1, 256)]
+        assert device.launches()[0] == (0, 0, 2 * blocks, threads)
         fk.swin_nmf(x, u0, v0, head_dim=8, patch_size=8)
-        assert device.launches() == [(0, 0, 2, 32)]
+        assert device.launches() == [(0, 0, blocks, threads)]
 
 
 @pytest.mark.parametrize("solver", ["hals", "mu"])
