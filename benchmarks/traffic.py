@@ -1,6 +1,6 @@
 """The bytes that a network moves to and from a GPU's memory, counted without a GPU: on meta tensors.
 
-Our operators run their Triton kernels' host code, whose launches are counted in place of being made; an operation
+Our operators run the host code of their Triton kernels, whose launches are counted and not made; an operation
 of PyTorch counts as it stands. Each tensor that a launch or an operation names is counted once, so what a
 cache misses comes on top, and what a library's convolution keeps in between.
 
