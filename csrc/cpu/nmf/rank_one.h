@@ -14,18 +14,6 @@ namespace FK_ISA {
 // What must be found out about X before rank 1 may be taken by its moments.
 enum class Sign { known, nonnegative, positive };
 
-// rank_one_forward with the rows as a constant where they are few. It does not know the matrix' type: one
-// copy of it serves all.
-inline bool run_rank_one(const NMFOptions& o, i64 rows, i64 columns, double tolerance, const Moments& moments,
-                         RankOneTrace& trace, double* work) {
-  bool applies = false;
-  with_small(rows, [&](auto count) {
-    applies =
-        rank_one_forward(count, double(columns), o.num_iters, o.hals, o.eps, tolerance, moments, trace, work);
-  });
-  return applies;
-}
-
 // The solver; its constructor takes the memory that it needs from the arena.
 template <class T>
 class RankOne {
@@ -87,7 +75,12 @@ class RankOne {
     }
     RankOneTrace steps = trace();
     const double tolerance = sizeof(T) == 4 ? 1e-7 : 1e-12;
-    if (!run_rank_one(o_, m_, tiles_.columns, tolerance, moments(), steps, work_)) return false;
+    bool applies = false;
+    with_small(m_, [&](auto rows) {
+      applies = rank_one_forward(rows, double(tiles_.columns), o_.num_iters, o_.hals, o_.eps, tolerance,
+                                 moments(), steps, work_);
+    });
+    if (!applies) return false;
     // v = k (Xᵀu + e)
     const double k = steps.k[o_.num_iters];
     T* w = weights_;

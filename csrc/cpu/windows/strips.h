@@ -5,9 +5,6 @@
 // too large for the cache are cut into strips of some of their lines, or of a part of one line.
 #pragma once
 
-#include <limits>
-#include <type_traits>
-
 #include "common/scalar_types.h"
 #include "cpu/common/cache.h"
 #include "cpu/common/rows.h"
@@ -67,31 +64,16 @@ class Pieces {
   i64 first() const { return first_; }
 
   // Calls f(i3, window, voxel, length): `length` voxels of a window, from its `voxel` on, which lie at i3 in
-  // the volume. The length of whole pieces is passed as `whole`, that it may be a constant; its half then is
-  // one too, since a window is mostly shifted by half its size. The compiler copies f to each of its calls
-  // here: there is one for every kind of length, in a loop that must not be unrolled.
+  // the volume. The length of whole pieces is passed as `whole`, that it may be a constant.
   template <class Length, class F>
   void each(Length whole, F&& f) const {
     const i64 uncut = cut_ > 0 ? begin_of_rest_ - 1 : begin_of_rest_;
-#pragma GCC unroll 1
-    for (int run = 0; run < 2; ++run) {  // of the windows before the volume's end, and after it
-      const i64 begin = run == 0 ? 0 : begin_of_rest_, end = run == 0 ? uncut : windows_;
-      const i64 at = run == 0 ? first_ : first_ - size_;
-      for (i64 k = begin; k < end; ++k) f(at + k * patch_, k, i64{0}, whole);
+    for (i64 k = 0; k < uncut; ++k) f(first_ + k * patch_, k, i64{0}, whole);
+    if (cut_ > 0) {
+      with_length(cut_, [&](auto length) { f(first_ + uncut * patch_, uncut, i64{0}, length); });
+      with_length(length_ - cut_, [&](auto length) { f(i64{0}, uncut, cut_, length); });
     }
-    if (cut_ == 0) return;
-    if constexpr (!std::is_same_v<Length, i64>) {
-      constexpr i64 half = Length() / 2;
-      if (cut_ == half) {
-        f(first_ + uncut * patch_, uncut, i64{0}, Constant<half>{});
-        return f(i64{0}, uncut, half, Constant<half>{});
-      }
-    }
-#pragma GCC unroll 1
-    for (int part = 0; part < 2; ++part) {  // before the volume's end, and at its beginning
-      const i64 i3 = part == 0 ? first_ + uncut * patch_ : 0;
-      f(i3, uncut, part == 0 ? 0 : cut_, part == 0 ? cut_ : length_ - cut_);
-    }
+    for (i64 k = begin_of_rest_; k < windows_; ++k) f(first_ + k * patch_ - size_, k, i64{0}, whole);
   }
 
  private:
@@ -128,16 +110,15 @@ inline Head<S> contiguous_head(S* data, const Windows& w) {
 constexpr i64 prefetch_distance = 4096;  // bytes copied between a prefetch and its use
 
 // Calls f(from, to, length) for every piece of a strip: where it lies along the last axis of `volume`, and in
-// buffer[window][channel]. step: volume.stride[2], as a constant where it is 1; only then lengths are
-// constants.
-template <class Step, class S, class T, class F>
-inline void each_pair(Step step, const Windows& w, const Strip& s, Head<S> volume, Rows<T> buffer,
-                      i64 window_stride, F&& f) {
+// buffer[window][channel].
+template <class S, class T, class F>
+inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> buffer, i64 window_stride,
+                      F&& f) {
   const Pieces pieces(w, s);
   // The line that is copied some way on is prefetched, too far away for the hardware to foresee: one plane
   // ahead, or, where there is one plane, some lines, or channels of few lines.
   const i64 span = (s.num_windows - 1) * w.patch[2] + s.num_voxels;
-  const i64 bytes = step == 1 ? span * i64(sizeof(S)) : 0;
+  const i64 bytes = volume.stride[2] == 1 ? span * i64(sizeof(S)) : 0;
   const i64 planes = s.num_lines / w.patch[1];
   const i64 ahead = planes > 1                                 ? w.patch[1]
                     : bytes <= 0 || bytes >= prefetch_distance ? 1
@@ -149,49 +130,44 @@ inline void each_pair(Step step, const Windows& w, const Strip& s, Head<S> volum
   const i64 in_channel = ahead / s.num_lines * volume.channel + offset(lines);
   const i64 in_next = in_channel + volume.channel - offset(s.num_lines);
   const i64 last_lines = (s.num_lines - lines) * s.num_voxels;  // columns before them
-  const auto copy = [&](auto whole) {
+  with_length(s.num_voxels, [&](auto whole) {
     each_line(w, s, [&](i64 channel, i64 i1, i64 i2, i64 column) {
       S* line = volume.at(channel, i1, i2, 0);
       T* columns = buffer[channel] + column;
       const i64 ahead_of_line = pieces.first() + (column < last_lines ? in_channel : in_next);
       prefetch(line, ahead_of_line * i64(sizeof(S)), bytes);
       pieces.each(whole, [&](i64 i3, i64 window, i64 voxel, auto length) {
-        f(line + i3 * step, columns + window * window_stride + voxel, length);
+        f(line + i3 * volume.stride[2], columns + window * window_stride + voxel, length);
       });
     });
-  };
-  if constexpr (std::is_same_v<Step, i64>) {
-    copy(s.num_voxels);
-  } else {
-    with_length(s.num_voxels, copy);
-  }
+  });
 }
 
 // buffer[window][channel] = scale * act(volume), for each window of the strip `window_stride` apart.
 template <class S, class T>
 void read_strip(const Windows& w, const Strip& s, Head<const S> volume, bool relu, T scale, Rows<T> buffer,
                 i64 window_stride) {
-  const auto read = [&](auto step, auto op) {
-    each_pair(step, w, s, volume, buffer, window_stride,
-              [&](const S* from, T* to, auto length) { transform(length, from, step, to, op); });
+  auto read_with = [&](auto op) {
+    auto read = [&](auto step) {
+      each_pair(w, s, volume, buffer, window_stride,
+                [&](const S* from, T* to, auto length) { transform(length, from, step, to, op); });
+    };
+    volume.stride[2] == 1 ? read(Constant<1>{}) : read(volume.stride[2]);
   };
-  if (volume.stride[2] == 1 && !relu && scale == T(1)) {
-    return read(Constant<1>{}, [](S x) { return T(to_compute(x)); });
+  if (relu) {
+    read_with([](S x) { return T(to_compute(x)) < T(0) ? T(0) : T(to_compute(x)); });  // NaN passes
+  } else if (scale == T(1)) {
+    read_with([](S x) { return T(to_compute(x)); });
+  } else {
+    read_with([scale](S x) { return T(to_compute(x)) * scale; });
   }
-  // NaN passes; x * 1 is x.
-  const T least = relu ? T(0) : -std::numeric_limits<T>::infinity();
-  const auto op = [least, scale](S x) {
-    const T value = T(to_compute(x));
-    return (value < least ? least : value) * scale;
-  };
-  volume.stride[2] == 1 ? read(Constant<1>{}, op) : read(volume.stride[2], op);
 }
 
 // sums[channel] (+)= buffer[window][channel]; strips of one shift touch disjoint voxels.
 template <class T>
 void add_strip(const Windows& w, const Strip& s, Rows<const T> buffer, i64 window_stride, bool accumulate,
                Head<T> sums) {
-  each_pair(Constant<1>{}, w, s, sums, buffer, window_stride, [&](T* to, const T* from, auto length) {
+  each_pair(w, s, sums, buffer, window_stride, [&](T* to, const T* from, auto length) {
     each_block<T>(length, [&](auto block, i64 i) {
       const auto x = block.load(from + i);
       block.store(to + i, accumulate ? block.load(to + i) + x : x);
@@ -205,7 +181,7 @@ void write_strip(const Windows& w, const Strip& s, Rows<const T> buffer, i64 win
   if constexpr (std::is_same_v<S, T>) {
     add_strip<T>(w, s, buffer, window_stride, false, volume);
   } else {
-    each_pair(Constant<1>{}, w, s, volume, buffer, window_stride, [&](S* to, const T* from, auto length) {
+    each_pair(w, s, volume, buffer, window_stride, [&](S* to, const T* from, auto length) {
       transform(length, from, Constant<1>{}, to, [](T value) { return Storage<S>::from(value); });
     });
   }

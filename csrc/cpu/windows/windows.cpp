@@ -31,11 +31,10 @@ void matricize(const Matricize& p) {
     S* z = static_cast<S*>(p.z) + matrix_index(w, strip, 0, w.batch * w.heads) * w.head_dim * w.columns();
     const Rows<S> matrices{z, w.columns()};
     auto copy_with = [&](auto op) {
-      const auto copy = [&](auto step) {
-        each_pair(step, w, strip, x, matrices, w.head_dim * w.columns(),
-                  [&](const S* from, S* to, auto length) { transform(length, from, step, to, op); });
-      };
-      x.stride[2] == 1 ? copy(Constant<1>{}) : copy(x.stride[2]);
+      each_pair(w, strip, x, matrices, w.head_dim * w.columns(), [&](const S* from, S* to, auto length) {
+        x.stride[2] == 1 ? transform(length, from, Constant<1>{}, to, op)
+                         : transform(length, from, x.stride[2], to, op);
+      });
     };
     if (p.scale == 1.0) {
       copy_with([](S value) { return value; });
