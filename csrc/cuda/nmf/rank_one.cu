@@ -30,9 +30,9 @@ constexpr int threads_of(int windows) {
 }
 
 // Blocks of the backward on a multiprocessor, which bound a thread's registers; 0: as the compiler likes.
-// Half types leave shared memory to 16 warps.
+// Half types have shared memory for 12 warps and more.
 template <int K, class S>
-constexpr int backward_blocks = K > 1 && sizeof(S) == 2 ? 16 / backward_windows<K> : 0;
+constexpr int backward_blocks = K > 1 && sizeof(S) == 2 ? 12 / backward_windows<K> : 0;
 
 // Where a window's numbers are kept. Four chunks in registers would leave room for eight warps, which do not
 // hide one another's loads.
@@ -210,24 +210,28 @@ __global__ void __launch_bounds__(threads_of<K>(backward_windows<K>), backward_b
   for (int k = 0; k < K; ++k) {
     Held<S, 1> of_dy;
     of_dy.load(windows, window, dy, k);
-    float values[max_rows][chunk], loss[max_rows][chunk], v[chunk];
-    numbers_of(of_dy, 0, loss);
-    numbers_of(tile, k, values);
-    last.v_of(values, v);
     FK_UNROLL
-    for (int c = 0; c < chunk; ++c) {
-      dv[k][c] = 0.0f;
+    for (int c = 0; c < chunk; ++c) {  // column by column: few numbers live in registers together
+      float x_c[max_rows], dy_c[max_rows], v = last.e, sum = 0.0f;
       FK_UNROLL
       for (int m = 0; m < max_rows; ++m) {
-        loss[m][c] *= scale;
-        dv[k][c] += loss[m][c] * last.u[m];
-        partial[m] += loss[m][c] * v[c];
+        x_c[m] = tile.get(k, m).number(c);
+        dy_c[m] = of_dy.get(0, m).number(c);
+        v += x_c[m] * last.w[m];
+        sum += dy_c[m] * last.u[m];
       }
+      sum *= scale;
       FK_UNROLL
-      for (int m = 0; m < max_rows; ++m) partial[max_rows + m] += values[m][c] * dv[k][c];
-      partial[2 * max_rows] += dv[k][c] * v[c];
+      for (int m = 0; m < max_rows; ++m) {
+        partial[m] += dy_c[m] * v;
+        partial[max_rows + m] += x_c[m] * sum;
+      }
+      partial[2 * max_rows] += sum * v;
+      dv[k][c] = sum;
     }
   }
+  FK_UNROLL
+  for (int m = 0; m < max_rows; ++m) partial[m] *= scale;
   loss_sums.take([&](int i) { return partial[i]; });
   if (first_warp()) {
     const float* total = loss_sums.of[0];
