@@ -83,6 +83,8 @@ def explain(
     """
     predictor = load_predictor([checkpoint], device=device, num_iters=num_iters, whole=whole)
     network, plan = predictor.models[0]
+    if len(predictor.models) > 1:
+        console.print(f"the first of the {len(predictor.models)} networks in {checkpoint} is explained")
     chosen = find_layers(network, plan, layers)
     cases = with_grid(find_cases(inputs, section), predictor.plan.modalities, resample)
     channel = None if background is None else _place(background, plan.modalities)

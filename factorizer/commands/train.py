@@ -12,7 +12,7 @@ from rich.console import Console
 
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import on_one_grid, read_decathlon, read_split, split_cases
-from factorizer.segmentation.checkpoint import read_checkpoint
+from factorizer.segmentation.checkpoint import read_first
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import MeanDice
 from factorizer.segmentation.files import atomic, prepare_folder
@@ -106,9 +106,9 @@ def train(
 
 
 def _like(plan: Plan, init: Path) -> Plan:
-    """The plan with the network of the checkpoint `init`, for the channels and the size of the plan."""
+    """The plan with the first network of the file `init`, for the channels and the size of the plan."""
     try:
-        other = read_checkpoint(init)[0]
+        other = read_first(init)[0]
     except FileNotFoundError as error:
         raise DataError(f"init: there is no {init}") from error
     own = {name: plan.network[name] for name in ("in_channels", "out_channels", "spatial_size")}

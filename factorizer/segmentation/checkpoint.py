@@ -26,6 +26,12 @@ def read_checkpoint(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
     return read_entry(members[0], path)
 
 
+def read_first(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
+    """The plan and the state of the first network in a checkpoint or a model file; all of a file segment the
+    same. Raises as `read_checkpoint` does."""
+    return read_entry(entries_of(load_tensors(path), path)[0], path)
+
+
 def entries_of(content: Mapping[str, Any], path: str | Path) -> Sequence[Mapping[str, Any]]:
     """The networks of a model file's content, or the one of a checkpoint's.
 

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from factorizer.segmentation.cases import Case, find_cases, read_classes, volumes_in
-from factorizer.segmentation.checkpoint import read_checkpoint
+from factorizer.segmentation.checkpoint import read_first
 from factorizer.segmentation.dataset import read_modalities
 from factorizer.segmentation.errors import DataError, FlatImageError
 from factorizer.segmentation.files import atomic, prepare_folder, read_json
@@ -314,7 +314,7 @@ def known_labels(labels: Path) -> tuple[dict[str, Case], dict[int, str], Targets
 def _modalities(labels: Path, checkpoint: Path | None) -> tuple[str, ...] | None:
     """The names of the images' channels, where the checkpoint or a dataset.json tells them."""
     if checkpoint is not None:
-        return read_checkpoint(checkpoint)[0].modalities
+        return read_first(checkpoint)[0].modalities
     listing = labels / "dataset.json" if labels.is_dir() else labels
     content = read_json(listing) if listing.is_file() else None
     if not isinstance(content, dict) or not {"modality", "channel_names"}.intersection(content):
@@ -331,7 +331,7 @@ def _targets(
 ) -> tuple[Targets, list[int]]:
     """What is measured, and all the values that a label may have."""
     if checkpoint is not None:
-        plan = read_checkpoint(checkpoint)[0]
+        plan = read_first(checkpoint)[0]
         if seen := sorted({case.name for case in cases}.intersection(plan.training)):
             more = f" and {len(seen) - 5} more" if len(seen) > 5 else ""
             tell_warning(

@@ -148,7 +148,7 @@ def _volume(name: str, image: Any, affine: Any, spacing: Any) -> Volume:
 
 
 def _affine(affine: Any, spacing: Any) -> np.ndarray:
-    """Of an array. Raises DataError unless one of the two is given, and is right."""
+    """The affine of an array. Raises DataError unless one of the two is given, and is right."""
     if (affine is None) == (spacing is None):
         raise DataError(
             "affine, spacing: give one of them for an array: the affine (4, 4) to mm, or the voxel size in mm"

@@ -25,7 +25,7 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from factorizer.models.build import build_network
-from factorizer.segmentation.checkpoint import load_weights_into, read_checkpoint
+from factorizer.segmentation.checkpoint import load_weights_into, read_checkpoint, read_first
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import save_tensors
 from factorizer.segmentation.measure import side_by_side
@@ -306,12 +306,12 @@ def within_budget(plan: Plan, budget: str, checkpoint: Path, device: torch.devic
 
 
 def start_from(network: nn.Module, path: str | Path) -> tuple[int, int]:
-    """Copies the weights of a checkpoint or a model file whose name and shape the network has.
+    """Copies the weights of a checkpoint, or of a model file's first network, whose name and shape the network has.
 
     Returns how many tensors were copied, and how many of the network's were not. Raises FileNotFoundError
     where there is no such file, DataError where it is not one of ours, or nothing in it fits.
     """
-    own, given = network.state_dict(), read_checkpoint(path)[1]["network"]
+    own, given = network.state_dict(), read_first(path)[1]["network"]
     fitting = {name: given[name] for name in own if name in given and given[name].shape == own[name].shape}
     if not fitting:
         raise DataError(f"{path}: none of its weights fits the network")

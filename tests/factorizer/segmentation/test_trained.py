@@ -6,7 +6,7 @@ from factorizer_support import checkpoint_for, plan_for, trainer_for
 from rich.console import Console
 
 from factorizer.commands.models import export
-from factorizer.segmentation.checkpoint import load_network
+from factorizer.segmentation.checkpoint import load_network, read_first
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.inference import load_predictor
 from factorizer.segmentation.trained import (
@@ -50,6 +50,9 @@ def test_a_model_file_holds_an_ensemble_in_half_precision(tmp_path):
     assert not load_predictor([tmp_path / "two.pt"], mirror=False).mirror
     with pytest.raises(DataError, match="holds 2 networks"):
         load_network(tmp_path / "two.pt")
+    plan, state = read_first(tmp_path / "two.pt")
+    assert plan == members[0][1]
+    assert state["network"].keys() == members[0][0].state_dict().keys()
 
 
 def test_a_checkpoint_is_a_model_of_one_member(tmp_path):
