@@ -306,7 +306,8 @@ def within_budget(plan: Plan, budget: str, checkpoint: Path, device: torch.devic
 
 
 def start_from(network: nn.Module, path: str | Path) -> tuple[int, int]:
-    """Copies the weights of a checkpoint, or of a model file's first network, whose name and shape the network has.
+    """Copies those weights of a checkpoint, or of a model file's first network, whose name and shape the
+    network has.
 
     Returns how many tensors were copied, and how many of the network's were not. Raises FileNotFoundError
     where there is no such file, DataError where it is not one of ours, or nothing in it fits.
