@@ -126,18 +126,14 @@ inline Parts panels_of(i64 rows, i64 depth) {
   return Parts::of(rows, depth < short_depth ? short_height : max_height);
 }
 
-// The columns of `height` rows, one after another. rows: as many as may be read.
+// The columns of `height` rows, one after another.
 template <class T, class S, class Height>
-void pack_panel(const S* from, Height height, i64 rows, i64 depth, i64 row, i64 column, T* to) {
+void pack_panel(const S* from, Height height, i64 depth, i64 row, i64 column, T* to) {
   constexpr i64 width = Simd<T>::width;
   const i64 h = height;
   i64 k = 0;
   if constexpr (std::is_same_v<S, T>) {
-    // Whole columns, as long as what a store leaves past its h elements is overwritten by the next ones.
-    if (row == 1 && h <= width && width <= rows) {
-      for (; k + 1 < depth; ++k) store(to + k * h, load(from + k * column));
-    }
-    // By squares, likewise.
+    // By squares, as long as what a store leaves past its h elements is overwritten by the next ones.
     const i64 end = column == 1 && 0 < h && h <= width ? depth - width : 0;
     for (; k + width <= end; k += width) {
       Vec<T> square[width];
@@ -180,7 +176,7 @@ struct Weights {
     // Where W's columns are contiguous, some panels together, a few columns at a time: every line of memory
     // is read once.
     const bool transposed = row == 1 && column != 1;
-    const i64 together = transposed ? 8 : 1, step = transposed ? 16 : depth_block;
+    const i64 together = transposed ? 8 : 1, step = transposed ? 8 : depth_block;
     for (i64 block = 0; block < blocks.count; ++block) {
       const S* const from = w + blocks.begin(block) * column;
       T* const to = memory + blocks.begin(block) * rows;
@@ -195,7 +191,7 @@ struct Weights {
           for (i64 i = first; i < last; ++i) {
             const i64 at = panels.begin(i);
             with_small(panels.size(i), [&](auto height) {
-              pack_panel<T>(from + at * row + k * column, height, rows - at, count, row, column,
+              pack_panel<T>(from + at * row + k * column, height, count, row, column,
                             to + at * length + k * height);
             });
           }

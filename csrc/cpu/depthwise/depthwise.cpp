@@ -2,7 +2,7 @@
 //
 // A task is a tile of one map. Planes of the map that is filtered (x; in the backward dy) are copied to a
 // buffer that fits the cache, padded with zeros and in the arithmetic's type, so that the inner loops know no
-// edges. Large maps stream through it: it is a ring of one plane more than the filter is deep, and rows are
+// edges. Large maps stream through it: it is a ring of as many planes as the filter is deep, and rows are
 // filtered. Of small maps it holds the whole depth, and a plane is filtered as one long row, the gaps between
 // its rows included.
 //
@@ -45,7 +45,7 @@ class Worker {
     totals_ = arena.take<T>((p.taps() + 1) * Simd<T>::width);
     weights_ = arena.take<T>(p.taps());
     packed_ = arena.take<i64>(p.taps());
-    offsets_ = arena.take<i64>(p.taps() * plan.planes);
+    offsets_ = arena.take<i64>(p.taps() * p.kernel[0]);
   }
 
   // To be called once.
@@ -118,9 +118,9 @@ class Worker {
       }
       return;
     }
-    for (i64 first = 0; first < plan_.planes; ++first) {
+    for (i64 first = 0; first < k[0]; ++first) {
       for (i64 a = 0; a < k[0]; ++a) {
-        for (i64 c = 0; c < k[2]; ++c) add((first + a) % plan_.planes, 0, c);
+        for (i64 c = 0; c < k[2]; ++c) add((first + a) % k[0], 0, c);
       }
     }
   }
@@ -167,19 +167,17 @@ class Worker {
 
   // --- A ring of planes, filtered row by row --------------------------------------------------
 
-  // A plane is read one step before the filter sees it: a vector that was stored as two cannot be loaded
-  // until both have reached the cache.
   void run_ring(const Tile& tile, const Map<const S>& in, const Map<S>* out, const Map<const S>* x) {
     const i64* k = p_.kernel;
     const i64 reach = plan_.reach[0], end = tile.begin[0] + tile.extent[0];
-    const i64 last_read = std::min(p_.size[0], end + reach) - 1;
     i64 read = std::max<i64>(0, tile.begin[0] - reach);
-    for (i64 z = tile.begin[0], phase = 0; z < end; ++z, phase = phase + 1 < plan_.planes ? phase + 1 : 0) {
-      const auto slot = [&](i64 plane) {  // planes from z - reach on lie one after another from `phase` on
-        const i64 at = phase + plane - (z - reach);
-        return at < plan_.planes ? at : at - plan_.planes;
-      };
-      for (; read <= std::min(last_read, z + reach + 1); ++read) read_plane(tile, in, read, slot(read));
+    for (i64 z = tile.begin[0], phase = 0; z < end; ++z, phase = phase + 1 < k[0] ? phase + 1 : 0) {
+      const auto slot =
+          [&](i64 plane) {  // planes z - reach to z + reach lie one after another from `phase` on
+            const i64 at = phase + plane - (z - reach);
+            return at < k[0] ? at : at - k[0];
+          };
+      for (; read <= std::min(p_.size[0] - 1, z + reach); ++read) read_plane(tile, in, read, slot(read));
       // Planes outside of the map are left out.
       const i64 first = std::max<i64>(0, reach - z), last = std::min(k[0], p_.size[0] - z + reach);
       const i64* offsets = offsets_ + (phase * k[0] + first) * k[2];
@@ -197,7 +195,7 @@ class Worker {
     const i64 columns = tile.extent[2], length = round_up<T>(columns);
     const T* first = padded_ + plan_.lead + plan_.reach[1] * plan_.pitch;
     each_row_block(tile.extent[1], [&](i64 row, i64 rows) {
-      const i64 y = tile.begin[1] + row, next = z + plan_.reach[0] + 2;
+      const i64 y = tile.begin[1] + row, next = z + plan_.reach[0] + 1;
       S* const to = out.at(z, y, tile.begin[2]);
       // What is written next, the plane that is read next, and x, which is correlated next.
       const Ahead ahead[] = {

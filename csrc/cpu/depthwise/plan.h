@@ -17,7 +17,7 @@ struct Plan {
   bool deep;              // the buffer holds all planes of a tile, and one of them is filtered as one row
   i64 reach[3];           // how far the filter sees on either side
   i64 tile[3], tiles[3];  // voxels of a tile along each axis, and how many tiles there are
-  i64 planes;             // that the buffer holds; if not all, it is a ring, of one more than the filter sees
+  i64 planes;             // that the buffer holds; if not all, it is a ring
   i64 pitch, plane;       // elements from row to row and from plane to plane; the gaps are zero
   i64 lead;               // elements before the first voxel
   i64 length;             // elements of a row that is filtered: a row of the tile, or a plane with its gaps
@@ -36,7 +36,6 @@ Plan plan_of(const DepthwiseConv& p) {
   std::copy(p.size, p.size + 3, tile);
   for (int axis = 0; axis < 3; ++axis) plan.reach[axis] = p.kernel[axis] / 2;
 
-  plan.lead = plan.reach[2];
   // One gap between two rows serves both.
   const i64 pitch = columns + plan.reach[2];
   const i64 length = round_up<T>((rows - 1) * pitch + columns);
@@ -48,14 +47,15 @@ Plan plan_of(const DepthwiseConv& p) {
   if (plan.deep) {
     if (held < p.size[0]) tile[0] = held / 8 * 8;
     plan.pitch = pitch;
+    plan.lead = plan.reach[2];
     plan.length = length;
   } else {
     constexpr i64 longest = 4096;  // columns
     if (columns > longest) tile[2] = longest / 2;
     plan.pitch = round_up<T>(tile[2] + plan.reach[2] * (tile[2] < columns ? 2 : 1));
+    plan.lead = round_up<T>(plan.reach[2]);
     plan.length = std::max(tile[2], width);
-    const i64 held_rows =
-        second_level_bytes / 2 / (bytes * plan.pitch * (p.kernel[0] + 1)) - (p.kernel[1] - 1);
+    const i64 held_rows = second_level_bytes / 2 / (bytes * plan.pitch * p.kernel[0]) - (p.kernel[1] - 1);
     if (held_rows < rows) tile[1] = std::min(rows, std::max<i64>(held_rows / 8 * 8, 8));
   }
   for (int axis = 1; axis < 3; ++axis) plan.tiles[axis] = parts(p.size[axis], tile[axis]);
@@ -66,7 +66,7 @@ Plan plan_of(const DepthwiseConv& p) {
     tile[0] = std::min(tile[0], std::max(parts(p.size[0], parts(enough, tasks)), 4 * p.kernel[0]));
   }
   plan.tiles[0] = parts(p.size[0], tile[0]);
-  plan.planes = plan.deep ? tile[0] + p.kernel[0] - 1 : p.kernel[0] + 1;
+  plan.planes = plan.deep ? tile[0] + p.kernel[0] - 1 : p.kernel[0];
   plan.plane = (tile[1] + p.kernel[1] - 1) * plan.pitch;
   return plan;
 }

@@ -27,14 +27,14 @@ class CpuProblem(Problem):
         return dx, *self.factor_grads(du0, dv0)
 
 
-def yields(x: Tensor, sizes: MatrixSizes) -> str | None:
+def yields(x: Tensor, sizes: MatrixSizes | None) -> str | None:
     """Why plain PyTorch should factorise x, which it does faster, or None.
 
     It keeps the iterations for the backward, which the kernels compute again: with few of them, each of large
     products, nothing makes up for that (measured: docs/performance.md). Up to rank 8 the kernels update
     factors in registers, and HALS goes through the reference column by column.
     """
-    if sizes.solver != "mu":
+    if sizes is None or sizes.solver != "mu":
         return None
     if sizes.num_iters == 1:
         faster = sizes.rank > 8
