@@ -229,6 +229,16 @@ def problems(draw):
     return name, sizes, dtype, draw(st.integers(0, 2**31))
 
 
+@pytest.mark.parametrize("channels", [5, 9, 13, 17, 21, 33])
+@pytest.mark.parametrize("rows", [8, 18, 20, 40])
+def test_products_with_transposed_weights(channels, rows, backend, rel):
+    """The gradient of x, whose weights are packed from columns: panels and steps of every remainder."""
+    x = torch.randn(2, channels, 7, requires_grad=True)
+    weight, bias, dy = torch.randn(rows, channels), torch.randn(rows), torch.randn(2, rows, 7)
+    (dx,) = torch.autograd.grad(fk.linear(x, weight, bias), x, dy)
+    assert rel(dx, weight.double().mT @ dy.double()) < 1e-6
+
+
 @settings(deadline=None)
 @given(problems())
 def test_any_problem(problem):

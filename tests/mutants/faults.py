@@ -87,10 +87,6 @@ FAULTS = (
         "sums.add(sections.count, row", "sums.add(sections.count > 1 ? sections.count - 1 : 1, row", PRODUCT,
     ),
     Fault(
-        "product: a packed column's last store reaches into the next panel", _PRODUCT,
-        "for (; k + 1 < depth; ++k) store", "for (; k < depth; ++k) store", PRODUCT,
-    ),
-    Fault(
         "product: where a packed block of the depth begins", "csrc/cpu/product/product.cpp",
         "first * p.depth + k * rows);", "first * p.depth + k * (rows - 1));", PRODUCT,
     ),
@@ -165,7 +161,7 @@ FAULTS = (
     ),
     Fault(
         "depthwise: where the ring of planes begins is forgotten", _DEPTHWISE + "depthwise.cpp",
-        "add((first + a) % plan_.planes, 0, c)", "add(a, 0, c)", DEPTHWISE,
+        "add((first + a) % k[0], 0, c)", "add(a, 0, c)", DEPTHWISE,
     ),
     Fault(
         "depthwise: another tile's voxels stay around this one", _DEPTHWISE + "depthwise.cpp",
