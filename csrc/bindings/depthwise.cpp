@@ -11,11 +11,12 @@ namespace bindings {
 namespace {
 
 // What forward and backward share, checked.
-struct Call {
+struct DepthwiseCall {
   DepthwiseConv p;
   Extent extent;
 
-  Call(int dtype_code, const Extent& size, const std::array<i64, 3>& kernel, int threads) : extent(size) {
+  DepthwiseCall(int dtype_code, const Extent& size, const std::array<i64, 3>& kernel, int threads)
+      : extent(size) {
     check_threads(threads);
     if (*std::min_element(size.begin(), size.end()) < 0)
       throw std::invalid_argument("size must not be negative");
@@ -57,7 +58,7 @@ void def_depthwise(py::module_& m) {
       "depthwise_conv_forward",
       [](int dtype_code, const Extent& size, const std::array<i64, 3>& kernel, const VolumeArgs& x,
          const MemoryArgs& weight, const OptionalMemory& bias, const MemoryArgs& y, int threads) {
-        Call call(dtype_code, size, kernel, threads);
+        DepthwiseCall call(dtype_code, size, kernel, threads);
         DepthwiseConv& p = call.p;
         p.x = call.any("x", x);
         p.weight = call.per_channel("weight", weight, p.taps());
@@ -74,7 +75,7 @@ void def_depthwise(py::module_& m) {
       [](int dtype_code, const Extent& size, const std::array<i64, 3>& kernel, const VolumeArgs& dy,
          const VolumeArgs& x, const MemoryArgs& weight, const OptionalMemory& dx,
          const OptionalMemory& dweight, const OptionalMemory& dbias, int threads) {
-        Call call(dtype_code, size, kernel, threads);
+        DepthwiseCall call(dtype_code, size, kernel, threads);
         DepthwiseConv& p = call.p;
         p.dy = call.any("dy", dy);
         p.x = call.any("x", x);

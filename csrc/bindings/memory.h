@@ -89,9 +89,6 @@ inline DType dtype(int code) {
   refuse("dtype", "one of DTYPES", code);
 }
 
-inline i64 element(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
-inline i64 compute_element(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
-
 // A map (B, C, S1..Sp), p = 1 to 3, of any strides: (address, bytes, strides).
 using VolumeArgs = std::tuple<Address, i64, std::vector<i64>>;
 

@@ -20,4 +20,8 @@ using i64 = std::int64_t;
 
 enum class DType : int { float32 = 0, float64 = 1, bfloat16 = 2, float16 = 3 };
 
+// Bytes of an element as it is stored, and in the arithmetic's type.
+inline i64 element(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
+inline i64 compute_element(DType dtype) { return dtype == DType::float64 ? 8 : 4; }
+
 }  // namespace factorizer

@@ -1,12 +1,10 @@
 // y from the factors: at every voxel the mean over the shifts of u v, composed line by line, each voxel once.
 #pragma once
 
-#include <type_traits>
-
 #include "cpu/common/cache.h"
 #include "cpu/common/parallel.h"
 #include "cpu/nmf/plan.h"
-#include "cpu/windows/strips.h"
+#include "cpu/nmf/volumes.h"
 #include "problems/nmf.h"
 
 namespace factorizer {
@@ -78,11 +76,12 @@ void compose_line(Terms terms, i64 rows, i64 length, const U& u, Rows<const T> v
 // y of a chunk of heads from its factors: at every voxel the mean over the shifts of u v, a sum of shifts x
 // rank terms. u is spread along a piece of a line, so that composing it knows no windows, and kept while the
 // rows of windows stay the same; inside of long windows it is one number.
-template <class T, class S>
+template <class T>
 void compose_chunk(const SwinNMF& p, const Chunk& chunk, int threads, const FactorsOut<T>& factors) {
   const Windows& w = p.windows;
   const i64 rows = w.head_dim, rank = p.options.rank, terms = w.num_shifts * rank;
   const T scale = T(1) / T(w.num_shifts);
+  const bool direct = element(p.dtype) == sizeof(T);
   constexpr i64 shortest = 64;
   i64 segment = spread_bytes / (terms * rows * i64(sizeof(T))) / shortest * shortest;
   segment = segment < shortest ? shortest : segment;
@@ -140,15 +139,10 @@ void compose_chunk(const SwinNMF& p, const Chunk& chunk, int threads, const Fact
           });
         }
       };
-      S* const y = static_cast<S*>(p.y) + (chunk.begin + bh) * rows * w.voxels() + place;
-      if constexpr (std::is_same_v<S, T>) {
-        compose({y, w.voxels()});
-      } else {
-        compose(line);
-        for (i64 c = 0; c < rows; ++c) {
-          transform(length, line[c], Constant<1>{}, y + c * w.voxels(),
-                    [](T value) { return Storage<S>::from(value); });
-        }
+      const i64 y = (chunk.begin + bh) * rows * w.voxels() + place;
+      compose(direct ? Rows<T>{static_cast<T*>(p.y) + y, w.voxels()} : line);
+      for (i64 c = 0; !direct && c < rows; ++c) {
+        round_to<T>(p.dtype, line[c], length, p.y, y + c * w.voxels());
       }
     }
   });

@@ -14,6 +14,17 @@ namespace FK_ISA {
 // What must be found out about X before rank 1 may be taken by its moments.
 enum class Sign { known, nonnegative, positive };
 
+// rank_one_forward of math/rank_one.h, whose loops unroll where the rows are few.
+inline bool rank_one_steps(const NMFOptions& o, i64 rows, i64 columns, double tolerance,
+                           const Moments& moments, RankOneTrace& steps, double* work) {
+  bool applies = false;
+  with_small(rows, [&](auto rows) {
+    applies =
+        rank_one_forward(rows, double(columns), o.num_iters, o.hals, o.eps, tolerance, moments, steps, work);
+  });
+  return applies;
+}
+
 // The solver; its constructor takes the memory that it needs from the arena.
 template <class T>
 class RankOne {
@@ -75,12 +86,7 @@ class RankOne {
     }
     RankOneTrace steps = trace();
     const double tolerance = sizeof(T) == 4 ? 1e-7 : 1e-12;
-    bool applies = false;
-    with_small(m_, [&](auto rows) {
-      applies = rank_one_forward(rows, double(tiles_.columns), o_.num_iters, o_.hals, o_.eps, tolerance,
-                                 moments(), steps, work_);
-    });
-    if (!applies) return false;
+    if (!rank_one_steps(o_, m_, tiles_.columns, tolerance, moments(), steps, work_)) return false;
     // v = k (Xᵀu + e)
     const double k = steps.k[o_.num_iters];
     T* w = weights_;

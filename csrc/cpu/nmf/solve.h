@@ -127,7 +127,7 @@ i64 solver_memory(const NMFOptions& o, Tiles<T>& tiles, bool rank_one, bool back
 
 // Long matrices of a problem: side by side, each by one worker, where they are many; else one after another,
 // each by all the workers. The result is the same.
-template <class T, class S>
+template <class T>
 class LongMatrices {
  public:
   // backward: with the memory that it needs. At most `most` matrices are worked on at a time.
@@ -157,13 +157,13 @@ class LongMatrices {
   static constexpr i64 most_bytes = i64(256) << 20;
 
   void add(const SwinNMF& p, bool rank_one, bool backward, int threads) {
-    tiles_.push_back(std::make_unique<LongTiles<T, S>>(p, threads));
+    tiles_.push_back(std::make_unique<LongTiles<T>>(p, threads));
     memory_bytes_ = solver_memory<T>(p.options, *tiles_.back(), rank_one, backward);
     memory_.push_back(std::make_unique<Scratch>(memory_bytes_));
   }
 
   i64 memory_bytes_ = 0;
-  std::vector<std::unique_ptr<LongTiles<T, S>>> tiles_;
+  std::vector<std::unique_ptr<LongTiles<T>>> tiles_;
   std::vector<std::unique_ptr<Scratch>> memory_;
 };
 

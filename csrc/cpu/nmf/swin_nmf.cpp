@@ -4,11 +4,8 @@
 // Backward: for each shift, dX of every window is added to dx; the windows of one shift are disjoint, and
 // the shifts follow one another, so that sums have one order. Both go through the volume in chunks of
 // heads that stay in the last-level cache between the two steps.
-#include <type_traits>
-
 #include "cpu/common/memory.h"
 #include "cpu/common/parallel.h"
-#include "cpu/common/storage.h"
 #include "cpu/nmf/compose.h"
 #include "cpu/nmf/plan.h"
 #include "cpu/nmf/solve.h"
@@ -37,7 +34,7 @@ i64 matrix_of_batch(const Windows& w, const Chunk& chunk, i64 shift, i64 local) 
   return local + (shift * (w.batch * w.heads - chunk.count) + chunk.begin) * w.num_windows();
 }
 
-template <class T, class S>
+template <class T>
 void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int threads,
                       const FactorsOut<T>& out) {
   const Windows& w = p.windows;
@@ -50,7 +47,7 @@ void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int t
   parallel_for(plan.count, threads, [&](i64 task, int worker) {
     const Strip strip = plan.strip(w, task, chunk.begin, w.num_shifts, 0);
     const Rows<T> x = memory.x(worker);
-    read_strip<S, T>(w, strip, head_of<const S>(p.x, w, strip.bh), p.options.relu, T(1), x, stride);
+    read_volume<T>(p, p.x, strip, p.options.relu, T(1), x, stride);
     clear_window_padding(w, strip.num_windows, x, stride);
     const i64 first = matrix_index(w, strip, chunk.begin, chunk.count);
     for (i64 i = 0; i < strip.num_windows; ++i) {
@@ -63,20 +60,20 @@ void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int t
     if (out.maps) {
       write_map(p, chunk, strip, memory.other(worker), out);
     } else if (out.v == nullptr) {
-      write_strip<T, S>(w, strip, x, stride, y_head<S>(p, strip.bh));
+      write_y_strip<T>(p, strip, x, stride);
     }
   });
 }
 
-template <class T, class S>
+template <class T>
 void factorize_long(const SwinNMF& p, bool rank_one, const Chunk& chunk, int threads,
                     const FactorsOut<T>& out) {
   const Windows& w = p.windows;
   const i64 u_size = p.options.rank * w.head_dim, v_size = p.options.rank * w.columns();
   const i64 windows = chunk.count * w.num_windows();
-  LongMatrices<T, S> matrices(p, rank_one, false, w.num_shifts * windows, threads);
+  LongMatrices<T> matrices(p, rank_one, false, w.num_shifts * windows, threads);
   const Scratch v_memory(out.maps ? matrices.workers() * v_size * sizeof(T) : 0);
-  matrices.each(w.num_shifts * windows, [&](i64 local, int worker, LongTiles<T, S>& tiles, void* memory) {
+  matrices.each(w.num_shifts * windows, [&](i64 local, int worker, LongTiles<T>& tiles, void* memory) {
     const i64 shift = local / windows, i = local % windows;
     tiles.select(whole_window(w, shift, chunk.begin + i / w.num_windows(), i % w.num_windows()));
     const i64 matrix = matrix_of_batch(w, chunk, shift, local);
@@ -90,17 +87,17 @@ void factorize_long(const SwinNMF& p, bool rank_one, const Chunk& chunk, int thr
 }
 
 // The factors of every window of a chunk of heads.
-template <class T, class S>
+template <class T>
 void factorize_chunk(const SwinNMF& p, bool rank_one, const Chunk& chunk, int threads,
                      const FactorsOut<T>& out) {
   if (windows_fit(p.windows, sizeof(T))) {
-    factorize_strips<T, S>(p, rank_one, chunk, threads, out);
+    factorize_strips<T>(p, rank_one, chunk, threads, out);
   } else {
-    factorize_long<T, S>(p, rank_one, chunk, threads, out);
+    factorize_long<T>(p, rank_one, chunk, threads, out);
   }
 }
 
-template <class T, class S>
+template <class T>
 void forward(const SwinNMF& p) {
   const Windows& w = p.windows;
   if (w.num_matrices() == 0) return;
@@ -108,19 +105,19 @@ void forward(const SwinNMF& p) {
   const int threads = threads_for(p);
   const Chunk all{0, w.batch * w.heads};
   if (p.u.data != nullptr) {
-    return factorize_chunk<T, S>(p, rank_one, all, threads,
-                                 {static_cast<T*>(p.u.data), static_cast<T*>(p.v.data), false});
+    return factorize_chunk<T>(p, rank_one, all, threads,
+                              {static_cast<T*>(p.u.data), static_cast<T*>(p.v.data), false});
   }
-  expect_writes(p.y, w.num_elements() * i64(sizeof(S)));
-  if (w.num_shifts == 1) return factorize_chunk<T, S>(p, rank_one, all, threads, {});
+  expect_writes(p.y, w.num_elements() * element(p.dtype));
+  if (w.num_shifts == 1) return factorize_chunk<T>(p, rank_one, all, threads, {});
   const i64 per_chunk = heads_per_chunk(w, sizeof(T));
   const i64 matrices = w.num_shifts * per_chunk * w.num_windows();
   const Scratch factors(matrices * p.options.rank * (w.head_dim + w.columns()) * sizeof(T));
   T* u = static_cast<T*>(factors.data());
   const FactorsOut<T> out{u, u + matrices * p.options.rank * w.head_dim, true};
   each_chunk(w, per_chunk, [&](const Chunk& chunk) {
-    factorize_chunk<T, S>(p, rank_one, chunk, threads, out);
-    compose_chunk<T, S>(p, chunk, threads, out);
+    factorize_chunk<T>(p, rank_one, chunk, threads, out);
+    compose_chunk<T>(p, chunk, threads, out);
   });
 }
 
@@ -172,7 +169,7 @@ const T* factor_or_null(const Factor& f, i64 matrix) {
 
 // The backward of a chunk's windows of one shift: dX is written to the chunk's dx (shift 0), a contiguous map
 // of its heads, or added to it. One class for strips of windows, one for long matrices.
-template <class T, class S>
+template <class T>
 class StripsBackward {
  public:
   StripsBackward(const SwinNMF& p, bool rank_one, int threads)
@@ -214,10 +211,8 @@ class StripsBackward {
     return solver_memory<T>(p.options, tiles, rank_one, true);
   }
   void read(const Volume& volume, const Strip& strip, bool relu, T scale, Rows<T> to) const {
-    const Windows& w = p_.windows;
-    read_strip<S, T>(w, strip, head_of<const S>(volume, w, strip.bh), relu, scale, to,
-                     memory_.window_stride());
-    clear_window_padding(w, strip.num_windows, to, memory_.window_stride());
+    read_volume<T>(p_, volume, strip, relu, scale, to, memory_.window_stride());
+    clear_window_padding(p_.windows, strip.num_windows, to, memory_.window_stride());
   }
 
   const SwinNMF& p_;
@@ -227,7 +222,7 @@ class StripsBackward {
   const StripMemory<T> memory_;
 };
 
-template <class T, class S>
+template <class T>
 class LongBackward {
  public:
   LongBackward(const SwinNMF& p, bool rank_one, int threads)
@@ -239,7 +234,7 @@ class LongBackward {
   void run(const Chunk& chunk, i64 shift, T* dx, const FactorGrads<T>& du0, const FactorGrads<T>& dv0) {
     const Windows& w = p_.windows;
     const i64 matrices = chunk.count * w.num_windows();
-    matrices_.each(matrices, [&](i64 local, int, LongTiles<T, S>& tiles, void* memory) {
+    matrices_.each(matrices, [&](i64 local, int, LongTiles<T>& tiles, void* memory) {
       const i64 bh = local / w.num_windows();
       const i64 matrix = matrix_of_batch(w, chunk, shift, shift * matrices + local);
       tiles.select(whole_window(w, shift, chunk.begin + bh, local % w.num_windows()),
@@ -253,19 +248,19 @@ class LongBackward {
  private:
   const SwinNMF& p_;
   const bool rank_one_;
-  LongMatrices<T, S> matrices_;
+  LongMatrices<T> matrices_;
 };
 
-// Rounds a chunk's dx to the storage type.
-template <class T, class S>
-void store(const T* from, i64 count, S* to, int threads) {
+// Rounds a chunk's dx, `count` numbers of it from `begin` on, to the storage type.
+template <class T>
+void store(const SwinNMF& p, const T* from, i64 begin, i64 count, int threads) {
   parallel_for((count + line_block - 1) / line_block, threads, [&](i64 task, int) {
-    const i64 end = (task + 1) * line_block < count ? (task + 1) * line_block : count;
-    for (i64 i = task * line_block; i < end; ++i) to[i] = Storage<S>::from(from[i]);
+    const i64 first = task * line_block, left = count - first;
+    round_to<T>(p.dtype, from + first, left < line_block ? left : line_block, p.dx, begin + first);
   });
 }
 
-template <class ShiftBackward, class T, class S>
+template <class ShiftBackward, class T>
 void backward(const SwinNMF& p) {
   const Windows& w = p.windows;
   const i64 head = w.head_dim * w.voxels(), per_chunk = heads_per_chunk(w, sizeof(T));
@@ -277,20 +272,19 @@ void backward(const SwinNMF& p) {
     dv0.write_sum();
     return;
   }
-  expect_writes(p.dx, w.num_elements() * i64(sizeof(S)));
+  expect_writes(p.dx, w.num_elements() * element(p.dtype));
   ShiftBackward shift_backward(p, rank_one_applies<T>(p, p.options.grad_steps), threads);
   // Sums over the shifts are kept in the arithmetic's type.
-  constexpr bool direct = sizeof(T) == sizeof(S);
+  const bool direct = element(p.dtype) == sizeof(T);
   const Scratch dx_chunk(direct ? 0 : per_chunk * head * sizeof(T));
   each_chunk(w, per_chunk, [&](const Chunk& chunk) {
-    S* const out = static_cast<S*>(p.dx) + chunk.begin * head;
-    T* const dx = static_cast<T*>(direct ? static_cast<void*>(out) : dx_chunk.data());
+    T* const dx = direct ? static_cast<T*>(p.dx) + chunk.begin * head : static_cast<T*>(dx_chunk.data());
     for (i64 shift = 0; shift < w.num_shifts; ++shift) {
       shift_backward.run(chunk, shift, dx, du0, dv0);
       du0.add_up(chunk.count * w.num_windows(), threads);
       dv0.add_up(chunk.count * w.num_windows(), threads);
     }
-    if constexpr (!direct) store(dx, chunk.count * head, out, threads);
+    if (!direct) store(p, dx, chunk.begin * head, chunk.count * head, threads);
   });
   du0.write_sum();
   dv0.write_sum();
@@ -299,20 +293,16 @@ void backward(const SwinNMF& p) {
 }  // namespace
 
 void swin_nmf_forward(const SwinNMF& p) {
-  with_storage(p.dtype, [&](auto* storage) {
-    using S = std::remove_pointer_t<decltype(storage)>;
-    forward<typename Storage<S>::Compute, S>(p);
-  });
+  with_compute(p.dtype, [&](auto number) { forward<decltype(number)>(p); });
 }
 
 void swin_nmf_backward(const SwinNMF& p) {
-  with_storage(p.dtype, [&](auto* storage) {
-    using S = std::remove_pointer_t<decltype(storage)>;
-    using T = typename Storage<S>::Compute;
+  with_compute(p.dtype, [&](auto number) {
+    using T = decltype(number);
     if (windows_fit(p.windows, sizeof(T))) {
-      backward<StripsBackward<T, S>, T, S>(p);
+      backward<StripsBackward<T>, T>(p);
     } else {
-      backward<LongBackward<T, S>, T, S>(p);
+      backward<LongBackward<T>, T>(p);
     }
   });
 }

@@ -9,7 +9,7 @@
 #include "cpu/common/parallel.h"
 #include "cpu/common/product.h"
 #include "cpu/common/rows.h"
-#include "cpu/windows/strips.h"
+#include "cpu/nmf/volumes.h"
 #include "problems/nmf.h"
 
 namespace factorizer {
@@ -154,15 +154,8 @@ struct LongCut {
   }
 };
 
-// Where y of one (batch, head) goes.
-template <class S>
-Head<S> y_head(const SwinNMF& p, i64 bh) {
-  const Windows& w = p.windows;
-  return contiguous_head(static_cast<S*>(p.y) + bh * w.head_dim * w.voxels(), w);
-}
-
 // One matrix of the volume, too large for the cache: tiles of its columns, read in each pass.
-template <class T, class S>
+template <class T>
 class LongTiles final : public Tiles<T> {
  public:
   LongTiles(const SwinNMF& p, int threads)
@@ -190,9 +183,7 @@ class LongTiles final : public Tiles<T> {
     return read(p_.dy, tile, worker, 1, false, T(1) / T(p_.windows.num_shifts));
   }
   Rows<T> y(i64, int worker) override { return buffer(worker, 0); }
-  void write_y(i64 tile, int worker) override {
-    write_strip<T, S>(p_.windows, strip(tile), buffer(worker, 0), 0, y_head<S>(p_, window_.bh));
-  }
+  void write_y(i64 tile, int worker) override { write_y_strip<T>(p_, strip(tile), buffer(worker, 0), 0); }
   Rows<T> dx(i64, int worker) override { return buffer(worker, 1); }
   void write_dx(i64 tile, int worker, Rows<const T> x) override {
     const Rows<T> out = buffer(worker, 1);
@@ -214,8 +205,7 @@ class LongTiles final : public Tiles<T> {
   }
   Rows<const T> read(const Volume& volume, i64 tile, int worker, i64 index, bool relu, T scale) const {
     const Rows<T> to = buffer(worker, index);
-    read_strip<S, T>(p_.windows, strip(tile), head_of<const S>(volume, p_.windows, window_.bh), relu, scale,
-                     to, 0);
+    read_volume<T>(p_, volume, strip(tile), relu, scale, to, 0);
     clear_padding(this->rows, to, valid(tile), this->length(tile));
     return to;
   }

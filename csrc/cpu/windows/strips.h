@@ -5,6 +5,8 @@
 // too large for the cache are cut into strips of some of their lines, or of a part of one line.
 #pragma once
 
+#include <limits>
+
 #include "common/scalar_types.h"
 #include "cpu/common/cache.h"
 #include "cpu/common/rows.h"
@@ -68,12 +70,14 @@ class Pieces {
   template <class Length, class F>
   void each(Length whole, F&& f) const {
     const i64 uncut = cut_ > 0 ? begin_of_rest_ - 1 : begin_of_rest_;
-    for (i64 k = 0; k < uncut; ++k) f(first_ + k * patch_, k, i64{0}, whole);
-    if (cut_ > 0) {
-      with_length(cut_, [&](auto length) { f(first_ + uncut * patch_, uncut, i64{0}, length); });
-      with_length(length_ - cut_, [&](auto length) { f(i64{0}, uncut, cut_, length); });
+    for (int side = 0; side < 2; ++side) {  // before the volume's end, and from its other end on
+      const i64 end = side == 0 ? uncut : windows_, offset = first_ - side * size_;
+      for (i64 k = side == 0 ? 0 : begin_of_rest_; k < end; ++k) f(offset + k * patch_, k, i64{0}, whole);
     }
-    for (i64 k = begin_of_rest_; k < windows_; ++k) f(first_ + k * patch_ - size_, k, i64{0}, whole);
+    for (int part = 0; cut_ > 0 && part < 2; ++part) {
+      const i64 i3 = part == 0 ? first_ + uncut * patch_ : 0, voxel = part == 0 ? 0 : cut_;
+      f(i3, uncut, voxel, part == 0 ? cut_ : length_ - cut_);
+    }
   }
 
  private:
@@ -147,19 +151,26 @@ inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> 
 template <class S, class T>
 void read_strip(const Windows& w, const Strip& s, Head<const S> volume, bool relu, T scale, Rows<T> buffer,
                 i64 window_stride) {
-  auto read_with = [&](auto op) {
-    auto read = [&](auto step) {
-      each_pair(w, s, volume, buffer, window_stride,
-                [&](const S* from, T* to, auto length) { transform(length, from, step, to, op); });
-    };
-    volume.stride[2] == 1 ? read(Constant<1>{}) : read(volume.stride[2]);
+  auto read = [&](auto step, auto op) {
+    each_pair(w, s, volume, buffer, window_stride,
+              [&](const S* from, T* to, auto length) { transform(length, from, step, to, op); });
   };
-  if (relu) {
-    read_with([](S x) { return T(to_compute(x)) < T(0) ? T(0) : T(to_compute(x)); });  // NaN passes
+  // NaN passes.
+  const T least = relu ? T(0) : -std::numeric_limits<T>::infinity();
+  const auto any = [scale, least](S x) {
+    const T scaled = T(to_compute(x)) * scale;
+    return scaled < least ? least : scaled;
+  };
+  if (volume.stride[2] != 1) {
+    read(volume.stride[2], any);
+  } else if constexpr (!std::is_same_v<S, float>) {
+    read(Constant<1>{}, any);
+  } else if (relu) {  // code of its own for the usual type
+    read(Constant<1>{}, [](S x) { return x < T(0) ? T(0) : x; });
   } else if (scale == T(1)) {
-    read_with([](S x) { return T(to_compute(x)); });
+    read(Constant<1>{}, [](S x) { return x; });
   } else {
-    read_with([scale](S x) { return T(to_compute(x)) * scale; });
+    read(Constant<1>{}, [scale](S x) { return x * scale; });
   }
 }
 
