@@ -16,6 +16,10 @@
 
 namespace factorizer {
 namespace FK_ISA {
+
+FK_PRODUCT(, float)
+FK_PRODUCT(, double)
+
 namespace {
 
 constexpr i64 prefetched_rows = 8;
