@@ -94,6 +94,10 @@ clean:
 	$(PIP) setuptools pybind11 cmake ninja
 	touch $@
 
+# The tests run what this machine can run: the kernels of older processors too, and what needs nvcc and no card.
+DEVELOPS := .venv/.installed-test .venv/.installed-dev .venv/.installed-bench
+$(DEVELOPS): export FACTORIZER_KERNELS_ISAS ?= baseline;native
+$(DEVELOPS): export FACTORIZER_KERNELS_CUDA ?= $(if $(shell command -v nvcc),1)
 .venv/.installed-%: .venv/.installed-build $(SOURCES)
 	@echo "Installing factorizer-kernels[$*] into .venv: some minutes the first time ..."
 	$(PIP) --no-build-isolation -e '.[$*]'

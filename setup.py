@@ -11,10 +11,14 @@ Environment variables:
     ``0`` leaves the native module out, ``1`` makes whatever hinders it an error. Unset: as above.
 ``FACTORIZER_KERNELS_CUDA``
     ``0`` leaves the CUDA kernels out, ``1`` makes a missing nvcc an error. Unset: they are built
-    where a working nvcc is found.
+    where a working nvcc is found, and a card that they can run on.
 ``FACTORIZER_KERNELS_CUDA_ARCHS``
-    CUDA architectures separated by semicolons, as in ``"80;90"``, or ``all``, for a wheel. Unset: 80, whose
-    PTX the drivers of newer cards compile at the first use, and those of the cards in this machine.
+    CUDA architectures separated by semicolons, as in ``"80;90"``, or ``all``, for a wheel. Unset: those of the
+    cards in this machine; without one 80, whose PTX the drivers of newer cards compile at the first use.
+``FACTORIZER_KERNELS_ISAS``
+    Instruction sets of the CPU kernels separated by semicolons (``baseline``, ``avx2``, ``avx512``, and
+    ``native``, the best that this machine has), or ``all``, for a wheel, an image, or machines that share an
+    installation. Unset: ``native``, which a processor without it cannot use.
 ``CXX``, ``CUDACXX``, ``CXXFLAGS``, ``CMAKE_BUILD_PARALLEL_LEVEL`` and the like
     are CMake's own and work as ever. A compiler that is named and not there is an error. ``CMAKE_ARGS`` is
     handed to CMake as it is, as other build backends do.
@@ -170,6 +174,7 @@ class BuildNative(build_ext):
             "-DFACTORIZER_KERNELS_PYTHON=ON",
             f"-DFACTORIZER_KERNELS_CUDA={cuda}",
             f"-DFACTORIZER_KERNELS_CUDA_ARCHS={archs}",
+            f"-DFACTORIZER_KERNELS_ISAS={os.environ.get('FACTORIZER_KERNELS_ISAS', '')}",
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         done = subprocess.run(configure, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)

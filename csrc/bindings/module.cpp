@@ -28,7 +28,9 @@ PYBIND11_MODULE(_native, m) {
   using namespace fk::bindings;
   m.doc() = "Native kernels of factorizer_kernels; see csrc/problems for the meaning of the arguments.";
 
-  m.def("isa", [] { return fk::cpu_kernels().isa; }, "The instruction set of the CPU kernels in use.");
+  m.def("isa", &fk::cpu_isa,
+        "The instruction set of the CPU kernels in use; None where they are for others.");
+  m.attr("ISAS") = FK_ISAS;  // those that they were compiled for, as in "baseline,avx2"
   m.def(
       "set_team_launcher",
       [](Address launcher) { fk::set_team_launcher(reinterpret_cast<fk::TeamLauncher>(launcher)); },

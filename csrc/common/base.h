@@ -11,6 +11,7 @@
 #define FK_UNROLL _Pragma("unroll")  // so that arrays become registers
 #else
 #define FK_INLINE inline __attribute__((always_inline))
+#define FK_NOINLINE __attribute__((noinline))
 #define FK_UNROLL
 #endif
 

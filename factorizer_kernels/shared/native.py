@@ -45,10 +45,22 @@ def _why_missing(error: ImportError) -> str:
     return "the package was installed without its compiled module: reinstall it with a C++17 compiler"
 
 
+def _load() -> Any:
+    module = importlib.import_module(MODULE)
+    if module.isa() is not None:
+        return module
+    asked = os.environ.get("FACTORIZER_KERNELS_ISA")
+    raise ImportError(
+        f"it was compiled for {module.ISAS}, and "
+        + (f"FACTORIZER_KERNELS_ISA is {asked!r}" if asked else "this processor has none of them")
+        + ": reinstall it here, or with FACTORIZER_KERNELS_ISAS=all where machines of several kinds share it"
+    )
+
+
 native: Any = None
 missing: str | None = None  # why there is no module
 try:
-    native = importlib.import_module(MODULE)
+    native = _load()
 except ImportError as _error:
     missing = _why_missing(_error)
     if os.environ.get("FACTORIZER_KERNELS_NATIVE", "").strip() == "1":

@@ -63,6 +63,7 @@ def build_wheel(tree, out, **env):
         **{
             "FACTORIZER_KERNELS_NATIVE": "",
             "FACTORIZER_KERNELS_CUDA": 0,
+            "FACTORIZER_KERNELS_ISAS": "",
             "CMAKE_BUILD_TYPE": "Debug",
             **env,
         },
@@ -89,6 +90,7 @@ def installed(tree, tmp_path_factory):
         cwd=tree,
         FACTORIZER_KERNELS_NATIVE=1,
         FACTORIZER_KERNELS_CUDA=0,
+        FACTORIZER_KERNELS_ISAS="baseline;native",
         CMAKE_BUILD_TYPE="None",
         CXXFLAGS="-O1 -DNDEBUG",
     )
@@ -168,7 +170,7 @@ def test_source_distribution_can_be_built_from(tree, tmp_path):
 def test_build_folder_of_tools_that_are_gone(installed, tree, tmp_path):
     """The isolated build above left its folder behind; its CMake and Ninja were deleted."""
     assert list(tree.glob("build/temp*/native/CMakeCache.txt"))
-    quick = "-DFACTORIZER_KERNELS_BASELINE_ONLY=ON"
+    quick = "-DFACTORIZER_KERNELS_ISAS=baseline"
     done = build_wheel(tree, tmp_path, FACTORIZER_KERNELS_NATIVE=1, CMAKE_ARGS=quick)
     assert done.returncode == 0, done.stdout
     assert (

@@ -1,4 +1,4 @@
-"""The kernels of each instruction set that this processor has and the module would not pick here."""
+"""The kernels of each instruction set that the module has and would not pick here; and one of none of them."""
 
 import os
 import re
@@ -8,15 +8,32 @@ from pathlib import Path
 
 import pytest
 
-import factorizer_kernels as fk
+from factorizer_kernels.shared.native import missing, native
 
-SETS = ("baseline", "avx2", "avx512")  # each processor of the last has the others
-REASON = next(b.reason for b in fk.backends() if b.name == "cpu")
-PICKED = next((name for name in SETS if name in REASON.split()), "baseline")
+if missing:
+    pytest.skip(missing, allow_module_level=True)
+SETS = native.ISAS.split(",")  # each processor of the last has the others
 
 
-@pytest.mark.skipif(PICKED == "baseline", reason=f"no other instruction set here: {REASON}")
-@pytest.mark.parametrize("name", SETS[: SETS.index(PICKED)])
+def test_a_module_for_other_processors():
+    """Said, and passed over: nothing is computed by code that the processor has not."""
+    script = (
+        "import torch, factorizer_kernels as fk\n"
+        "print({b.name: b for b in fk.backends()}['cpu'])\n"
+        "assert fk.nmf(torch.rand(4, 6), torch.rand(4, 1), torch.rand(6, 1)).isfinite().all()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env={**os.environ, "FACTORIZER_KERNELS_ISA": "none"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert f"available=False, reason=\"the compiled module cannot be loaded: it was compiled for {native.ISAS}, and FACTORIZER_KERNELS_ISA is 'none'" in done.stdout
+    assert "RuntimeWarning" in done.stderr  # plain PyTorch in place of kernels is told
+
+
+@pytest.mark.parametrize("name", [name for name in SETS if name != native.isa()])
 def test_kernels_of(name):
     """What compares the C++ kernels with the reference, on all of the operators, in a process of its own."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:randomly"]

@@ -37,7 +37,7 @@ class Copy:
         self.environment = {**os.environ, "PYTHONPATH": str(root), "PATH": path}
         self.run(
             "cmake", "-S", root, "-B", root / "build", "-G", "Ninja", "-DFACTORIZER_KERNELS_PYTHON=ON",
-            "-DFACTORIZER_KERNELS_CUDA=0", "-DFACTORIZER_KERNELS_BASELINE_ONLY=ON", "-DCMAKE_BUILD_TYPE=None",
+            "-DFACTORIZER_KERNELS_CUDA=0", "-DFACTORIZER_KERNELS_ISAS=baseline", "-DCMAKE_BUILD_TYPE=None",
             "-DCMAKE_CXX_FLAGS=-O1", f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pytest.importorskip('pybind11').get_cmake_dir()}",
         )  # fmt: skip

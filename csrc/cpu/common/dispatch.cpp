@@ -2,6 +2,9 @@
 
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+
+#include "cpu/common/isa.h"
 
 namespace factorizer {
 
@@ -13,7 +16,9 @@ namespace factorizer {
   constexpr CpuKernels kernels{#ISA, FK_CPU_KERNELS(FK_NAME)}; \
   }
 
+#ifdef FK_HAVE_BASELINE
 FK_SET(baseline)
+#endif
 #ifdef FK_HAVE_AVX2
 FK_SET(avx2)
 #endif
@@ -26,32 +31,36 @@ FK_SET(avx512)
 
 namespace {
 
-bool allowed(const char* isa) {
-  const char* wanted = std::getenv("FACTORIZER_KERNELS_ISA");
-  return wanted == nullptr || std::strcmp(wanted, isa) == 0;
+bool wanted(const char* isa) {
+  const char* name = std::getenv("FACTORIZER_KERNELS_ISA");
+  return name == nullptr || std::strcmp(name, isa) == 0;
 }
 
-const CpuKernels& choose() {
+const CpuKernels* choose() {
 #ifdef FK_HAVE_AVX512
-  if (allowed("avx512") && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-    return avx512::kernels;
-  }
+  if (wanted("avx512") && has_avx512()) return &avx512::kernels;
 #endif
 #ifdef FK_HAVE_AVX2
-  if (allowed("avx2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-      __builtin_cpu_supports("f16c")) {
-    return avx2::kernels;
-  }
+  if (wanted("avx2") && has_avx2()) return &avx2::kernels;
 #endif
-  return baseline::kernels;
+#ifdef FK_HAVE_BASELINE
+  if (wanted("baseline")) return &baseline::kernels;
+#endif
+  return nullptr;
+}
+
+const CpuKernels* chosen() {
+  static const CpuKernels* const kernels = choose();
+  return kernels;
 }
 
 }  // namespace
 
+const char* cpu_isa() { return chosen() ? chosen()->isa : nullptr; }
+
 const CpuKernels& cpu_kernels() {
-  static const CpuKernels& kernels = choose();
-  return kernels;
+  if (!chosen()) throw std::runtime_error("the module was compiled for other processors than this one");
+  return *chosen();
 }
 
 }  // namespace factorizer

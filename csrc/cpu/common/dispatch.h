@@ -16,7 +16,11 @@ struct CpuKernels {
 #undef FK_POINTER
 };
 
-// FACTORIZER_KERNELS_ISA=baseline|avx2|avx512 in the environment asks for less than the processor has.
+// The instruction set of the kernels in use: the best of those compiled that the processor has, or, where it
+// is among them, the one of FACTORIZER_KERNELS_ISA in the environment. Null: there is none.
+const char* cpu_isa();
+
+// Its kernels; throws std::runtime_error where there are none.
 const CpuKernels& cpu_kernels();
 
 }  // namespace factorizer

@@ -468,9 +468,9 @@ void mirror(i64 rows, Rows<T> out) {
 }
 
 // Compiled once, in product.cpp.
-#define FK_PRODUCT(keyword, T)                                                                     \
-  keyword template Weights<T> Weights<T>::pack<T>(const T*, i64, i64, i64, i64, T*);               \
-  keyword template void multiply<T>(const Weights<T>&, Rows<const T>, Rows<T>, i64, Start<T>);     \
+#define FK_PRODUCT(keyword, T)                                                                               \
+  keyword template Weights<T> Weights<T>::pack<T>(const T*, i64, i64, i64, i64, T*);                         \
+  keyword template void multiply<T>(const Weights<T>&, Rows<const T>, Rows<T>, i64, Start<T>);               \
   keyword template void multiply_by_transpose<T>(i64, Rows<const T>, i64, Rows<const T>, i64, Rows<T>, bool, \
                                                  Wanted);
 FK_PRODUCT(extern, float)

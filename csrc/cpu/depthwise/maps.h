@@ -40,16 +40,28 @@ FK_INLINE void copy_rows(Constant<N>, const T* from, i64 from_step, T* to, i64 t
   }
 }
 
+template <class S, class T, class Step>
+FK_NOINLINE void convert_rows(const S* from, i64 from_step, Step stride, T* to, i64 to_step, i64 rows,
+                              i64 count) {
+  for (i64 row = 0; row < rows; ++row, from += from_step, to += to_step) {
+    transform(count, from, stride, to, [](S value) {
+      if constexpr (std::is_same_v<T, decltype(to_compute(value))>) {
+        return to_compute(value);
+      } else {
+        return Storage<T>::from(value);
+      }
+    });
+  }
+}
+
 // Elements of a row lie `stride` apart.
 template <class S, class T>
 inline void read_rows(const S* from, i64 from_step, i64 stride, T* to, i64 to_step, i64 rows, i64 count) {
+  if (stride != 1) return convert_rows(from, from_step, stride, to, to_step, rows, count);
   if constexpr (std::is_same_v<S, T>) {
-    if (stride == 1) return copy_rows(Constant<Simd<T>::width>{}, from, from_step, to, to_step, rows, count);
-  }
-  const auto convert = [](S value) { return T(to_compute(value)); };
-  for (i64 row = 0; row < rows; ++row, from += from_step, to += to_step) {
-    stride == 1 ? transform(count, from, Constant<1>{}, to, convert)
-                : transform(count, from, stride, to, convert);
+    copy_rows(Constant<Simd<T>::width>{}, from, from_step, to, to_step, rows, count);
+  } else {
+    convert_rows(from, from_step, Constant<1>{}, to, to_step, rows, count);
   }
 }
 
@@ -58,9 +70,7 @@ inline void write_rows(const T* from, i64 from_step, S* to, i64 to_step, i64 row
   if constexpr (std::is_same_v<S, T>) {
     copy_rows(Constant<Simd<T>::width>{}, from, from_step, to, to_step, rows, count);
   } else {
-    for (i64 row = 0; row < rows; ++row, from += from_step, to += to_step) {
-      transform(count, from, Constant<1>{}, to, [](T value) { return Storage<S>::from(value); });
-    }
+    convert_rows(from, from_step, Constant<1>{}, to, to_step, rows, count);
   }
 }
 

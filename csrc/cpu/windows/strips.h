@@ -113,8 +113,9 @@ inline Head<S> contiguous_head(S* data, const Windows& w) {
 
 constexpr i64 prefetch_distance = 4096;  // bytes copied between a prefetch and its use
 
-// Calls f(from, to, length) for every piece of a strip: where it lies along the last axis of `volume`, and in
-// buffer[window][channel].
+// Calls f(voxels, columns, length, step) for every piece of a strip: where it lies along the last axis of
+// `volume`, its voxels `step` apart, and in buffer[window][channel]. Where they lie side by side the step is
+// a constant, and common lengths are.
 template <class S, class T, class F>
 inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> buffer, i64 window_stride,
                       F&& f) {
@@ -134,43 +135,45 @@ inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> 
   const i64 in_channel = ahead / s.num_lines * volume.channel + offset(lines);
   const i64 in_next = in_channel + volume.channel - offset(s.num_lines);
   const i64 last_lines = (s.num_lines - lines) * s.num_voxels;  // columns before them
-  with_length(s.num_voxels, [&](auto whole) {
+  const auto each = [&](auto whole, auto step) {
     each_line(w, s, [&](i64 channel, i64 i1, i64 i2, i64 column) {
       S* line = volume.at(channel, i1, i2, 0);
       T* columns = buffer[channel] + column;
       const i64 ahead_of_line = pieces.first() + (column < last_lines ? in_channel : in_next);
       prefetch(line, ahead_of_line * i64(sizeof(S)), bytes);
       pieces.each(whole, [&](i64 i3, i64 window, i64 voxel, auto length) {
-        f(line + i3 * volume.stride[2], columns + window * window_stride + voxel, length);
+        f(line + i3 * step, columns + window * window_stride + voxel, length, step);
       });
     });
-  });
+  };
+  if (volume.stride[2] == 1) {
+    with_length(s.num_voxels, [&](auto whole) { each(whole, Constant<1>{}); });
+  } else {
+    each(s.num_voxels, volume.stride[2]);
+  }
 }
 
 // buffer[window][channel] = scale * act(volume), for each window of the strip `window_stride` apart.
 template <class S, class T>
 void read_strip(const Windows& w, const Strip& s, Head<const S> volume, bool relu, T scale, Rows<T> buffer,
                 i64 window_stride) {
-  auto read = [&](auto step, auto op) {
+  const auto read = [&](auto op) {
     each_pair(w, s, volume, buffer, window_stride,
-              [&](const S* from, T* to, auto length) { transform(length, from, step, to, op); });
+              [&](const S* from, T* to, auto length, auto step) { transform(length, from, step, to, op); });
   };
   // NaN passes.
-  const T least = relu ? T(0) : -std::numeric_limits<T>::infinity();
-  const auto any = [scale, least](S x) {
-    const T scaled = T(to_compute(x)) * scale;
-    return scaled < least ? least : scaled;
-  };
-  if (volume.stride[2] != 1) {
-    read(volume.stride[2], any);
-  } else if constexpr (!std::is_same_v<S, float>) {
-    read(Constant<1>{}, any);
+  if constexpr (!std::is_same_v<S, float>) {
+    const T least = relu ? T(0) : -std::numeric_limits<T>::infinity();
+    read([scale, least](S x) {
+      const T scaled = T(to_compute(x)) * scale;
+      return scaled < least ? least : scaled;
+    });
   } else if (relu) {  // code of its own for the usual type
-    read(Constant<1>{}, [](S x) { return x < T(0) ? T(0) : x; });
+    read([](S x) { return x < T(0) ? T(0) : x; });
   } else if (scale == T(1)) {
-    read(Constant<1>{}, [](S x) { return x; });
+    read([](S x) { return x; });
   } else {
-    read(Constant<1>{}, [scale](S x) { return x * scale; });
+    read([scale](S x) { return x * scale; });
   }
 }
 
@@ -178,7 +181,7 @@ void read_strip(const Windows& w, const Strip& s, Head<const S> volume, bool rel
 template <class T>
 void add_strip(const Windows& w, const Strip& s, Rows<const T> buffer, i64 window_stride, bool accumulate,
                Head<T> sums) {
-  each_pair(w, s, sums, buffer, window_stride, [&](T* to, const T* from, auto length) {
+  each_pair(w, s, sums, buffer, window_stride, [&](T* to, const T* from, auto length, auto) {
     each_block<T>(length, [&](auto block, i64 i) {
       const auto x = block.load(from + i);
       block.store(to + i, accumulate ? block.load(to + i) + x : x);
@@ -192,7 +195,7 @@ void write_strip(const Windows& w, const Strip& s, Rows<const T> buffer, i64 win
   if constexpr (std::is_same_v<S, T>) {
     add_strip<T>(w, s, buffer, window_stride, false, volume);
   } else {
-    each_pair(w, s, volume, buffer, window_stride, [&](S* to, const T* from, auto length) {
+    each_pair(w, s, volume, buffer, window_stride, [&](S* to, const T* from, auto length, auto) {
       transform(length, from, Constant<1>{}, to, [](T value) { return Storage<S>::from(value); });
     });
   }

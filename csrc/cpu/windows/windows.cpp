@@ -1,4 +1,7 @@
 // sw_matricize and sw_dematricize on the CPU: a permutation for each shift, and its inverse.
+#include <cstdint>
+#include <type_traits>
+
 #include "cpu/common/parallel.h"
 #include "cpu/common/storage.h"
 #include "cpu/windows/strips.h"
@@ -21,25 +24,29 @@ Strip row_of_windows(const Windows& w, i64 task, i64 shift) {
   return s;
 }
 
+// z[window][channel] = x, whose elements are as long as R's.
+template <class R>
+void copy_windows(const Matricize& p, const Strip& strip, R* z) {
+  const Windows& w = p.windows;
+  each_pair(w, strip, head_of<const R>(p.x, w, strip.bh), Rows<R>{z, w.columns()}, w.head_dim * w.columns(),
+            [](const R* from, R* to, auto length, auto step) {
+              transform(length, from, step, to, [](R element) { return element; });
+            });
+}
+
 template <class T, class S>
 void matricize(const Matricize& p) {
+  using R = std::conditional_t<sizeof(S) == 2, std::uint16_t, S>;
   const Windows& w = p.windows;
   const i64 rows_per_shift = w.batch * w.heads * w.grid(0) * w.grid(1);
   parallel_for(w.num_shifts * rows_per_shift, p.threads, [&](i64 task, int) {
     const Strip strip = row_of_windows(w, task % rows_per_shift, task / rows_per_shift);
-    const Head<const S> x = head_of<const S>(p.x, w, strip.bh);
-    S* z = static_cast<S*>(p.z) + matrix_index(w, strip, 0, w.batch * w.heads) * w.head_dim * w.columns();
-    const Rows<S> matrices{z, w.columns()};
-    auto copy_with = [&](auto op) {
-      each_pair(w, strip, x, matrices, w.head_dim * w.columns(), [&](const S* from, S* to, auto length) {
-        x.stride[2] == 1 ? transform(length, from, Constant<1>{}, to, op)
-                         : transform(length, from, x.stride[2], to, op);
-      });
-    };
-    if (p.scale == 1.0) {
-      copy_with([](S value) { return value; });
-    } else {
-      copy_with([scale = T(p.scale)](S value) { return Storage<S>::from(scale * to_compute(value)); });
+    const i64 first = matrix_index(w, strip, 0, w.batch * w.heads) * w.head_dim * w.columns();
+    S* const z = static_cast<S*>(p.z) + first;
+    copy_windows<R>(p, strip, static_cast<R*>(p.z) + first);
+    if (p.scale == 1.0) return;
+    for (i64 i = 0; i < strip.num_windows * w.head_dim * w.columns(); ++i) {
+      z[i] = Storage<S>::from(T(p.scale) * to_compute(z[i]));
     }
   });
 }
