@@ -6,6 +6,7 @@
 #pragma once
 
 #include <limits>
+#include <type_traits>
 
 #include "common/scalar_types.h"
 #include "cpu/common/cache.h"
@@ -74,10 +75,16 @@ class Pieces {
       const i64 end = side == 0 ? uncut : windows_, offset = first_ - side * size_;
       for (i64 k = side == 0 ? 0 : begin_of_rest_; k < end; ++k) f(offset + k * patch_, k, i64{0}, whole);
     }
-    for (int part = 0; cut_ > 0 && part < 2; ++part) {
-      const i64 i3 = part == 0 ? first_ + uncut * patch_ : 0, voxel = part == 0 ? 0 : cut_;
-      f(i3, uncut, voxel, part == 0 ? cut_ : length_ - cut_);
+    if (cut_ == 0) return;
+    const auto halves = [&](auto before, auto after) {
+      f(first_ + uncut * patch_, uncut, i64{0}, before);
+      f(i64{0}, uncut, cut_, after);
+    };
+    if constexpr (!std::is_same_v<Length, i64>) {
+      constexpr Constant<Length{} / 2> half{};
+      if (cut_ == half && length_ == 2 * half) return halves(half, half);  // as a shift by half a window cuts
     }
+    halves(cut_, length_ - cut_);
   }
 
  private:
