@@ -13,8 +13,8 @@ Environment variables:
     ``0`` leaves the CUDA kernels out, ``1`` makes a missing nvcc an error. Unset: they are built
     where a working nvcc is found, and a card that they can run on.
 ``FACTORIZER_KERNELS_CUDA_ARCHS``
-    CUDA architectures separated by semicolons, as in ``"80;90"``, or ``all``, for a wheel. Unset: those of the
-    cards in this machine; without one 80, whose PTX the drivers of newer cards compile at the first use.
+    CUDA architectures separated by semicolons, as in ``"80;90"``, or ``all``, for a wheel. Unset: those of
+    the cards in this machine; without one 80, whose PTX the drivers of newer cards compile at the first use.
 ``FACTORIZER_KERNELS_ISAS``
     Instruction sets of the CPU kernels separated by semicolons (``baseline``, ``avx2``, ``avx512``, and
     ``native``, the best that this machine has), or ``all``, for a wheel, an image, or machines that share an

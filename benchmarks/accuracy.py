@@ -49,7 +49,7 @@ from .report import table
 
 SPLIT_SEED = 0
 EXPLAINED = 8  # cases of each part that components are chosen and measured on
-SWIN_UNETR_DIVISOR, DYN_UNET_DIVISOR = 32, 4
+SWIN_UNETR_DIVISOR, UNET_DIVISOR = 32, 4
 
 
 class Padded(nn.Module):
@@ -82,11 +82,13 @@ FACTORIZERS: dict[str, dict[str, Any]] = {
 # Of MONAI, with three stages as the Factorizer has, and the widths that bring their parameters nearest to
 # its. SwinUNETR has five stages whatever it is told, and no narrower ones than these.
 OTHERS: dict[str, Callable[[int, int], nn.Module]] = {
-    "SegResNet": lambda i, o: SegResNet(3, 16, i, o, blocks_down=(1, 1, 1), blocks_up=(1, 1)),
-    "UNet": lambda i, o: UNet(3, i, o, (16, 32, 64), (2, 2), num_res_units=2),
+    "SegResNet": lambda i, o: Padded(
+        SegResNet(3, 16, i, o, blocks_down=(1, 1, 1), blocks_up=(1, 1)), UNET_DIVISOR
+    ),
+    "UNet": lambda i, o: Padded(UNet(3, i, o, (16, 32, 64), (2, 2), num_res_units=2), UNET_DIVISOR),
     "SwinUNETR": lambda i, o: Padded(SwinUNETR(i, o, feature_size=12, depths=(1,) * 4), SWIN_UNETR_DIVISOR),
     "DynUNet": lambda i, o: Padded(
-        DynUNet(3, i, o, (3, 3, 3), (1, 2, 2), (2, 2), filters=(16, 32, 64), res_block=True), DYN_UNET_DIVISOR
+        DynUNet(3, i, o, (3, 3, 3), (1, 2, 2), (2, 2), filters=(16, 32, 64), res_block=True), UNET_DIVISOR
     ),
 }
 NETWORKS = (*FACTORIZERS, *OTHERS)

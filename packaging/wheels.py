@@ -64,7 +64,9 @@ def compiled(python: str, out: Path) -> Path:
             Path(raw),
             FACTORIZER_KERNELS_NATIVE="1",
             FACTORIZER_KERNELS_ISAS="all",
-            FACTORIZER_KERNELS_CUDA=os.environ.get("FACTORIZER_KERNELS_CUDA", "1" if shutil.which("nvcc") else ""),
+            FACTORIZER_KERNELS_CUDA=os.environ.get(
+                "FACTORIZER_KERNELS_CUDA", "1" if shutil.which("nvcc") else ""
+            ),
             FACTORIZER_KERNELS_CUDA_ARCHS=os.environ.get("FACTORIZER_KERNELS_CUDA_ARCHS", "all"),
         )
         if platform.system() != "Linux":

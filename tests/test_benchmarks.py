@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 
 ROOT = Path(__file__).parents[1]
@@ -164,6 +165,16 @@ def test_accuracy_study(tmp_path):
         main(data, tmp_path / "none", seeds=0)
     with pytest.raises(typer.BadParameter, match="UNet"):
         main(data, out, ["VNet"])
+
+
+def test_peers_take_volumes_of_any_size():
+    """The study validates on whole volumes, whose sizes no stride divides."""
+    pytest.importorskip("monai")
+    from benchmarks.accuracy import OTHERS
+
+    x = torch.rand(1, 1, 21, 18, 23)
+    with torch.no_grad():
+        assert {network(1, 3).eval()(x).shape for network in OTHERS.values()} == {(1, 3, *x.shape[2:])}
 
 
 def test_study(tmp_path):

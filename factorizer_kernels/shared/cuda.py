@@ -15,8 +15,8 @@ native: Any = cpu.native if hasattr(cpu.native, "cuda_architectures") else None
 missing: str | None = None
 if native is None:
     missing = cpu.missing or (
-        "the module was compiled without them, for want of nvcc or of a card: reinstall with nvcc on PATH and "
-        "FACTORIZER_KERNELS_CUDA=1"
+        "the module was compiled without them, for want of nvcc or of a card: reinstall with nvcc on PATH "
+        "and FACTORIZER_KERNELS_CUDA=1"
     )
 
 
