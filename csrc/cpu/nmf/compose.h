@@ -34,7 +34,8 @@ struct FactorsOut {
 // Calls f(matrix, n, run) for the voxels [begin, begin + length) of line (i1, i2), run by run that lies in
 // one window of a copy: `run` voxels from begin + n on. Matrices are counted within the chunk.
 template <class F>
-void each_run(const Windows& w, i64 shift, i64 bh, i64 num_bh, i64 i1, i64 i2, i64 begin, i64 length, F&& f) {
+FK_INLINE void each_run(const Windows& w, i64 shift, i64 bh, i64 num_bh, i64 i1, i64 i2, i64 begin,
+                        i64 length, F&& f) {
   const i64* by = w.shifts + 3 * shift;
   const i64 q1 = (i1 + by[0]) % w.size[0], q2 = (i2 + by[1]) % w.size[1];
   const i64 first =
