@@ -4,6 +4,7 @@ from .block import FactorizerBlock, FactorizerStage
 from .conv import ConvStage
 from .depthwise import DepthwiseConv
 from .factorization import NMF, MatrixFactorization, set_num_iters, set_rank
+from .head import SubvoxelHead
 from .linear import Linear
 from .matricize import Matricize, SWMatricize
 from .mixer import FactMixer
@@ -25,6 +26,7 @@ __all__ = [
     "MatrixFactorization",
     "PositionalEmbedding",
     "SWMatricize",
+    "SubvoxelHead",
     "set_num_iters",
     "set_rank",
 ]

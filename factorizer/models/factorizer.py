@@ -26,7 +26,7 @@ class Factorizer(UNet):
         in_channels, out_channels: channels of the input and of the logits.
         spatial_size: S1..Sp, one to three axes.
         encoder_depth, encoder_width, strides, decoder_depth: see `UNet`.
-        stem, downsample, upsample, head, num_deep_supr: see `UNet`.
+        stem, stem_stride, downsample, upsample, head, num_deep_supr: see `UNet`.
         pos_embed: part of the bottleneck, called with (channels, spatial_size).
         kwargs: arguments of `FactorizerStage`, and through it of `FactorizerBlock` (norm,
             mlp_ratio, local, dropout), `FactMixer` (reshape, act, factorize) and `NMF` (rank, num_iters,
@@ -51,6 +51,7 @@ class Factorizer(UNet):
         head: Part | None = None,
         pos_embed: Part | None = PositionalEmbedding,
         num_deep_supr: bool | int = False,
+        stem_stride: int | Sequence[int] = 1,
         **kwargs: Any,
     ) -> None:
         size = integers("spatial_size", spatial_size, 1, (1, 2, 3))
@@ -70,5 +71,6 @@ class Factorizer(UNet):
             upsample=upsample,
             head=head,
             num_deep_supr=num_deep_supr,
+            stem_stride=stem_stride,
             bottleneck=(FactorizerStage, {**kwargs, "pos_embed": pos_embed}),
         )

@@ -13,6 +13,7 @@ from factorizer_kernels.shared.checks import integer, integers, one_of, plain_te
 from ..layers.block import FactorizerStage
 from ..layers.checks import check_dtype, check_features
 from ..layers.conv import CONV, CONV_TRANSPOSE, ConvStage, can_join, join
+from ..layers.head import SubvoxelHead
 from ..layers.parts import Part, build, has_hooks
 from ..layers.resize import crop_to, pad_to, round_up
 
@@ -125,14 +126,17 @@ class UNet(nn.Module):
             axis.
         decoder_depth: depth of the stage of each decoder level, coarsest first; one level fewer
             than the encoder.
-        stem: part, called with (in_channels, encoder_width[0]). Default: convolution, 3 along each
-            axis, padding 1, no bias.
+        stem: part, called with (in_channels, encoder_width[0]). Default: convolution, stem_stride + 2 along
+            each axis, padding 1, no bias.
+        stem_stride: stride of the stem; an int or one int per axis. The stages work on a grid so much coarser
+            than the input's, and each head makes its own as much finer.
         downsample: part, called with (channels, channels, kernel_size=stride, stride=stride).
             Default: convolution. Left out where neither channels nor size change.
         block: part, called with (in_channels, out_channels, spatial_size, depth=depth), for every
             stage. Default: `ConvStage`.
         upsample: part, called as downsample. Default: transposed convolution.
-        head: part, called with (channels, out_channels, kernel_size=1). Default: convolution.
+        head: part, called with (channels, out_channels, kernel_size=1). Default: convolution, and with a
+            stem_stride `SubvoxelHead`.
         num_deep_supr: deep supervision: False or 0 for one head and a tensor, n for n heads on the
             n finest levels and a list of their logits, finest first; True for three.
         bottleneck: part for the stage of the coarsest level; `block` where None.
@@ -158,6 +162,7 @@ class UNet(nn.Module):
         head: Part | None = None,
         num_deep_supr: bool | int = False,
         bottleneck: Part | None = None,
+        stem_stride: int | Sequence[int] = 1,
     ) -> None:
         super().__init__()
         self.in_channels = integer("in_channels", in_channels, 1)
@@ -168,18 +173,25 @@ class UNet(nn.Module):
         encoder_depth = integers("encoder_depth", encoder_depth, 1, (levels,))
         decoder_depth = integers("decoder_depth", decoder_depth, 1, (levels - 1,))
         steps = _steps(strides, levels, spatial_dims)
+        axes = stem_stride if isinstance(stem_stride, Sequence) else [stem_stride] * spatial_dims
+        fine = integers("stem_stride", axes, 1, (spatial_dims,))
         self._strides = [_product(steps[: i + 1]) for i in range(levels)]
+        self._divisor = _product([fine, self._strides[-1]])
         sizes: list[Size | None] = [None] * levels
         if spatial_size is not None:
             size = integers("spatial_size", spatial_size, 1, (spatial_dims,))
-            fitted = round_up(size, self._strides[-1])
+            fitted = _divide_up(round_up(size, self._divisor), fine)
             sizes = [_divide_up(fitted, stride) for stride in self._strides]
 
         conv = CONV[spatial_dims]
-        stem = (conv, {"kernel_size": 3, "padding": 1, "bias": False}) if stem is None else stem
+        if stem is None:
+            kernel = tuple(s + 2 for s in fine)
+            stem = (conv, {"kernel_size": kernel, "stride": fine, "padding": 1, "bias": False})
         downsample = conv if downsample is None else downsample
         upsample = CONV_TRANSPOSE[spatial_dims] if upsample is None else upsample
-        head = conv if head is None else head
+        if head is None:
+            coarse = any(s > 1 for s in fine)
+            head = (SubvoxelHead, {"scale": fine, "spatial_dims": spatial_dims}) if coarse else conv
         block = (ConvStage, {"spatial_dims": spatial_dims}) if block is None else block
         bottleneck = block if bottleneck is None else bottleneck
 
@@ -226,7 +238,7 @@ class UNet(nn.Module):
         x = plain_tensor(x)
         size = x.shape[2:]
         # Without a name of their own here, maps are freed after their last use.
-        y = self.stem(pad_to(x, round_up(size, self._strides[-1])))
+        y = self.stem(pad_to(x, round_up(size, self._divisor)))
         overwrite = self._unwatched() and not _share_memory(x, y)
         features = [y]
         del y

@@ -114,6 +114,7 @@ def test_arguments_are_the_published_ones():
         "head": None,
         "pos_embed": PositionalEmbedding,
         "num_deep_supr": False,
+        "stem_stride": 1,  # ours
         "kwargs": inspect.Parameter.empty,
     }
     parameters = inspect.signature(Factorizer).parameters

@@ -6,6 +6,7 @@ from torch import nn
 
 from factorizer import (
     Factorizer,
+    SubvoxelHead,
     SWMatricize,
     UNet,
 )
@@ -36,6 +37,52 @@ def test_plain_unet(size):
     assert coarse.shape == (2, 3, *((s + 1) // 2 for s in size))
     fine.square().sum().backward()
     assert all(p.grad.isfinite().all() for p in network.encoder.parameters())
+
+
+@pytest.mark.parametrize(
+    ("size", "stem_stride"), [((13,), 2), ((13, 18), (2, 1)), ((13, 18, 7), (1, 2, 2)), ((5, 9), 3)]
+)
+def test_stages_on_a_coarser_grid(size, stem_stride):
+    """Logits come back on the input's grid, those of the next head on half of it."""
+    seen = []
+    network = small(
+        size, (SWMatricize, {"head_dim": 4, "patch_size": 2}), num_deep_supr=2, stem_stride=stem_stride
+    )
+    network.encoder.blocks[0].register_forward_hook(lambda module, args, y: seen.append(y.shape[2:]))
+    axes = [stem_stride] * len(size) if isinstance(stem_stride, int) else stem_stride
+    for extent in (size, tuple(s + 3 for s in size)):
+        fine, coarse = network(torch.randn(2, 2, *extent))
+        assert fine.shape == (2, 3, *extent)
+        assert coarse.shape == (2, 3, *((s + 1) // 2 for s in extent))
+        # Padded to whole strides, the coarser grid's by 2 and 2.
+        assert seen.pop() == torch.Size(-(-s // (4 * n)) * 4 for s, n in zip(extent, axes, strict=True))
+    fine.square().sum().backward()
+    assert all(p.grad.isfinite().all() and p.grad.any() for p in network.heads[0].parameters())
+
+
+@pytest.mark.parametrize("scale", [1, (2, 1, 3)])
+def test_subvoxel_head_is_a_strided_transposed_convolution(scale):
+    """Without its filters; x and its blocks lie where torch's transposed convolution puts them."""
+    head = SubvoxelHead(4, 3, scale=scale)
+    with torch.no_grad():
+        for filters in (head.coarse, head.fine):
+            filters.conv.weight.zero_()
+            filters.conv.bias.zero_()
+    same = nn.ConvTranspose3d(4, 3, head.scale, head.scale)
+    weight = head.linear.weights[0].unflatten(0, (3, -1)).permute(2, 0, 1)
+    same.weight.data.copy_(weight.reshape(same.weight.shape))
+    bias = head.linear.linear.bias.data.view(3, -1)
+    bias[:] = bias[:, :1]
+    same.bias.data.copy_(bias[:, 0])
+    x = torch.randn(2, 4, 3, 4, 5)
+    torch.testing.assert_close(head(x), same(x))
+
+
+def test_wrong_strides_of_the_stem():
+    with pytest.raises(ValueError, match="stem_stride"):
+        small((8, 8), stem_stride=0)
+    with pytest.raises(ValueError, match="stem_stride"):
+        small((8, 8), stem_stride=(2, 2, 2))
 
 
 def test_unet_hands_its_stages_what_they_need():
