@@ -151,6 +151,10 @@ def train(
         Any,
         typer.Option(help="Channels of each level, finest first, such as 24,48,96.", parser=_numbers),
     ] = None,
+    half_grid: Annotated[
+        bool,
+        typer.Option("--half-grid", help="Stages on half the grid: a step takes about half the time."),
+    ] = False,
     flips: Annotated[
         Any,
         typer.Option(
@@ -210,11 +214,12 @@ def train(
             network=network,
             rank=rank,
             width=width and tuple(width),
+            half_grid=half_grid,
             flips=None if flips is None else tuple(flips),
         )
         if bundle is not None:
-            if every or init is not None:
-                _fail("fold all, init: are not for a bundle", 2)
+            if every or init is not None or half_grid:
+                _fail("fold all, init, half-grid: are not for a bundle", 2)
 
             from factorizer.commands.bundle import train_bundle
 

@@ -135,7 +135,8 @@ def announce(console: Console, trainer: Trainer, out: Path, seconds: float | Non
         "cases": f"{len(plan.training)} to train on, {len(plan.held_out)} held out",
         "spacing, crop": f"{spacing} mm, {size} voxels",
         "network": f"{parameter_count(trainer.network):,} parameters; width {network.get('encoder_width')}, "
-        f"strides {network.get('strides')}, rank {network.get('rank', 1)}, {_kind(windows)}",
+        + (f"half the grid, stem stride {network['stem_stride']}, " if "stem_stride" in network else "")
+        + f"strides {network.get('strides')}, rank {network.get('rank', 1)}, {_kind(windows)}",
         "training": f"{plan.steps} steps of {plan.batch_size} crops, learning rate {plan.learning_rate:g}",
         "mirror images": ", ".join(axes) or "none",
     }

@@ -174,6 +174,7 @@ class Wishes:
         network: "swin", "local" or "global": windows that are shifted, are not, or hold the whole volume.
         rank: of every factorisation.
         width: channels of each level, finest first.
+        half_grid: whether the stages work on half of the crop's grid (`stem_stride` of the network).
         flips: axes, see `Plan`.
     """
 
@@ -185,6 +186,7 @@ class Wishes:
     network: str | None = None
     rank: int | None = None
     width: tuple[int, ...] | None = None
+    half_grid: bool = False
     flips: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
@@ -255,11 +257,11 @@ def plan_run(
     median = np.median(shapes * spacings / spacing, axis=0)
     if not wishes.spacing and not np.allclose(spacing, np.median(spacings, axis=0)):
         notes.append("spacing: along the coarse axis that of the finer volumes, as slices are few and thick")
-    strides = strides_for(spacing.tolist(), _strides(wishes.width))
-    patch = window_for(spacing.tolist(), PATCH)
-    if words := in_words(spacing.tolist(), strides, patch):
+    stem, *below = strides_for(spacing.tolist(), (1 + wishes.half_grid, *_strides(wishes.width)[1:]))
+    patch = window_for((spacing * stem).tolist(), PATCH)
+    if words := in_words(spacing.tolist(), (stem, *below), patch):
         notes.append(words)
-    divisor = total_stride(strides)
+    divisor = total_stride((stem, *below))
     if wishes.crop:
         crop = np.array(wishes.crop)
     else:
@@ -289,9 +291,11 @@ def plan_run(
         "out_channels": len(task.regions) or len(task.labels),
         "spatial_size": size,
         **NETWORK,
-        "strides": strides,
+        "strides": (1, *below),
         "reshape": reshape_for(wishes.network or "swin", patch),
     }
+    if wishes.half_grid:
+        network["stem_stride"] = stem
     if wishes.rank is not None:
         network["rank"] = wishes.rank
     if wishes.width is not None:

@@ -54,6 +54,8 @@ def test_fold_and_init_errors(synthetic, tmp_path):
     assert "init: there is no" in run_command(*options, "--init", tmp_path / "absent.pt", code=2)
     bundle = ["--bundle", tmp_path, "--fold", "all"]
     assert "are not for a bundle" in run_command(*options, *bundle, code=2)
+    bundle = ["--bundle", tmp_path, "--half-grid"]
+    assert "half-grid: are not for a bundle" in run_command(*options, *bundle, code=2)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 

@@ -99,6 +99,18 @@ def test_wishes_stand_in_place_of_the_data():
         build_network(plan.network, 0)
 
 
+def test_half_the_grid():
+    """The stem halves what the first level below would halve, and windows are cut on the coarser grid."""
+    plain, half = planned(spacing=(1.0, 1.0, 4.0)), planned(spacing=(1.0, 1.0, 4.0), half_grid=True)
+    assert "stem_stride" not in plain.network
+    assert half.network["stem_stride"] == (2, 2, 1)
+    assert half.network["strides"] == (1, (2, 2, 1), 2)
+    assert half.network["reshape"][1]["patch_size"] == (4, 4, 2)
+    assert all(n % total == 0 for n, total in zip(half.crop, (8, 8, 2), strict=True))
+    build_network(half.network, 0)
+    assert planned(half_grid=True).network["stem_stride"] == 2
+
+
 def test_every_channel_has_its_own_window():
     members = tuple(Case(str(i), ()) for i in range(4))
     task = Task("task", ("CT", "PET", "CTA"), {0: "background", 1: "a"}, members)
