@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -264,7 +265,9 @@ def _overlay(ax: Axes, plane: np.ndarray, num_classes: int, fill: float) -> None
 
 
 def _finish(figure: Figure, path: Path, title: str, classes: Sequence[str]) -> None:
-    figure.suptitle(title, color=TEXT, fontsize=11)
+    # A narrow figure's title takes several lines: some 11 characters of this size are an inch wide.
+    lines = textwrap.fill(title, int(11 * figure.get_figwidth()))
+    figure.suptitle(lines, color=TEXT, fontsize=11)
     colours = [COLOURS[k % len(COLOURS)] for k in range(len(classes))]
     figure.legend(
         handles=[Patch(color=c, label=name) for c, name in zip(colours, classes, strict=True)],
