@@ -30,7 +30,7 @@ PYBIND11_MODULE(_native, m) {
 
   m.def("isa", &fk::cpu_isa,
         "The instruction set of the CPU kernels in use; None where they are for others.");
-  m.attr("ISAS") = FK_ISAS;  // those that they were compiled for, as in "baseline,avx2"
+  m.def("compiled_isas", &fk::compiled_isas, "Those that there are kernels for, a comma after each.");
   m.def(
       "set_team_launcher",
       [](Address launcher) { fk::set_team_launcher(reinterpret_cast<fk::TeamLauncher>(launcher)); },

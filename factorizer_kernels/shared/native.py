@@ -51,7 +51,7 @@ def _load() -> Any:
         return module
     asked = os.environ.get("FACTORIZER_KERNELS_ISA")
     raise ImportError(
-        f"it was compiled for {module.ISAS}, and "
+        f"it was compiled for {module.compiled_isas().rstrip(',').replace(',', ', ')}, and "
         + (f"FACTORIZER_KERNELS_ISA is {asked!r}" if asked else "this processor has none of them")
         + ": reinstall it here, or with FACTORIZER_KERNELS_ISAS=all where machines of several kinds share it"
     )

@@ -13,6 +13,8 @@ const CpuKernels& cpu_kernels() {
 #undef FK_NONE
   return none;
 }
+const char* cpu_isa() { return cpu_kernels().isa; }
+const char* compiled_isas() { return ""; }
 
 void set_team_launcher(TeamLauncher) {}
 

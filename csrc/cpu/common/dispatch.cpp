@@ -56,6 +56,20 @@ const CpuKernels* chosen() {
 
 }  // namespace
 
+const char* compiled_isas() {
+  return ""
+#ifdef FK_HAVE_BASELINE
+         "baseline,"
+#endif
+#ifdef FK_HAVE_AVX2
+         "avx2,"
+#endif
+#ifdef FK_HAVE_AVX512
+         "avx512,"
+#endif
+      ;
+}
+
 const char* cpu_isa() { return chosen() ? chosen()->isa : nullptr; }
 
 const CpuKernels& cpu_kernels() {

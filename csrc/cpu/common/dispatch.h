@@ -20,7 +20,10 @@ struct CpuKernels {
 // is among them, the one of FACTORIZER_KERNELS_ISA in the environment. Null: there is none.
 const char* cpu_isa();
 
-// Its kernels; throws std::runtime_error where there are none.
+// Those compiled, a comma after each.
+const char* compiled_isas();
+
+// The kernels in use; throws std::runtime_error where there are none.
 const CpuKernels& cpu_kernels();
 
 }  // namespace factorizer

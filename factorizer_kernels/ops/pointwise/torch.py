@@ -186,16 +186,12 @@ def _convolution_backward(
     )  # fmt: skip
 
 
-def _outputs(outputs: list[Tensor], gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """The gradients, copied only where an operator may not return them as they are."""
-    for i, gradient in enumerate(gradients):
-        if gradient is None:
-            continue
-        if gradient.dtype == outputs[i].dtype and gradient.is_contiguous():
-            outputs[i] = gradient
-        else:
-            outputs[i].copy_(gradient)
-    return tuple(outputs)
+def _outputs(inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
+    """The gradients as `gradients_like` has them, copied only where they are not; None: one of no elements."""
+    return tuple(
+        x.new_empty((0,)) if gradient is None else gradient.to(x.dtype).contiguous()
+        for x, gradient in zip(inputs, gradients, strict=True)
+    )
 
 
 @kernel("join", "torch")
@@ -220,8 +216,8 @@ def join_backward(
         dy.flatten(2), skip.flatten(2), weight_skip, dtype, weight_grads
     )
     dx, dweight_x, _ = _convolution_backward(dy, x, weight_x, dtype, True, weight_grads)
-    outputs = gradients_like([skip, x], [weight_skip, weight_x, bias], weight_grads)
-    return _outputs(outputs, (dskip.view(skip.shape), dx, dweight_skip, dweight_x, dbias))
+    gradients = dskip.view(skip.shape), dx, dweight_skip, dweight_x, dbias
+    return _outputs((skip, x, weight_skip, weight_x, bias), gradients)
 
 
 @kernel("patch_conv", "torch")
@@ -234,4 +230,4 @@ def patch_conv_backward(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype, weight_grads: bool
 ) -> tuple[Tensor, ...]:
     gradients = _convolution_backward(dy, x, weight, dtype, False, weight_grads)
-    return _outputs(gradients_like([x], [weight, bias], weight_grads), gradients)
+    return _outputs((x, weight, bias), gradients)
