@@ -187,7 +187,7 @@ def _convolution_backward(
 
 
 def _outputs(inputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> tuple[Tensor, ...]:
-    """The gradients as `gradients_like` has them, copied only where they are not; None: one of no elements."""
+    """The gradients as `gradients_like` has them, copied only where they are not; None: of no elements."""
     return tuple(
         x.new_empty((0,)) if gradient is None else gradient.to(x.dtype).contiguous()
         for x, gradient in zip(inputs, gradients, strict=True)
