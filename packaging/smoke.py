@@ -14,7 +14,7 @@ def module_alone() -> str:
     spec = importlib.util.spec_from_file_location("_native", files[0])
     native = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(native)
-    return f"the compiled module loads, {native.isa()}"
+    return f"the compiled module loads, {native.isa()} of {native.compiled_isas().rstrip(',')}"
 
 
 def with_torch() -> str:
