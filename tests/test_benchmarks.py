@@ -170,6 +170,7 @@ def test_accuracy_study(tmp_path):
 def test_peers_take_volumes_of_any_size():
     """The study validates on whole volumes, whose sizes no stride divides."""
     pytest.importorskip("monai")
+    pytest.importorskip("einops")  # SwinUNETR's
     from benchmarks.accuracy import OTHERS
 
     x = torch.rand(1, 1, 33, 18, 23)

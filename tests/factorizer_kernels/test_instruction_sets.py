@@ -24,7 +24,7 @@ def test_a_module_for_other_processors():
     )
     done = subprocess.run(
         [sys.executable, "-c", script],
-        env={**os.environ, "FACTORIZER_KERNELS_ISA": "none"},
+        env={**os.environ, "FACTORIZER_KERNELS_ISA": "none", "FACTORIZER_KERNELS_NATIVE": ""},
         capture_output=True,
         text=True,
     )
