@@ -1,7 +1,8 @@
 # The command line on a CPU: docker build -t factorizer . && docker run --rm -v "$PWD:/data" factorizer predict \
 #   --model hippocampus --input /data/scans --output /data/segmentations
 # For a GPU begin from an image with torch, CUDA's driver interface and nvcc, such as pytorch/pytorch:*-devel, leave out
-# the line that installs torch, set FACTORIZER_KERNELS_CUDA=1 beside FACTORIZER_KERNELS_ISAS, and run with --gpus all --shm-size 2g: loaders pass batches through shared memory.
+# the line that installs torch, set FACTORIZER_KERNELS_CUDA=1 beside FACTORIZER_KERNELS_ISAS, and run with --gpus all
+# --shm-size 2g: loaders pass batches through shared memory.
 FROM python:3.11-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 COPY . /source

@@ -21,7 +21,7 @@ inline void with_storage(DType dtype, F&& f) {
 
 // The same where the arithmetic's type is known already.
 template <class T, class F>
-inline void with_storage_of(DType dtype, F&& f) {
+inline void with_storage_for(DType dtype, F&& f) {
   if constexpr (std::is_same_v<T, double>) {
     f(static_cast<double*>(nullptr));
   } else {

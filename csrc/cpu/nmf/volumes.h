@@ -12,7 +12,7 @@ namespace FK_ISA {
 template <class T>
 void read_volume(const SwinNMF& p, const Volume& volume, const Strip& s, bool relu, T scale, Rows<T> buffer,
                  i64 window_stride) {
-  with_storage_of<T>(p.dtype, [&](auto* storage) {
+  with_storage_for<T>(p.dtype, [&](auto* storage) {
     using S = std::remove_pointer_t<decltype(storage)>;
     read_strip<S, T>(p.windows, s, head_of<const S>(volume, p.windows, s.bh), relu, scale, buffer,
                      window_stride);
@@ -23,7 +23,7 @@ void read_volume(const SwinNMF& p, const Volume& volume, const Strip& s, bool re
 template <class T>
 void write_y_strip(const SwinNMF& p, const Strip& s, Rows<const T> buffer, i64 window_stride) {
   const Windows& w = p.windows;
-  with_storage_of<T>(p.dtype, [&](auto* storage) {
+  with_storage_for<T>(p.dtype, [&](auto* storage) {
     using S = std::remove_pointer_t<decltype(storage)>;
     write_strip<T, S>(w, s, buffer, window_stride,
                       contiguous_head(static_cast<S*>(p.y) + s.bh * w.head_dim * w.voxels(), w));
@@ -33,7 +33,7 @@ void write_y_strip(const SwinNMF& p, const Strip& s, Rows<const T> buffer, i64 w
 // Numbers of the volume from `begin` on = from, rounded.
 template <class T>
 void round_to(DType dtype, const T* from, i64 count, void* volume, i64 begin) {
-  with_storage_of<T>(dtype, [&](auto* storage) {
+  with_storage_for<T>(dtype, [&](auto* storage) {
     using S = std::remove_pointer_t<decltype(storage)>;
     transform(count, from, Constant<1>{}, static_cast<S*>(volume) + begin,
               [](T value) { return Storage<S>::from(value); });

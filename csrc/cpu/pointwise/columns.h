@@ -62,20 +62,6 @@ class Columns {
   Parts units_;
 };
 
-// Calls f with a null pointer of the map's storage type, one whose arithmetic is T's.
-template <class T, class F>
-inline void with_storage_for(DType dtype, F&& f) {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    f(static_cast<double*>(nullptr));
-  } else {
-    switch (dtype) {
-      case DType::bfloat16: return f(static_cast<bfloat16*>(nullptr));
-      case DType::float16: return f(static_cast<float16*>(nullptr));
-      default: return f(static_cast<float*>(nullptr));
-    }
-  }
-}
-
 template <class S, class T>
 inline void convert(const S* __restrict from, T* __restrict to, i64 length) {
   for (i64 i = 0; i < length; ++i) to[i] = T(to_compute(from[i]));
@@ -85,8 +71,6 @@ template <class S, class T>
 inline void convert_back(const T* __restrict from, S* __restrict to, i64 length) {
   for (i64 i = 0; i < length; ++i) to[i] = Storage<S>::from(from[i]);
 }
-
-inline i64 bytes_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // Fetches what is touched soon, some rows at a time, while a tile is computed: the maps of the tile after it,
 // and where its results go. The rows lie too far apart for the processor to foresee, and all of them at once
@@ -112,11 +96,11 @@ class Fetch {
 
  private:
   void fetch_row(const Tile& tile, const FeatureMap& map, i64 row) const {
-    const i64 element = bytes_of(map.dtype);
+    const i64 bytes = element(map.dtype);
     columns_.each_run(tile, [&](i64 item, i64 voxel, i64, i64 length) {
       const char* from =
-          static_cast<const char*>(map.data) + (item * map.batch + row * map.channel + voxel) * element;
-      for (i64 byte = 0; byte < length * element; byte += 64) __builtin_prefetch(from + byte, 0, 2);
+          static_cast<const char*>(map.data) + (item * map.batch + row * map.channel + voxel) * bytes;
+      for (i64 byte = 0; byte < length * bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
     });
   }
 
@@ -132,7 +116,7 @@ class Fetch {
 
 // Before a large fresh map is written, whose voxels lie side by side from its first to its last.
 inline void expect_writes(const Pointwise& p, const FeatureMap& map, i64 channels) {
-  factorizer::expect_writes(map.data, p.batch * channels * p.voxels * bytes_of(map.dtype));
+  factorizer::expect_writes(map.data, p.batch * channels * p.voxels * element(map.dtype));
 }
 
 // Zero in the padding, so that it adds nothing to sums over columns.
