@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
+import factorizer_kernels as fk
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import read_decathlon, split_cases
 from factorizer.segmentation.checkpoint import read_checkpoint
@@ -127,6 +128,7 @@ class Run:
 def execute(run: Run, data: Path, out: Path) -> None:
     """Trains and validates, into out/<run>.json, which comes last; out/<run>/ is where it goes on from."""
     torch.set_num_threads(1)
+    fk.keep_freed_memory()  # as the command line does
     console = Console(quiet=True)
     task = read_decathlon(data)
     geometries = check_cases(console, task)
