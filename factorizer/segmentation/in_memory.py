@@ -53,8 +53,8 @@ def segment(
         num_iters, whole, mirror, device: see `load_predictor`. A loaded `model` has them already.
 
     Returns:
-        Label values, uint8, of the image's kind: an array (X, Y, Z), or a nibabel NIfTI image on the grid of
-        the image, or of the modality that the others are brought to.
+        Label values, uint8, of the image's kind. That is an array (X, Y, Z), or a nibabel NIfTI image on the
+        grid of the image, or of the modality that the others are brought to.
         With `probabilities` a pair: the label values, and a dict with the probabilities of each output, by
         its name, float32, of the same kind and shape. They are those of the regions, each for itself, or of
         the labels, background first, together 1.

@@ -50,7 +50,8 @@ class Geometry:
     """What planning must know of a case; axes right, anterior, superior.
 
     Attributes:
-        shape, spacing: voxels and mm of the volume's nonzero part.
+        shape: voxels of the volume's nonzero part.
+        spacing: mm of a voxel.
         windows: for each channel the 0.5 and 99.5 percentiles of the labelled voxels' intensities; None
             where nothing is labelled.
         labelled: number of voxels of each label value that is there.

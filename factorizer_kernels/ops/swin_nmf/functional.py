@@ -51,7 +51,7 @@ def swin_nmf(
         num_iters, solver, num_grad_steps, eps: the factorisation, see `nmf`.
 
     Returns:
-        (B, C, S1..Sp) in x's dtype: the mean over the shifts.
+        (B, C, S1..Sp) in x's dtype, the mean over the shifts.
 
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it needs.
