@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ from .linear import Linear
 from .matricize import Matricize, SWMatricize
 from .parts import Part, build, has_hooks
 from .resize import crop_to, pad_to, resample
+from .slabs import plane_bytes, slabs
+
+PATCHES = 4  # windows of a slab along its first axis, at least: one more is computed twice
+SLAB_BYTES = 2**26  # and its bytes, about, where that is more
 
 
 class FactMixer(nn.Module):
@@ -114,6 +119,64 @@ class FactMixer(nn.Module):
             )
         y, x = fk.norm_linear(x, *weights, eps=eps, residual=True)
         return self.mix(y), x
+
+    def takes_slabs(self, size: Sequence[int]) -> bool:
+        """Whether `mix_slabs` knows the windows of a map of this spatial size."""
+        return (
+            self.fused
+            and self.reshape.window_options["patch_size"] is not None
+            and tuple(self.reshape.fitted_size(size)) == tuple(size)
+            and size[0] > PATCHES * self.reshape.window_size(size)[0]
+        )
+
+    def mix_slabs(
+        self, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """What `mix_normed` makes of x (B, in_channels, S1..Sp), of some planes of the first axis at a time.
+
+        Yields the first plane, the one after the last, and the values there. x may be overwritten there, and
+        no further, before the next ones are asked for.
+        """
+        weights = norm_weight, norm_bias, *self.in_proj.weights
+        factors, options = self._operator(x)
+        length, patch = x.shape[2], self.reshape.window_size(x.shape[2:])[0]
+        shifts = [
+            list(shift) if isinstance(shift, Sequence) else [shift or 0] * (x.dim() - 2)
+            for shift in options["shifts"]
+        ]
+        # The windows of a slab reach so many planes before it and behind it: whole windows, all together.
+        before = max(shift[0] % patch for shift in shifts)
+        behind = max(-shift[0] % patch for shift in shifts)
+        behind += -(before + behind) % patch
+        options["shifts"] = [[shift[0] - before, *shift[1:]] for shift in shifts]
+        around = before + behind
+
+        def normed(begin: int, end: int, out: Tensor) -> None:
+            for first, last in slabs(begin, end, plane_bytes(x)):
+                place = slice(first - begin, last - begin)
+                out[:, :, place] = fk.norm_linear(x[:, :, first:last], *weights, eps=eps)
+
+        # Of the planes around the ends, which windows join; then of those around a slab's end, for the next.
+        ring = x.new_empty(x.shape[0], self.reshape.channels, around, *x.shape[3:])
+        normed(length - before, length, ring[:, :, :before])
+        normed(0, behind, ring[:, :, before:])
+        kept, last_ones = ring, ring[:, :, before:]
+        count = -(-length // max(PATCHES * patch, SLAB_BYTES // plane_bytes(x)))
+        ends = [length // patch * (k + 1) // count * patch for k in range(count)]
+        thickest = -(-length // patch // count) * patch + around
+        memory = x.new_empty(thickest * x[:, :1, 0].numel() * ring.shape[1])
+        for begin, end in zip([0, *ends], ends, strict=False):
+            shape = x.shape[0], ring.shape[1], end - begin + around, *x.shape[3:]
+            y = memory[: math.prod(shape)].view(shape)
+            y[:, :, :around] = kept
+            if end < length:
+                normed(begin + behind, end + behind, y[:, :, around:])
+            else:
+                normed(begin + behind, end, y[:, :, around : around + end - begin - behind])
+                y[:, :, y.shape[2] - behind :] = last_ones
+            kept = y[:, :, y.shape[2] - around :].clone()
+            y = fk.swin_nmf(y, *factors, **options, overwrite=y)
+            yield begin, end, y.narrow(2, before, end - begin)
 
     def decompose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of the matrices of x (B, in_channels, S1..Sp), to be looked at.
