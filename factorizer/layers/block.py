@@ -112,7 +112,8 @@ class FactorizerBlock(nn.Module):
         if self.local is not None:
             filter_in_place(x, self.local.residual, self.local.conv.kernel_size[0] // 2)
         weights, size = self._weights(x), plane_bytes(x)
-        for begin, end, y in fact.mix_slabs(x, *norm1.affine(x), norm1.norm.eps):
+        scale, shift = norm1.affine(x)
+        for begin, end, y in fact.mix_slabs(x, scale, shift, norm1.norm.eps):
             for first, last in slabs(begin, end, size):
                 part, of_part = x[:, :, first:last], y[:, :, first - begin : last - begin]
                 part.copy_(fk.linear_norm_mlp(of_part, part, *weights, eps=norm2.norm.eps))

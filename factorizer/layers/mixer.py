@@ -153,8 +153,8 @@ class FactMixer(nn.Module):
 
         def normed(begin: int, end: int, out: Tensor) -> None:
             for first, last in slabs(begin, end, plane_bytes(x)):
-                place = slice(first - begin, last - begin)
-                out[:, :, place] = fk.norm_linear(x[:, :, first:last], *weights, eps=eps)
+                values: Any = fk.norm_linear(x[:, :, first:last], *weights, eps=eps)
+                out[:, :, first - begin : last - begin] = values
 
         # Of the planes around the ends, which windows join; then of those around a slab's end, for the next.
         ring = x.new_empty(x.shape[0], self.reshape.channels, around, *x.shape[3:])

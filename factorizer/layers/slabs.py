@@ -61,9 +61,7 @@ def convolve(x: Tensor, conv: Any, convolution: Callable[..., Tensor]) -> Tensor
         missing = [0] * (2 * (x.dim() - 3)) + [max(-first, 0), max(last - length, 0)]
         if any(missing):
             part = torch.nn.functional.pad(part, missing)
-        values = convolution(
-            part, conv.weight, conv.bias, padding=(0, *conv.padding[1:]), groups=conv.groups
-        )
+        values = convolution(part, conv.weight, conv.bias, padding=(0, *conv.padding[1:]), groups=conv.groups)
         if y is None:
             y = values.new_empty(*values.shape[:2], planes, *values.shape[3:])
         y[:, :, begin:end] = values
