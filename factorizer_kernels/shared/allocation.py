@@ -32,7 +32,7 @@ def keep_freed_memory() -> bool:
 def give_back_freed_memory() -> bool:
     """Has the C library give the main memory that this process has freed back to the system, once.
 
-    For a program that called :func:`keep_freed_memory`, where what comes next needs other blocks than what
+    For a program that called `keep_freed_memory`, where what comes next needs other blocks than what
     was before, so that they would lie beside what is kept.
 
     Returns:
