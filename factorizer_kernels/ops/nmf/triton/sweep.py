@@ -24,7 +24,7 @@ from factorizer_kernels.shared.triton import launch, padded, product_precision
 
 # Elements of one program's (rows, rank) block in HALS; rows and most columns of a block in MU.
 BLOCK_ELEMENTS = 1024
-MU_ROWS, MU_COLUMNS = 32, 64
+MU_ROWS, MU_COLUMNS = 16, 64
 
 # Factors in the kernels are (items, length, RANK), with strides (item, row): they may be slots of a tape.
 # What else has rows is contiguous, and so are the squares (items, RANK, RANK).
