@@ -37,7 +37,7 @@ def test_launches_and_operations_are_counted():
 
 
 def _of_nmf(rows, columns, rank, backend, gradients, **options) -> Traffic:
-    """Of 8 matrices with shared first factors, on that backend or the one chosen; gradients: of which arguments."""
+    """Of 8 matrices with shared first factors, on a backend or the chosen one; gradients: of which arguments."""
     with torch.device("meta"):
         tensors = [torch.empty(shape) for shape in ((8, rows, columns), (rows, rank), (columns, rank))]
     leaves = [t.requires_grad_(number in gradients) for number, t in enumerate(tensors)]
@@ -52,8 +52,8 @@ def _of_nmf(rows, columns, rank, backend, gradients, **options) -> Traffic:
 @pytest.mark.parametrize(
     ("rows", "columns", "rank", "num_iters", "solver"),
     [
-        (512, 4096, 64, 5, "mu"), (512, 4096, 64, 1, "mu"), (256, 1024, 16, 6, "mu"), (256, 1024, 64, 2, "mu"),
-        (256, 1024, 9, 1, "hals"),
+        (512, 4096, 64, 5, "mu"), (512, 4096, 64, 1, "mu"), (256, 1024, 16, 6, "mu"),
+        (256, 1024, 64, 2, "mu"), (256, 1024, 9, 1, "hals"),
     ],
 )  # fmt: skip
 def test_large_ranks_cost_no_more_than_plain_pytorch(rows, columns, rank, num_iters, solver, gradients):

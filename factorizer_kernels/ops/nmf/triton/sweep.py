@@ -109,7 +109,8 @@ def mu_backward_kernel(
         )  # fmt: skip
     if CARRIED:
         total = _times(
-            total, later_denominators, contiguous, later_gram, item, i, j, length, RANK, False, COLUMNS, PRECISION
+            total, later_denominators, contiguous, later_gram, item, i, j, length, RANK, False, COLUMNS,
+            PRECISION,
         )  # fmt: skip
     denominator = _times(
         tl.zeros_like(total), old, strides, gram, item, i, j, length, RANK, False, COLUMNS, PRECISION
