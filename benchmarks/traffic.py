@@ -1,8 +1,9 @@
 """The bytes that a network moves to and from a GPU's memory, counted without a GPU: on meta tensors.
 
 Our operators run the host code of their Triton kernels, whose launches are counted and not made; an operation
-of PyTorch counts as it stands, as one launch where it moves anything. Each tensor that a launch or an operation
-names is counted once, so what a cache misses comes on top, and what a library's convolution keeps in between.
+of PyTorch counts as it stands, as one launch where it moves anything. Each tensor that a launch or an
+operation names is counted once, so what a cache misses comes on top, and what a library's convolution keeps
+in between.
 
     python -m benchmarks.traffic [--network swin-brats] [--size 128]
 """

@@ -37,7 +37,7 @@ def test_launches_and_operations_are_counted():
 
 
 def _of_nmf(rows, columns, rank, backend, gradients, **options) -> Traffic:
-    """Of 8 matrices with shared first factors, on a backend or the chosen one; gradients: of which arguments."""
+    """Of 8 matrices with shared factors, on a backend or the chosen one; gradients: of which arguments."""
     with torch.device("meta"):
         tensors = [torch.empty(shape) for shape in ((8, rows, columns), (rows, rank), (columns, rank))]
     leaves = [t.requires_grad_(number in gradients) for number, t in enumerate(tensors)]

@@ -138,9 +138,9 @@ def test_any_rank(rank, solver, rel):
 @pytest.mark.parametrize("solver", ["mu", "hals"])
 def test_any_rank_in_several_blocks(solver, rel, monkeypatch):
     """Blocks of rows and, in MU, of columns; matrices and dy that no product takes as they lie."""
-    monkeypatch.setattr(sweep, "BLOCK_ELEMENTS", 256)
+    monkeypatch.setattr(sweep, "BLOCK_ELEMENTS", 128)
     monkeypatch.setattr(sweep, "MU_COLUMNS", 16)
-    x, u0, v0 = draw((2,), 17, 22, 18)
+    x, u0, v0 = draw((2,), 17, 22, 18 if solver == "mu" else 9)
     x, u0 = x.repeat_interleave(2, -1)[..., ::2], torch.stack((u0, 0.5 * u0)).mT.contiguous().mT
     compare(fk.nmf, (x, u0, v0), rel, num_iters=3, num_grad_steps=2, solver=solver)
     compare(fk.nmf, (x.mT, v0, u0), rel, num_iters=1, solver=solver)
