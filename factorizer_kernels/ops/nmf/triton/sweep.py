@@ -190,7 +190,7 @@ def _launch(kernel, problem: Problem, like: Tensor, *arguments, **constants) -> 
 
 
 def _strides(factor: Tensor) -> tuple[int, int]:
-    return factor.stride()[:2]
+    return factor.stride(0), factor.stride(1)
 
 
 def _gram(factor: Tensor) -> Tensor:
