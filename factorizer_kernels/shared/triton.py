@@ -35,6 +35,14 @@ def compute_type(x: Tensor) -> Any:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
+def product_precision() -> str:
+    """The precision of ``tl.dot`` for float32, after ``torch.get_float32_matmul_precision()``.
+
+    Torch's "highest" is three products of TF32, as exact as one of float32.
+    """
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def strides(x: Tensor, axes: int) -> tuple[int, ...]:
     """The strides of x, or as many zeros where it is an empty stand-in for a tensor that is not used."""
     return x.stride() if x.numel() else (0,) * axes
