@@ -4,8 +4,8 @@
 
 One compiled wheel for each Python, with the CUDA kernels where nvcc is, and one pure wheel for everyone else.
 Linux wheels are repaired by auditwheel, which names the oldest system that they run on and bundles nothing of
-CUDA: the runtime is linked statically. `make wheel` calls this for every Python from 3.10 on found on
-PATH or of pyenv.
+CUDA: the runtime is linked statically. `make wheel` calls this for every Python from 3.10 on that
+is found on PATH or of pyenv.
 """
 
 from __future__ import annotations
