@@ -63,7 +63,7 @@ def nmf_factors(
     num_grad_steps: int | None = None,
     eps: float = 1e-16,
 ) -> tuple[Tensor, Tensor]:
-    """The factors themselves: U (..., M, R) and V (..., N, R), in x's dtype. The arguments of :func:`nmf`."""
+    """The factors themselves: U (..., M, R) and V (..., N, R), in x's dtype. The arguments of `nmf`."""
     x = tensor("x", x, "(..., M, N)", 2)
     u0, v0, options = check_factorisation(x, u0, v0, x.shape, num_iters, solver, num_grad_steps, eps)
     sizes = MatrixSizes(x.shape[-2], x.shape[-1], u0.shape[-1], 1, options.num_iters, options.solver)
