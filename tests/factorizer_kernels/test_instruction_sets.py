@@ -1,4 +1,4 @@
-"""The kernels of each instruction set that this processor has and the module would not pick; a module without any."""
+"""The kernels of the instruction sets that this processor has beside the one in use; a module without any."""
 
 import os
 import re
