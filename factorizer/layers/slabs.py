@@ -52,18 +52,24 @@ def convolve(x: Tensor, conv: Any, convolution: Callable[..., Tensor]) -> Tensor
         conv: the module, whose padding is a number of zeros for each axis.
         convolution: that of `torch.nn.functional` for its number of axes.
     """
-    padding, kernel, length = conv.padding[0], conv.kernel_size[0], x.shape[2]
-    planes = length + 2 * padding - kernel + 1
-    # By name: of a small part torch takes its own slow one, by one thread.
-    x.dim() == 5 and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    reach, kernel, length = conv.padding[0], conv.kernel_size[0], x.shape[2]
+    planes = length + 2 * reach - kernel + 1
+    # By name: for a small part torch would take its own slow one, which runs on one thread.
+    by_name = x.dim() == 5 and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     y: Tensor | None = None
     for begin, end in slabs(0, planes, 4 * x[:, :1, :1].numel() * conv.out_channels):
-        first, last = begin - padding, end - padding + kernel - 1
+        first, last = begin - reach, end - reach + kernel - 1
         part = x[:, :, max(first, 0) : min(last, length)]
         missing = [0] * (2 * (x.dim() - 3)) + [max(-first, 0), max(last - length, 0)]
         if any(missing):
             part = torch.nn.functional.pad(part, missing)
-        values = convolution(part, conv.weight, conv.bias, padding=(0, *conv.padding[1:]), groups=conv.groups)
+        inputs, around = (part, conv.weight, conv.bias), (0, *conv.padding[1:])
+        if by_name:
+            values = torch.ops.aten.mkldnn_convolution(
+                *inputs, around, conv.stride, conv.dilation, conv.groups
+            )
+        else:
+            values = convolution(*inputs, padding=around, groups=conv.groups)
         if y is None:
             y = values.new_empty(*values.shape[:2], planes, *values.shape[3:])
         y[:, :, begin:end] = values
