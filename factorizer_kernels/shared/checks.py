@@ -1,8 +1,9 @@
 """Checks of arguments. Every error names the argument, what it got and what it needs."""
 
 import math
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from functools import lru_cache, wraps
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,44 @@ from torch import Tensor
 from factorizer_kernels.shared.dtypes import DTYPES
 
 MAX_INT = 2**63 - 1  # the largest integer that an operator takes
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def remembered(function: Function) -> Function:
+    """A function of plain values that a network calls again and again with the same few: its results are kept.
+
+    Values that cannot be hashed, and symbolic ones (under torch.compile), go through the function each time.
+    So do lists and tuples that hold anything but integers, None and others like them: in a tuple True is
+    1, and 1.0 is.
+    """
+    kept = lru_cache(maxsize=256, typed=True)(function)
+
+    @wraps(function)
+    def wrapped(*values, **options):
+        if torch.compiler.is_compiling():
+            return function(*values, **options)
+        try:
+            return kept(*[_key(v) for v in values], **{name: _key(v) for name, v in options.items()})
+        except (_NotPlain, TypeError):
+            pass
+        return function(*values, **options)
+
+    return wrapped  # type: ignore[return-value]
+
+
+class _NotPlain(Exception):
+    pass
+
+
+def _key(value: Any, nested: bool = False) -> Any:
+    """The value with tuples in the place of lists."""
+    kind = type(value)
+    if kind is list or isinstance(value, tuple):
+        return tuple([_key(v, True) for v in value]) if kind is list or kind is tuple else value
+    if nested and kind is not int and value is not None:
+        raise _NotPlain
+    return value
 
 
 def is_integer(value: object) -> bool:

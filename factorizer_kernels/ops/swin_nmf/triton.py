@@ -20,7 +20,7 @@ from factorizer_kernels.ops.windows.geometry import Windows
 from factorizer_kernels.ops.windows.triton import blocks
 from factorizer_kernels.shared.maps import spatial_3d
 from factorizer_kernels.shared.registry import kernel
-from factorizer_kernels.shared.triton import launch
+from factorizer_kernels.shared.triton import cdiv, launch
 
 
 @triton.jit
@@ -71,7 +71,7 @@ def swin_nmf(x: Tensor, u0: Tensor, v0: Tensor, head_dim, patch_size, shifts, re
     m_block, n_block = blocks(problem.rows)
     batch_heads, voxels = windows.size[0] * windows.heads, prod(windows.size_3d)
     launch(
-        gather_kernel, batch_heads * triton.cdiv(voxels, n_block) * triton.cdiv(problem.rows, m_block), x,
+        gather_kernel, batch_heads * cdiv(voxels, n_block) * cdiv(problem.rows, m_block), x,
         u, v, windows.size_3d, batch_heads, y,
         M=problem.rows, PATCH=problem.patch, SHIFTS=problem.shifts, RANK=problem.rank,
         M_BLOCK=m_block, N_BLOCK=n_block,

@@ -219,7 +219,7 @@ def _num_warps(problem: Problem, blocks: int, columns: int, per_lane: int) -> in
     The counts are those of the registers' report of the compiler: tests/factorizer_kernels/triton.
     """
     held = blocks * padded(problem.rows) + columns * problem.rank
-    return _power(triton.next_power_of_2(held * padded(problem.columns)) // (32 * per_lane))
+    return _power(padded(held * padded(problem.columns)) // (32 * per_lane))
 
 
 def _closed_form_warps(problem: Problem, x: Tensor, blocks: int) -> int:

@@ -14,7 +14,7 @@ from factorizer_kernels.ops.nmf.reference import mu_update
 from factorizer_kernels.ops.nmf.triton.problem import Problem
 from factorizer_kernels.ops.nmf.triton.updates import relu
 from factorizer_kernels.ops.windows.triton import sw_dematricize, sw_matricize
-from factorizer_kernels.shared.triton import launch, padded
+from factorizer_kernels.shared.triton import cdiv, launch, padded
 
 # Elements of one program's (rows, rank) block.
 BLOCK_ELEMENTS = 1024
@@ -81,7 +81,7 @@ def _launch(kernel, problem: Problem, length: int, *tensors: Tensor) -> None:
     rank_block = padded(problem.rank)
     block = max(BLOCK_ELEMENTS // rank_block, 1)
     launch(
-        kernel, tensors[0].shape[0] * triton.cdiv(length, block), tensors[0], *tensors, length,
+        kernel, tensors[0].shape[0] * cdiv(length, block), tensors[0], *tensors, length,
         RANK=problem.rank, EPS=problem.eps, BLOCK=block, R_PAD=rank_block,
     )  # fmt: skip
 
