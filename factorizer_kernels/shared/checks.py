@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Collection
-from functools import lru_cache, wraps
+from functools import wraps
 from typing import Any, TypeVar
 
 import numpy as np
@@ -17,39 +17,61 @@ Function = TypeVar("Function", bound=Callable)
 
 
 def remembered(function: Function) -> Function:
-    """A function of plain values that a network calls again and again with the same few: its results are kept.
+    """A function that is called again and again with the same few values: its results are kept.
 
-    Values that cannot be hashed, and symbolic ones (under torch.compile), go through the function each time.
-    So do lists and tuples that hold anything but integers, None and others like them: in a tuple True is
-    1, and 1.0 is.
+    Of tensors it may use dtype, device, shape and layout alone, and it returns none. Values that cannot be
+    hashed and symbolic ones (under torch.compile) go through the function each time, and what is wrong does.
+    So do lists and tuples that hold anything but integers, None and others like them: in a tuple True
+    is 1, and 1.0 is.
     """
-    kept = lru_cache(maxsize=256, typed=True)(function)
+    results: dict[tuple, Any] = {}
 
     @wraps(function)
     def wrapped(*values, **options):
         if torch.compiler.is_compiling():
             return function(*values, **options)
         try:
-            return kept(*[_key(v) for v in values], **{name: _key(v) for name, v in options.items()})
+            key = (*map(_key, values), *options, *map(_key, options.values()))
+            result = results.get(key, results)
         except (_NotPlain, TypeError):
-            pass
-        return function(*values, **options)
+            return function(*values, **options)
+        if result is results:
+            result = function(*values, **options)
+            if len(results) >= _MOST_RESULTS:
+                results.clear()
+            results[key] = result
+        return result
 
     return wrapped  # type: ignore[return-value]
+
+
+_MOST_RESULTS = 256
+_ATOMS = frozenset((int, str, type(None), torch.dtype, torch.Size))
 
 
 class _NotPlain(Exception):
     pass
 
 
-def _key(value: Any, nested: bool = False) -> Any:
-    """The value with tuples in the place of lists."""
+def _key(value: Any) -> Any:
+    """What tells values apart: for one of another type than those of ``_ATOMS`` with its type."""
     kind = type(value)
-    if kind is list or isinstance(value, tuple):
-        return tuple([_key(v, True) for v in value]) if kind is list or kind is tuple else value
-    if nested and kind is not int and value is not None:
-        raise _NotPlain
-    return value
+    if kind in _ATOMS:
+        return value
+    if isinstance(value, Tensor):
+        return kind, value.dtype, value.device, value.shape, value.layout, value.is_nested
+    if kind is list or kind is tuple:
+        return tuple([_item_key(v) for v in value])
+    return kind, value
+
+
+def _item_key(value: Any) -> Any:
+    kind = type(value)
+    if kind is int or value is None:
+        return value
+    if kind is list or kind is tuple:
+        return tuple([_item_key(v) for v in value])
+    raise _NotPlain
 
 
 def is_integer(value: object) -> bool:
@@ -94,15 +116,17 @@ def one_of(name: str, value: Any, allowed: tuple) -> Any:
     return value
 
 
-def plain_tensor(x: Tensor) -> Tensor:
-    """x without a subclass that only adds to the data, such as MONAI's MetaTensor.
+def plain_tensor(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x without a subclass that only adds to the data, such as MONAI's MetaTensor; in ``dtype`` unless None.
 
     It would run its own functions again at every operation. A subclass with a dispatch of its own, such as a
     tracer's, stays what it is.
     """
-    if type(x) in (Tensor, torch.nn.Parameter) or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return x
-    return x.as_subclass(Tensor)
+    if type(x) not in (Tensor, torch.nn.Parameter) and (
+        type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    ):
+        x = x.as_subclass(Tensor)
+    return x if dtype is None or x.dtype == dtype else x.to(dtype)
 
 
 def tensor(

@@ -81,12 +81,12 @@ def plain(arguments: tuple) -> bool:
         and not torch._C._are_functorch_transforms_active()
         and not torch.autograd._profiler_enabled()
         and forward_ad._current_level < 0
-        and all([_plain_tensor(a) for a in arguments if isinstance(a, Tensor)])
+        and all(_plain_tensor(a) for a in arguments if isinstance(a, Tensor))
     )
 
 
 def _plain_tensor(x: Tensor) -> bool:
-    """Whether x's memory holds its values: not of a view with the opposite sign, nor of one that is all zero."""
+    """Whether x's memory holds its values: a view may be one of the opposite sign, or hold zeros without any."""
     return type(x) in _PLAIN_TENSORS and not x.is_neg() and not x._is_zerotensor()
 
 

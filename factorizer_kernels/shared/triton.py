@@ -49,11 +49,6 @@ def compute_type(x: Tensor) -> Any:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
-def strides(x: Tensor, axes: int) -> tuple[int, ...]:
-    """The strides of x, or as many zeros where it is an empty stand-in for a tensor that is not used."""
-    return x.stride() if x.numel() else (0,) * axes
-
-
 def launch(kernel: Any, programs: int | tuple[int, ...], x: Tensor, *args: Any, **constants: Any) -> None:
     """Start a kernel on x's device and that device's current stream.
 
@@ -91,20 +86,12 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple, consta
     are 1, or multiples of 16, or need 64 bits, and for the constants' values. The key has dtypes, addresses
     modulo 16, numbers and constants as they are, and the types of all: 1 is not 1.0 there.
     """
-    passed, seen = [], []
-    for a in args:
-        if isinstance(a, Tensor):
-            address = a.data_ptr()
-            passed.append(address)
-            seen.append((a.dtype, address & 15))
-        else:
-            passed.append(a)
-            seen.append(a)
+    seen = [(a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else a for a in args]
     key = (kernel.fn, grid, device, *seen, *map(type, args), *constants, *constants.values())
     found = _LAUNCHES.get(key)
     if found is not None:
         start, behind = found
-        start(*passed, *behind, stream=triton.runtime.driver.active.get_current_stream(device))
+        start(*args, *behind, stream=triton.runtime.driver.active.get_current_stream(device))
         return
     try:
         # Fused multiply-adds are named so that the bits do not depend on Triton's default.
