@@ -130,7 +130,12 @@ def differentiated(arguments) -> bool:
     """Whether a call with these arguments is part of something that is differentiated, or transformed."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return True
-    return torch.is_grad_enabled() and any(a.requires_grad for a in arguments if isinstance(a, Tensor))
+    if not torch.is_grad_enabled():
+        return False
+    for a in arguments:  # noqa: SIM110 - a generator takes longer, and this is a part of every call
+        if isinstance(a, Tensor) and a.requires_grad:
+            return True
+    return False
 
 
 @cache

@@ -31,7 +31,10 @@ def remembered(function: Function) -> Function:
         if torch.compiler.is_compiling():
             return function(*values, **options)
         try:
-            key = (*map(_key, values), *options, *map(_key, options.values()))
+            key = (
+                *[v if type(v) in _ATOMS else _key(v) for v in values],
+                *options, *map(_key, options.values()),
+            )  # fmt: skip
             result = results.get(key, results)
         except (_NotPlain, TypeError):
             return function(*values, **options)

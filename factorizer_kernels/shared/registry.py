@@ -73,21 +73,21 @@ def call(operator: torch._ops.OpOverload, *arguments: Any) -> Any:
 
 def plain(arguments: tuple) -> bool:
     """Whether a call is nothing but a call: not compiled, traced, transformed, watched or of a subclass."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch._C._is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._len_torch_function_stack() == 0
-        and not torch._C._are_functorch_transforms_active()
-        and not torch.autograd._profiler_enabled()
-        and forward_ad._current_level < 0
-        and all(_plain_tensor(a) for a in arguments if isinstance(a, Tensor))
-    )
-
-
-def _plain_tensor(x: Tensor) -> bool:
-    """Whether x's memory holds its values: a view may be one of the opposite sign, or hold zeros without any."""
-    return type(x) in _PLAIN_TENSORS and not x.is_neg() and not x._is_zerotensor()
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for a in arguments:
+        # A view may have the opposite sign of what its memory holds, or be zeros without any memory.
+        if isinstance(a, Tensor) and (type(a) not in _PLAIN_TENSORS or a.is_neg() or a._is_zerotensor()):
+            return False
+    return True
 
 
 def never(x: Tensor, sizes: Any) -> None:
