@@ -7,9 +7,10 @@ stand in its place), and each from every seed. A run validates as it goes, so th
 against steps and against seconds of its processor, and is one JSON file; a stopped study goes on where its
 runs were. Runs go side by side, each on one thread.
 
-``--change``, ``--seeds``, ``--steps``, ``--rate``, ``--cases`` (training cases) and ``--noise`` (standard
-deviation of what is added to every volume) select; study.md in the folder has a table of whatever is
-finished there.
+``--steps`` gives all runs as many steps; ``--minutes`` gives each the steps that its processor makes in that
+time, by steps measured first, so that networks are compared at equal time. ``--change``, ``--seeds``,
+``--rate``, ``--cases`` (training cases) and ``--noise`` (standard deviation of what is added to every volume)
+select. study.md in the folder has a table of whatever is finished there, study.png its Dice against minutes.
 """
 
 from __future__ import annotations
@@ -24,19 +25,22 @@ from dataclasses import asdict, dataclass, replace
 from itertools import groupby
 from multiprocessing import get_context
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Annotated, Any
 
 import torch
 import typer
+from matplotlib.figure import Figure
 from rich.console import Console
 from torch import nn
 
+import factorizer_kernels as fk
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import read_decathlon, split_cases
+from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.files import atomic
 from factorizer.segmentation.inference import FinestHead
-from factorizer.segmentation.plan import Plan, Wishes, plan_run
+from factorizer.segmentation.plan import Plan, plan_run
 from factorizer.segmentation.recipe import LEARNING_RATE
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import CropBatches, training_volumes
@@ -82,12 +86,18 @@ CHANGES: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class Run:
-    """One network, trained once. `factorised`: False where the factorisation is left out."""
+    """One network, trained once.
+
+    Attributes:
+        factorised: False where the factorisation is left out.
+        steps, minutes: how long; one of them is None.
+    """
 
     change: str
     factorised: bool
     seed: int
-    steps: int
+    steps: int | None
+    minutes: float | None
     learning_rate: float
     cases: int
     noise: float
@@ -96,16 +106,16 @@ class Run:
     def file(self) -> str:
         kind = "" if self.factorised else "_without-factorisation"
         name = self.change.replace(", ", "-").replace(" ", "-")
-        setting = f"{self.steps}-steps_rate-{self.learning_rate:g}_{self.cases}-cases_noise-{self.noise:g}"
+        length = f"{self.steps}-steps" if self.minutes is None else f"{self.minutes:g}-minutes"
+        setting = f"{length}_rate-{self.learning_rate:g}_{self.cases}-cases_noise-{self.noise:g}"
         return f"{name}{kind}_{setting}_seed-{self.seed}"
 
     def plan(self, plan: Plan) -> Plan:
+        """The task's plan with this run's network and setting."""
         network = {**plan.network, **CHANGES.get(self.change, {})}
         if not self.factorised:
             network["factorize"] = "Identity"
-        return replace(
-            plan, network=network, seed=self.seed, steps=self.steps, learning_rate=self.learning_rate
-        )
+        return replace(plan, network=network, seed=self.seed, learning_rate=self.learning_rate)
 
     def build(self, plan: Plan) -> nn.Module:
         if self.change in CHANGES:
@@ -118,41 +128,53 @@ class Run:
 def execute(run: Run, data: Path, out: Path) -> None:
     """Trains and validates, into out/<run>.json, which comes last; out/<run>/ is where it goes on from."""
     torch.set_num_threads(1)
+    fk.keep_freed_memory()  # as the command line does
     console = Console(quiet=True)
     task = read_decathlon(data)
     geometries = check_cases(console, task)
     training, inner = split_cases(split_cases(task.cases, SPLIT_SEED)[0], INNER_SEED)
     training = training[: run.cases]
-    plan = run.plan(plan_run(task, geometries, training, inner, Wishes(steps=run.steps)))
+    plan = run.plan(plan_run(task, geometries, training, inner))
     volumes = _noisy(training_volumes(plan, training, geometries), run.noise)
     held_out = _noisy(training_volumes(plan, inner, geometries), run.noise)
+    checkpoint = out / run.file / "checkpoint.pt"
+    checkpoint.parent.mkdir(exist_ok=True)
+    seconds = _step_seconds(Trainer(plan, run.build(plan)), CropBatches(plan, volumes))
+    steps = run.steps or max(1, int(60 * (run.minutes or 0) / seconds))
+    if checkpoint.exists():  # a run that goes on keeps its number
+        steps = read_checkpoint(checkpoint)[0].steps
+    plan = replace(plan, steps=steps)
     trainer = Trainer(
         plan,
         run.build(plan),
         validate=lambda network: _mean_dice(network, held_out, plan),
-        validate_every=max(1, run.steps // VALIDATIONS),
+        validate_every=max(1, steps // VALIDATIONS),
     )
-    checkpoint = out / run.file / "checkpoint.pt"
-    checkpoint.parent.mkdir(exist_ok=True)
     if checkpoint.exists():
         trainer.resume(checkpoint)
     trainer.run(CropBatches(plan, volumes), checkpoint, lambda step: None)
-    image = torch.ones(plan.batch_size, len(plan.modalities), *plan.crop)
-    seconds = []
-    for _ in range(4):  # of the processor: what else the machine does counts little
-        start = time.thread_time()
-        trainer.update(image, torch.zeros(plan.batch_size, 1, *plan.crop))
-        seconds.append(time.thread_time() - start)
     record = {
         **asdict(run),
+        "steps": steps,
         "parameters": parameter_count(trainer.network),
-        "step_seconds": min(seconds),
+        "step_seconds": seconds,
         "dice": trainer.scores,
         "loss": mean(trainer.losses[-20:]),
     }
     with atomic(out / f"{run.file}.json") as temporary:
         temporary.write_text(json.dumps(record, indent=1), encoding="utf-8")
     shutil.rmtree(checkpoint.parent)
+
+
+def _step_seconds(trial: Trainer, batches: CropBatches) -> float:
+    """Median seconds of the processor, so that what else the machine does counts little, of a step and its
+    crops. The first step is not counted."""
+    seconds = []
+    for index in range(6):
+        start = time.thread_time()
+        trial.update(*batches[index])
+        seconds.append(time.thread_time() - start)
+    return median(seconds[1:])
 
 
 def _noisy(volumes: Sequence[dict[str, Any]], deviation: float) -> Sequence[dict[str, Any]]:
@@ -183,10 +205,10 @@ def tabulate(records: Sequence[dict[str, Any]]) -> list[str]:
     """In Markdown: of each setting the mean Dice with and without factorisation, over the seeds."""
 
     def setting(record: dict[str, Any]) -> tuple[Any, ...]:
-        return tuple(record[name] for name in ("steps", "cases", "noise", "change", "learning_rate"))
+        return (_length(record), *(record[name] for name in ("cases", "noise", "change", "learning_rate")))
 
     rows = []
-    for (steps, cases, noise, change, rate), members in groupby(sorted(records, key=setting), setting):
+    for (length, cases, noise, change, rate), members in groupby(sorted(records, key=setting), setting):
         runs = list(members)
         by_kind = {kind: [r for r in runs if r["factorised"] == kind] for kind in (True, False)}
         last = {kind: [r["dice"][-1][1] for r in found] for kind, found in by_kind.items()}
@@ -194,7 +216,8 @@ def tabulate(records: Sequence[dict[str, Any]]) -> list[str]:
         rows.append(
             (
                 change,
-                f"{steps}",
+                length,
+                f"{first['steps']}",
                 f"{rate:g}",
                 f"{cases}",
                 f"{noise:g}",
@@ -204,8 +227,34 @@ def tabulate(records: Sequence[dict[str, Any]]) -> list[str]:
                 f"{mean(last[True]) - mean(last[False]):+.4f}" if last[True] and last[False] else "-",
             )
         )
-    head = ("network", "steps", "rate", "cases", "noise", "parameters", "s a step")
+    head = ("network", "length", "steps", "rate", "cases", "noise", "parameters", "s a step")
     return table((*head, "Dice, each seed", "without factorisation", "worth"), rows)
+
+
+def _length(record: dict[str, Any]) -> str:
+    minutes = record["minutes"]
+    return f"{record['steps']} steps" if minutes is None else f"{minutes:g} minutes"
+
+
+def draw(path: Path, records: Sequence[dict[str, Any]]) -> None:
+    """The Dice of each validation against the processor's minutes until then: a colour for each network."""
+
+    def network(record: dict[str, Any]) -> tuple[str, bool]:
+        return record["change"], not record["factorised"]
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    for colour, ((change, without), members) in enumerate(groupby(sorted(records, key=network), network)):
+        label = f"{change}, without factorisation" if without else change
+        for index, record in enumerate(members):
+            steps, dice = zip(*record["dice"], strict=True)
+            minutes = [step * record["step_seconds"] / 60 for step in steps]
+            axes.plot(minutes, dice, "o-", color=f"C{colour}", label=label if index == 0 else None)
+    axes.set(xlabel="minutes of one thread", ylabel="mean Dice of the inner cases")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    with atomic(path) as temporary:
+        figure.savefig(temporary, dpi=140)
 
 
 def main(
@@ -213,7 +262,10 @@ def main(
     out: Annotated[Path, typer.Option(help="Folder for the records.")] = Path("runs/study"),
     change: Annotated[list[str] | None, typer.Option(help="Of the table; may be given again.")] = None,
     seeds: Annotated[int, typer.Option(help="Runs of each, from seeds 0, 1, ...")] = 2,
-    steps: Annotated[int, typer.Option(help="Of each run.")] = 500,
+    steps: Annotated[int | None, typer.Option(help="Of each run. Default: 500.")] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Of the processor, for each run, in place of --steps.")
+    ] = None,
     rate: Annotated[list[float] | None, typer.Option(help="Learning rates. Default: the recipe's.")] = None,
     cases: Annotated[list[int] | None, typer.Option(help="Training cases. Default: 120.")] = None,
     noise: Annotated[list[float] | None, typer.Option(help="Added to volumes. Default: none.")] = None,
@@ -223,8 +275,12 @@ def main(
     if unknown := set(change or ()).difference(CHANGES, OTHERS):
         known = ", ".join((*CHANGES, *OTHERS))
         raise typer.BadParameter(f"change: got {', '.join(unknown)}; there are {known}")
+    if minutes is not None and (steps is not None or not minutes > 0):
+        raise typer.BadParameter(f"minutes: got {minutes:g}; it must be above 0, and --steps not given")
+    if minutes is None and steps is None:
+        steps = 500
     runs = [
-        Run(name, factorised, seed, steps, r, n, deviation)
+        Run(name, factorised, seed, steps, minutes, r, n, deviation)
         for name in change or (*CHANGES, *OTHERS)
         for factorised in ((True, False) if name in CHANGES else (True,))
         for r in rate or (LEARNING_RATE,)
@@ -240,6 +296,7 @@ def main(
             future.result()
             print(run.file, flush=True)
     records = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(out.glob("*.json"))]
+    draw(out / "study.png", records)
     with atomic(out / "study.md") as temporary:
         temporary.write_text("\n".join(tabulate(records)) + "\n", encoding="utf-8")
     print("\n".join(tabulate(records)))

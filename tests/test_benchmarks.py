@@ -199,6 +199,15 @@ def test_study(tmp_path):
     before = {path: path.stat().st_mtime_ns for path in out.glob("*.json")}
     main(data, out, ["default", "UNet"], seeds=1, steps=5, jobs=1)
     assert {path: path.stat().st_mtime_ns for path in before} == before  # what is done is not done again
+    assert (out / "study.png").stat().st_size > 10_000
+
+    main(data, tmp_path / "timed", ["UNet"], seeds=1, minutes=0.01, jobs=1)
+    (path,) = (tmp_path / "timed").glob("*.json")
+    timed = json.loads(path.read_text())
+    assert timed["steps"] * timed["step_seconds"] == pytest.approx(0.6, abs=timed["step_seconds"])
+    assert timed["dice"][-1][0] == timed["steps"] > 1
+    with pytest.raises(typer.BadParameter, match="minutes"):
+        main(data, out, ["UNet"], steps=5, minutes=1)
     with pytest.raises(typer.BadParameter, match="nothing"):
         main(data, out, ["nothing"])
 

@@ -121,7 +121,8 @@ struct RankOneGradient {
 
 // Differentiates iterations first + 1 .. iters. du: gradient of the last u on its own; h = X dv; dv_v = dvᵀ
 // v.
-FK_INLINE void rank_one_backward(i64 rows, i64 iters, i64 first, bool hals, double eps,
+template <class Count>
+FK_INLINE void rank_one_backward(Count rows, i64 iters, i64 first, bool hals, double eps,
                                  const Moments& moments, const RankOneTrace& trace, const double* du_direct,
                                  const double* h, double dv_v, RankOneGradient& out) {
   const double e = hals ? eps : 0.0;
@@ -160,14 +161,17 @@ FK_INLINE void rank_one_backward(i64 rows, i64 iters, i64 first, bool hals, doub
     }
     for (i64 i = 0; i < rows; ++i) {
       const double left = k * da[i] + k * db * (k * u[i]);
-      for (i64 j = 0; j < rows; ++j) {
-        out.s[i * rows + j] += left * u[j];
-        out.s[j * rows + i] += left * u[j];
-      }
+      for (i64 j = 0; j < rows; ++j) out.s[i * rows + j] += left * u[j];
       out.dr[i] += e * k * (da[i] + 2.0 * db * (k * u[i]));
     }
     const double dd = -k * (da_a + 2.0 * db * trace.b[t - 1]);
     for (i64 m = 0; m < rows; ++m) du[m] = k * (g_da[m] + 2.0 * db * a[m]) + 2.0 * dd * u[m];
+  }
+  // G is symmetric: each of its gradient's terms stands there as its transpose too.
+  for (i64 i = 0; i < rows; ++i) {
+    for (i64 j = 0; j <= i; ++j) {
+      out.s[j * rows + i] = out.s[i * rows + j] = out.s[i * rows + j] + out.s[j * rows + i];
+    }
   }
   if (first == 0) {
     for (i64 m = 0; m < rows; ++m) out.da[m] = da[m];

@@ -25,6 +25,16 @@ inline bool rank_one_steps(const NMFOptions& o, i64 rows, i64 columns, double to
   return applies;
 }
 
+// rank_one_backward, likewise.
+inline void rank_one_gradient(const NMFOptions& o, i64 rows, const Moments& moments,
+                              const RankOneTrace& steps, const double* du, const double* h, double dv_v,
+                              RankOneGradient& gradient) {
+  with_small(rows, [&](auto rows) {
+    rank_one_backward(rows, o.num_iters, o.num_iters - o.grad_steps, o.hals, o.eps, moments, steps, du, h,
+                      dv_v, gradient);
+  });
+}
+
 // The solver; its constructor takes the memory that it needs from the arena.
 template <class T>
 class RankOne {
@@ -130,8 +140,7 @@ class RankOne {
     }
     RankOneGradient gradient(gradient_memory_, m_);
     const RankOneTrace steps = trace();
-    rank_one_backward(m_, o_.num_iters, o_.num_iters - o_.grad_steps, o_.hals, o_.eps, moments(), steps,
-                      totals_, totals_ + row_, totals_[2 * row_], gradient);
+    rank_one_gradient(o_, m_, moments(), steps, totals_, totals_ + row_, totals_[2 * row_], gradient);
 
     // dX = [s | k u | dr | da] [X; dv; 1; v0]
     const double k = steps.k[o_.num_iters];
