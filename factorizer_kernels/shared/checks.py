@@ -62,7 +62,9 @@ def _key(value: Any) -> Any:
     if kind in _ATOMS:
         return value
     if isinstance(value, Tensor):
-        return kind, value.dtype, value.device, value.shape, value.layout, value.is_nested
+        if value.is_nested:  # it has no shape
+            raise _NotPlain
+        return kind, value.dtype, value.device, value.shape, value.layout
     if kind is list or kind is tuple:
         return tuple([_item_key(v) for v in value])
     return kind, value
