@@ -132,7 +132,7 @@ def use_backend(name: str) -> Iterator[None]:
 
 
 def choose(operator: str, x: Tensor, sizes: Any = None) -> str:
-    """The backend that runs ``operator`` on x: that of :func:`use_backend`, else the first that can and does
+    """The backend that runs ``operator`` on x: that of `use_backend`, else the first that can and does
     not yield to those after it.
 
     On an empty x there is nothing to launch: plain PyTorch gives the empty result.
@@ -141,7 +141,7 @@ def choose(operator: str, x: Tensor, sizes: Any = None) -> str:
         sizes: what the operator's kernels are asked about, see ``registry.kernel``.
 
     Raises:
-        ValueError: the backend of :func:`use_backend` does not run this call; the message says why.
+        ValueError: the backend of `use_backend` does not run this call; the message says why.
     """
     name = getattr(_choice, "name", None)
     if name not in (None, "reference") and (reason := _why_not(_RECORDS[name], operator, x, sizes, name)):

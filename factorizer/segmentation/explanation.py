@@ -149,8 +149,9 @@ class Agreement(NamedTuple):
         auc: area under the ROC curve, the probability that a voxel inside scores higher than one outside,
             ties counting one half: 0.5 is chance, 1 a perfect separation, and so is 0, by a map that is high
             outside.
-        dice, threshold: the best Dice that a threshold on the map reaches, and where. The mask is where
-            map >= threshold, or, for a map of the outside, where map <= threshold.
+        dice: the best that a threshold on the map reaches.
+        threshold: that one. The mask is where map >= threshold, or, for a map of the outside, where
+            map <= threshold.
     """
 
     auc: float

@@ -14,7 +14,7 @@ from factorizer.segmentation.cases import with_grid
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.inference import Predictor, load_predictor
 from factorizer.segmentation.trained import find_model
-from factorizer.segmentation.volumes import LoadedCase, Volume, affine_of, on_grid_of
+from factorizer.segmentation.volumes import LoadedCase, Volume, affine_of, doubts_of_files, on_grid_of
 
 KINDS = "a NumPy array (X, Y, Z) or (X, Y, Z, modality), or a nibabel image"
 
@@ -53,8 +53,8 @@ def segment(
         num_iters, whole, mirror, device: see `load_predictor`. A loaded `model` has them already.
 
     Returns:
-        Label values, uint8, of the image's kind: an array (X, Y, Z), or a nibabel NIfTI image on the grid of
-        the image, or of the modality that the others are brought to.
+        Label values, uint8, of the image's kind. That is an array (X, Y, Z), or a nibabel NIfTI image on the
+        grid of the image, or of the modality that the others are brought to.
         With `probabilities` a pair: the label values, and a dict with the probabilities of each output, by
         its name, float32, of the same kind and shape. They are those of the regions, each for itself, or of
         the labels, background first, together 1.
@@ -71,7 +71,7 @@ def segment(
         volumes=tuple(_volume(name, one, affine, spacing) for name, one in given.items()),
     )
     (case,) = with_grid([case], names, resample)
-    doubts: list[str] = []
+    doubts = doubts_of_files([case])
     predictor.tell = doubts.append
     labels, chances = predictor.results(case, probabilities=probabilities)
     for doubt in doubts:
@@ -130,13 +130,21 @@ def _by_modality(image: Any, modalities: Sequence[str]) -> dict[str, Any]:
 
 def _volume(name: str, image: Any, affine: Any, spacing: Any) -> Volume:
     """Raises DataError where it is none."""
+    header: nib.Nifti1Header | None = None
     if isinstance(image, nib.spatialimages.SpatialImage):
         for argument, value in (("affine", affine), ("spacing", spacing)):
             if value is not None:
                 raise DataError(f"{argument}: is given, and {name} is a nibabel image, which has its own")
-        own = affine_of(image) if isinstance(image, nib.Nifti1Image) else image.affine
-        if own is None:
+        if image.affine is None:
             raise DataError(f"{name}: is a nibabel image without an affine; give it one")
+        own = image.affine
+        if isinstance(image, nib.Nifti1Pair):
+            own, header = affine_of(image), image.header
+        elif isinstance(image, nib.AnalyzeImage):
+            raise DataError(
+                f"{name}: is {type(image).__name__}, which does not say which side is left; give its voxels "
+                "as an array, with their affine"
+            )
         voxels = np.asarray(image.dataobj)
     elif isinstance(image, np.ndarray):
         own, voxels = _affine(affine, spacing), image
@@ -144,7 +152,7 @@ def _volume(name: str, image: Any, affine: Any, spacing: Any) -> Volume:
         raise DataError(f"{name}: got {type(image).__name__}; it must be {KINDS}")
     if voxels.dtype.kind not in "biuf":
         raise DataError(f"{name}: its voxels are {voxels.dtype}; they must be real numbers")
-    return Volume(Path(name), own, voxels)
+    return Volume(Path(name), own, voxels, header)
 
 
 def _affine(affine: Any, spacing: Any) -> np.ndarray:
@@ -174,6 +182,6 @@ def _like(values: np.ndarray, image: Any) -> Any:
     """Values (X, Y, Z) as an array, or where the image is nibabel's on its grid."""
     if isinstance(image, np.ndarray):
         return values
-    if isinstance(image, nib.Nifti1Image):
+    if isinstance(image, nib.Nifti1Pair):
         return on_grid_of(values, image)
     return nib.Nifti1Image(values, image.affine)

@@ -56,9 +56,11 @@ class Plan:
         task: a name.
         modalities: one for each channel of the image, in their order.
         labels: the label values and their names, 0 (background) first.
-        spacing, crop: of the network's input, mm and voxels, axes right, anterior, superior.
+        spacing: of the network's input, mm, axes right, anterior, superior.
+        crop: of the network's input, voxels, the same axes.
         network: arguments of `build_network`.
-        training, held_out: names of cases.
+        training: names of cases.
+        held_out: names of cases.
         regions: names of the network's outputs, each with the label values that it unites, for
             outputs that overlap, each decided by a sigmoid; of two regions one holds the other, or
             they share nothing. Empty: the outputs are the labels, which exclude one another (softmax).
@@ -66,7 +68,9 @@ class Plan:
             its nonzero voxels. One pair alone holds for all channels.
         flips: axes along which mirror images are as likely as the originals.
         batch_size: crops in a training step, of all processes together.
-        steps, learning_rate, weight_decay: of AdamW, with linear warm-up, then cosine.
+        steps: of the training, in all.
+        learning_rate: of AdamW, after a linear warm-up; a cosine ends it.
+        weight_decay: of AdamW.
         seed: of the first weights, the crops and their augmentation.
         init: file of the weights that training starts from; empty: random ones.
         notes: sentences about what was decided, and why; nothing depends on them.

@@ -49,24 +49,25 @@ class Recipe:
         balanced: whether the middle of a crop is a voxel of a class that is drawn first, all classes being
             equally likely; otherwise crops lie anywhere.
         class_voxels: voxels of each class and volume, at most, that middles are drawn from.
-        affine_prob, rotation, scaling, padding: an affine map by up to so many degrees about each axis and
-            up to this share along it; "border" or "zeros" outside the crop.
-        zoom_prob, zoom: a magnification, the same along all axes, between the two.
-        flip_prob: a mirror image along each of the plan's `flips`.
-        noise_prob, noise_std: Gaussian noise.
-        blur_prob, blur_sigma: a Gaussian filter, sigma along each axis between the two, in voxels.
-        scale_prob, scale: all intensities times 1 ± up to scale.
-        shift_prob, shift: all intensities plus up to ± shift.
-        contrast_prob, contrast: distances from the mean times 1 ± up to contrast, within the old range.
-        low_resolution_prob, low_resolution: sampled down to a share of the voxels along each axis, between
-            the two, and up again.
-        gamma_prob, gamma: intensities to a power between the two; mean and deviation are kept.
-        inverted_gamma_prob: the same for the negative of the image.
+        affine_prob: of an affine map by up to `rotation` degrees about each axis and up to the share
+            `scaling` along it; outside the crop is `padding`, "border" or "zeros".
+        zoom_prob: of a magnification, the same along all axes, between the two of `zoom`.
+        flip_prob: of a mirror image along each of the plan's `flips`.
+        noise_prob: of Gaussian noise, its deviation up to `noise_std`.
+        blur_prob: of a Gaussian filter, sigma along each axis between the two of `blur_sigma`, in voxels.
+        scale_prob: of all intensities times 1 ± up to `scale`.
+        shift_prob: of all intensities plus up to ± `shift`.
+        contrast_prob: of distances from the mean times 1 ± up to `contrast`, within the old range.
+        low_resolution_prob: of sampling down to a share of the voxels along each axis, between the two of
+            `low_resolution`, and up again.
+        gamma_prob: of intensities to a power between the two of `gamma`; mean and deviation are kept.
+        inverted_gamma_prob: of the same for the negative of the image.
         squared_dice: whether the denominator of the Dice loss has squares.
         dice_smoothing: what its numerator and denominator get added.
         head_weight: weight of a head's loss over that of the next finer one, before normalisation.
-        betas, adam_eps: of AdamW.
-        warm_up, first_rate: the learning rate rises linearly over this share of the steps, from this share
+        betas: of AdamW.
+        adam_eps: of AdamW.
+        warm_up: the learning rate rises linearly over this share of the steps, from the share `first_rate`
             of the plan's.
         decay: share of the steps, the last ones, over which it falls to zero as a cosine.
         clip_norm: the largest norm of the gradient.

@@ -50,7 +50,8 @@ class Geometry:
     """What planning must know of a case; axes right, anterior, superior.
 
     Attributes:
-        shape, spacing: voxels and mm of the volume's nonzero part.
+        shape: voxels of the volume's nonzero part.
+        spacing: mm of a voxel.
         windows: for each channel the 0.5 and 99.5 percentiles of the labelled voxels' intensities; None
             where nothing is labelled.
         labelled: number of voxels of each label value that is there.
@@ -77,12 +78,13 @@ class Geometry:
 class Volume:
     """Voxels (X, Y, Z, ...), real numbers, and their affine (4, 4) to mm, axes right, anterior, superior.
 
-    `source` is what errors call them: a file, or an argument.
+    `source` is what errors call them: a file, or an argument. `header` is that of NIfTI, where there is one.
     """
 
     source: Path
     affine: np.ndarray
     voxels: np.ndarray
+    header: nib.Nifti1Header | None = None
 
 
 @dataclass(frozen=True)
@@ -316,7 +318,7 @@ def write_maps(maps: np.ndarray, like: Path, path: Path) -> np.ndarray:
     return steps * slope
 
 
-def on_grid_of(voxels: np.ndarray, like: Path | nib.Nifti1Image) -> nib.Nifti1Image:
+def on_grid_of(voxels: np.ndarray, like: Path | nib.Nifti1Pair) -> nib.Nifti1Image:
     """Voxels (X, Y, Z) or (X, Y, Z, n) on the grid of the file or image `like`, in its unit."""
     source = load(like) if isinstance(like, Path) else like
     volume = nib.Nifti1Image(voxels, source.affine)
@@ -469,7 +471,9 @@ def _doubts_of_headers(cases: Iterable[Case]) -> list[str]:
         try:
             if case.resample and min(_covered(case)) < MIN_COVERED:
                 apart.append(case.name)
-            header = load(case.image).header
+            header = _header_of(case)
+            if header is None:
+                continue
             known = [form for form in (header.get_sform(coded=True), header.get_qform(coded=True)) if form[1]]
             directions = {nib.aff2axcodes(affine) for affine, _ in known}
         except (DataError, ValueError, nib.spatialimages.HeaderDataError):
@@ -498,14 +502,28 @@ def _doubts_of_headers(cases: Iterable[Case]) -> list[str]:
     return found
 
 
+def _header_of(case: Case) -> nib.Nifti1Header | None:
+    """Of the volume whose grid is the case's; None where that is in memory and no NIfTI image."""
+    if isinstance(case, LoadedCase):
+        return case.volumes[case.images.index(case.image)].header
+    return load(case.image).header
+
+
+def _grids_of(case: Case) -> dict[Path, tuple[np.ndarray, tuple[int, ...]]]:
+    """Affine and shape of each volume of a case."""
+    if isinstance(case, LoadedCase):
+        return {volume.source: (volume.affine, volume.voxels.shape[:3]) for volume in case.volumes}
+    return {path: read_grid(path) for path in case.images}
+
+
 def _covered(case: Case) -> list[float]:
     """The share of the case's grid that lies within each of its files."""
-    affine, shape = read_grid(case.image)
+    grids = _grids_of(case)
+    affine, shape = grids[case.image]
     steps = [np.linspace(0, length - 1, 16) for length in shape]
     places = affine @ np.stack(np.meshgrid(*steps, [1], indexing="ij")).reshape(4, -1)
     shares = []
-    for path in case.images:
-        of_file, size = read_grid(path)
+    for path, (of_file, size) in grids.items():
         _check_affine(path, of_file)
         voxels = (np.linalg.inv(of_file) @ places)[:3]
         inside = (voxels > -0.5).all(axis=0) & (voxels < np.array(size)[:, None] - 0.5).all(axis=0)
@@ -526,7 +544,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def affine_of(file: nib.Nifti1Image) -> np.ndarray:
+def affine_of(file: nib.Nifti1Pair) -> np.ndarray:
     """Voxels to mm, whatever the file's unit."""
     unit = MILLIMETRES.get(int(file.header["xyzt_units"]) & 7, 1.0)
     return np.diag([unit, unit, unit, 1.0]) @ file.affine

@@ -1,7 +1,7 @@
 """How an operator is called where something may be differentiated, and what is said where that cannot be.
 
 A family's ``autograd.py`` has a ``torch.autograd.Function`` for each of its operators. Its public function
-goes through :func:`call_function`, its backward pass through :func:`once`.
+goes through `call_function`, its backward pass through `once`.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def call_function(
     arguments but the last, the backend, and returns the same.
 
     Args:
-        overwrite: see :func:`over`.
+        overwrite: see `over`.
 
     Raises:
         NotImplementedError: forward mode without such a reference, or a gradient inside

@@ -1,8 +1,8 @@
 """The contract between operators and backends: how an operator is defined, and a kernel registered for it.
 
-An operator is defined once, by its family: :func:`define`. Its last argument names the backend that runs it,
+An operator is defined once, by its family: `define`. Its last argument names the backend that runs it,
 so that a compiled graph and the backward pass run where the forward ran. A backend implements an operator by
-registering a kernel: :func:`kernel`. Plain PyTorch (the backend ``reference``) registers none: it is
+registering a kernel: `kernel`. Plain PyTorch (the backend ``reference``) registers none: it is
 differentiable as it stands and never becomes an opaque operator.
 """
 
@@ -19,7 +19,7 @@ Reason = Callable[[Tensor, Any], str | None]
 
 
 class Kernel(NamedTuple):
-    """What a backend runs for an operator; see :func:`kernel`."""
+    """What a backend runs for an operator; see `kernel`."""
 
     function: Callable
     limit: Reason

@@ -1,7 +1,7 @@
 """What all launches of Triton kernels share: blocks, strides, the device, the compiled kernels.
 
 Triton finds a call's compiled kernel anew each time: it looks at every argument, and makes texts of what it
-sees. That takes several times as long as the launch, so :func:`launch` remembers what Triton found. Its key
+sees. That takes several times as long as the launch, so `launch` remembers what Triton found. Its key
 says more of a call than Triton asks, so no two calls of one key have different kernels.
 """
 
@@ -33,7 +33,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "
 def padded(extent: int) -> int:
     """The block that holds ``extent`` elements: Triton's blocks are powers of two.
 
-    (This and :func:`cdiv` are Triton's own on plain integers; those serve its compiler too, and take 20 times
+    (This and `cdiv` are Triton's own on plain integers; those serve its compiler too, and take 20 times
     as long.)
     """
     return 1 << (max(extent, 1) - 1).bit_length()
@@ -80,7 +80,7 @@ _MOST_LAUNCHES = 4096
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple, constants: dict[str, Any]) -> None:
-    """:func:`launch` on the current device.
+    """`launch` on the current device.
 
     A kernel is compiled for the tensors' dtypes, for addresses that are multiples of 16, for integers that
     are 1, or multiples of 16, or need 64 bits, and for the constants' values. The key has dtypes, addresses

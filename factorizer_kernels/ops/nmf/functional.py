@@ -63,7 +63,7 @@ def nmf_factors(
     num_grad_steps: int | None = None,
     eps: float = 1e-16,
 ) -> tuple[Tensor, Tensor]:
-    """The factors themselves: U (..., M, R) and V (..., N, R), in x's dtype. The arguments of :func:`nmf`."""
+    """The factors themselves: U (..., M, R) and V (..., N, R), in x's dtype. The arguments of `nmf`."""
     options, sizes = _checked(x, u0, v0, num_iters, solver, num_grad_steps, eps)
     x = plain_tensor(x)
     u0, v0 = first_factors(x, u0, v0)

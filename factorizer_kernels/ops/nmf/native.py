@@ -1,6 +1,6 @@
 """A factorisation as the compiled module takes it, and the operators of NMF on it, for the CPU and CUDA.
 
-``cpu.py`` and ``cuda.py`` say how their kernels are called with a :class:`Problem`, which is made here alone.
+``cpu.py`` and ``cuda.py`` say how their kernels are called with a `Problem`, which is made here alone.
 """
 
 from abc import ABC, abstractmethod

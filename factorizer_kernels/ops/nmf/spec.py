@@ -1,6 +1,6 @@
 """The contract of the operators ``nmf`` and ``nmf_factors`` and of their backward passes.
 
-u0 and v0 are in the arithmetic's dtype. The options are those of :class:`Options`, in its order. A backward
+u0 and v0 are in the arithmetic's dtype. The options are those of `Options`, in its order. A backward
 pass returns gradients of u0 and v0 in their shapes, or, where ``factor_grads`` is false, with one empty axis.
 """
 

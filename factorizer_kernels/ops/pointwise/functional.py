@@ -50,7 +50,7 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) ->
     Autograd keeps x and the weights.
 
     Args:
-        x: (B, C, S1..Sp), as for :func:`linear`.
+        x: (B, C, S1..Sp), as for `linear`.
         weight, bias: scale and shift (C).
         eps: added to the variance.
 
@@ -79,12 +79,12 @@ def norm_linear(
     eps: float = 1e-5,
     residual: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """:func:`layer_norm` over the channels, then :func:`linear`: W n(x) + b.
+    """`layer_norm` over the channels, then `linear`: W n(x) + b.
 
     Autograd keeps x and the weights.
 
     Args:
-        x: (B, C, S1..Sp), as for :func:`linear`.
+        x: (B, C, S1..Sp), as for `linear`.
         norm_weight, norm_bias: scale and shift of the norm (C).
         weight: W (D, C).
         bias: b (D), or None for none.
@@ -119,7 +119,7 @@ class NormLinearArguments(NamedTuple):
 def norm_linear_arguments(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> NormLinearArguments:
-    """Those of :func:`norm_linear` but for x, checked and completed."""
+    """Those of `norm_linear` but for x, checked and completed."""
     eps = _checked_norm_linear(x, norm_weight, norm_bias, weight, bias, eps)
     dtype = compute_dtype(x.dtype)
     return NormLinearArguments(
@@ -153,7 +153,7 @@ def linear_norm_mlp(
 ) -> Tensor:
     """A residual linear map and a residual MLP: z + W2 gelu(W1 n(z) + b1) + b2, where z = x + W y + b.
 
-    What a transformer's or a ConvNeXt's block does after its mixing of voxels. n is :func:`layer_norm` over
+    What a transformer's or a ConvNeXt's block does after its mixing of voxels. n is `layer_norm` over
     the channels, gelu the exact one. Autograd keeps y, x and the weights; the hidden map never exists.
 
     Args:

@@ -37,7 +37,7 @@ def swin_nmf(
 ) -> Tensor:
     """Replace every (shifted) window of a feature map by its low-rank NMF (Factorizer paper, section 3).
 
-    The same as act -> :func:`sw_matricize` -> :func:`nmf` -> :func:`sw_dematricize`, without any of the
+    The same as act -> `sw_matricize` -> `nmf` -> `sw_dematricize`, without any of the
     intermediates in memory: autograd keeps x, u0 and v0.
 
     Args:
@@ -46,12 +46,12 @@ def swin_nmf(
             Converted to the arithmetic's dtype: float32, or float64 where x is. A gradient
             reaches it only where all the iterations are differentiated.
         v0: (P1···Pp, R), likewise.
-        num_heads, head_dim, grid_size, patch_size, shifts: the windows, see :func:`sw_matricize`.
+        num_heads, head_dim, grid_size, patch_size, shifts: the windows, see `sw_matricize`.
         act: "relu", or None for none.
-        num_iters, solver, num_grad_steps, eps: the factorisation, see :func:`nmf`.
+        num_iters, solver, num_grad_steps, eps: the factorisation, see `nmf`.
 
     Returns:
-        (B, C, S1..Sp) in x's dtype: the mean over the shifts.
+        (B, C, S1..Sp) in x's dtype, the mean over the shifts.
 
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it needs.
@@ -79,19 +79,19 @@ def norm_linear_swin_nmf(
     overwrite: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor, Tensor]:
-    """:func:`norm_linear`, then :func:`swin_nmf`, where autograd does not keep the map between the two.
+    """`norm_linear`, then `swin_nmf`, where autograd does not keep the map between the two.
 
     The first half of a Factorizer's block. The backward computes the map between again, for one pass over x;
     the residual connection's gradient is added on the way.
 
     Args:
-        x: (B, C, S1..Sp), as for :func:`swin_nmf`.
-        norm_weight, norm_bias, weight, bias: of :func:`norm_linear`; W (D, C).
-        u0, v0: of :func:`swin_nmf`, on a map of D channels.
+        x: (B, C, S1..Sp), as for `swin_nmf`.
+        norm_weight, norm_bias, weight, bias: of `norm_linear`; W (D, C).
+        u0, v0: of `swin_nmf`, on a map of D channels.
         norm_eps: added to the variance.
         overwrite: a map that is not read afterwards, and is not x: its memory may be used for the result. It
             is where it fits and nothing is differentiated, compiled or recorded.
-        options: the others of :func:`swin_nmf`.
+        options: the others of `swin_nmf`.
 
     Returns:
         The factorised map (B, D, S1..Sp) in x's dtype, or under autocast in autocast's; and x, for the
@@ -137,7 +137,7 @@ def _resolved(
     num_grad_steps: int | None = None,
     eps: float = 1e-16,
 ) -> _Arguments:
-    """The arguments of :func:`swin_nmf`, checked and completed, for a map like x."""
+    """The arguments of `swin_nmf`, checked and completed, for a map like x."""
     windows, relu, options, sizes = _checked(
         x, u0, v0, num_heads, head_dim, grid_size, patch_size, shifts, act, num_iters, solver, num_grad_steps,
         eps,

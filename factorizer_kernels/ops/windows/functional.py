@@ -67,8 +67,8 @@ def sw_dematricize(
     """Put (shifted) windows back together: cut back, roll back, average over the shifts.
 
     Args:
-        z: (S·B·H, G1···Gp, head_dim, P1···Pp), as :func:`sw_matricize` returns it.
-        size: the full (B, C, S1..Sp) of the result. The other options are those of :func:`sw_matricize`.
+        z: (S·B·H, G1···Gp, head_dim, P1···Pp), as `sw_matricize` returns it.
+        size: the full (B, C, S1..Sp) of the result. The other options are those of `sw_matricize`.
 
     Returns:
         (B, C, S1..Sp) in z's dtype.

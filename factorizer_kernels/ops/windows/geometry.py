@@ -120,7 +120,7 @@ def resolve(
     patch_size: int | Sequence[int] | None,
     shifts: Sequence[Shift] | None,
 ) -> Windows:
-    """Turn the public options for a tensor of ``size`` (B, C, S1..Sp) into :class:`Windows`.
+    """Turn the public options for a tensor of ``size`` (B, C, S1..Sp) into `Windows`.
 
     Exactly one of num_heads and head_dim, and exactly one of grid_size and patch_size, are given.
 

@@ -98,6 +98,34 @@ def test_what_is_odd_is_a_warning(single):
     assert told[0].filename == __file__
 
 
+@pytest.mark.parametrize("axes", [((0, -1), (1, 1), (2, 1)), ((2, 1), (0, -1), (1, -1))])
+def test_left_stays_left_in_every_order_and_direction_of_the_axes(single, arrays, axes):
+    model = load_predictor([single])
+    image = nib.Nifti1Image(arrays["T2w"], nib.affines.from_matvec(np.diag([1, 2, 1.5]), (-7, 3, 5)))
+    expected = factorizer.segment(image, model).as_reoriented(axes)
+    turned = image.as_reoriented(axes)
+    labels = factorizer.segment(turned, model)
+    np.testing.assert_array_equal(labels.affine, expected.affine)
+    np.testing.assert_array_equal(np.asarray(labels.dataobj), np.asarray(expected.dataobj))
+    voxels = np.asarray(turned.dataobj)
+    array = factorizer.segment(voxels, model, affine=turned.affine)
+    np.testing.assert_array_equal(array, np.asarray(expected.dataobj))
+    wrong = factorizer.segment(voxels, model, spacing=nib.affines.voxel_sizes(turned.affine))
+    assert (wrong != array).any()
+
+
+@pytest.mark.parametrize(
+    ("codes", "words"),
+    [((0, 0), "does not say which side is left"), ((1, 1), "sform and qform give the axes different")],
+)
+def test_a_header_that_leaves_the_sides_open_is_a_warning(single, arrays, codes, words):
+    image = nib.Nifti1Pair(arrays["T2w"], np.diag([-1.0, 1, 1, 1]))
+    image.set_qform(np.eye(4), codes[1])
+    image.set_sform(np.diag([-1.0, 1, 1, 1]), codes[0])
+    with pytest.warns(UserWarning, match=words):
+        factorizer.segment(image, single)
+
+
 @pytest.mark.parametrize(
     ("image", "options", "words"),
     [
@@ -120,6 +148,8 @@ def test_what_is_odd_is_a_warning(single):
         ({"CT": np.ones(SHAPE)}, {"spacing": (1, 1, 1)}, "image: has the modalities 'CT'; .* 'MRI'"),
         ({"MRI": 3}, {"spacing": (1, 1, 1)}, r"image\['MRI'\]: got int"),
         (nib.Nifti1Image(np.ones(SHAPE), np.eye(4)), {"spacing": (1, 1, 1)}, "spacing: is given, and image"),
+        (nib.Nifti1Image(np.ones(SHAPE), None), {}, "image: is a nibabel image without an affine"),
+        (nib.AnalyzeImage(np.ones(SHAPE, "f4"), np.eye(4)), {}, "AnalyzeImage, which does not say which"),
         (np.ones(SHAPE), {"spacing": (1, 1, 1), "resample": "CT"}, "resample: got 'CT'"),
         (np.ones(SHAPE), {"spacing": (1, 1, 1), "mirror": False}, "mirror: got False; the loaded model"),
         (np.ones(SHAPE), {"spacing": (1, 1, 1), "model": "absent"}, "model: got 'absent'; there are"),
