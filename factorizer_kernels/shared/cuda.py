@@ -1,7 +1,7 @@
 """The compiled module's CUDA code: whether it is there, on which device and stream it runs."""
 
 import warnings
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from functools import cache
 from typing import Any
 
@@ -64,8 +64,7 @@ def _why_no_code(device: int) -> str | None:
 
 def current(x: Tensor) -> AbstractContextManager:
     """Makes x's device the current one; torch goes back to the other without creating a context there."""
-    index = x.device.index
-    return nullcontext() if index == torch.cuda.current_device() else torch.cuda.device(index)
+    return torch.cuda.device(x.device.index)
 
 
 def target(x: Tensor) -> tuple[int, int]:
