@@ -74,7 +74,7 @@ def over(memory: Tensor | None, name: str, operator: Callable, *arguments) -> Te
     return y
 
 
-def once(name: str, operator: Callable, fallback: Callable | None = None) -> Callable:
+def once(name: str, operator: torch._ops.OpOverload, fallback: Callable | None = None) -> Callable:
     """The operator of a backward pass of the public function ``name``, to be called in its place.
 
     It takes and returns the same, and knows what a second derivative is.

@@ -77,4 +77,5 @@ def nmf_factors(
 def _checked(x, u0, v0, num_iters, solver, num_grad_steps, eps) -> tuple[Options, MatrixSizes]:
     x = tensor("x", x, "(..., M, N)", 2)
     options = check_factorisation(x, u0, v0, x.shape, num_iters, solver, num_grad_steps, eps)
-    return options, MatrixSizes(*x.shape[-2:], u0.shape[-1], 1, options.num_iters, options.solver)
+    rows, columns = x.shape[-2:]
+    return options, MatrixSizes(rows, columns, u0.shape[-1], 1, options.num_iters, options.solver)
