@@ -19,12 +19,13 @@ from factorizer_kernels.ops.pointwise.functional import (
 )
 from factorizer_kernels.ops.swin_nmf.functional import norm_linear_swin_nmf, swin_nmf
 from factorizer_kernels.ops.windows.functional import sw_dematricize, sw_matricize
-from factorizer_kernels.shared.allocation import keep_freed_memory
+from factorizer_kernels.shared.allocation import give_back_freed_memory, keep_freed_memory
 
 __all__ = [
     "Backend",
     "backends",
     "depthwise_conv",
+    "give_back_freed_memory",
     "join",
     "keep_freed_memory",
     "layer_norm",

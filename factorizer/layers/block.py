@@ -17,6 +17,7 @@ from .mixer import FactMixer
 from .mlp import MLP
 from .norm import LayerNorm
 from .parts import Part, build, has_hooks
+from .slabs import filter_in_place, plane_bytes, slabs, worth_slabs
 
 #: The modules of a block whose arithmetic the pointwise chains of `factorizer_kernels` have.
 _CHAINED = {LayerNorm, nn.LayerNorm, Linear, nn.Conv1d, MLP, nn.Sequential, nn.GELU, nn.Dropout}
@@ -76,6 +77,8 @@ class FactorizerBlock(nn.Module):
 
         `overwrite`: nobody reads x afterwards, so that its memory may be used.
         """
+        if overwrite and x.is_contiguous() and worth_slabs(x.nbytes, x) and self._takes_slabs(x):
+            return self._in_slabs(x)
         spare = None
         if self.local is not None:
             spare = x if overwrite else None
@@ -88,10 +91,33 @@ class FactorizerBlock(nn.Module):
         check_dtype(x, fact.out_proj.linear.weight)
         scale, shift = norm1.affine(x)
         y, x = fact.mix_normed(x, scale, shift, norm1.norm.eps, spare)
-        first, second = (part.weights for part in self.mlp.linears)
-        weights = [*fact.out_proj.weights, *norm2.affine(x), *first, *second]
         own = y if fact.fused else None  # parts from elsewhere may keep what they return
-        return fk.linear_norm_mlp(y, x, *weights, eps=norm2.norm.eps, overwrite=own)
+        return fk.linear_norm_mlp(y, x, *self._weights(x), eps=norm2.norm.eps, overwrite=own)
+
+    def _weights(self, x: Tensor) -> list[Any]:
+        """Those of `linear_norm_mlp`."""
+        first, second = (part.weights for part in self.mlp.linears)
+        return [*self.fact.out_proj.weights, *self.norm2.affine(x), *first, *second]
+
+    def _takes_slabs(self, x: Tensor) -> bool:
+        local = self.local
+        filters = local is None or not (has_hooks(local) or has_hooks(local.conv))
+        return self.fused and filters and self.fact.takes_slabs(x.shape[2:])
+
+    def _in_slabs(self, x: Tensor) -> Tensor:
+        """`forward` in x's own memory."""
+        fact, norm1, norm2 = self.fact, self.norm1, self.norm2
+        check_features("FactorizerBlock", x, norm1.dim, len(fact.spatial_size))
+        check_dtype(x, fact.out_proj.linear.weight)
+        if self.local is not None:
+            filter_in_place(x, self.local.residual, self.local.conv.kernel_size[0] // 2)
+        weights, size = self._weights(x), plane_bytes(x)
+        scale, shift = norm1.affine(x)
+        for begin, end, y in fact.mix_slabs(x, scale, shift, norm1.norm.eps):
+            for first, last in slabs(begin, end, size):
+                part, of_part = x[:, :, first:last], y[:, :, first - begin : last - begin]
+                part.copy_(fk.linear_norm_mlp(of_part, part, *weights, eps=norm2.norm.eps))
+        return x
 
 
 class FactorizerStage(nn.Module):

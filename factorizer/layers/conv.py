@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
@@ -16,12 +17,13 @@ from .checks import check_dtype
 from .linear import Linear
 from .norm import LayerNorm
 from .parts import has_hooks
+from .slabs import convolve, worth_slabs
 
 
 class _BlockwiseConv(nn.Module):
     """A convolution of torch that is one linear map of each block where its stride is its kernel.
 
-    Its parameters and its results are torch's.
+    Its parameters and its results are torch's. A large map of an inference is computed slab by slab.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,6 +32,9 @@ class _BlockwiseConv(nn.Module):
         kernel = conv.kernel_size
         blocks = x.ndim == len(kernel) + 2 and _takes_blocks(conv)
         if not blocks or any(s % k for s, k in zip(x.shape[2:], kernel, strict=True)):
+            size = 4 * x[:, :1].numel() * conv.out_channels
+            if x.ndim == len(kernel) + 2 and _takes_planes(conv) and worth_slabs(size, x):
+                return convolve(x, conv, _FUNCTIONS[len(kernel)])
             return super().forward(x)
         check_dtype(x, conv.weight)
         if all(k == 1 for k in kernel):
@@ -55,6 +60,15 @@ CONV_TRANSPOSE: dict[int, type[nn.Module]] = {
     2: nn.ConvTranspose2d,
     3: nn.ConvTranspose3d,
 }
+
+
+_FUNCTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+
+
+def _takes_planes(conv: Any) -> bool:
+    """Whether each plane of a convolution's result depends on the planes around it, with zeros outside."""
+    ones = all(s == d == 1 for s, d in zip(conv.stride, conv.dilation, strict=True))
+    return ones and not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
 
 
 def _takes_blocks(conv: Any) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -17,6 +18,10 @@ from .linear import Linear
 from .matricize import Matricize, SWMatricize
 from .parts import Part, build, has_hooks
 from .resize import crop_to, pad_to, resample
+from .slabs import plane_bytes, slabs
+
+PATCHES = 4  # windows of a slab along its first axis, at least: one more is computed twice
+SLAB_BYTES = 2**26  # and its bytes, about, where that is more
 
 
 class FactMixer(nn.Module):
@@ -114,6 +119,65 @@ class FactMixer(nn.Module):
             )
         y, x = fk.norm_linear(x, *weights, eps=eps, residual=True)
         return self.mix(y), x
+
+    def takes_slabs(self, size: Sequence[int]) -> bool:
+        """Whether `mix_slabs` takes a map of this spatial size: there are several slabs in it."""
+        windows = self.reshape.window_options["patch_size"] is not None if self.fused else False
+        return windows and size[0] > PATCHES * self.reshape.window_size(size)[0]
+
+    def mix_slabs(
+        self, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """What `mix_normed` makes of x (B, in_channels, S1..Sp), of some planes of the first axis at a time.
+
+        Yields the first plane, the one after the last, and the values there. x may be overwritten there, and
+        no further, before the next ones are asked for.
+        """
+        weights = norm_weight, norm_bias, *self.in_proj.weights
+        factors, options = self._operator(x)
+        length, *across = self.reshape.fitted_size(x.shape[2:])
+        patch = self.reshape.window_size(x.shape[2:])[0]
+        shifts = [
+            list(shift) if isinstance(shift, Sequence) else [shift or 0] * (x.dim() - 2)
+            for shift in options["shifts"]
+        ]
+        # The windows of a slab reach so many planes before it and behind it: whole windows, all together.
+        before = max(shift[0] % patch for shift in shifts)
+        behind = max(-shift[0] % patch for shift in shifts)
+        behind += -(before + behind) % patch
+        around = before + behind
+        options["shifts"] = [[shift[0] - before, *shift[1:]] for shift in shifts]
+
+        def normed(begin: int, end: int, out: Tensor) -> None:
+            if out.shape[3:] != x.shape[3:] or end > x.shape[2]:
+                out.zero_()  # what completes the windows
+            inside = crop_to(out, (out.shape[2], *x.shape[3:]))
+            for first, last in slabs(begin, min(end, x.shape[2]), plane_bytes(x)):
+                values: Any = fk.norm_linear(x[:, :, first:last], *weights, eps=eps)
+                inside[:, :, first - begin : last - begin] = values
+
+        count = -(-length // max(PATCHES * patch, SLAB_BYTES // plane_bytes(x)))
+        ends = [length // patch * (k + 1) // count * patch for k in range(count)]
+        thickest = -(-length // patch // count) * patch + around
+        # Of the planes around the ends, which windows join; then of those around a slab's end, for the next.
+        ring = x.new_empty(x.shape[0], self.reshape.channels, around, *across)
+        normed(length - before, length, ring[:, :, :before])
+        normed(0, behind, ring[:, :, before:])
+        kept, first_ones = ring, ring[:, :, before:]
+        memory = x.new_empty(x.shape[0] * ring.shape[1] * thickest * math.prod(across))
+        for begin, end in zip([0, *ends], ends, strict=False):
+            shape = x.shape[0], ring.shape[1], end - begin + around, *across
+            y = memory[: math.prod(shape)].view(shape)
+            y[:, :, :around] = kept
+            if end < length:
+                normed(begin + behind, end + behind, y[:, :, around:])
+            else:
+                normed(begin + behind, end, y[:, :, around : shape[2] - behind])
+                y[:, :, shape[2] - behind :] = first_ones
+            kept = y[:, :, shape[2] - around :].clone()
+            y = fk.swin_nmf(y, *factors, **options, overwrite=y)
+            end = min(end, x.shape[2])
+            yield begin, end, crop_to(y.narrow(2, before, end - begin), (end - begin, *x.shape[3:]))
 
     def decompose(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """The factors of the matrices of x (B, in_channels, S1..Sp), to be looked at.

@@ -31,6 +31,7 @@ from factorizer.segmentation.sliding import Planes, mirrored, slide
 from factorizer.segmentation.trained import load_model
 from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import on_grid_of, read_grid
+from factorizer_kernels import give_back_freed_memory
 
 SLAB_ELEMENTS = 2**22  # logits that are decided at a time, about
 SETTINGS = "settings.json"  # in a folder of results: what they were made with
@@ -147,6 +148,8 @@ class Predictor:
             prepared = PreparedCase(members[0][1], case)
             for doubt in prepared.doubts:
                 self.tell(f"{case.name}: {doubt}")
+            if self.device.type == "cpu":  # or the network's maps would lie beside what reading has freed
+                give_back_freed_memory()
             size = prepared.image.shape[1:]
             if not parts:  # the axis of which a window holds the smallest part
                 axis = min(range(3), key=lambda k: members[0][1].crop[k] / size[k])

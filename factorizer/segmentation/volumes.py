@@ -10,9 +10,11 @@ import gzip
 import hashlib
 import itertools
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -22,7 +24,7 @@ from scipy.ndimage import affine_transform, gaussian_filter, maximum_filter, min
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import atomic, digest_of
-from factorizer.segmentation.formats import load, parts_of, save
+from factorizer.segmentation.formats import LateVoxels, load, parts_of, save
 from factorizer.segmentation.intensities import clean, is_ct, window_of
 from factorizer.segmentation.names import is_volume, numbers_of, places_by_name
 from factorizer.segmentation.recipe import RANGE_QUANTILES
@@ -78,12 +80,13 @@ class Geometry:
 class Volume:
     """Voxels (X, Y, Z, ...), real numbers, and their affine (4, 4) to mm, axes right, anterior, superior.
 
-    `source` is what errors call them: a file, or an argument. `header` is that of NIfTI, where there is one.
+    `source` is what errors call them: the file that they are read from when they are asked for, or an
+    argument. `header` is that of NIfTI, where there is one.
     """
 
     source: Path
     affine: np.ndarray
-    voxels: np.ndarray
+    voxels: np.ndarray | LateVoxels
     header: nib.Nifti1Header | None = None
 
 
@@ -146,50 +149,27 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
     """
     _check_order(case, modalities)
     files: Sequence[Volume] = (
-        case.volumes
-        if isinstance(case, LoadedCase)
-        else [Volume(path, *read_volume(path)) for path in case.images]
+        case.volumes if isinstance(case, LoadedCase) else [_late_volume(path) for path in case.images]
     )
     grid = files[case.grid if len(files) > 1 else 0]
-    affine, first = grid.affine, grid.voxels
+    affine = grid.affine
     _check_affine(case.image, affine)
     if len(files) == 1:
-        whole = _without_ones(first, 4)
-        if whole.ndim not in (3, 4):
-            raise DataError(f"{case.image}: has shape {first.shape}; it must be X, Y, Z or X, Y, Z, channel")
-        channels = [whole] if whole.ndim == 3 else list(np.moveaxis(whole, 3, 0))
+        whole = _shape_without_ones(grid.voxels.shape, 4)
+        if len(whole) not in (3, 4):
+            raise DataError(
+                f"{case.image}: has shape {grid.voxels.shape}; it must be X, Y, Z or X, Y, Z, channel"
+            )
+        shape, number = whole[:3], math.prod(whole[3:])
+        channels = _channels(grid)
     else:
-        first = _without_ones(first, 3)
-        channels = []
+        shape, number = _shape_without_ones(grid.voxels.shape, 3), len(files)
         for volume in files:
-            path, other, voxels = volume.source, volume.affine, _without_ones(volume.voxels, 3)
-            if voxels.ndim != 3:
-                raise DataError(f"{path}: has shape {voxels.shape}; it must be X, Y, Z")
-            _check_affine(path, other)
-            voxels, other = in_order_of(voxels, other, affine)
-            same = voxels.shape == first.shape and same_grid(other, affine, first.shape)
-            if not same and not case.resample:
-                what = (
-                    "lies on another grid than {} (their affines differ)"
-                    if voxels.shape == first.shape
-                    else f"shape {voxels.shape} does not match {first.shape}, that of {{}}"
-                )
-                raise DataError(
-                    f"{path}: {what.format(case.image)}. With --resample first, or the name of a "
-                    "modality, all are "
-                    "brought to the grid of that one"
-                )
-            _check_finite(path, voxels, "")
-            moved = voxels if same else _on_grid(voxels, other, first.shape, affine)
-            if not moved.any() and voxels.any():
-                raise DataError(
-                    f"{path}: has nothing where {case.image} is: by their headers the two show different "
-                    "places. Mend the header that is wrong, or give the scan that belongs to it"
-                )
-            channels.append(moved)
-    if len(channels) != len(modalities):
+            _check_grid(case, volume, affine, shape)
+        channels = (_brought(case, volume, affine, shape) for volume in files)
+    if number != len(modalities):
         way_out = ". Give those alone that belong to these; of a series in time, one volume"
-        if len(channels) < len(modalities):
+        if number < len(modalities):
             way_out = ". Give a mapping of the modalities' names to volumes"
             if not isinstance(case, LoadedCase):
                 way_out = (
@@ -197,11 +177,12 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
                     "data list"
                 )
         raise DataError(
-            f"{case.image}: {count(len(channels), 'channel')}; there must be one for each of the "
+            f"{case.image}: {count(number, 'channel')}; there must be one for each of the "
             f"{len(modalities)} modalities ({', '.join(modalities)}){way_out}"
         )
-    # The channels one after another in memory, as a network has them: nothing copies them later.
-    image = np.moveaxis(np.zeros((len(channels), *channels[0].shape), np.float32), 0, 3)
+    # The channels one after another in memory, as a network has them: nothing copies them later. And each is
+    # read as it is needed, so that no two exist as the files have them.
+    image = np.moveaxis(np.zeros((number, *shape), np.float32), 0, 3)
     for channel, (name, voxels) in enumerate(zip(modalities, channels, strict=True)):
         path = case.images[channel if len(files) > 1 else 0]
         _check_finite(path, voxels, f" ({name})")
@@ -211,6 +192,7 @@ def check_image(case: Case, modalities: Sequence[str]) -> tuple[np.ndarray, np.n
                 f"{path}: holds nothing but zeros and values beyond ±1e30, that is no data ({name})"
             )
         image[..., channel] = cleaned
+        del voxels, cleaned
     if not image.any():
         raise DataError(f"{case.image}: holds nothing but zeros")
     return affine, image
@@ -276,18 +258,96 @@ def read_volume(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
     Raises DataError where it cannot be read, has no orientation, or was damaged."""
     file = load(path)
+    with _readable(path, file) as late:
+        voxels = np.asarray(late)
+    _check_real(path, voxels)
+    return affine_of(file), voxels
+
+
+@contextmanager
+def _readable(path: Path, file: nib.Nifti1Image) -> Iterator[Any]:
+    """The voxels of a file that `load` gave, to be read inside, from the first on to the last.
+
+    Raises DataError where they cannot be read, or were damaged.
+    """
     try:
         if path.name.lower().endswith(".nii.gz"):
-            # Nibabel reads as far as the voxels go, and never sees the checksum behind them.
-            file = type(file).from_bytes(gzip.decompress(path.read_bytes()))
-        voxels = np.asarray(file.dataobj)
+            with gzip.open(path) as stream:
+                yield type(file).from_stream(stream).dataobj
+                # Nibabel reads as far as the voxels go, and never sees the checksum behind them.
+                while stream.read(2**20):
+                    pass
+        else:
+            yield file.dataobj
     except DataError:
         raise
     except Exception as error:  # a broken file makes nibabel, zlib or numpy raise one of a dozen
         raise DataError(f"{path}: not readable as NIfTI ({str(error) or type(error).__name__})") from error
+
+
+def _check_real(path: Path, voxels: np.ndarray) -> None:
     if voxels.dtype.kind not in "biuf":
         raise DataError(f"{path}: its voxels are {voxels.dtype}; they must be real numbers")
-    return affine_of(file), voxels
+
+
+def _late_volume(path: Path) -> Volume:
+    """The volume of a file, whose voxels are read each time that they are asked for."""
+    file = load(path)
+    voxels = LateVoxels(file.shape, file.get_data_dtype(), lambda: read_volume(path)[1])
+    return Volume(path, affine_of(file), voxels)
+
+
+def _channels(volume: Volume) -> Iterator[np.ndarray]:
+    """The channels (X, Y, Z) of a volume (X, Y, Z) or (X, Y, Z, channel), which are read one by one where a
+    file can be."""
+    shape = volume.voxels.shape
+    late = isinstance(volume.voxels, LateVoxels) and load(volume.source)
+    if late and isinstance(late.dataobj, nib.arrayproxy.ArrayProxy) and math.prod(shape[3:]) > 1:
+        with _readable(volume.source, late) as voxels:
+            for place in np.ndindex(shape[3:]):
+                channel = np.asarray(voxels[(slice(None),) * 3 + place])
+                _check_real(volume.source, channel)
+                yield channel
+                del channel
+    else:
+        whole = _without_ones(np.asarray(volume.voxels), 4)
+        yield from np.moveaxis(whole[..., None] if whole.ndim == 3 else whole, 3, 0)
+
+
+def _check_grid(case: Case, volume: Volume, affine: np.ndarray, shape: tuple[int, ...]) -> None:
+    """Raises DataError where one of a case's files is no volume, or lies on another grid and may not."""
+    path, own = volume.source, _shape_without_ones(volume.voxels.shape, 3)
+    if len(own) != 3:
+        raise DataError(f"{path}: has shape {own}; it must be X, Y, Z")
+    _check_affine(path, volume.affine)
+    empty, other = in_order_of(np.broadcast_to(np.int8(0), own), volume.affine, affine)
+    same = empty.shape == shape and same_grid(other, affine, shape)
+    if not same and not case.resample:
+        what = (
+            "lies on another grid than {} (their affines differ)"
+            if empty.shape == shape
+            else f"shape {empty.shape} does not match {shape}, that of {{}}"
+        )
+        raise DataError(
+            f"{path}: {what.format(case.image)}. With --resample first, or the name of a "
+            "modality, all are "
+            "brought to the grid of that one"
+        )
+
+
+def _brought(case: Case, volume: Volume, affine: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """The voxels of one of a case's files on the case's grid."""
+    voxels, other = in_order_of(_without_ones(np.asarray(volume.voxels), 3), volume.affine, affine)
+    if voxels.shape == shape and same_grid(other, affine, shape):
+        return voxels
+    _check_finite(volume.source, voxels, "")
+    moved = _on_grid(voxels, other, shape, affine)
+    if not moved.any() and voxels.any():
+        raise DataError(
+            f"{volume.source}: has nothing where {case.image} is: by their headers the two show different "
+            "places. Mend the header that is wrong, or give the scan that belongs to it"
+        )
+    return moved
 
 
 def read_grid(path: Path) -> tuple[np.ndarray, tuple[int, int, int]]:
@@ -598,6 +658,10 @@ def _without_ones(voxels: np.ndarray, dims: int) -> np.ndarray:
     while voxels.ndim > dims and voxels.shape[-1] == 1:
         voxels = voxels[..., 0]
     return voxels
+
+
+def _shape_without_ones(shape: tuple[int, ...], dims: int) -> tuple[int, ...]:
+    return _without_ones(np.broadcast_to(np.int8(0), shape), dims).shape
 
 
 def _precision(path: Path, voxels: np.ndarray) -> float:

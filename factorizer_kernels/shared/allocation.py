@@ -27,3 +27,20 @@ def keep_freed_memory() -> bool:
     return all(
         mallopt(parameter, value) == 1 for parameter, value in ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1))
     )
+
+
+def give_back_freed_memory() -> bool:
+    """Has the C library give the main memory that this process has freed back to the system, once.
+
+    For a program that called `keep_freed_memory`, where what comes next needs other blocks than what
+    was before, so that they would lie beside what is kept.
+
+    Returns:
+        Whether it was done: False where the C library is not glibc.
+    """
+    try:
+        malloc_trim = ctypes.CDLL(None).malloc_trim
+    except (AttributeError, OSError, TypeError):
+        return False
+    malloc_trim(0)
+    return True

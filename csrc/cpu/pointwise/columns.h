@@ -144,6 +144,40 @@ void write(const Columns& columns, const Tile& tile, Rows<const T> from, i64 cha
   });
 }
 
+// A tile's rows in the map itself, where they are of the arithmetic's type, whole vectors and of one batch
+// item; else none.
+template <class T>
+Rows<T> in_place(const Columns& columns, const Tile& tile, const FeatureMap& map) {
+  Rows<T> rows{nullptr, map.channel};
+  if (element(map.dtype) != sizeof(T) || tile.count != tile.length) return rows;
+  columns.each_run(tile, [&](i64 item, i64 voxel, i64, i64 length) {
+    if (length == tile.length) rows.data = static_cast<T*>(map.data) + item * map.batch + voxel;
+  });
+  return rows;
+}
+
+// A tile's rows as they lie in the map, or copied to `scratch`: many, a power of two apart, would fall into
+// few sets of the cache and evict one another.
+template <class T>
+Rows<const T> take(const Columns& columns, const Tile& tile, const FeatureMap& map, i64 channels,
+                   Rows<T> scratch) {
+  constexpr i64 few = 8;
+  const Rows<T> there = in_place<T>(columns, tile, map);
+  if (channels <= few && there.data != nullptr) return there;
+  read<T>(columns, tile, map, channels, scratch);
+  return scratch;
+}
+
+// f(rows) puts a tile together, once: in the map itself where it can, else in `scratch`.
+template <class T, class F>
+void put(const Columns& columns, const Tile& tile, const FeatureMap& map, i64 channels, Rows<T> scratch,
+         F&& f) {
+  const Rows<T> there = in_place<T>(columns, tile, map);
+  if (there.data != nullptr) return f(there);
+  f(scratch);
+  write<T>(columns, tile, scratch, channels, map);
+}
+
 // Scratch for the tiles that a worker has in hand: some rows, and a number for each column.
 template <class T>
 class TileMemory {

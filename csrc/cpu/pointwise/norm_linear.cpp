@@ -55,19 +55,25 @@ struct Forward {
     parallel_for(maps.columns.tiles(), p.threads, [&](i64 index, int worker) {
       const Tile tile = maps.columns.tile(index);
       auto rows = memory.of(worker);
-      const Rows<T> x = rows(p.channels), y = rows(p.out_channels);
-      read<T>(maps.columns, tile, p.x, p.channels, x);
+      const Rows<T> n = rows(p.channels), y = rows(p.out_channels);
+      Rows<const T> x = n;
+      if (maps.norm || p.x.data == p.y.data) {
+        read<T>(maps.columns, tile, p.x, p.channels, n);
+      } else {
+        x = take<T>(maps.columns, tile, p.x, p.channels, n);
+      }
       Fetch<2> fetch(maps.columns, 1);
       fetch.add(tile, p.y, p.out_channels);
       fetch.add(maps.columns.next(index), p.x, p.channels);
       fetch.step();
-      if (maps.norm) standardise<T>(p.channels, p.eps, x, x, tile.length, memory.scales(worker));
-      if (maps.linear) {
-        multiply<T>(product.piece(0), x, y, tile.length, {false, maps.bias});
-      } else {
-        scale_and_shift<T>(p.channels, maps.scale, maps.shift, x, x, tile.length);
-      }
-      write<T>(maps.columns, tile, maps.linear ? y : x, p.out_channels, p.y);
+      if (maps.norm) standardise<T>(p.channels, p.eps, n, n, tile.length, memory.scales(worker));
+      put<T>(maps.columns, tile, p.y, p.out_channels, y, [&](Rows<T> to) {
+        if (maps.linear) {
+          multiply<T>(product.piece(0), x, to, tile.length, {false, maps.bias});
+        } else {
+          scale_and_shift<T>(p.channels, maps.scale, maps.shift, x, to, tile.length);
+        }
+      });
     });
   }
 };
@@ -109,10 +115,15 @@ struct Backward {
 
   void tile(const Tile& tile, const Tile& next, i64 group, int worker, bool add) {
     auto rows = memory.of(worker);
-    const Rows<T> x = rows(p.channels), dx = rows(p.channels), dy = rows(p.out_channels);
+    const Rows<T> n = rows(p.channels), dn = rows(p.channels), gradient = rows(p.out_channels);
     T* scales = memory.scales(worker);
-    read<T>(maps.columns, tile, p.x, p.channels, x);
-    read<T>(maps.columns, tile, p.dy, p.out_channels, dy);
+    Rows<const T> x = n;
+    if (maps.norm) {
+      read<T>(maps.columns, tile, p.x, p.channels, n);
+    } else {
+      x = take<T>(maps.columns, tile, p.x, p.channels, n);
+    }
+    const Rows<const T> dy = take<T>(maps.columns, tile, p.dy, p.out_channels, gradient);
     const bool adds = p.addend.data != nullptr;
     Fetch<4> fetch(maps.columns, 1);
     fetch.add(tile, p.dx, p.channels);
@@ -121,25 +132,33 @@ struct Backward {
     if (adds) fetch.add(next, p.addend, p.channels);
     fetch.step();
     if (maps.norm) {
-      standardise<T>(p.channels, p.eps, x, x, tile.length, scales);
-      clear_padding<T>(p.channels, x, tile.count, tile.length);
+      standardise<T>(p.channels, p.eps, n, n, tile.length, scales);
+      clear_padding<T>(p.channels, n, tile.count, tile.length);
     }
-    if (weights) add_rows<T>(p.out_channels, dy, tile.length, shares.of(dbias, group)[0], add);
-    if (maps.linear) {
-      if (weights)
+    if (weights) {
+      add_rows<T>(p.out_channels, dy, tile.length, shares.of(dbias, group)[0], add);
+      if (maps.linear) {
         multiply_by_transpose<T>(p.out_channels, dy, p.channels, x, tile.length, shares.of(dweight, group),
                                  add);
-      multiply<T>(transposed.piece(0), dy, dx, tile.length);
-    } else {
-      if (weights) add_products<T>(p.channels, dy, x, tile.length, shares.of(dscale, group)[0], add);
-      scale_and_shift<T>(p.channels, maps.scale, nullptr, dy, dx, tile.length);
+      } else {
+        add_products<T>(p.channels, dy, x, tile.length, shares.of(dscale, group)[0], add);
+      }
     }
-    const Rows<T> total = adds ? rows(p.channels) : dx;
+    const auto before_norm = [&](Rows<T> to) {
+      if (maps.linear) {
+        multiply<T>(transposed.piece(0), dy, to, tile.length);
+      } else {
+        scale_and_shift<T>(p.channels, maps.scale, nullptr, dy, to, tile.length);
+      }
+    };
+    if (!maps.norm && !adds) return put<T>(maps.columns, tile, p.dx, p.channels, dn, before_norm);
+    before_norm(dn);
+    const Rows<T> total = adds ? rows(p.channels) : dn;
     if (adds) read<T>(maps.columns, tile, p.addend, p.channels, total);
     if (maps.norm) {
-      standardise_backward<T>(p.channels, dx, x, scales, tile.length, total, adds);
-    } else if (adds) {
-      add_to<T>(p.channels, dx, total, tile.length);
+      standardise_backward<T>(p.channels, dn, n, scales, tile.length, total, adds);
+    } else {
+      add_to<T>(p.channels, dn, total, tile.length);
     }
     write<T>(maps.columns, tile, total, p.channels, p.dx);
   }

@@ -9,11 +9,11 @@ from factorizer_kernels.choice import choose, load_kernels
 from factorizer_kernels.ops.nmf.arguments import Options, check_factorisation, first_factors
 from factorizer_kernels.ops.nmf.spec import MatrixSizes
 from factorizer_kernels.ops.pointwise.functional import norm_linear, norm_linear_arguments
-from factorizer_kernels.ops.swin_nmf import reference
+from factorizer_kernels.ops.swin_nmf import reference, spec
 from factorizer_kernels.ops.swin_nmf.autograd import NormLinearSwinNMF, SwinNMF
 from factorizer_kernels.ops.swin_nmf.autograd import norm_linear_swin_nmf as run_both
 from factorizer_kernels.ops.windows.geometry import Shift, Windows, resolve
-from factorizer_kernels.shared.autograd import call_function, differentiated
+from factorizer_kernels.shared.autograd import call_function, differentiated, over
 from factorizer_kernels.shared.checks import feature_map, one_of, plain_tensor, remembered
 
 load_kernels(__package__)
@@ -34,6 +34,7 @@ def swin_nmf(
     solver: str = "hals",
     num_grad_steps: int | None = None,
     eps: float = 1e-16,
+    overwrite: Tensor | None = None,
 ) -> Tensor:
     """Replace every (shifted) window of a feature map by its low-rank NMF (Factorizer paper, section 3).
 
@@ -49,6 +50,8 @@ def swin_nmf(
         num_heads, head_dim, grid_size, patch_size, shifts: the windows, see `sw_matricize`.
         act: "relu", or None for none.
         num_iters, solver, num_grad_steps, eps: the factorisation, see `nmf`.
+        overwrite: a map that is not read afterwards, such as x: its memory may be used for the result. It is
+            where it fits and nothing is differentiated, compiled or recorded.
 
     Returns:
         (B, C, S1..Sp) in x's dtype, the mean over the shifts.
@@ -63,6 +66,10 @@ def swin_nmf(
     x = plain_tensor(x)
     if arguments.backend == "reference":
         return reference.swin_nmf(x, *arguments[:-1])
+    if overwrite is not None and not differentiated((x, *arguments)):
+        u0, v0, windows, relu, solution, backend = arguments
+        flat = (x, u0, v0, *windows.options, relu, *solution, backend)
+        return over(overwrite, "swin_nmf", spec.swin_nmf, *flat)
     return call_function("swin_nmf", SwinNMF, x, *arguments)
 
 

@@ -1,0 +1,83 @@
+"""Large maps of an inference on a CPU, computed slab by slab: what lies between exists for a slab at a time.
+
+A slab is some planes of the first spatial axis. Each voxel has the value that it has without slabs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SLAB_BYTES = 2**24  # of a slab, about: it stays in a large cache
+LARGE = 2**27  # bytes of a map from which on it is computed in slabs
+
+
+def worth_slabs(num_bytes: int, x: Tensor) -> bool:
+    """Whether a map of so many bytes, computed from x, is to be computed slab by slab: in plain calls on a
+    CPU alone, where nothing is differentiated, compiled or recorded."""
+    return (
+        num_bytes >= LARGE
+        and x.device.type == "cpu"
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and not torch.jit.is_tracing()
+        and not torch._C._are_functorch_transforms_active()
+        and torch._C._len_torch_dispatch_stack() == 0
+    )
+
+
+def slabs(begin: int, end: int, plane_bytes: int, least: int = 1) -> Iterator[tuple[int, int]]:
+    """From where to where each slab goes, of planes of so many bytes; of as many planes as `least`, or
+    more."""
+    step = max(least, SLAB_BYTES // max(plane_bytes, 1))
+    for first in range(begin, end, step):
+        yield first, min(first + step, end)
+
+
+def plane_bytes(x: Tensor) -> int:
+    """Of one plane of x (B, C, S1..Sp), all channels together."""
+    return x.numel() * x.element_size() // max(x.shape[2], 1)
+
+
+def convolve(x: Tensor, conv: Any, convolution: Callable[..., Tensor]) -> Tensor:
+    """A convolution of torch, of stride and dilation 1, on x (B, C, S1..Sp).
+
+    Whole, oneDNN would hold the result twice, in its own order and in torch's.
+
+    Args:
+        conv: the module, whose padding is a number of zeros for each axis.
+        convolution: that of `torch.nn.functional` for its number of axes.
+    """
+    padding, kernel, length = conv.padding[0], conv.kernel_size[0], x.shape[2]
+    planes = length + 2 * padding - kernel + 1
+    # By name: of a small part torch takes its own slow one, by one thread.
+    x.dim() == 5 and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    y: Tensor | None = None
+    for begin, end in slabs(0, planes, 4 * x[:, :1, :1].numel() * conv.out_channels):
+        first, last = begin - padding, end - padding + kernel - 1
+        part = x[:, :, max(first, 0) : min(last, length)]
+        missing = [0] * (2 * (x.dim() - 3)) + [max(-first, 0), max(last - length, 0)]
+        if any(missing):
+            part = torch.nn.functional.pad(part, missing)
+        values = convolution(part, conv.weight, conv.bias, padding=(0, *conv.padding[1:]), groups=conv.groups)
+        if y is None:
+            y = values.new_empty(*values.shape[:2], planes, *values.shape[3:])
+        y[:, :, begin:end] = values
+    assert y is not None
+    return y
+
+
+def filter_in_place(x: Tensor, filtered: Callable[[Tensor], Tensor], reach: int) -> Tensor:
+    """Writes `filtered(x)` over x (B, C, S1..Sp), where a voxel depends on those up to `reach` planes away
+    and the ends of what it is given count as the ends of x."""
+    length = x.shape[2]
+    before = x[:, :, :0]  # the planes before a slab, as they were
+    for begin, end in slabs(0, length, plane_bytes(x), least=8 * reach):
+        part = torch.cat([before, x[:, :, begin : min(end + reach, length)]], 2)
+        skipped, before = before.shape[2], x[:, :, max(end - reach, 0) : end].clone()
+        x[:, :, begin:end] = filtered(part).narrow(2, skipped, end - begin)
+    return x
