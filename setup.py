@@ -57,7 +57,8 @@ factorizer-kernels is installed WITHOUT its native kernels.
 
 Everything works, through PyTorch alone (or Triton), but more slowly. For the fast
 kernels install a C++17 compiler (Debian, Ubuntu: apt install g++ python3-dev;
-macOS: xcode-select --install; conda: conda install cxx-compiler), then
+macOS: xcode-select --install; conda: conda install cxx-compiler; Windows: Clang,
+with CXX=clang-cl in the environment), then
 `pip cache remove factorizer_kernels`, as pip may have kept this build, and install
 again with `pip install --force-reinstall --no-deps`.
 ----------------------------------------------------------------------------------------

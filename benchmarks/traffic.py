@@ -1,8 +1,9 @@
 """The bytes that a network moves to and from a GPU's memory, counted without a GPU: on meta tensors.
 
 Our operators run the host code of their Triton kernels, whose launches are counted and not made; an operation
-of PyTorch counts as it stands. Each tensor that a launch or an operation names is counted once, so what a
-cache misses comes on top, and what a library's convolution keeps in between.
+of PyTorch counts as it stands, as one launch where it moves anything. Each tensor that a launch or an
+operation names is counted once, so what a cache misses comes on top, and what a library's convolution keeps
+in between.
 
     python -m benchmarks.traffic [--network swin-brats] [--size 128]
 """
@@ -26,14 +27,15 @@ from factorizer_kernels.shared import registry
 
 
 class Traffic(TorchDispatchMode):
-    """Counts, inside, the bytes of the operations on meta tensors.
+    """Counts, inside, the launches and the bytes of the operations on meta tensors.
 
     Attributes:
-        bytes: of each operation or kernel, by its name.
+        launches, bytes: of each operation or kernel, by its name.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.launches: Counter[str] = Counter()
         self.bytes: Counter[str] = Counter()
 
     @property
@@ -47,13 +49,21 @@ class Traffic(TorchDispatchMode):
             assert kernel is not None, f"{function} has no kernel of {backend}"
             with self:  # what the kernel's host code asks PyTorch for counts too
                 return kernel.function(*arguments)
-        result = function(*args, **(kwargs or {}))
-        self.bytes[str(function)] += _moved(function, args, kwargs or {}, result)
+        with self:  # an operation that PyTorch composes of others counts as these
+            result = function.decompose(*args, **(kwargs or {}))
+        if result is NotImplemented:
+            result = function(*args, **(kwargs or {}))
+            self._count(str(function), _moved(function, args, kwargs or {}, result))
         return result
 
     def launch(self, kernel: JITFunction, args: Any) -> None:
         """In place of a launch of a Triton kernel."""
-        self.bytes[kernel.__name__] += _extent(tree_leaves(args))
+        self._count(kernel.__name__, _extent(tree_leaves(args)))
+
+    def _count(self, name: str, moved: int) -> None:
+        if moved > 0:
+            self.launches[name] += 1
+            self.bytes[name] += moved
 
 
 def _extent(values: Any) -> int:
@@ -73,9 +83,12 @@ def _moved(function: Any, args: Any, kwargs: Any, result: Any) -> int:
     if returns and all(r.alias_info is not None and not r.alias_info.is_write for r in returns):
         return 0  # a view
     name = function._schema.name.partition("::")[2]
-    if name.startswith(("empty", "new_empty", "detach")):
+    if name.startswith(("empty", "new_empty", "detach", "_unsafe_view")):
         return 0
-    inputs, outputs = tree_leaves((args, kwargs)), tree_leaves(result)
+    inputs = tree_leaves((args, {key: value for key, value in kwargs.items() if key != "out"}))
+    outputs = tree_leaves(result)
+    if name == "copy_":
+        inputs = inputs[1:]  # what it writes over is not read
     if name.startswith("new_") or name.endswith("_like"):
         inputs = []  # a shape's alone
     if name == "convolution_backward":  # a kernel for each gradient, of two of the three tensors

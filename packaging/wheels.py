@@ -4,7 +4,8 @@
 
 One compiled wheel for each Python, with the CUDA kernels where nvcc is, and one pure wheel for everyone else.
 Linux wheels are repaired by auditwheel, which names the oldest system that they run on and bundles nothing of
-CUDA: the runtime is linked statically. `make wheel` calls this with every Python from 3.10 on that it finds.
+CUDA: the runtime is linked statically. `make wheel` calls this for every Python from 3.10 on that
+is found on PATH or of pyenv.
 """
 
 from __future__ import annotations
@@ -39,15 +40,18 @@ def run(*command: object, **env: str) -> str:
 
 
 def pythons() -> list[str]:
-    """The interpreters on PATH that run (a shim of a version manager may not)."""
+    """The interpreters that run: on PATH, and pyenv's, whose shims on PATH run only versions switched on."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv")
+    path = os.pathsep.join(
+        [os.environ.get("PATH", os.defpath), *map(str, sorted(pyenv.glob("versions/*/bin")))]
+    )
     found = []
     for minor in range(OLDEST, NEWEST):
-        program = shutil.which(f"python3.{minor}")
-        works = (
-            program and subprocess.run([program, "-c", "import venv"], capture_output=True).returncode == 0
-        )
-        if works:
-            found.append(program)
+        programs = (shutil.which(f"python3.{minor}", path=folder) for folder in path.split(os.pathsep))
+        for program in filter(None, programs):
+            if subprocess.run([program, "-c", "import venv"], capture_output=True).returncode == 0:
+                found.append(program)
+                break
     return found
 
 
@@ -64,7 +68,7 @@ def compiled(python: str, out: Path) -> Path:
             python,
             Path(raw),
             FACTORIZER_KERNELS_NATIVE="1",
-            FACTORIZER_KERNELS_ISAS="all",
+            FACTORIZER_KERNELS_ISAS=os.environ.get("FACTORIZER_KERNELS_ISAS", "all"),
             FACTORIZER_KERNELS_CUDA=os.environ.get(
                 "FACTORIZER_KERNELS_CUDA", "1" if shutil.which("nvcc") else ""
             ),
@@ -118,7 +122,7 @@ def attempt(wheel: Path, python: str, torch: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--python", action="append", help="interpreters; every one on PATH if none is given")
+    parser.add_argument("--python", action="append", help="interpreters; every one found if none is given")
     parser.add_argument("--out", type=Path, default=ROOT / "dist")
     parser.add_argument(
         "--torch", action="append", help='what pip installs beside the wheels, as in "torch==2.13.0", or none'

@@ -49,6 +49,14 @@ def compute_type(x: Tensor) -> Any:
     return tl.float64 if x.dtype == torch.float64 else tl.float32
 
 
+def product_precision() -> str:
+    """The precision of ``tl.dot`` for float32, after ``torch.get_float32_matmul_precision()``.
+
+    Torch's "highest" is three products of TF32, as exact as one of float32.
+    """
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
 def launch(kernel: Any, programs: int | tuple[int, ...], x: Tensor, *args: Any, **constants: Any) -> None:
     """Start a kernel on x's device and that device's current stream.
 

@@ -12,6 +12,13 @@
 #include "cpu/common/product.h"
 #include "problems/product.h"
 
+namespace factorizer {
+namespace product_test {
+FK_PRODUCT(, float)
+FK_PRODUCT(, double)
+}  // namespace product_test
+}  // namespace factorizer
+
 namespace {
 
 namespace fk = factorizer;

@@ -1,11 +1,14 @@
 #include "cpu/common/parallel.h"
 
+#ifdef _WIN32
+#include <process.h>
+#else
 #include <sys/mman.h>
 #include <unistd.h>
+#endif
 
 #include <atomic>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
 #include <system_error>
 #include <thread>
@@ -14,9 +17,17 @@
 namespace factorizer {
 namespace {
 
+i64 this_process() {
+#ifdef _WIN32
+  return _getpid();
+#else
+  return getpid();
+#endif
+}
+
 std::atomic<TeamLauncher> team_launcher{nullptr};
 // A team of OpenMP threads does not survive fork: a child starts threads of its own.
-std::atomic<pid_t> team_process{0};
+std::atomic<i64> team_process{0};
 
 struct Region {
   i64 tasks;
@@ -51,6 +62,11 @@ void launch_own_threads(Region& region, int threads) {
   for (std::thread& thread : team) thread.join();
 }
 
+constexpr std::size_t line = 64;  // of the cache
+// Not std::aligned_alloc, which Windows lacks.
+void* allocate(std::size_t bytes) { return ::operator new(bytes, std::align_val_t{line}); }
+void release(void* data) { ::operator delete(data, std::align_val_t{line}); }
+
 // What a thread's last calls have freed, for its next ones: the C library gives it back to the system, which
 // clears each page when it is touched again, a third of the time of a small factorisation.
 class FreedBlocks {
@@ -69,7 +85,7 @@ class FreedBlocks {
   }
 
   void give(MemoryBlock block) {
-    if (block.bytes < least_bytes || block.bytes > most_bytes) return std::free(block.data);
+    if (block.bytes < least_bytes || block.bytes > most_bytes) return release(block.data);
     while (count_ == most_blocks || bytes_ + block.bytes > most_bytes) drop_oldest();
     blocks_[count_++] = block;
     bytes_ += block.bytes;
@@ -78,7 +94,7 @@ class FreedBlocks {
  private:
   static constexpr int most_blocks = 8;
   static constexpr std::size_t least_bytes = 64 << 10;  // of what the C library gives back
-#if defined(__SANITIZE_ADDRESS__)
+#ifdef FK_SANITIZE_address
   static constexpr std::size_t most_bytes = 0;  // so that it sees each block's bounds and its end
 #else
   static constexpr std::size_t most_bytes = 16 << 20;
@@ -91,7 +107,7 @@ class FreedBlocks {
     bytes_ -= block.bytes;
     return block;
   }
-  void drop_oldest() { std::free(remove(0).data); }
+  void drop_oldest() { release(remove(0).data); }
 
   MemoryBlock blocks_[most_blocks];
   int count_ = 0;
@@ -104,7 +120,7 @@ thread_local FreedBlocks freed_blocks;
 
 void set_team_launcher(TeamLauncher launcher) {
   team_launcher.store(launcher);
-  team_process.store(getpid());
+  team_process.store(this_process());
 }
 
 void parallel_for(i64 tasks, int threads, Body body, void* context) {
@@ -118,7 +134,7 @@ void parallel_for(i64 tasks, int threads, Body body, void* context) {
   region.body = body;
   region.context = context;
   const TeamLauncher launcher = team_launcher.load();
-  if (launcher != nullptr && team_process.load() == getpid()) {
+  if (launcher != nullptr && team_process.load() == this_process()) {
     launcher(Region::run, &region, static_cast<unsigned>(threads), 0);
   } else {
     launch_own_threads(region, threads);
@@ -126,10 +142,8 @@ void parallel_for(i64 tasks, int threads, Body body, void* context) {
 }
 
 Scratch::Scratch(std::size_t bytes) {
-  constexpr std::size_t line = 64;
   block_ = freed_blocks.take((bytes + line) / line * line);
-  if (block_.data == nullptr) block_.data = std::aligned_alloc(line, block_.bytes);
-  if (block_.data == nullptr) throw std::bad_alloc();
+  if (block_.data == nullptr) block_.data = allocate(block_.bytes);
 }
 
 Scratch::~Scratch() { freed_blocks.give(block_); }

@@ -7,6 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import factorizer.__main__
 import factorizer_kernels
 from factorizer.commands.cli import _errors, app
 from factorizer.segmentation.errors import DataError
@@ -18,6 +19,13 @@ def test_help_loads_nothing_heavy():
         "sys.exit(any(m in sys.modules for m in ('torch', 'numpy', 'monai', 'matplotlib')))"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_without_the_extra_it_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "typer", None)
+    monkeypatch.delitem(sys.modules, "factorizer.commands.cli")
+    with pytest.raises(SystemExit, match=r"needs typer: pip install 'factorizer-kernels\[seg\]'"):
+        factorizer.__main__.main()
 
 
 @pytest.mark.parametrize(

@@ -77,6 +77,13 @@ def odd(solver, rank):
     OPERATORS.nmf_factors_backward(u, v, x, u0, v0, True, 5, solver, 5, EPS, "triton")
 
 
+def large(solver, rank):
+    """nmf at a rank above those that the kernels are specialised for."""
+    x, u0, v0 = torch.rand(2, 40, 70), torch.rand(40, rank), torch.rand(70, rank)
+    OPERATORS.nmf(x, u0, v0, 2, solver, 2, EPS, "triton")
+    OPERATORS.nmf_backward(x, x, u0, v0, True, 2, solver, 2, EPS, "triton")
+
+
 def windows():
     x = torch.rand(1, 32, 32, 32, 32)
     z = OPERATORS.sw_matricize(x, 8, [8, 8, 8], [0, 0, 0, 4, 4, 4], False, "triton")
@@ -143,6 +150,9 @@ CASES = {
     "swin hals 12": lambda: swin("hals", 12),
     "whole map hals 1": lambda: whole_map("hals", 1),
     "whole map hals 2": lambda: whole_map("hals", 2),
+    "large mu 64": lambda: large("mu", 64),
+    "large mu 64 tf32": lambda: tf32(lambda: large("mu", 64)),
+    "large hals 64": lambda: large("hals", 64),
     "windows": windows,
 }
 SLOW_CASES = {
@@ -150,6 +160,7 @@ SLOW_CASES = {
     "whole map hals 4": lambda: whole_map("hals", 4),
     "odd hals 3": lambda: odd("hals", 3),
     "odd mu 1": lambda: odd("mu", 1),
+    "large mu 100": lambda: large("mu", 100),
 }
 
 

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from factorizer_kernels.shared.triton import INTERPRETED, cdiv, padded
+from factorizer_kernels.shared.triton import INTERPRETED, cdiv, padded, product_precision
 
 # Voxels, warps and channels at a time are those that were fastest on an H100 (docs/performance.md).
 
@@ -51,7 +51,7 @@ def channel_block(channels: int, most: int = MAX_CHANNELS) -> int:
 
 def exact(dtype: torch.dtype) -> bool:
     """Whether products in ``dtype`` are three of TF32, as exact as one of float32: torch's "highest"."""
-    return dtype not in _HALF and torch.get_float32_matmul_precision() == "highest"
+    return dtype not in _HALF and product_precision() == "tf32x3"
 
 
 def products(dtype: torch.dtype) -> dict[str, Any]:

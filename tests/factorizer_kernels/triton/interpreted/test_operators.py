@@ -9,7 +9,7 @@ import torch
 from tests_support import grads_of
 
 import factorizer_kernels as fk
-from factorizer_kernels.ops.nmf.triton import resident, strips
+from factorizer_kernels.ops.nmf.triton import resident, strips, sweep
 from factorizer_kernels.ops.nmf.triton.operators import kernels_for
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -133,6 +133,40 @@ def test_long_matrices(rank, grad_steps, solver, small_blocks, rel):
 def test_any_rank(rank, solver, rel):
     compare(fk.nmf, draw((2,), rank + 3, rank + 8, rank), rel, num_iters=2, solver=solver)
     compare(fk.nmf_factors, draw((1,), rank, rank, rank), rel, num_iters=1, solver=solver)
+
+
+@pytest.mark.parametrize("solver", ["mu", "hals"])
+def test_any_rank_in_several_blocks(solver, rel, monkeypatch):
+    """Blocks of rows and, in MU, of columns; matrices and dy that no product takes as they lie."""
+    monkeypatch.setattr(sweep, "BLOCK_ELEMENTS", 128)
+    monkeypatch.setattr(sweep, "MU_COLUMNS", 16)
+    x, u0, v0 = draw((2,), 17, 22, 18 if solver == "mu" else 9)
+    x, u0 = x.repeat_interleave(2, -1)[..., ::2], torch.stack((u0, 0.5 * u0)).mT.contiguous().mT
+    compare(fk.nmf, (x, u0, v0), rel, num_iters=3, num_grad_steps=2, solver=solver)
+    compare(fk.nmf, (x.mT, v0, u0), rel, num_iters=1, solver=solver)
+    leaf = x.clone().requires_grad_()
+    with fk.use_backend("triton"):
+        fk.nmf(leaf, u0, v0, num_iters=1, solver=solver).sum().backward()
+    copy = x.clone().requires_grad_()
+    with fk.use_backend("reference"):
+        fk.nmf(copy, u0, v0, num_iters=1, solver=solver).sum().backward()
+    assert rel(leaf.grad, copy.grad) < GRADIENTS[torch.float64]
+
+
+@pytest.mark.parametrize("solver", ["mu", "hals"])
+def test_any_rank_under_autocast(solver):
+    """The factorisation is in float32, whatever autocast asks of products."""
+    leaves = [t.requires_grad_() for t in draw((), 10, 12, 9, torch.float32)]
+
+    def call():
+        with fk.use_backend("triton"):
+            y = fk.nmf(*leaves, num_iters=1, solver=solver)
+            return y, *torch.autograd.grad(y.square().sum(), leaves)
+
+    plain = call()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = call()
+    assert all(torch.equal(a, b) for a, b in zip(plain, inside, strict=True))
 
 
 @pytest.mark.parametrize(("num_iters", "grad_steps"), [(0, None), (0, 0), (1, None), (3, 1), (2, 9)])
