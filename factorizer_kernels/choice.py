@@ -156,7 +156,10 @@ def choose(operator: str, x: Tensor, sizes: Any = None) -> str:
         return name
     if native.missing is not None and x.device.type == "cpu":
         native.warn_once()
-    return next(r.name for r in _RECORDS.values() if _why_not(r, operator, x, sizes, None) is None)
+    for record in _RECORDS.values():
+        if _why_not(record, operator, x, sizes, None) is None:
+            return record.name
+    raise AssertionError("the reference runs everything")
 
 
 def _why_not(record: _Record, operator: str, x: Tensor, sizes: Any, named: str | None) -> str | None:
@@ -164,8 +167,8 @@ def _why_not(record: _Record, operator: str, x: Tensor, sizes: Any, named: str |
     if record.name == "reference":
         return None
     by_name = record.name == named
-    devices = record.devices and record.devices + (record.devices_by_name if by_name else ())
-    if devices is not None and x.device.type not in devices:
+    served = record.devices is None or (device := x.device.type) in record.devices
+    if not served and not (by_name and device in record.devices_by_name):
         return f"x is on {x.device}"
     if (kernel := registry.find(operator, record.name)) is None:
         return f"it has no {operator}"

@@ -43,7 +43,9 @@ def call_function(
             f"torch.jit.trace cannot keep the gradient of the kernels of {name}: trace inside "
             f"torch.no_grad(); or {_WAY_OUT} can be traced"
         )
-    return _with_jvp(name, function).apply(*arguments)
+    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
+        return _with_jvp(name, function).apply(*arguments)
+    return _reverse_only(function).apply(*arguments)
 
 
 def over(memory: Tensor | None, name: str, operator: Callable, *arguments) -> Tensor:
@@ -55,7 +57,13 @@ def over(memory: Tensor | None, name: str, operator: Callable, *arguments) -> Te
     Args:
         memory: of the result's shape and dtype, and contiguous, or it is not used.
     """
-    if memory is None or torch.compiler.is_compiling() or not _plain(memory, arguments):
+    if (
+        memory is None
+        or type(memory) is not Tensor
+        or not memory.is_contiguous()
+        or not registry.plain(arguments)
+        or differentiated(arguments)
+    ):
         return operator(*arguments)
     kernel = registry.find(name, arguments[-1])
     if kernel is None or not kernel.takes_out:
@@ -66,17 +74,7 @@ def over(memory: Tensor | None, name: str, operator: Callable, *arguments) -> Te
     return y
 
 
-def _plain(memory: Tensor, arguments) -> bool:
-    return (
-        type(memory) is Tensor
-        and memory.is_contiguous()
-        and not differentiated(arguments)
-        and not torch.jit.is_tracing()
-        and torch._C._len_torch_dispatch_stack() == 0
-    )
-
-
-def once(name: str, operator: Callable, fallback: Callable | None = None) -> Callable:
+def once(name: str, operator: torch._ops.OpOverload, fallback: Callable | None = None) -> Callable:
     """The operator of a backward pass of the public function ``name``, to be called in its place.
 
     It takes and returns the same, and knows what a second derivative is.
@@ -88,8 +86,10 @@ def once(name: str, operator: Callable, fallback: Callable | None = None) -> Cal
     """
     # Without a graph of the backward pass there is nothing to remember. A compiled graph is differentiated
     # once by construction, and its tracer would run into the error.
-    if not torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
         return operator
+    if not torch.is_grad_enabled():
+        return partial(registry.call, operator)
     return partial(_Once.apply, name, operator, fallback)
 
 
@@ -130,7 +130,29 @@ def differentiated(arguments) -> bool:
     """Whether a call with these arguments is part of something that is differentiated, or transformed."""
     if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
         return True
-    return torch.is_grad_enabled() and any(a.requires_grad for a in arguments if isinstance(a, Tensor))
+    if not torch.is_grad_enabled():
+        return False
+    for a in arguments:  # noqa: SIM110 - a generator takes longer, and this is a part of every call
+        if isinstance(a, Tensor) and a.requires_grad:
+            return True
+    return False
+
+
+@cache
+def _reverse_only(function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same with a forward that sets its own context up.
+
+    Where the two are apart, which only transforms ask for, PyTorch looks at the forward's signature at every
+    call; that takes as long as a small kernel.
+    """
+
+    def forward(ctx, *inputs):
+        output = function.forward(*inputs)
+        function.setup_context(ctx, inputs, output)
+        return output
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(function.backward)}
+    return type(function.__name__, (torch.autograd.Function,), methods)
 
 
 @cache

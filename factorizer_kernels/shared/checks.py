@@ -1,8 +1,9 @@
 """Checks of arguments. Every error names the argument, what it got and what it needs."""
 
 import math
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable, Collection
+from functools import wraps
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -11,6 +12,71 @@ from torch import Tensor
 from factorizer_kernels.shared.dtypes import DTYPES
 
 MAX_INT = 2**63 - 1  # the largest integer that an operator takes
+
+Function = TypeVar("Function", bound=Callable)
+
+
+def remembered(function: Function) -> Function:
+    """A function that is called again and again with the same few values: its results are kept.
+
+    Of tensors it may use dtype, device, shape and layout alone, and it returns none. Values that cannot be
+    hashed and symbolic ones (under torch.compile) go through the function each time, and what is wrong does.
+    So do lists and tuples that hold anything but integers, None and others like them: in a tuple True
+    is 1, and 1.0 is.
+    """
+    results: dict[tuple, Any] = {}
+
+    @wraps(function)
+    def wrapped(*values, **options):
+        if torch.compiler.is_compiling():
+            return function(*values, **options)
+        try:
+            key = (
+                *[v if type(v) in _ATOMS else _key(v) for v in values],
+                *options, *map(_key, options.values()),
+            )  # fmt: skip
+            result = results.get(key, results)
+        except (_NotPlain, TypeError):
+            return function(*values, **options)
+        if result is results:
+            result = function(*values, **options)
+            if len(results) >= _MOST_RESULTS:
+                results.clear()
+            results[key] = result
+        return result
+
+    return wrapped  # type: ignore[return-value]
+
+
+_MOST_RESULTS = 256
+_ATOMS = frozenset((int, str, type(None), torch.dtype, torch.Size))
+
+
+class _NotPlain(Exception):
+    pass
+
+
+def _key(value: Any) -> Any:
+    """What tells values apart: for one of another type than those of ``_ATOMS`` with its type."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if isinstance(value, Tensor):
+        if value.is_nested:  # it has no shape
+            raise _NotPlain
+        return kind, value.dtype, value.device, value.shape, value.layout
+    if kind is list or kind is tuple:
+        return tuple([_item_key(v) for v in value])
+    return kind, value
+
+
+def _item_key(value: Any) -> Any:
+    kind = type(value)
+    if kind is int or value is None:
+        return value
+    if kind is list or kind is tuple:
+        return tuple([_item_key(v) for v in value])
+    raise _NotPlain
 
 
 def is_integer(value: object) -> bool:
@@ -55,15 +121,17 @@ def one_of(name: str, value: Any, allowed: tuple) -> Any:
     return value
 
 
-def plain_tensor(x: Tensor) -> Tensor:
-    """x without a subclass that only adds to the data, such as MONAI's MetaTensor.
+def plain_tensor(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """x without a subclass that only adds to the data, such as MONAI's MetaTensor; in ``dtype`` unless None.
 
     It would run its own functions again at every operation. A subclass with a dispatch of its own, such as a
     tracer's, stays what it is.
     """
-    if type(x) in (Tensor, torch.nn.Parameter) or type(x).__torch_dispatch__ is not Tensor.__torch_dispatch__:
-        return x
-    return x.as_subclass(Tensor)
+    if type(x) not in (Tensor, torch.nn.Parameter) and (
+        type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
+    ):
+        x = x.as_subclass(Tensor)
+    return x if dtype is None or x.dtype == dtype else x.to(dtype)
 
 
 def tensor(

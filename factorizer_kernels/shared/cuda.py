@@ -64,7 +64,7 @@ def _why_no_code(device: int) -> str | None:
 
 def current(x: Tensor) -> AbstractContextManager:
     """Makes x's device the current one; torch goes back to the other without creating a context there."""
-    return torch.cuda.device(x.device)
+    return torch.cuda.device(x.device.index)
 
 
 def target(x: Tensor) -> tuple[int, int]:

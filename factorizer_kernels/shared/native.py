@@ -102,7 +102,9 @@ if native is not None:
 
 
 def memory(x: Tensor) -> tuple[int, int]:
-    """The address of x's first element, and the bytes from there to the end of x's storage."""
+    """The address of x's first element, and the bytes from there to the end of x, or of its storage."""
+    if x.is_contiguous():  # to ask for the storage takes longer
+        return x.data_ptr(), x.nbytes
     return x.data_ptr(), int(x.untyped_storage().nbytes() - x.storage_offset() * x.element_size())
 
 

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("factorizer_kernels", "DEF")
 
@@ -27,6 +28,8 @@ class Kernel(NamedTuple):
 
 
 _KERNELS: dict[tuple[str, str], Kernel] = {}
+_NAMES: dict[torch._ops.OpOverload, str] = {}
+_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
 def define(name: str, schema: str, fake: Callable, vmap: Callable) -> torch._ops.OpOverload:
@@ -50,7 +53,41 @@ def define(name: str, schema: str, fake: Callable, vmap: Callable) -> torch._ops
     _LIBRARY.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"factorizer_kernels::{name}", fake, lib=_LIBRARY)
     torch.library.register_vmap(f"factorizer_kernels::{name}", vmap, lib=_LIBRARY)
-    return getattr(torch.ops.factorizer_kernels, name).default
+    operator = getattr(torch.ops.factorizer_kernels, name).default
+    _NAMES[operator] = name
+    return operator
+
+
+def call(operator: torch._ops.OpOverload, *arguments: Any) -> Any:
+    """``operator(*arguments)``, where nothing is differentiated that it does not differentiate itself.
+
+    A plain call goes to the kernel at once: the way through PyTorch's dispatcher takes as long as a small
+    kernel.
+    """
+    if not plain(arguments):
+        return operator(*arguments)
+    *others, backend = arguments
+    outputs = _KERNELS[_NAMES[operator], backend].function(*others)
+    return outputs if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def plain(arguments: tuple) -> bool:
+    """Whether a call is nothing but a call: not compiled, traced, transformed, watched or of a subclass."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for a in arguments:
+        # A view may have the opposite sign of what its memory holds, or be zeros without any memory.
+        if isinstance(a, Tensor) and (type(a) not in _PLAIN_TENSORS or a.is_neg() or a._is_zerotensor()):
+            return False
+    return True
 
 
 def never(x: Tensor, sizes: Any) -> None:

@@ -4,6 +4,7 @@ import torch
 
 from factorizer_kernels.ops.depthwise.spec import depthwise_conv, depthwise_conv_backward
 from factorizer_kernels.shared.autograd import call_function
+from factorizer_kernels.shared.registry import call
 
 NAME = "depthwise_conv"
 
@@ -15,7 +16,7 @@ class DepthwiseConv(torch.autograd.Function):
 
     @staticmethod
     def forward(x, weight, bias, backend: str):
-        return depthwise_conv(x, weight, bias, backend)
+        return call(depthwise_conv, x, weight, bias, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -36,7 +37,7 @@ class DepthwiseConvBackward(torch.autograd.Function):
 
     @staticmethod
     def forward(dy, x, weight, output_mask: tuple[bool, bool, bool], backend: str):
-        return depthwise_conv_backward(dy, x, weight, output_mask, backend)
+        return call(depthwise_conv_backward, dy, x, weight, output_mask, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

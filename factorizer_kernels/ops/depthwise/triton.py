@@ -18,7 +18,7 @@ from torch import Tensor
 from factorizer_kernels.ops.depthwise.spec import gradients_like, small_filters
 from factorizer_kernels.shared.maps import spatial_3d, three_axes
 from factorizer_kernels.shared.registry import kernel
-from factorizer_kernels.shared.triton import compute_type, launch, padded
+from factorizer_kernels.shared.triton import cdiv, compute_type, launch, padded
 
 # Elements of a program's block, and the planes that it goes through.
 BLOCK = 512
@@ -146,7 +146,7 @@ def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, mirrored:
     batch, channels, *sizes = x.shape
     block = _block(sizes, BLOCK)
     planes = min(padded(sizes[0]), PLANES)
-    programs = prod(map(triton.cdiv, sizes, (planes, block["ROWS"], block["COLUMNS"])))
+    programs = prod(map(cdiv, sizes, (planes, block["ROWS"], block["COLUMNS"])))
     launch(
         filter_kernel, batch * channels * programs, x,
         x, x.stride(), weight, weight if bias is None else bias.contiguous(), y, tuple(sizes), channels,
@@ -175,8 +175,8 @@ def depthwise_conv_backward(
         batch, channels, *sizes = x.shape
         kernel_size = three_axes(weight.shape[1:], 1)
         block = _block(sizes, SUMS_BLOCK)
-        blocks = batch * prod(map(triton.cdiv, sizes, (1, block["ROWS"], block["COLUMNS"])))
-        chunks = max(triton.cdiv(blocks, CHUNK), 1)
+        blocks = batch * prod(map(cdiv, sizes, (1, block["ROWS"], block["COLUMNS"])))
+        chunks = max(cdiv(blocks, CHUNK), 1)
         weight_shares = weight.new_empty((chunks, *dweight.shape))
         bias_shares = weight.new_empty((chunks, *dbias.shape))
         launch(

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from factorizer_kernels.shared.checks import integer, number, one_of, tensor
+from factorizer_kernels.shared.checks import integer, number, one_of, plain_tensor, tensor
 from factorizer_kernels.shared.dtypes import compute_dtype
 
 SOLVERS = ("mu", "hals")
@@ -37,21 +37,25 @@ class Options(NamedTuple):
 
 def check_factorisation(
     x: Tensor, u0: object, v0: object, matrices_shape: tuple[int, ...], num_iters, solver, num_grad_steps, eps
-) -> tuple[Tensor, Tensor, Options]:
-    """(u0, v0, options) of a factorisation of matrices (..., M, N), which x holds.
+) -> Options:
+    """The options of a factorisation of matrices (..., M, N), which x holds.
 
-    u0 (..., M, R) and v0 (..., N, R) come back in the dtype of the arithmetic on x, num_grad_steps clipped to
-    num_iters.
+    u0 (..., M, R) and v0 (..., N, R) are checked too. num_grad_steps is clipped to num_iters.
 
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
+    _check_factors(u0, v0, matrices_shape, x.device)
+    return _options(num_iters, solver, num_grad_steps, eps, compute_dtype(x.dtype))
+
+
+def first_factors(x: Tensor, u0: Tensor, v0: Tensor) -> tuple[Tensor, Tensor]:
+    """u0 and v0 in the dtype of the arithmetic on x."""
     dtype = compute_dtype(x.dtype)
-    u0, v0 = _factors(u0, v0, matrices_shape, x.device)
-    return u0.to(dtype), v0.to(dtype), _options(num_iters, solver, num_grad_steps, eps, dtype)
+    return plain_tensor(u0, dtype), plain_tensor(v0, dtype)
 
 
-def _factors(u0, v0, matrices_shape, device: torch.device) -> tuple[Tensor, Tensor]:
+def _check_factors(u0, v0, matrices_shape, device: torch.device) -> None:
     *batch_shape, rows, columns = matrices_shape
     u0 = tensor("u0", u0, "(M, R) or (..., M, R)", 2, device=device)
     v0 = tensor("v0", v0, "(N, R) or (..., N, R)", 2, device=device)
@@ -72,7 +76,6 @@ def _factors(u0, v0, matrices_shape, device: torch.device) -> tuple[Tensor, Tens
         )
     if u0.shape[-1] < 1:
         raise ValueError("u0 and v0 must have a rank (last dimension) of at least 1, got 0")
-    return u0, v0
 
 
 def _options(num_iters, solver, num_grad_steps, eps, dtype: torch.dtype) -> Options:

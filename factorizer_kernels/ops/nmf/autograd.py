@@ -9,6 +9,7 @@ from torch import Tensor
 from factorizer_kernels.ops.nmf import spec
 from factorizer_kernels.ops.nmf.arguments import Options
 from factorizer_kernels.shared.autograd import once
+from factorizer_kernels.shared.registry import call
 
 
 def _save(ctx, inputs, *outputs: Tensor) -> None:
@@ -32,7 +33,7 @@ class NMF(torch.autograd.Function):
 
     @staticmethod
     def forward(x, u0, v0, options: Options, backend: str):
-        return spec.nmf(x, u0, v0, *options, backend)
+        return call(spec.nmf, x, u0, v0, *options, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -50,7 +51,7 @@ class NMFFactors(torch.autograd.Function):
 
     @staticmethod
     def forward(x, u0, v0, options: Options, backend: str):
-        return spec.nmf_factors(x, u0, v0, *options, backend)
+        return call(spec.nmf_factors, x, u0, v0, *options, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -8,6 +8,7 @@ from torch import Tensor
 from factorizer_kernels.ops.nmf.native import Problem, register
 from factorizer_kernels.ops.nmf.spec import MatrixSizes
 from factorizer_kernels.shared import cuda
+from factorizer_kernels.shared.checks import remembered
 from factorizer_kernels.shared.native import DTYPE_CODES, memory
 
 native = cuda.native
@@ -15,6 +16,16 @@ native = cuda.native
 
 def limit(x: Tensor, sizes: MatrixSizes) -> str | None:
     """Why the kernels cannot factorise these matrices of x, or None where they can."""
+    if (reason := _too_large(sizes, x.dtype, x.shape)) is not None or not x.is_cuda:
+        return reason
+    reason = cuda.why_no_code(x.device.index)
+    if reason is not None:
+        cuda.warn_once(reason)
+    return reason
+
+
+@remembered
+def _too_large(sizes: MatrixSizes, dtype: torch.dtype, shape: torch.Size) -> str | None:
     limits = native.CUDA_LIMITS
     for name, words in (
         ("rank", "rank"), ("rows", "head_dim (rows)"), ("columns", "columns"), ("num_shifts", "shifts")
@@ -22,19 +33,14 @@ def limit(x: Tensor, sizes: MatrixSizes) -> str | None:
         value = getattr(sizes, name)
         if value > limits[name]:
             return f"it takes {words} up to {limits[name]}, got {value}"
-    if x.dtype == torch.float64:
+    if dtype == torch.float64:
         return "it takes float32, bfloat16 and float16, got float64"
     # While a graph is traced, comparing a size that is left open would bound it; there the module refuses.
     if not torch.compiler.is_compiling():
-        windows = sizes.num_shifts * x.numel() // max(sizes.rows * sizes.columns, 1)
-        if windows > limits["windows"] or any(extent > limits["extent"] for extent in x.shape):
+        windows = sizes.num_shifts * shape.numel() // max(sizes.rows * sizes.columns, 1)
+        if windows > limits["windows"] or any(extent > limits["extent"] for extent in shape):
             return f"it takes up to {limits['windows']} windows, and {limits['extent']} voxels along an axis"
-    if not x.is_cuda:
-        return None
-    reason = cuda.why_no_code(x.device.index)
-    if reason is not None:
-        cuda.warn_once(reason)
-    return reason
+    return None
 
 
 class CudaProblem(Problem):

@@ -4,11 +4,11 @@ from torch import Tensor
 
 from factorizer_kernels.choice import choose, load_kernels
 from factorizer_kernels.ops.nmf import reference
-from factorizer_kernels.ops.nmf.arguments import check_factorisation
+from factorizer_kernels.ops.nmf.arguments import Options, check_factorisation, first_factors
 from factorizer_kernels.ops.nmf.autograd import NMF, NMFFactors
 from factorizer_kernels.ops.nmf.spec import MatrixSizes
 from factorizer_kernels.shared.autograd import call_function
-from factorizer_kernels.shared.checks import tensor
+from factorizer_kernels.shared.checks import plain_tensor, remembered, tensor
 
 load_kernels(__package__)
 
@@ -44,9 +44,9 @@ def nmf(
         TypeError: an argument is of the wrong type or dtype.
         ValueError: shapes, devices or options do not fit; the message names the argument.
     """
-    x = tensor("x", x, "(..., M, N)", 2)
-    u0, v0, options = check_factorisation(x, u0, v0, x.shape, num_iters, solver, num_grad_steps, eps)
-    sizes = MatrixSizes(x.shape[-2], x.shape[-1], u0.shape[-1], 1, options.num_iters, options.solver)
+    options, sizes = _checked(x, u0, v0, num_iters, solver, num_grad_steps, eps)
+    x = plain_tensor(x)
+    u0, v0 = first_factors(x, u0, v0)
     backend = choose("nmf", x, sizes)
     if backend == "reference":
         return reference.nmf(x, u0, v0, options)
@@ -64,10 +64,18 @@ def nmf_factors(
     eps: float = 1e-16,
 ) -> tuple[Tensor, Tensor]:
     """The factors themselves: U (..., M, R) and V (..., N, R), in x's dtype. The arguments of `nmf`."""
-    x = tensor("x", x, "(..., M, N)", 2)
-    u0, v0, options = check_factorisation(x, u0, v0, x.shape, num_iters, solver, num_grad_steps, eps)
-    sizes = MatrixSizes(x.shape[-2], x.shape[-1], u0.shape[-1], 1, options.num_iters, options.solver)
+    options, sizes = _checked(x, u0, v0, num_iters, solver, num_grad_steps, eps)
+    x = plain_tensor(x)
+    u0, v0 = first_factors(x, u0, v0)
     backend = choose("nmf_factors", x, sizes)
     if backend == "reference":
         return reference.nmf_factors(x, u0, v0, options)
     return call_function("nmf_factors", NMFFactors, x, u0, v0, options, backend)
+
+
+@remembered
+def _checked(x, u0, v0, num_iters, solver, num_grad_steps, eps) -> tuple[Options, MatrixSizes]:
+    x = tensor("x", x, "(..., M, N)", 2)
+    options = check_factorisation(x, u0, v0, x.shape, num_iters, solver, num_grad_steps, eps)
+    rows, columns = x.shape[-2:]
+    return options, MatrixSizes(rows, columns, u0.shape[-1], 1, options.num_iters, options.solver)

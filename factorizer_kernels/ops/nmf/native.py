@@ -4,10 +4,10 @@
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -18,10 +18,19 @@ from factorizer_kernels.shared.native import DTYPE_CODES, memory, native, volume
 from factorizer_kernels.shared.registry import Reason, kernel, never
 
 
+class Description(NamedTuple):
+    """A problem but for its tensors: the matrices' leading dimensions, and the module's descriptions."""
+
+    batch_shape: tuple[int, ...]
+    windows: Any
+    options: Any
+
+
 @lru_cache(maxsize=256)  # a network asks for the same few again and again
-def native_options(rank: int, relu: bool, options: Options) -> Any:
-    """The module's description of the options."""
-    return native.NMFOptions(rank=rank, relu=relu, **options._asdict())
+def described(windows: Windows, rank: int, relu: bool, options: Options) -> Description:
+    """The description of factorising the windows, whose fields are tuples."""
+    native_options = native.NMFOptions(rank=rank, relu=relu, **options._asdict())
+    return Description(windows.batch_shape, native_windows(windows), native_options)
 
 
 class Problem(ABC):
@@ -35,17 +44,27 @@ class Problem(ABC):
     """
 
     def __init__(
-        self, x: Tensor, windows: Windows, u0: Tensor, v0: Tensor, batch_shape, relu: bool, options: Options
+        self,
+        x: Tensor,
+        windows: Windows,
+        u0: Tensor,
+        v0: Tensor,
+        batch_shape: Sequence[int] | None,
+        relu: bool,
+        options: Options,
     ):
-        self.x, self.options, self.batch_shape = x, options, batch_shape
+        """``batch_shape``: the matrices' leading dimensions, if they are not those of the windows."""
+        description = described(windows, u0.shape[-1], relu, options)
+        self.x, self.options = x, options
+        self.batch_shape = description.batch_shape if batch_shape is None else batch_shape
         self.shapes = u0.shape, v0.shape
         shared = u0.dim() == v0.dim() == 2 or (prod(u0.shape[:-2]) == 1 and prod(v0.shape[:-2]) == 1)
         if not shared:
-            u0, v0 = (factor.expand(*batch_shape, *factor.shape[-2:]) for factor in (u0, v0))
+            u0, v0 = (factor.expand(*self.batch_shape, *factor.shape[-2:]) for factor in (u0, v0))
         self.u0, self.v0 = u0.mT.contiguous(), v0.mT.contiguous()
         self.native = native.NMFProblem(
-            DTYPE_CODES[x.dtype], native_windows(windows), volume(x), memory(self.u0), memory(self.v0),
-            shared, native_options(u0.shape[-1], relu, options),
+            DTYPE_CODES[x.dtype], description.windows, volume(x), memory(self.u0), memory(self.v0),
+            shared, description.options,
         )  # fmt: skip
 
     @classmethod
@@ -54,7 +73,7 @@ class Problem(ABC):
     ) -> "Problem":
         """For the arguments of the operator ``swin_nmf``."""
         windows = Windows(x.shape, head_dim, tuple(patch_size), tuple(shifts))
-        return cls(x, windows, u0, v0, windows.batch_shape, relu, Options(*options))
+        return cls(x, windows, u0, v0, None, relu, Options(*options))
 
     @classmethod
     def of_matrices(cls, x: Tensor, u0: Tensor, v0: Tensor, options) -> "Problem":

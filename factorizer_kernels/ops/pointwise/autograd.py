@@ -10,6 +10,7 @@ from torch import Tensor
 
 from factorizer_kernels.ops.pointwise import reference, spec
 from factorizer_kernels.shared.autograd import once
+from factorizer_kernels.shared.registry import call
 
 
 def _chain(
@@ -64,7 +65,7 @@ def _chain(
 
         @staticmethod
         def forward(*arguments):
-            return returned(operator(*arguments), arguments[0])
+            return returned(call(operator, *arguments), arguments[0])
 
         @staticmethod
         def setup_context(ctx, inputs, output):

@@ -16,7 +16,7 @@ from factorizer_kernels.ops.pointwise.autograd import (
     ResidualNormLinear,
 )
 from factorizer_kernels.shared.autograd import call_function
-from factorizer_kernels.shared.checks import feature_map, number, tensor
+from factorizer_kernels.shared.checks import feature_map, number, plain_tensor, remembered, tensor
 from factorizer_kernels.shared.dtypes import autocast_dtype, compute_dtype
 
 load_kernels(__package__)
@@ -120,10 +120,20 @@ def norm_linear_arguments(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, weight: Tensor, bias: Tensor | None, eps: float
 ) -> NormLinearArguments:
     """Those of `norm_linear` but for x, checked and completed."""
-    norm = _norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x)
-    linear = _linear_weights("weight", weight, "bias", bias, x)
-    backend = choose("norm_linear", x, x.shape[1])
-    return NormLinearArguments(*norm, *linear, _eps(eps), autocast_dtype(x), backend)
+    eps = _checked_norm_linear(x, norm_weight, norm_bias, weight, bias, eps)
+    dtype = compute_dtype(x.dtype)
+    return NormLinearArguments(
+        plain_tensor(norm_weight, dtype), plain_tensor(norm_bias, dtype), plain_tensor(weight, dtype),
+        _bias(x, weight, bias),
+        eps, autocast_dtype(x), choose("norm_linear", x, x.shape[1]),
+    )  # fmt: skip
+
+
+@remembered
+def _checked_norm_linear(x, norm_weight, norm_bias, weight, bias, eps) -> float:
+    _norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x)
+    _linear_weights("weight", weight, "bias", bias, x)
+    return _eps(eps)
 
 
 def linear_norm_mlp(
@@ -172,17 +182,32 @@ def linear_norm_mlp(
         )
     if y is x:
         y = x.view_as(x)  # torch.compile traces no Function that gets a tensor twice
-    channels = x.shape[1]
-    weight1, bias1 = _linear_weights("weight1", weight1, "bias1", bias1, x)
+    eps = _checked_mlp(
+        y.shape[1], x, weight, bias, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps
+    )
+    dtype = compute_dtype(x.dtype)
     arguments = (
-        y, x, *_linear_weights("weight", weight, "bias", bias, x, (channels, y.shape[1])),
-        *_norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x), weight1, bias1,
-        *_linear_weights("weight2", weight2, "bias2", bias2, x, (channels, weight1.shape[0])),
+        y, x, plain_tensor(weight, dtype), _bias(x, weight, bias),
+        plain_tensor(norm_weight, dtype), plain_tensor(norm_bias, dtype),
+        plain_tensor(weight1, dtype), _bias(x, weight1, bias1),
+        plain_tensor(weight2, dtype), _bias(x, weight2, bias2),
     )  # fmt: skip
     return _call(
-        "linear_norm_mlp", reference.linear_norm_mlp, LinearNormMLP, x, arguments, _eps(eps),
-        widest=max(channels, y.shape[1]), overwrite=overwrite,
+        "linear_norm_mlp", reference.linear_norm_mlp, LinearNormMLP, x, arguments, eps,
+        widest=max(x.shape[1], y.shape[1]), overwrite=overwrite,
     )  # fmt: skip
+
+
+@remembered
+def _checked_mlp(
+    branch_channels, x, weight, bias, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps
+) -> float:
+    channels = x.shape[1]
+    _linear_weights("weight1", weight1, "bias1", bias1, x)
+    _linear_weights("weight", weight, "bias", bias, x, (channels, branch_channels))
+    _norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x)
+    _linear_weights("weight2", weight2, "bias2", bias2, x, (channels, weight1.shape[0]))
+    return _eps(eps)
 
 
 def join(
@@ -290,6 +315,12 @@ def _call(
     if backend == "reference":
         return definition(*tensors, *options, dtype)
     return call_function(name, function, *tensors, *options, dtype, backend, overwrite=overwrite)
+
+
+def _bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias of a checked linear map in the arithmetic's dtype; zeros where it is None."""
+    dtype = compute_dtype(x.dtype)
+    return x.new_zeros(weight.shape[:1], dtype=dtype) if bias is None else plain_tensor(bias, dtype)
 
 
 def _eps(eps: float) -> float:

@@ -1,5 +1,7 @@
 """The backward of ``swin_nmf`` for the backends with kernels, alone and after ``norm_linear``."""
 
+from functools import partial
+
 import torch
 from torch import Tensor
 
@@ -9,6 +11,7 @@ from factorizer_kernels.ops.pointwise import spec as pointwise_spec
 from factorizer_kernels.ops.swin_nmf import reference, spec
 from factorizer_kernels.ops.windows.geometry import Windows
 from factorizer_kernels.shared.autograd import once, over
+from factorizer_kernels.shared.registry import call
 
 
 class SwinNMF(torch.autograd.Function):
@@ -18,7 +21,7 @@ class SwinNMF(torch.autograd.Function):
 
     @staticmethod
     def forward(x, u0, v0, windows: Windows, relu: bool, options: Options, backend: str):
-        return spec.swin_nmf(x, u0, v0, *windows.options, relu, *options, backend)
+        return call(spec.swin_nmf, x, u0, v0, *windows.options, relu, *options, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -44,11 +47,11 @@ def norm_linear_swin_nmf(
 ) -> Tensor:  # fmt: skip
     """The two operators in turn; the second writes over the result of the first, where it can."""
     between = over(
-        overwrite, "norm_linear", pointwise_spec.norm_linear,
+        overwrite, "norm_linear", partial(call, pointwise_spec.norm_linear),
         x, norm_weight, norm_bias, weight, bias, eps, dtype, chain_backend,
     )  # fmt: skip
     return over(
-        between, "swin_nmf", spec.swin_nmf,
+        between, "swin_nmf", partial(call, spec.swin_nmf),
         between, u0, v0, *windows.options, relu, *options, backend,
     )  # fmt: skip
 
@@ -84,7 +87,7 @@ class NormLinearSwinNMF(torch.autograd.Function):
         wanted = ctx.needs_input_grad
         weight_grads, factor_grads = any(wanted[1:5]), any(wanted[8:10])
         with torch.no_grad():
-            between = pointwise_spec.norm_linear(*tensors, *chain, chain_backend)
+            between = call(pointwise_spec.norm_linear, *tensors, *chain, chain_backend)
         name = "norm_linear_swin_nmf"
         between, du0, dv0 = once(name, spec.swin_nmf_backward)(
             dy, between, u0, v0, factor_grads, *ctx.factorisation

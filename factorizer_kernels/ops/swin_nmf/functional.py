@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from factorizer_kernels.choice import choose, load_kernels
-from factorizer_kernels.ops.nmf.arguments import Options, check_factorisation
+from factorizer_kernels.ops.nmf.arguments import Options, check_factorisation, first_factors
 from factorizer_kernels.ops.nmf.spec import MatrixSizes
 from factorizer_kernels.ops.pointwise.functional import norm_linear, norm_linear_arguments
 from factorizer_kernels.ops.swin_nmf import reference, spec
@@ -14,7 +14,7 @@ from factorizer_kernels.ops.swin_nmf.autograd import NormLinearSwinNMF, SwinNMF
 from factorizer_kernels.ops.swin_nmf.autograd import norm_linear_swin_nmf as run_both
 from factorizer_kernels.ops.windows.geometry import Shift, Windows, resolve
 from factorizer_kernels.shared.autograd import call_function, differentiated, over
-from factorizer_kernels.shared.checks import feature_map, one_of
+from factorizer_kernels.shared.checks import feature_map, one_of, plain_tensor, remembered
 
 load_kernels(__package__)
 
@@ -59,11 +59,11 @@ def swin_nmf(
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
-    x = feature_map("x", x)
     arguments = _resolved(
         x, u0, v0, num_heads=num_heads, head_dim=head_dim, grid_size=grid_size, patch_size=patch_size,
         shifts=shifts, act=act, num_iters=num_iters, solver=solver, num_grad_steps=num_grad_steps, eps=eps,
     )  # fmt: skip
+    x = plain_tensor(x)
     if arguments.backend == "reference":
         return reference.swin_nmf(x, *arguments[:-1])
     if overwrite is not None and not differentiated((x, *arguments)):
@@ -145,6 +145,19 @@ def _resolved(
     eps: float = 1e-16,
 ) -> _Arguments:
     """The arguments of `swin_nmf`, checked and completed, for a map like x."""
+    windows, relu, options, sizes = _checked(
+        x, u0, v0, num_heads, head_dim, grid_size, patch_size, shifts, act, num_iters, solver, num_grad_steps,
+        eps,
+    )  # fmt: skip
+    u0, v0 = first_factors(x, u0, v0)
+    return _Arguments(u0, v0, windows, relu, options, choose("swin_nmf", x, sizes))
+
+
+@remembered
+def _checked(
+    x, u0, v0, num_heads, head_dim, grid_size, patch_size, shifts, act, num_iters, solver, num_grad_steps, eps
+) -> tuple[Windows, bool, Options, MatrixSizes]:
+    x = feature_map("x", x)
     windows = resolve(
         x.shape,
         num_heads=num_heads,
@@ -154,10 +167,8 @@ def _resolved(
         shifts=shifts,
     )
     relu = one_of("act", act, ("relu", None)) == "relu"
-    u0, v0, options = check_factorisation(
-        x, u0, v0, windows.matrices_shape, num_iters, solver, num_grad_steps, eps
-    )
+    options = check_factorisation(x, u0, v0, windows.matrices_shape, num_iters, solver, num_grad_steps, eps)
     sizes = MatrixSizes(
         windows.rows, windows.columns, u0.shape[-1], windows.num_shifts, options.num_iters, options.solver
     )
-    return _Arguments(u0, v0, windows, relu, options, choose("swin_nmf", x, sizes))
+    return windows, relu, options, sizes

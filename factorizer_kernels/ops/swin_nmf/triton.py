@@ -6,7 +6,9 @@ Backward: one launch for each copy; within a copy every voxel lies in one window
 writes its share of dx and the later ones add to it, in a fixed order and without atomics.
 """
 
+from functools import lru_cache
 from math import prod
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -14,13 +16,13 @@ from torch import Tensor
 
 from factorizer_kernels.ops.nmf.arguments import Options
 from factorizer_kernels.ops.nmf.triton.operators import backward, forward
-from factorizer_kernels.ops.nmf.triton.problem import problem_of
+from factorizer_kernels.ops.nmf.triton.problem import Problem, problem_of
 from factorizer_kernels.ops.windows.address import window_at
 from factorizer_kernels.ops.windows.geometry import Windows
 from factorizer_kernels.ops.windows.triton import blocks
 from factorizer_kernels.shared.maps import spatial_3d
 from factorizer_kernels.shared.registry import kernel
-from factorizer_kernels.shared.triton import launch
+from factorizer_kernels.shared.triton import cdiv, launch
 
 
 @triton.jit
@@ -55,27 +57,56 @@ def gather_kernel(
     tl.store(y + rows[:, None] + voxel[None, :], total * (1.0 / len(SHIFTS)), mask=mask)
 
 
+class _Plan(NamedTuple):
+    """All that follows from sizes and options.
+
+    Attributes:
+        batch_shape: of the matrices.
+        programs, sizes, batch_heads, constants: of ``gather_kernel``.
+    """
+
+    problem: Problem
+    batch_shape: tuple[int, int]
+    programs: int
+    sizes: tuple[int, ...]
+    batch_heads: int
+    constants: dict[str, Any]
+
+
+@lru_cache(maxsize=256)  # a network asks for the same few again and again
+def _plan(windows: Windows, rank: int, relu: bool, options: Options) -> _Plan:
+    problem = problem_of(windows, rank, relu, options)
+    m_block, n_block = blocks(problem.rows)
+    batch_heads, voxels = windows.size[0] * windows.heads, prod(windows.size_3d)
+    return _Plan(
+        problem, windows.batch_shape,
+        batch_heads * cdiv(voxels, n_block) * cdiv(problem.rows, m_block), windows.size_3d, batch_heads,
+        {
+            "M": problem.rows, "PATCH": problem.patch, "SHIFTS": problem.shifts, "RANK": problem.rank,
+            "M_BLOCK": m_block, "N_BLOCK": n_block,
+        },
+    )  # fmt: skip
+
+
+def _planned(x: Tensor, u0: Tensor, head_dim, patch_size, shifts, relu, options) -> _Plan:
+    windows = Windows(x.shape, head_dim, tuple(patch_size), tuple(shifts))
+    return _plan(windows, u0.shape[-1], relu, Options(*options))
+
+
 @kernel("swin_nmf", "triton")
 def swin_nmf(x: Tensor, u0: Tensor, v0: Tensor, head_dim, patch_size, shifts, relu, *options) -> Tensor:
-    windows = Windows(x.shape, head_dim, patch_size, shifts)
-    problem = problem_of(windows, u0, relu, Options(*options))
+    plan = _planned(x, u0, head_dim, patch_size, shifts, relu, options)
+    problem, batch_shape = plan.problem, plan.batch_shape
     y = x.new_empty(x.shape)
     x = spatial_3d(x)
     if problem.num_shifts == 1:
-        forward(problem, x, u0, v0, windows.batch_shape, spatial_3d(y))
+        forward(problem, x, u0, v0, batch_shape, spatial_3d(y))
         return y
-    matrices = prod(windows.batch_shape)
+    matrices = batch_shape[0] * batch_shape[1]
     u = u0.new_empty((matrices, problem.rank, problem.rows))
     v = v0.new_empty((matrices, problem.rank, problem.columns))
-    forward(problem, x, u0, v0, windows.batch_shape, (u.mT, v.mT))
-    m_block, n_block = blocks(problem.rows)
-    batch_heads, voxels = windows.size[0] * windows.heads, prod(windows.size_3d)
-    launch(
-        gather_kernel, batch_heads * triton.cdiv(voxels, n_block) * triton.cdiv(problem.rows, m_block), x,
-        u, v, windows.size_3d, batch_heads, y,
-        M=problem.rows, PATCH=problem.patch, SHIFTS=problem.shifts, RANK=problem.rank,
-        M_BLOCK=m_block, N_BLOCK=n_block,
-    )  # fmt: skip
+    forward(problem, x, u0, v0, batch_shape, (u.mT, v.mT))
+    launch(gather_kernel, plan.programs, x, u, v, plan.sizes, plan.batch_heads, y, **plan.constants)
     return y
 
 
@@ -83,11 +114,10 @@ def swin_nmf(x: Tensor, u0: Tensor, v0: Tensor, head_dim, patch_size, shifts, re
 def swin_nmf_backward(
     dy: Tensor, x: Tensor, u0: Tensor, v0: Tensor, factor_grads, head_dim, patch_size, shifts, relu, *options
 ) -> tuple[Tensor, Tensor, Tensor]:
-    windows = Windows(x.shape, head_dim, patch_size, shifts)
-    problem = problem_of(windows, u0, relu, Options(*options))
+    plan = _planned(x, u0, head_dim, patch_size, shifts, relu, options)
     dy = dy.contiguous()  # of y.sum() it has strides of 0, and would be read element by element
     dx = x.new_empty(x.shape)
     du0, dv0 = backward(
-        problem, factor_grads, spatial_3d(x), u0, v0, windows.batch_shape, spatial_3d(dy), spatial_3d(dx)
+        plan.problem, factor_grads, spatial_3d(x), u0, v0, plan.batch_shape, spatial_3d(dy), spatial_3d(dx)
     )
     return dx, du0, dv0

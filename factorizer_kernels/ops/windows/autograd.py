@@ -5,6 +5,7 @@ import torch
 from factorizer_kernels.ops.windows.geometry import Windows
 from factorizer_kernels.ops.windows.spec import sw_dematricize, sw_matricize
 from factorizer_kernels.shared.autograd import call_function
+from factorizer_kernels.shared.registry import call
 
 
 class SWMatricize(torch.autograd.Function):
@@ -14,7 +15,7 @@ class SWMatricize(torch.autograd.Function):
 
     @staticmethod
     def forward(x, windows: Windows, mean: bool, backend: str):
-        return sw_matricize(x, *windows.options, mean, backend)
+        return call(sw_matricize, x, *windows.options, mean, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
@@ -32,7 +33,7 @@ class SWDematricize(torch.autograd.Function):
 
     @staticmethod
     def forward(z, windows: Windows, mean: bool, backend: str):
-        return sw_dematricize(z, *windows, mean, backend)
+        return call(sw_dematricize, z, *windows, mean, backend)
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -10,7 +10,7 @@ from factorizer_kernels.ops.windows.address import column_offsets, row_offsets, 
 from factorizer_kernels.ops.windows.geometry import Windows
 from factorizer_kernels.shared.maps import spatial_3d
 from factorizer_kernels.shared.registry import kernel
-from factorizer_kernels.shared.triton import compute_type, launch, padded
+from factorizer_kernels.shared.triton import cdiv, compute_type, launch, padded
 
 # Elements and rows of one program's block, at most.
 BLOCK_ELEMENTS = 4096
@@ -96,7 +96,7 @@ def sw_matricize(x: Tensor, head_dim, patch_size, shifts, mean: bool) -> Tensor:
     x = spatial_3d(x)
     launch(
         matricize_kernel,
-        map_windows * windows.num_shifts * triton.cdiv(rows, m_block) * triton.cdiv(columns, n_block), x,
+        map_windows * windows.num_shifts * cdiv(rows, m_block) * cdiv(columns, n_block), x,
         x, x.stride(), windows.size_3d, windows.heads, map_windows, z,
         M=rows, N=columns, PATCH=windows.patch_3d, SHIFTS=windows.shifts_3d,
         MEAN=mean, COMPUTE=compute_type(x), M_BLOCK=m_block, N_BLOCK=n_block,
@@ -113,7 +113,7 @@ def sw_dematricize(z: Tensor, size, head_dim, patch_size, shifts, mean: bool) ->
     map_windows, voxels = x.numel() // (rows * columns), prod(windows.size_3d)
     launch(
         dematricize_kernel,
-        windows.size[0] * windows.heads * triton.cdiv(voxels, n_block) * triton.cdiv(rows, m_block), x,
+        windows.size[0] * windows.heads * cdiv(voxels, n_block) * cdiv(rows, m_block), x,
         z, z.stride(), windows.size_3d, map_windows, x,
         M=rows, PATCH=windows.patch_3d, SHIFTS=windows.shifts_3d,
         MEAN=mean, COMPUTE=compute_type(x), M_BLOCK=m_block, N_BLOCK=n_block,

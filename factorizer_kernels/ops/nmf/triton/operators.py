@@ -4,6 +4,7 @@ To them a batch of matrices is a feature map with one window an item, so ``swin_
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from types import ModuleType
 
 from torch import Tensor
@@ -16,6 +17,7 @@ from factorizer_kernels.shared.maps import spatial_3d
 from factorizer_kernels.shared.registry import kernel
 
 
+@lru_cache(maxsize=256)
 def kernels_for(problem: Problem) -> ModuleType:
     """The kernels for a problem: windows on chip, else passes over the map, else matrix products."""
     candidates = (resident, streaming_rank1, streaming)
@@ -75,7 +77,7 @@ def _sum_shares(shares: Tensor, factor: Tensor, batch_shape: Sequence[int]) -> T
 
 
 def _problem(x: Tensor, u0: Tensor, options) -> Problem:
-    return problem_of(whole_matrices(x.shape), u0, False, Options(*options))
+    return problem_of(whole_matrices(x.shape), u0.shape[-1], False, Options(*options))
 
 
 def _as_map(x: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """What the kernels are asked to do, and the constants that they are compiled for."""
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -66,11 +67,12 @@ class Problem(NamedTuple):
         return x.numel() // (self.rows * self.columns)
 
 
-def problem_of(windows: Windows, u0: Tensor, relu: bool, options: Options) -> Problem:
-    """The problem of factorising the windows, with first factors u0 (..., M, R)."""
+@lru_cache(maxsize=256)  # a network asks for the same few again and again
+def problem_of(windows: Windows, rank: int, relu: bool, options: Options) -> Problem:
+    """The problem of factorising the windows, whose fields are tuples, with first factors of that rank."""
     return Problem(
         windows.rows, windows.patch_3d, windows.shifts_3d,
-        u0.shape[-1], options.hals, options.eps, relu, options.num_iters, options.grad_steps,
+        rank, options.hals, options.eps, relu, options.num_iters, options.grad_steps,
     )  # fmt: skip
 
 
@@ -90,6 +92,8 @@ def per_window(factor: Tensor, batch_shape: Sequence[int]) -> Tensor:
 
     A view wherever there is one.
     """
-    full = factor.expand(*batch_shape, *factor.shape[-2:])
     inner = batch_shape[-1] if len(batch_shape) > 1 else 1
+    if factor.dim() == 2:
+        return factor.expand(prod(batch_shape) // max(inner, 1), inner, *factor.shape)
+    full = factor.expand(*batch_shape, *factor.shape[-2:])
     return full.reshape(prod(batch_shape) // max(inner, 1), inner, *factor.shape[-2:])

@@ -10,6 +10,8 @@ cache because the programs go on to the next window with the same slot.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
+from functools import lru_cache
+
 import torch
 import triton
 import triton.language as tl
@@ -31,7 +33,7 @@ from factorizer_kernels.ops.nmf.triton.updates import (
     update_backward,
 )
 from factorizer_kernels.ops.windows.address import load_map, store_map, window_of
-from factorizer_kernels.shared.triton import launch, padded, processors, strides
+from factorizer_kernels.shared.triton import launch, padded, processors
 
 MAX_ELEMENTS = 8192
 MAX_RANK = 8
@@ -202,6 +204,7 @@ def fits(problem: Problem) -> bool:
     return problem.rank <= MAX_RANK and padded(problem.rows) * padded(problem.columns) <= MAX_ELEMENTS
 
 
+@lru_cache(maxsize=256)
 def _constants(problem: Problem) -> dict:
     rows, columns = padded(problem.rows), padded(problem.columns)
     return {
@@ -213,27 +216,38 @@ def _constants(problem: Problem) -> dict:
     }  # fmt: skip
 
 
+@lru_cache(maxsize=256)
 def _num_warps(problem: Problem, blocks: int, columns: int, per_lane: int) -> int:
     """So many that a lane holds ``per_lane`` elements of ``blocks`` blocks and ``columns`` pairs of factors.
 
     The counts are those of the registers' report of the compiler: tests/factorizer_kernels/triton.
     """
     held = blocks * padded(problem.rows) + columns * problem.rank
-    return _power(triton.next_power_of_2(held * padded(problem.columns)) // (32 * per_lane))
+    return _power(padded(held * padded(problem.columns)) // (32 * per_lane))
 
 
-def _closed_form_warps(problem: Problem, x: Tensor, blocks: int) -> int:
+@lru_cache(maxsize=256)
+def _closed_form_warps(problem: Problem, dtype: torch.dtype, blocks: int) -> int:
     """As few as hold ``blocks`` blocks of a window in 128 registers a lane.
 
     A sum over the columns takes as many shuffles of each warp, however few columns it has: of a window of
     8 x 512 one warp makes less than half of the instructions that four make.
     """
-    registers = 2 if x.dtype == torch.float64 else 1
+    registers = 2 if dtype == torch.float64 else 1
     return _power(registers * blocks * padded(problem.rows) * padded(problem.columns) // (32 * 128))
 
 
 def _power(warps: int) -> int:
     return min(max(warps, 1), 8)
+
+
+def _map_or_factors(given: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    return (given, None, None) if isinstance(given, Tensor) else (None, *given)
+
+
+def _given(tensor: Tensor | None, x: Tensor, axes: int) -> tuple[Tensor, tuple[int, ...]]:
+    """A tensor and its strides; in place of one that is absent x, which no kernel reads there."""
+    return (x, (0,) * axes) if tensor is None else (tensor, tensor.stride())
 
 
 def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> None:
@@ -242,16 +256,15 @@ def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | t
     x is (B, C, S1, S2, S3); u0 (batch, grid, M, R) and v0 (batch, grid, N, R), see ``per_window``.
     """
     windows = problem.map_windows(x)
-    nothing = x.new_empty(0)
-    y, (u, v) = (out, (nothing, nothing)) if isinstance(out, Tensor) else (nothing, out)
+    y, u, v = _map_or_factors(out)
     closed_form = problem.rank1_closed_form
     launch(
         forward_kernel, problem.num_shifts * windows, x,
         x, x.stride(), tuple(x.shape[2:]), x.shape[1] // problem.rows, windows, u0.shape[1],
         u0, u0.stride(), v0, v0.stride(), problem.num_iters,
-        y, strides(y, 5), u, strides(u, 3), v, strides(v, 3),
+        *_given(y, x, 5), *_given(u, x, 3), *_given(v, x, 3),
         PRODUCT=isinstance(out, Tensor), **_constants(problem),
-        num_warps=_closed_form_warps(problem, x, 1) if closed_form else _num_warps(problem, 1, 2, 64),
+        num_warps=_closed_form_warps(problem, x.dtype, 1) if closed_form else _num_warps(problem, 1, 2, 64),
     )  # fmt: skip
 
 
@@ -272,8 +285,8 @@ def backward(
     windows = problem.map_windows(x)
     closed_form = problem.rank1_closed_form
     programs = windows if closed_form else min(windows, 8 * processors(x))
-    nothing = x.new_empty(0)
-    dy, (du, dv) = (grads, (nothing, nothing)) if isinstance(grads, Tensor) else (nothing, grads)
+    warps = _closed_form_warps(problem, x.dtype, 2) if closed_form else _num_warps(problem, 3, 6, 128)
+    dy, du, dv = _map_or_factors(grads)
     tape = 0 if closed_form else programs * problem.grad_steps * problem.rank
     shares = problem.num_shifts * windows * problem.rank if factor_grads else 0
     du0, dv0 = u0.new_empty(shares * problem.rows), u0.new_empty(shares * problem.columns)
@@ -283,9 +296,9 @@ def backward(
             backward_kernel, programs, x,
             x, x.stride(), tuple(x.shape[2:]), x.shape[1] // problem.rows, windows, u0.shape[1],
             u0, u0.stride(), v0, v0.stride(), problem.num_iters, problem.grad_steps, copy,
-            dy, strides(dy, 5), du, strides(du, 3), dv, strides(dv, 3),
+            *_given(dy, x, 5), *_given(du, x, 3), *_given(dv, x, 3),
             dx_before, dx_out, dx.stride(), du0, dv0, u_tape, v_tape,
             PRODUCT=isinstance(grads, Tensor), FACTOR_GRADS=factor_grads, **_constants(problem),
-            num_warps=_closed_form_warps(problem, x, 2) if closed_form else _num_warps(problem, 3, 6, 128),
+            num_warps=warps,
         )  # fmt: skip
     return du0.view(-1, problem.rows, problem.rank), dv0.view(-1, problem.columns, problem.rank)

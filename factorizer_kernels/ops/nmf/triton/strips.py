@@ -1,10 +1,9 @@
 """How long matrices are cut for passes over them: each into strips, each strip into blocks of columns."""
 
-import triton
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.triton.problem import Problem
-from factorizer_kernels.shared.triton import padded
+from factorizer_kernels.shared.triton import cdiv, padded
 
 # Elements of one block, and strips of one matrix: enough to fill a device, few enough to add up.
 BLOCK_ELEMENTS = 4096
@@ -25,7 +24,7 @@ class Strips:
         self.map_windows = problem.map_windows(x)
         self.windows = problem.num_shifts * self.map_windows
         self.block = BLOCK_ELEMENTS // padded(problem.rows)
-        blocks = triton.cdiv(problem.columns, self.block)
-        self.strip_blocks = triton.cdiv(blocks, MAX_STRIPS)
-        self.strips = triton.cdiv(blocks, self.strip_blocks)
+        blocks = cdiv(problem.columns, self.block)
+        self.strip_blocks = cdiv(blocks, MAX_STRIPS)
+        self.strips = cdiv(blocks, self.strip_blocks)
         self.map_arguments = (x, x.stride(), tuple(x.shape[2:]), x.shape[1] // problem.rows, self.map_windows)

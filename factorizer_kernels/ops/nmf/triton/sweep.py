@@ -20,7 +20,7 @@ from factorizer_kernels.ops.nmf.triton.problem import Problem
 from factorizer_kernels.ops.nmf.triton.updates import relu
 from factorizer_kernels.ops.windows.triton import sw_dematricize, sw_matricize
 from factorizer_kernels.shared.dtypes import autocast_disabled
-from factorizer_kernels.shared.triton import launch, padded, product_precision
+from factorizer_kernels.shared.triton import cdiv, launch, padded, product_precision
 
 # Elements of one program's (rows, rank) block in HALS; rows and most columns of a block in MU.
 BLOCK_ELEMENTS = 1024
@@ -184,7 +184,7 @@ def _launch(kernel, problem: Problem, like: Tensor, *arguments, **constants) -> 
         rows, columns = MU_ROWS, min(max(columns, 16), MU_COLUMNS)
         constants |= {"PRECISION": product_precision(), "num_stages": 1}
     launch(
-        kernel, items * triton.cdiv(length, rows) * triton.cdiv(rank, columns), like,
+        kernel, items * cdiv(length, rows) * cdiv(rank, columns), like,
         *arguments, length, RANK=rank, EPS=problem.eps, ROWS=rows, COLUMNS=columns, **constants,
     )  # fmt: skip
 

@@ -32,7 +32,7 @@ from factorizer_kernels.ops.pointwise.triton.tiles import (
 )
 from factorizer_kernels.shared.maps import three_axes
 from factorizer_kernels.shared.registry import kernel
-from factorizer_kernels.shared.triton import launch, padded
+from factorizer_kernels.shared.triton import cdiv, launch, padded
 
 # Channels of a product's result at a time; voxels of a coarse tile at most, of exact products and of others.
 ROWS = 64
@@ -197,7 +197,7 @@ def _tiles(batch: int, size: Sequence[int], dtype: torch.dtype) -> tuple[int, di
     """The tiles of a coarse map of that spatial size, each in one row, and their constants."""
     rows, columns = prod(three_axes(size, 1)[:2]), size[-1]
     voxels = min(max(padded(columns), 16), EXACT_VOXELS if exact(dtype) else VOXELS)
-    return batch * rows * triton.cdiv(columns, voxels), {"VOXELS": voxels, "num_warps": WARPS}
+    return batch * rows * cdiv(columns, voxels), {"VOXELS": voxels, "num_warps": WARPS}
 
 
 def _by_place(weight: Tensor, transposed: bool) -> Tensor:
@@ -213,7 +213,7 @@ def _gather(
     block = channel_block(rows, ROWS)
     tiles, tile = _tiles(y.shape[0], y.shape[2:], dtype)
     launch(
-        gather_kernel, (tiles, triton.cdiv(rows, block)), x,
+        gather_kernel, (tiles, cdiv(rows, block)), x,
         x, x.stride()[:2], _by_place(weight, transposed), weight if bias is None else bias, y,
         three_axes(y.shape[2:], 1),
         BIAS=bias is not None, C=channels, D=rows, **_places(weight.shape[2:]), **products(dtype),
@@ -234,7 +234,7 @@ def _spread(
     fine, weight_skip, bias = skip or (x, weight, weight)
     tiles, tile = _tiles(x.shape[0], size, dtype)
     launch(
-        spread_kernel, (tiles, triton.cdiv(rows, block)), x,
+        spread_kernel, (tiles, cdiv(rows, block)), x,
         x, x.stride()[:2], _by_place(weight, transposed), fine, fine.stride()[:2], weight_skip, bias,
         y, three_axes(size, 1),
         SKIP=skip is not None, C=fine.shape[1], E=x.shape[1], D=rows, **_places(weight.shape[2:]),
@@ -251,7 +251,7 @@ def _block_sums(
     row_block, column_block = channel_block(rows, ROWS), channel_block(channels, ROWS)
     places = _places(kernel_size)
     rows_of_places = prod(kernel_size) // places["WIDTH"]
-    blocks = triton.cdiv(rows, row_block) * triton.cdiv(channels, column_block) * rows_of_places
+    blocks = cdiv(rows, row_block) * cdiv(channels, column_block) * rows_of_places
     tiles, tile = _tiles(coarse.shape[0], size, dtype)
     programs = programs_of(tiles, blocks)
     (shares,) = empty_shares(coarse, programs, weight.shape)

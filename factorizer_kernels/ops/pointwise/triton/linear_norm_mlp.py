@@ -36,7 +36,7 @@ from factorizer_kernels.ops.pointwise.triton.tiles import (
     tiles_of,
 )
 from factorizer_kernels.shared.registry import kernel
-from factorizer_kernels.shared.triton import launch
+from factorizer_kernels.shared.triton import cdiv, launch
 
 # Voxels of a tile and hidden channels at a time, of the exact products and of others. More of either would
 # take fewer instructions, but not fit the registers.
@@ -238,7 +238,7 @@ def linear_norm_mlp_backward(dout: Tensor, y: Tensor, x: Tensor, *others) -> tup
     if not weight_grads:
         return dy, dx, *dweights
     constants = _constants(y, x, hidden, dtype, EXACT_SUMS if exact(dtype) else SUMS)
-    blocks = triton.cdiv(hidden, constants["H_BLOCK"])
+    blocks = cdiv(hidden, constants["H_BLOCK"])
     programs = programs_of(tiles_of(x, constants["VOXELS"]), blocks)
     shares = empty_shares(x, programs, (hidden, channels), (hidden,), (hidden, channels), (channels,))
     launch(

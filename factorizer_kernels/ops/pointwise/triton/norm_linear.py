@@ -37,7 +37,7 @@ from factorizer_kernels.ops.pointwise.triton.tiles import (
     tiles_of,
 )
 from factorizer_kernels.shared.registry import kernel
-from factorizer_kernels.shared.triton import launch
+from factorizer_kernels.shared.triton import cdiv, launch
 
 # Rows of W at a time; voxels of a tile, and the warps for it, of the sums too.
 ROWS = 64
@@ -118,10 +118,10 @@ def linear_sums(dy: Tensor, x: Tensor, eps: float | None, dtype: torch.dtype) ->
     """G = Σ dy x̂ᵀ (D, C), or Σ dy xᵀ where eps is None, and Σ dy (D), of dy (B, D, V) and x (B, C, V)."""
     d, c = dy.shape[1], x.shape[1]
     block = channel_block(d, ROWS)
-    programs = programs_of(tiles_of(x, VOXELS), triton.cdiv(d, block))
+    programs = programs_of(tiles_of(x, VOXELS), cdiv(d, block))
     shares, bias_shares = empty_shares(x, programs, (d, c), (d,))
     launch(
-        linear_sums_kernel, (programs, triton.cdiv(d, block)), x,
+        linear_sums_kernel, (programs, cdiv(d, block)), x,
         dy, dy.stride()[:2], x, x.stride()[:2], shares, bias_shares, x.shape[0], x.shape[2], eps or 0.0,
         NORM=eps is not None, C=c, D=d, **products(dtype), C_BLOCK=channel_block(c), D_BLOCK=block,
         VOXELS=VOXELS, num_warps=SUMS_WARPS,

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from factorizer_kernels.shared.triton import INTERPRETED, padded, product_precision
+from factorizer_kernels.shared.triton import INTERPRETED, cdiv, padded, product_precision
 
 # Voxels, warps and channels at a time are those that were fastest on an H100 (docs/performance.md).
 
@@ -69,7 +69,7 @@ def products(dtype: torch.dtype) -> dict[str, Any]:
 
 def tiles_of(x: Tensor, voxels: int) -> int:
     """The tiles of so many voxels of x (B, C, V)."""
-    return x.shape[0] * triton.cdiv(x.shape[2], voxels)
+    return x.shape[0] * cdiv(x.shape[2], voxels)
 
 
 def programs_of(tiles: int, blocks: int) -> int:
