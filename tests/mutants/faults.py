@@ -255,8 +255,8 @@ FAULTS = (
     ),
     Fault(
         "norm_linear: another gradient of x is written over", _POINTWISE + "norm_linear.cpp",
-        "standardise_backward<T>(p.channels, dx, x, scales, tile.length, total, adds);",
-        "standardise_backward<T>(p.channels, dx, x, scales, tile.length, total, false);", POINTWISE,
+        "standardise_backward<T>(p.channels, dn, n, scales, tile.length, total, adds);",
+        "standardise_backward<T>(p.channels, dn, n, scales, tile.length, total, false);", POINTWISE,
     ),
     Fault(
         "patch_conv: the gradient of the bias is of a group's last tile alone", _POINTWISE + "join.cpp",
@@ -323,6 +323,7 @@ FAULTS = (
     ),
     Fault(
         "Triton sweep: the upper triangle without its diagonal", _TRITON + "sweep.py",
-        "torch.triu(new.mT @ step)", "torch.triu(new.mT @ step, 1)", TRITON,
+        "column = tl.load(pair + (j + tl.where(j <= r, RANK, 0))",
+        "column = tl.load(pair + (j + tl.where(j < r, RANK, 0))", TRITON,
     ),
 )  # fmt: skip
