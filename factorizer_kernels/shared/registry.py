@@ -84,8 +84,14 @@ def plain(arguments: tuple) -> bool:
     ):
         return False
     for a in arguments:
-        # A view may have the opposite sign of what its memory holds, or be zeros without any memory.
-        if isinstance(a, Tensor) and (type(a) not in _PLAIN_TENSORS or a.is_neg() or a._is_zerotensor()):
+        # A view may have the opposite sign of what its memory holds, or be zeros without any memory; and in a
+        # backward pass a tensor of a transform may come without the transform.
+        if isinstance(a, Tensor) and (
+            type(a) not in _PLAIN_TENSORS
+            or a.is_neg()
+            or a._is_zerotensor()
+            or torch._C._functorch.is_functorch_wrapped_tensor(a)
+        ):
             return False
     return True
 
