@@ -200,8 +200,11 @@ def _resident() -> int:
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="resident memory is read from /proc")
-def test_ten_thousand_calls_leave_nothing():
-    """Forward, backward and a refused call; 64 bytes lost in each would be 0.6 MiB."""
+def test_thousands_of_calls_leave_nothing():
+    """Forward, backward and a refused call; 64 bytes lost in each would be 0.3 MiB in every round.
+
+    In one round the memory of what ran before in this process may move.
+    """
     x, u0, v0 = torch.rand(1, 8, 64, requires_grad=True), torch.rand(8, 1), torch.rand(64, 1)
     options = {"head_dim": 8, "patch_size": 64}
 
@@ -215,9 +218,12 @@ def test_ten_thousand_calls_leave_nothing():
     with fk.use_backend("cpu"):
         for i in range(1000):
             call(i)
-        gc.collect()
-        before = _resident()
-        for i in range(10_000):
-            call(i)
-        gc.collect()
-        assert _resident() - before < 512 * 1024
+        grown = []
+        for _ in range(3):
+            gc.collect()
+            before = _resident()
+            for i in range(5000):
+                call(i)
+            gc.collect()
+            grown.append(_resident() - before)
+        assert min(grown) < 256 * 1024
