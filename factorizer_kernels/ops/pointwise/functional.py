@@ -38,10 +38,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
-    x = feature_map("x", x)
-    weight, bias = _linear_weights("weight", weight, "bias", bias, x)
-    arguments = (x, None, None, weight, bias)
+    _checked_linear(x, weight, bias)
+    x = plain_tensor(x)
+    arguments = (x, None, None, *_linear_map(x, weight, bias))
     return _call("norm_linear", reference.norm_linear, NormLinear, x, arguments, 0.0, widest=x.shape[1])
+
+
+@remembered
+def _checked_linear(x, weight, bias) -> None:
+    _check_linear_map("weight", weight, "bias", bias, feature_map("x", x))
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) -> Tensor:
@@ -60,13 +65,18 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) ->
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
-    x = feature_map("x", x)
-    norm = _norm_weights("weight", weight, "bias", bias, x)
-    arguments = (x, *norm, None, None)
+    eps = _checked_layer_norm(x, weight, bias, eps)
+    x = plain_tensor(x)
+    arguments = (x, *_converted(x, weight, bias), None, None)
     return _call(
-        "norm_linear", reference.norm_linear, NormLinear, x, arguments, _eps(eps), widest=x.shape[1],
-        dtype=x.dtype,
-    )  # fmt: skip
+        "norm_linear", reference.norm_linear, NormLinear, x, arguments, eps, widest=x.shape[1], dtype=x.dtype
+    )
+
+
+@remembered
+def _checked_layer_norm(x, weight, bias, eps) -> float:
+    _check_norm("weight", weight, "bias", bias, feature_map("x", x))
+    return _eps(eps)
 
 
 def norm_linear(
@@ -121,18 +131,16 @@ def norm_linear_arguments(
 ) -> NormLinearArguments:
     """Those of `norm_linear` but for x, checked and completed."""
     eps = _checked_norm_linear(x, norm_weight, norm_bias, weight, bias, eps)
-    dtype = compute_dtype(x.dtype)
-    return NormLinearArguments(
-        plain_tensor(norm_weight, dtype), plain_tensor(norm_bias, dtype), plain_tensor(weight, dtype),
-        _bias(x, weight, bias),
-        eps, autocast_dtype(x), choose("norm_linear", x, x.shape[1]),
-    )  # fmt: skip
+    scale, shift = _converted(x, norm_weight, norm_bias)
+    weight, bias = _linear_map(x, weight, bias)
+    backend = choose("norm_linear", x, x.shape[1])
+    return NormLinearArguments(scale, shift, weight, bias, eps, autocast_dtype(x), backend)
 
 
 @remembered
 def _checked_norm_linear(x, norm_weight, norm_bias, weight, bias, eps) -> float:
-    _norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x)
-    _linear_weights("weight", weight, "bias", bias, x)
+    _check_norm("norm_weight", norm_weight, "norm_bias", norm_bias, x)
+    _check_linear_map("weight", weight, "bias", bias, x)
     return _eps(eps)
 
 
@@ -185,12 +193,9 @@ def linear_norm_mlp(
     eps = _checked_mlp(
         y.shape[1], x, weight, bias, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps
     )
-    dtype = compute_dtype(x.dtype)
     arguments = (
-        y, x, plain_tensor(weight, dtype), _bias(x, weight, bias),
-        plain_tensor(norm_weight, dtype), plain_tensor(norm_bias, dtype),
-        plain_tensor(weight1, dtype), _bias(x, weight1, bias1),
-        plain_tensor(weight2, dtype), _bias(x, weight2, bias2),
+        y, x, *_linear_map(x, weight, bias), *_converted(x, norm_weight, norm_bias),
+        *_linear_map(x, weight1, bias1), *_linear_map(x, weight2, bias2),
     )  # fmt: skip
     return _call(
         "linear_norm_mlp", reference.linear_norm_mlp, LinearNormMLP, x, arguments, eps,
@@ -203,10 +208,10 @@ def _checked_mlp(
     branch_channels, x, weight, bias, norm_weight, norm_bias, weight1, bias1, weight2, bias2, eps
 ) -> float:
     channels = x.shape[1]
-    _linear_weights("weight1", weight1, "bias1", bias1, x)
-    _linear_weights("weight", weight, "bias", bias, x, (channels, branch_channels))
-    _norm_weights("norm_weight", norm_weight, "norm_bias", norm_bias, x)
-    _linear_weights("weight2", weight2, "bias2", bias2, x, (channels, weight1.shape[0]))
+    _check_linear_map("weight1", weight1, "bias1", bias1, x)
+    _check_linear_map("weight", weight, "bias", bias, x, (channels, branch_channels))
+    _check_norm("norm_weight", norm_weight, "norm_bias", norm_bias, x)
+    _check_linear_map("weight2", weight2, "bias2", bias2, x, (channels, weight1.shape[0]))
     return _eps(eps)
 
 
@@ -242,24 +247,29 @@ def join(
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
     x = feature_map("x", x)
-    axes = x.dim() - 2
     skip = _beside("skip", skip, x)
-    weight_x = _kernel("weight_x", weight_x, x, "(E, D, k1..kp)")
+    _checked_join(skip, x, weight_skip, weight_x, bias)
+    weight_skip, bias = _linear_map(x, weight_skip, bias)
+    arguments = (skip, x, weight_skip, *_converted(x, weight_x), bias)
+    widest = max(x.shape[1], *weight_skip.shape)
+    return _call("join", reference.join, Join, x, arguments, widest=widest, overwrite=overwrite)
+
+
+@remembered
+def _checked_join(skip, x, weight_skip, weight_x, bias) -> None:
+    _check_kernel("weight_x", weight_x, x, "(E, D, k1..kp)")
     if weight_x.shape[0] != x.shape[1]:
         raise ValueError(
             f"weight_x must be of {x.shape[1]} channels, those of x, got shape {tuple(weight_x.shape)}"
         )
     fine = tuple(s * k for s, k in zip(x.shape[2:], weight_x.shape[2:], strict=True))
-    if skip.dim() != axes + 2 or skip.shape[0] != x.shape[0] or tuple(skip.shape[2:]) != fine:
+    if skip.dim() != x.dim() or skip.shape[0] != x.shape[0] or tuple(skip.shape[2:]) != fine:
         raise ValueError(
             f"skip must have the batch of x and the spatial size {fine}, x's times the kernel of weight_x, "
             f"got shape {tuple(skip.shape)}"
         )
     shape = (weight_x.shape[1], skip.shape[1])
-    weight_skip, bias = _linear_weights("weight_skip", weight_skip, "bias", bias, x, shape)
-    widest = max(x.shape[1], *shape)
-    arguments = (skip, x, weight_skip, weight_x, bias)
-    return _call("join", reference.join, Join, x, arguments, widest=widest, overwrite=overwrite)
+    _check_linear_map("weight_skip", weight_skip, "bias", bias, x, shape)
 
 
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -279,8 +289,17 @@ def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
+    _checked_patch_conv(x, weight, bias)
+    x = plain_tensor(x)
+    arguments = (x, *_linear_map(x, weight, bias))
+    widest = max(weight.shape[:2])
+    return _call("patch_conv", reference.patch_conv, PatchConv, x, arguments, widest=widest)
+
+
+@remembered
+def _checked_patch_conv(x, weight, bias) -> None:
     x = feature_map("x", x)
-    weight = _kernel("weight", weight, x, "(D, C, k1..kp)")
+    _check_kernel("weight", weight, x, "(D, C, k1..kp)")
     kernel = tuple(weight.shape[2:])
     if weight.shape[1] != x.shape[1]:
         raise ValueError(
@@ -290,9 +309,7 @@ def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         raise ValueError(
             f"x must have a spatial size that the kernel {kernel} of weight divides, got {tuple(x.shape[2:])}"
         )
-    bias = _vector("bias", bias, weight.shape[0], x)
-    widest = max(weight.shape[:2])
-    return _call("patch_conv", reference.patch_conv, PatchConv, x, (x, weight, bias), widest=widest)
+    _check_vector("bias", bias, weight.shape[0], x)
 
 
 # --- checks ----------------------------------------------------------------------------------
@@ -317,10 +334,17 @@ def _call(
     return call_function(name, function, *tensors, *options, dtype, backend, overwrite=overwrite)
 
 
-def _bias(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """The bias of a checked linear map in the arithmetic's dtype; zeros where it is None."""
+def _converted(x: Tensor, *weights: Tensor) -> list[Tensor]:
+    """Checked weights in the dtype of the arithmetic on x."""
     dtype = compute_dtype(x.dtype)
-    return x.new_zeros(weight.shape[:1], dtype=dtype) if bias is None else plain_tensor(bias, dtype)
+    return [plain_tensor(weight, dtype) for weight in weights]
+
+
+def _linear_map(x: Tensor, weight: Tensor, bias: Tensor | None) -> list[Tensor]:
+    """A checked weight and its bias, likewise; zeros where that is None."""
+    if bias is None:
+        bias = x.new_zeros(weight.shape[:1], dtype=compute_dtype(x.dtype))
+    return _converted(x, weight, bias)
 
 
 def _eps(eps: float) -> float:
@@ -339,25 +363,23 @@ def _beside(name: str, value: Tensor, x: Tensor) -> Tensor:
     return value
 
 
-def _vector(name: str, value: Tensor | None, length: int, x: Tensor) -> Tensor:
-    """``value`` (length) in the arithmetic's dtype; zeros where it is None."""
+def _check_vector(name: str, value: Tensor | None, length: int, x: Tensor) -> None:
     if value is None:
-        return x.new_zeros((length,), dtype=compute_dtype(x.dtype))
+        return
     value = tensor(name, value, f"({length})", 1, 1, x.device)
     if value.shape[0] != length:
         raise ValueError(f"{name} must have {length} entries, got shape {tuple(value.shape)}")
-    return value.to(compute_dtype(x.dtype))
 
 
-def _linear_weights(
+def _check_linear_map(
     weight_name: str,
     weight: Tensor,
     bias_name: str,
     bias: Tensor | None,
     x: Tensor,
     shape: tuple[int, int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """W and b in the arithmetic's dtype, of that shape; None: of any number of rows, for x's channels."""
+) -> None:
+    """``shape``: W's; None: of any number of rows, for x's channels."""
     weight = tensor(weight_name, weight, "a matrix", 2, 2, x.device)
     rows, columns = (weight.shape[0], x.shape[1]) if shape is None else shape
     if tuple(weight.shape) != (rows, columns):
@@ -365,20 +387,17 @@ def _linear_weights(
         raise ValueError(f"{weight_name} must be {wanted}, got shape {tuple(weight.shape)}")
     if rows == 0:
         raise ValueError(f"{weight_name} must have a row, got shape {tuple(weight.shape)}")
-    return weight.to(compute_dtype(x.dtype)), _vector(bias_name, bias, rows, x)
+    _check_vector(bias_name, bias, rows, x)
 
 
-def _norm_weights(
-    weight_name: str, weight: Tensor, bias_name: str, bias: Tensor, x: Tensor
-) -> tuple[Tensor, Tensor]:
+def _check_norm(weight_name: str, weight: Tensor, bias_name: str, bias: Tensor, x: Tensor) -> None:
     for name, value in ((weight_name, weight), (bias_name, bias)):
         if value is None:
             raise TypeError(f"{name} must be a torch.Tensor, got NoneType")
-    return _vector(weight_name, weight, x.shape[1], x), _vector(bias_name, bias, x.shape[1], x)
+        _check_vector(name, value, x.shape[1], x)
 
 
-def _kernel(name: str, value: Tensor, x: Tensor, layout: str) -> Tensor:
+def _check_kernel(name: str, value: Tensor, x: Tensor, layout: str) -> None:
     weight = tensor(name, value, f"{layout}, one k for each spatial axis of x", x.dim(), x.dim(), x.device)
     if 0 in weight.shape:
         raise ValueError(f"{name} must have no axis of size 0, got shape {tuple(weight.shape)}")
-    return weight.to(compute_dtype(x.dtype))
