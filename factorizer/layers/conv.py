@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
@@ -32,9 +31,9 @@ class _BlockwiseConv(nn.Module):
         kernel = conv.kernel_size
         blocks = x.ndim == len(kernel) + 2 and _takes_blocks(conv)
         if not blocks or any(s % k for s, k in zip(x.shape[2:], kernel, strict=True)):
-            size = 4 * x[:, :1].numel() * conv.out_channels
+            size = x[:, :1].nbytes * conv.out_channels
             if x.ndim == len(kernel) + 2 and _takes_planes(conv) and worth_slabs(size, x):
-                return convolve(x, conv, _FUNCTIONS[len(kernel)])
+                return convolve(x, conv)
             return super().forward(x)
         check_dtype(x, conv.weight)
         if all(k == 1 for k in kernel):
@@ -60,9 +59,6 @@ CONV_TRANSPOSE: dict[int, type[nn.Module]] = {
     2: nn.ConvTranspose2d,
     3: nn.ConvTranspose3d,
 }
-
-
-_FUNCTIONS: dict[int, Callable[..., Tensor]] = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 def _takes_planes(conv: Any) -> bool:

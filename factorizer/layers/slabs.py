@@ -11,22 +11,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from factorizer_kernels.shared.checks import plain
+
 SLAB_BYTES = 2**24  # of a slab, about: it stays in a large cache
 LARGE = 2**27  # bytes of a map from which on it is computed in slabs
 
 
 def worth_slabs(num_bytes: int, x: Tensor) -> bool:
     """Whether a map of so many bytes, computed from x, is to be computed slab by slab: in plain calls on a
-    CPU alone, where nothing is differentiated, compiled or recorded."""
+    CPU alone, where nothing is differentiated, compiled or watched."""
     return (
         num_bytes >= LARGE
         and x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
-        and not torch.jit.is_tracing()
-        and not torch._C._are_functorch_transforms_active()
-        and torch._C._len_torch_dispatch_stack() == 0
+        and plain((x,))
     )
 
 
@@ -43,21 +42,20 @@ def plane_bytes(x: Tensor) -> int:
     return x.numel() * x.element_size() // max(x.shape[2], 1)
 
 
-def convolve(x: Tensor, conv: Any, convolution: Callable[..., Tensor]) -> Tensor:
+def convolve(x: Tensor, conv: Any) -> Tensor:
     """A convolution of torch, of stride and dilation 1, on x (B, C, S1..Sp).
 
     Whole, oneDNN would hold the result twice, in its own order and in torch's.
 
     Args:
         conv: the module, whose padding is a number of zeros for each axis.
-        convolution: that of `torch.nn.functional` for its number of axes.
     """
     reach, kernel, length = conv.padding[0], conv.kernel_size[0], x.shape[2]
     planes = length + 2 * reach - kernel + 1
     # By name: for a small part torch would take its own slow one, which runs on one thread.
     by_name = x.dim() == 5 and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     y: Tensor | None = None
-    for begin, end in slabs(0, planes, 4 * x[:, :1, :1].numel() * conv.out_channels):
+    for begin, end in slabs(0, planes, plane_bytes(x[:, :1]) * conv.out_channels):
         first, last = begin - reach, end - reach + kernel - 1
         part = x[:, :, max(first, 0) : min(last, length)]
         missing = [0] * (2 * (x.dim() - 3)) + [max(-first, 0), max(last - length, 0)]
@@ -69,7 +67,9 @@ def convolve(x: Tensor, conv: Any, convolution: Callable[..., Tensor]) -> Tensor
                 *inputs, around, conv.stride, conv.dilation, conv.groups
             )
         else:
-            values = convolution(*inputs, padding=around, groups=conv.groups)
+            values = torch.convolution(
+                *inputs, conv.stride, around, conv.dilation, False, conv.output_padding, conv.groups
+            )
         if y is None:
             y = values.new_empty(*values.shape[:2], planes, *values.shape[3:])
         y[:, :, begin:end] = values

@@ -14,6 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from factorizer_kernels.shared import registry
+from factorizer_kernels.shared.checks import plain
 
 _WAY_OUT = 'inside factorizer_kernels.use_backend("reference") it is plain PyTorch, and'
 
@@ -61,7 +62,7 @@ def over(memory: Tensor | None, name: str, operator: Callable, *arguments) -> Te
         memory is None
         or type(memory) is not Tensor
         or not memory.is_contiguous()
-        or not registry.plain(arguments)
+        or not plain(arguments)
         or differentiated(arguments)
     ):
         return operator(*arguments)

@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from factorizer_kernels.shared.dtypes import DTYPES
 
@@ -121,15 +122,41 @@ def one_of(name: str, value: Any, allowed: tuple) -> Any:
     return value
 
 
+_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+
+
+def plain(arguments: tuple) -> bool:
+    """Whether a call is nothing but a call: not compiled, traced, transformed, watched or of a subclass."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._is_tracing()
+        or torch._C._len_torch_dispatch_stack()
+        or torch._C._len_torch_function_stack()
+        or torch._C._are_functorch_transforms_active()
+        or torch.autograd._profiler_enabled()
+        or forward_ad._current_level >= 0
+    ):
+        return False
+    for a in arguments:
+        # A view may have the opposite sign of what its memory holds, or be zeros without any memory; and in a
+        # backward pass a tensor of a transform may come without the transform.
+        if isinstance(a, Tensor) and (
+            type(a) not in _PLAIN_TENSORS
+            or a.is_neg()
+            or a._is_zerotensor()
+            or torch._C._functorch.is_functorch_wrapped_tensor(a)
+        ):
+            return False
+    return True
+
+
 def plain_tensor(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """x without a subclass that only adds to the data, such as MONAI's MetaTensor; in ``dtype`` unless None.
 
     It would run its own functions again at every operation. A subclass with a dispatch of its own, such as a
     tracer's, stays what it is.
     """
-    if type(x) not in (Tensor, torch.nn.Parameter) and (
-        type(x).__torch_dispatch__ is Tensor.__torch_dispatch__
-    ):
+    if type(x) not in _PLAIN_TENSORS and (type(x).__torch_dispatch__ is Tensor.__torch_dispatch__):
         x = x.as_subclass(Tensor)
     return x if dtype is None or x.dtype == dtype else x.to(dtype)
 

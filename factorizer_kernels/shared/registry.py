@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
+
+from factorizer_kernels.shared.checks import plain
 
 _LIBRARY = torch.library.Library("factorizer_kernels", "DEF")
 
@@ -29,7 +30,6 @@ class Kernel(NamedTuple):
 
 _KERNELS: dict[tuple[str, str], Kernel] = {}
 _NAMES: dict[torch._ops.OpOverload, str] = {}
-_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
 
 
 def define(name: str, schema: str, fake: Callable, vmap: Callable) -> torch._ops.OpOverload:
@@ -69,31 +69,6 @@ def call(operator: torch._ops.OpOverload, *arguments: Any) -> Any:
     *others, backend = arguments
     outputs = _KERNELS[_NAMES[operator], backend].function(*others)
     return outputs if isinstance(outputs, Tensor) else tuple(outputs)
-
-
-def plain(arguments: tuple) -> bool:
-    """Whether a call is nothing but a call: not compiled, traced, transformed, watched or of a subclass."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._is_tracing()
-        or torch._C._len_torch_dispatch_stack()
-        or torch._C._len_torch_function_stack()
-        or torch._C._are_functorch_transforms_active()
-        or torch.autograd._profiler_enabled()
-        or forward_ad._current_level >= 0
-    ):
-        return False
-    for a in arguments:
-        # A view may have the opposite sign of what its memory holds, or be zeros without any memory; and in a
-        # backward pass a tensor of a transform may come without the transform.
-        if isinstance(a, Tensor) and (
-            type(a) not in _PLAIN_TENSORS
-            or a.is_neg()
-            or a._is_zerotensor()
-            or torch._C._functorch.is_functorch_wrapped_tensor(a)
-        ):
-            return False
-    return True
 
 
 def never(x: Tensor, sizes: Any) -> None:
