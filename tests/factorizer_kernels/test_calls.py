@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import factorizer_kernels as fk
 from factorizer_kernels.ops.nmf import spec
-from factorizer_kernels.shared import checks, native, registry
+from factorizer_kernels.shared import checks, native
 
 needs_cpu = pytest.mark.skipif(native.missing is not None, reason="no compiled module")
 
