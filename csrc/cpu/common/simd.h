@@ -35,6 +35,16 @@ inline void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
+// A vector that stays in a register: GCC for AVX-512 would load it again for each multiply-add that uses it.
+template <class T>
+FK_INLINE Vec<T> load_once(const T* p) {
+  Vec<T> v = load(p);
+#if defined(__x86_64__)
+  __asm__("" : "+v"(v));
+#endif
+  return v;
+}
+
 // Pairwise, so that the error grows with the logarithm of the width.
 template <class T>
 inline T sum(Vec<T> v) {

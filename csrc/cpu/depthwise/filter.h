@@ -70,7 +70,7 @@ FK_INLINE void filter_block(const T* in, i64 step, const Taps<T>& taps, T* out, 
     for (int i = 0; i < R + K - 1; ++i, row += step) {
 #pragma GCC unroll 8
       for (int v = 0; v < V; ++v) {
-        const Vec<T> x = load(row + v * width);
+        const Vec<T> x = load_once(row + v * width);
 #pragma GCC unroll 8
         for (int k = 0; k < K; ++k) {
           if (0 <= i - k && i - k < R) sums[i - k][v] += w[k] * x;
@@ -136,13 +136,13 @@ FK_INLINE void correlate_block(const T* x, i64 x_step, const T* dy, i64 step, co
   for (i64 n = 0; n < length; n += Simd<T>::width) {
     Vec<T> xs[R];
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) xs[r] = load(x + r * x_step + n);
+    for (int r = 0; r < R; ++r) xs[r] = load_once(x + r * x_step + n);
     const T* row = dy + n;
 #pragma GCC unroll 16
     for (int i = 0; i < R + K - 1; ++i, row += step) {
 #pragma GCC unroll 8
       for (int d = 0; d < D; ++d) {
-        const Vec<T> value = load(row + offsets[d]);
+        const Vec<T> value = load_once(row + offsets[d]);
 #pragma GCC unroll 8
         for (int k = 0; k < K; ++k) {
           if (0 <= i - k && i - k < R) sums[d][k] += xs[i - k] * value;
