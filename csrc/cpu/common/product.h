@@ -15,8 +15,7 @@
 //   - No allocation, no threads: the caller brings the memory and cuts the columns. 64 to 256 columns are a
 //     good tile, 32 rows and more are what registers are used well with.
 //   - Rows of a tile should lie an odd number of cache lines apart (row_stride): at a power of two they fall
-//   into a
-//     few sets of the cache and evict one another.
+//     into a few sets of the cache and evict one another.
 #pragma once
 
 #include <cstdint>

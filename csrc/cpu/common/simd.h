@@ -35,7 +35,7 @@ inline void store(T* p, Vec<T> v) {
   __builtin_memcpy(p, &v, sizeof(v));
 }
 
-// A vector that stays in a register: GCC for AVX-512 would load it again for each multiply-add that uses it.
+// A vector that stays in a register: GCC would load it again for each multiply-add that uses it.
 template <class T>
 FK_INLINE Vec<T> load_once(const T* p) {
   Vec<T> v = load(p);
