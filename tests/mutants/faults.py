@@ -8,6 +8,7 @@ KERNELS = (
     "tests/factorizer_kernels/test_swin_nmf.py",
     "tests/factorizer_kernels/test_nmf.py",
 )
+NMF = ("tests/factorizer_kernels/test_nmf.py",)
 PRODUCT = ("tests/factorizer_kernels/test_product.py",)
 DEPTHWISE = ("tests/factorizer_kernels/test_depthwise.py",)
 POINTWISE = ("tests/factorizer_kernels/test_pointwise.py",)
@@ -80,7 +81,7 @@ FAULTS = (
     ),
     Fault(
         "product with a transpose: a block of columns begins anew", _PRODUCT,
-        "{accumulate || n > 0});", "{accumulate});", PRODUCT,
+        "{accumulate || n > 0});", "{accumulate});", NMF,
     ),
     Fault(
         "product with a transpose: the last section's share", "csrc/cpu/product/product.cpp",
@@ -101,55 +102,56 @@ FAULTS = (
     Fault(
         "iterations: a section's second tile begins its sums anew", _NMF + "iterations.h",
         "return tile > tiles_.sections.begin(section);", "return tile > tiles_.sections.begin(section) + 1;",
+        NMF,
     ),
     Fault(
         "iterations: the gradient of V lacks the Gram matrix' part", _NMF + "iterations.h",
-        "add_gram_gradient({db_, gram_stride_}, v_at(t, tile), dv(tile), length);", "",
+        "add_gram_gradient({db_, gram_stride_}, v_at(t, tile), dv(tile), length);", "", NMF,
     ),
     Fault(
         "iterations: every part of U takes the first one's sums", _NMF + "iterations.h",
         "sums_.add(tiles_.sections.count, part * u_part * gram_stride_, valid",
-        "sums_.add(tiles_.sections.count, 0, valid",
+        "sums_.add(tiles_.sections.count, 0, valid", NMF,
     ),
     Fault(
         "iterations: the gradient of x lacks the last iterations' V", _NMF + "iterations.h",
-        "multiply<T>(u, tile_row(tile, kept_ + 1), dx, length, {true});", "",
+        "multiply<T>(u, tile_row(tile, kept_ + 1), dx, length, {true});", "", NMF,
     ),
     Fault(
         "iterations: all steps keep U's denominator in one place", _NMF + "iterations.h",
-        "{u_work_ + step(t) * rank_ * rows_, rows_}", "{u_work_, rows_}",
+        "{u_work_ + step(t) * rank_ * rows_, rows_}", "{u_work_, rows_}", NMF,
     ),
     Fault(
         "iterations: all steps keep V's denominator in one place", _NMF + "iterations.h",
-        "2 * (kept_ + 1) + step(t))", "2 * (kept_ + 1))",
+        "2 * (kept_ + 1) + step(t))", "2 * (kept_ + 1))", NMF,
     ),
     Fault(
         "iterations: the second step's old factors have no gradient", _NMF + "iterations.h",
-        "reaches_old = t > first_ + 1 ||", "reaches_old = t > first_ + 2 ||",
+        "reaches_old = t > first_ + 1 ||", "reaches_old = t > first_ + 2 ||", NMF,
     ),
     Fault(
         "HALS in blocks: the components after the block", _NMF + "updates.h",
-        "multiply_components<T>(gram, first, count, first + count, rank, f, work, length, true);", "",
+        "multiply_components<T>(gram, first, count, first + count, rank, f, work, length, true);", "", NMF,
     ),
     Fault(
         "HALS in blocks, backward: the old components' gradient", _NMF + "updates.h",
-        "load(df[first + r] + n) - load(work[r] + n)", "load(df[first + r] + n) + load(work[r] + n)",
+        "load(df[first + r] + n) - load(work[r] + n)", "load(df[first + r] + n) + load(work[r] + n)", NMF,
     ),
     Fault(
         "MU at large ranks, backward: the denominator's gradient", _NMF + "updates.h",
-        "store(work[r] + n, -dp * load(f_new[r] + n));", "store(work[r] + n, dp * load(f_new[r] + n));",
+        "store(work[r] + n, -dp * load(f_new[r] + n));", "store(work[r] + n, dp * load(f_new[r] + n));", NMF,
     ),
     Fault(
         "updates: the Gram matrix' gradient is not made symmetric", _NMF + "updates.h",
-        "-dgram[j][r] : dgram[j][r] + dgram[r][j];", "-dgram[j][r] : 2 * dgram[j][r];",
+        "-dgram[j][r] : dgram[j][r] + dgram[r][j];", "-dgram[j][r] : 2 * dgram[j][r];", NMF,
     ),
     Fault(
         "updates: the old components stand for the new ones", _NMF + "updates.h",
-        "multiply_by_transpose<T>(rank, dc, rank, f_new,", "multiply_by_transpose<T>(rank, dc, rank, f,",
+        "multiply_by_transpose<T>(rank, dc, rank, f_new,", "multiply_by_transpose<T>(rank, dc, rank, f,", NMF,
     ),
     Fault(
         "long matrices: where a tile of a long line begins", _NMF + "tiles.h",
-        "* line + tile % tiles_per_line * voxels;", "* line + tile * voxels;",
+        "* line + tile % tiles_per_line * voxels;", "* line + tile * voxels;", NMF,
     ),
     Fault(
         "tiles: zeros of x keep their gradient under a ReLU", _NMF + "tiles.h",
