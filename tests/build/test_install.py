@@ -211,7 +211,7 @@ def test_without_a_compiler(tmp_path):
 
 
 def test_left_out_on_request(installed, tree, tmp_path):
-    """Also where the build folder holds the compiled module of an earlier build, and a source that is gone."""
+    """Also where the build folder holds an earlier build's compiled module, and a source that is gone."""
     (module,) = tree.glob("build/lib*/factorizer_kernels/_native.*")
     gone = module.with_name("gone.py")
     gone.touch()
