@@ -198,6 +198,8 @@ class Wheel(bdist_wheel):
     """Tags the wheel for this platform only if there is a native module in it."""
 
     def run(self):
+        # What an earlier build of this folder gathered may be gone from the sources.
+        shutil.rmtree(self.get_finalized_command("build").build_lib, ignore_errors=True)
         self.run_command("build")
         self.root_is_pure = not self.distribution.has_ext_modules()
         super().run()

@@ -4,6 +4,8 @@ The names below are imported at their first use: `import factorizer` alone loads
 the command line answers at once.
 """
 
+import getpass
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +52,13 @@ __all__ = [
     "set_num_iters",
     "set_rank",
 ]
+
+
+# MONAI asks for the user's name when it is imported, and fails where the user id has none, as in containers.
+try:
+    getpass.getuser()
+except (ImportError, KeyError, OSError):  # Windows without USERNAME; before Python 3.13; since
+    os.environ["USER"] = "unknown"
 
 
 def __getattr__(name: str) -> Any:

@@ -211,12 +211,15 @@ def test_without_a_compiler(tmp_path):
 
 
 def test_left_out_on_request(installed, tree, tmp_path):
-    """Also where the build folder holds the module of an earlier build."""
-    assert list(tree.glob("build/lib*/factorizer_kernels/_native.*"))
+    """Also where the build folder holds an earlier build's compiled module, and a source that is gone."""
+    (module,) = tree.glob("build/lib*/factorizer_kernels/_native.*")
+    gone = module.with_name("gone.py")
+    gone.touch()
     done = build_wheel(tree, tmp_path, FACTORIZER_KERNELS_NATIVE=0)
     assert done.returncode == 0, done.stdout
     (wheel,) = tmp_path.glob("*-py3-none-any.whl")
-    assert not any("/_native." in name for name in zipfile.ZipFile(wheel).namelist())
+    names = zipfile.ZipFile(wheel).namelist()
+    assert not any("/_native." in name or name.endswith("/gone.py") for name in names)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """The command line itself: what it loads, and how it ends."""
 
+import os
 import subprocess
 import sys
 
@@ -57,3 +58,24 @@ def test_an_error_of_a_worker_is_told_without_its_traceback(capsys):
         raise DataError(f"{text}factorizer.segmentation.errors.DataError: a.nii: not readable\n")
     assert end.value.exit_code == 2
     assert capsys.readouterr().err == "a.nii: not readable\n"
+
+
+def test_a_user_without_a_name():
+    """As in a container run with --user: MONAI asks for the name when it is imported."""
+    code = (
+        "import os, sys\n"
+        "def unknown(uid): raise KeyError(f'getpwuid(): uid not found: {uid}')\n"
+        "try:\n"
+        "    import pwd\n"
+        "    pwd.getpwuid = unknown\n"
+        "except ImportError: pass\n"  # Windows has no names but those of the environment
+        "from factorizer import segment\n"
+        "import factorizer.commands.demo.run\n"
+    )
+    environment = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("LOGNAME", "USER", "LNAME", "USERNAME")
+    }
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
