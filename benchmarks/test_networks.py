@@ -18,6 +18,7 @@ from .harness import (
     FUSED,
     Contender,
     Effort,
+    Function,
     Under,
     assert_close,
     cases,
@@ -26,6 +27,7 @@ from .harness import (
     matmul_precision,
     parameters,
 )
+from .runtimes import in_runtime
 
 IN, OUT = 4, 3
 _SIDES = {"tiny": 32, "default": 64, "paper": 128}
@@ -34,13 +36,14 @@ _CHECKED_SIDE = 32  # the network is checked on a corner: in float64 the whole w
 
 @dataclass(frozen=True)
 class Volume:
-    """An image (1, IN, side, side, side)."""
+    """Images (batch, IN, side, side, side)."""
 
     side: int
+    batch: int = 1
 
     def input(self) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        return torch.randn(1, IN, *[self.side] * 3, generator=generator).to(DEVICE)
+        return torch.randn(self.batch, IN, *[self.side] * 3, generator=generator).to(DEVICE)
 
     def _corner(self) -> Tensor:
         return self.input()[(..., *[slice(_CHECKED_SIDE)] * 3)]
@@ -61,17 +64,22 @@ class Volume:
     def describe(self, network: nn.Module) -> dict:
         """FLOPs are those that PyTorch counts: of matrix products, convolutions and attention. An operator
         with kernels counts as the reference's products."""
+        if not isinstance(network, nn.Module):  # a runtime's: PyTorch sees nothing of it
+            return {"voxels": self.batch * self.side**3}
         plain = Under("reference", network.function if isinstance(network, Under) else network).eval()
         with FlopCounterMode(display=False) as counter, torch.no_grad():
             plain(self.input())
         return {
-            "voxels": self.side**3,
+            "voxels": self.batch * self.side**3,
             "parameters": sum(p.numel() for p in parameters(network)),
             "flops": counter.get_total_flops(),
         }
 
 
-def _factorizer(name: str, backend: str = FUSED) -> Callable[[Volume, Effort], nn.Module]:
+Build = Callable[[Volume, Effort], nn.Module]
+
+
+def _factorizer(name: str, backend: str = FUSED) -> Build:
     def build(problem: Volume, effort: Effort) -> nn.Module:
         torch.manual_seed(0)
         network = factorizer.preset(name, in_channels=IN, out_channels=OUT, spatial_size=[problem.side] * 3)
@@ -80,7 +88,7 @@ def _factorizer(name: str, backend: str = FUSED) -> Callable[[Volume, Effort], n
     return build
 
 
-def _monai(build: Callable[[int], nn.Module], smallest: int = 16) -> Callable[[Volume, Effort], nn.Module]:
+def _monai(build: Callable[[int], nn.Module], smallest: int = 16) -> Build:
     def sized(problem: Volume, effort: Effort) -> nn.Module:
         if problem.side < smallest:
             pytest.skip(f"needs {extent(smallest)} voxels")
@@ -96,6 +104,18 @@ _DYNUNET = {
     "res_block": True,
 }
 
+_unet = _monai(lambda side: UNet(3, IN, OUT, (32, 64, 128, 256, 512), (2, 2, 2, 2)), 32)
+
+
+def _exported(name: str, build: Build) -> Callable[[Volume, Effort], Function]:
+    def exported(problem: Volume, effort: Effort) -> Function:
+        if DEVICE.type != "cpu":
+            pytest.skip("on a CPU alone")
+        return in_runtime(name, build(problem, effort), problem.input())
+
+    return exported
+
+
 # The sizes that MONAI's networks have in the literature on brain tumours.
 CONTENDERS = (
     Contender("ours", _factorizer("swin-brats"), FUSED),
@@ -104,18 +124,26 @@ CONTENDERS = (
         Contender(f"ours, {name}", _factorizer(name), FUSED, ("forward",))
         for name in ("local-brats", "global-brats", "swin-isles22")
     ),
-    Contender("UNet", _monai(lambda side: UNet(3, IN, OUT, (32, 64, 128, 256, 512), (2, 2, 2, 2)), 32)),
+    Contender("UNet", _unet),
     Contender("SegResNet-16", _monai(lambda side: SegResNet(3, 16, IN, OUT))),
     Contender("SegResNet", _monai(lambda side: SegResNet(3, 32, IN, OUT))),
     Contender("DynUNet", _monai(lambda side: DynUNet(3, IN, OUT, **_DYNUNET))),
     Contender("UNETR", _monai(lambda side: UNETR(IN, OUT, side))),
     Contender("SwinUNETR", _monai(lambda side: SwinUNETR(IN, OUT, feature_size=48), 64)),
+    *(
+        Contender(f"{network} in {label}", _exported(name, build), modes=("forward",))
+        for label, name in (("ONNX Runtime", "onnxruntime"), ("OpenVINO", "openvino"))
+        for network, build in (("UNet", _unet), ("reference", _factorizer("swin-brats", "reference")))
+    ),
 )
 
 
 def cases_of(size):
     side = _SIDES[size]
-    return cases("network", [(extent(side), Volume(side))], CONTENDERS, ("forward", "training step"))
+    single = [(extent(side), Volume(side))]
+    pair = [(f"batch 2, {extent(side)}", Volume(side, 2))]
+    both = cases("network", single, CONTENDERS, ("forward", "training step"))
+    return both + cases("network", pair, CONTENDERS, ("forward",))
 
 
 def test_networks(replay):

@@ -21,6 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from triton.runtime import JITFunction
 
+# The kernels, which a PyTorch without CUDA leaves out.
+import factorizer_kernels.ops.depthwise.triton
+import factorizer_kernels.ops.nmf.triton
+import factorizer_kernels.ops.pointwise.triton
+import factorizer_kernels.ops.swin_nmf.triton
+import factorizer_kernels.ops.windows.triton  # noqa: F401
 from factorizer.models import PRESETS, preset
 from factorizer_kernels import choice
 from factorizer_kernels.shared import registry

@@ -233,3 +233,22 @@ def test_revisions_are_compared_in_turn_and_only_where_they_agree(monkeypatch):
         (Worker([9, float("nan"), 1.0]), "the results differ: 5, nan"),
     ):
         assert revisions.compare((old, other), "case", False, 3) == ["", "", told]
+
+
+def test_a_runtime_that_computes_something_else_is_refused(monkeypatch):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    from benchmarks import runtimes
+
+    network, x = torch.nn.Conv3d(1, 2, 3), torch.randn(1, 1, 5, 6, 7)
+    function = runtimes.in_runtime("onnxruntime", network, x)
+    torch.testing.assert_close(function(x), network(x).detach(), rtol=1e-4, atol=1e-5)
+    load = runtimes._LOADERS["onnxruntime"]
+
+    def wrong(path):
+        right = load(path)
+        return lambda x: 1.001 * right(x)
+
+    monkeypatch.setitem(runtimes._LOADERS, "onnxruntime", wrong)
+    with pytest.raises(pytest.fail.Exception, match="wrong, so not timed: the result of onnxruntime is 1"):
+        runtimes.in_runtime("onnxruntime", network, x)

@@ -17,7 +17,7 @@ from .mixer import FactMixer
 from .mlp import MLP
 from .norm import LayerNorm
 from .parts import Part, build, has_hooks
-from .slabs import filter_in_place, plane_bytes, slabs, worth_slabs
+from .slabs import filter_in_place, plane_bytes, slabs
 
 #: The modules of a block whose arithmetic the pointwise chains of `factorizer_kernels` have.
 _CHAINED = {LayerNorm, nn.LayerNorm, Linear, nn.Conv1d, MLP, nn.Sequential, nn.GELU, nn.Dropout}
@@ -77,7 +77,7 @@ class FactorizerBlock(nn.Module):
 
         `overwrite`: nobody reads x afterwards, so that its memory may be used.
         """
-        if overwrite and x.is_contiguous() and worth_slabs(x.nbytes, x) and self._takes_slabs(x):
+        if overwrite and x.is_contiguous() and self._takes_slabs(x):
             return self._in_slabs(x)
         spare = None
         if self.local is not None:
@@ -102,7 +102,7 @@ class FactorizerBlock(nn.Module):
     def _takes_slabs(self, x: Tensor) -> bool:
         local = self.local
         filters = local is None or not (has_hooks(local) or has_hooks(local.conv))
-        return self.fused and filters and self.fact.takes_slabs(x.shape[2:])
+        return self.fused and filters and self.fact.takes_slabs(x)
 
     def _in_slabs(self, x: Tensor) -> Tensor:
         """`forward` in x's own memory."""

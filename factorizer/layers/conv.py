@@ -16,7 +16,7 @@ from .checks import check_dtype
 from .linear import Linear
 from .norm import LayerNorm
 from .parts import has_hooks
-from .slabs import convolve, worth_slabs
+from .slabs import convolve, plain_on_cpu
 
 
 class _BlockwiseConv(nn.Module):
@@ -31,8 +31,7 @@ class _BlockwiseConv(nn.Module):
         kernel = conv.kernel_size
         blocks = x.ndim == len(kernel) + 2 and _takes_blocks(conv)
         if not blocks or any(s % k for s, k in zip(x.shape[2:], kernel, strict=True)):
-            size = x[:, :1].nbytes * conv.out_channels
-            if x.ndim == len(kernel) + 2 and _takes_planes(conv) and worth_slabs(size, x):
+            if x.ndim == len(kernel) + 2 and _takes_planes(conv) and plain_on_cpu(x):
                 return convolve(x, conv)
             return super().forward(x)
         check_dtype(x, conv.weight)

@@ -18,7 +18,7 @@ from .linear import Linear
 from .matricize import Matricize, SWMatricize
 from .parts import Part, build, has_hooks
 from .resize import crop_to, pad_to, resample
-from .slabs import plane_bytes, slabs
+from .slabs import plane_bytes, slabs, worth_slabs
 
 PATCHES = 4  # windows of a slab along its first axis, at least: one more is computed twice
 SLAB_BYTES = 2**26  # and its bytes, about, where that is more
@@ -120,10 +120,16 @@ class FactMixer(nn.Module):
         y, x = fk.norm_linear(x, *weights, eps=eps, residual=True)
         return self.mix(y), x
 
-    def takes_slabs(self, size: Sequence[int]) -> bool:
-        """Whether `mix_slabs` takes a map of this spatial size: there are several slabs in it."""
-        windows = self.reshape.window_options["patch_size"] is not None if self.fused else False
-        return windows and size[0] > PATCHES * self.reshape.window_size(size)[0]
+    def takes_slabs(self, x: Tensor) -> bool:
+        """Whether `mix_slabs` takes a map, and it is worth it: there are several slabs in it.
+
+        One that windows do not divide would exist twice, as it is and completed.
+        """
+        if not self.fused or self.reshape.window_options["patch_size"] is None:
+            return False
+        size = tuple(x.shape[2:])
+        copies = 1 if tuple(self.reshape.fitted_size(size)) == size else 2
+        return worth_slabs(copies * x.nbytes, x) and size[0] > PATCHES * self.reshape.window_size(size)[0]
 
     def mix_slabs(
         self, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float
@@ -192,8 +198,9 @@ class FactMixer(nn.Module):
     def _fused(self, x: Tensor) -> Tensor:
         size = x.shape[2:]
         factors, options = self._operator(x)
-        x = pad_to(x, self.reshape.fitted_size(size))
-        return crop_to(fk.swin_nmf(x, *factors, **options), size)
+        padded = pad_to(x, self.reshape.fitted_size(size))
+        y = fk.swin_nmf(padded, *factors, **options, overwrite=None if padded is x else padded)
+        return crop_to(y, size)
 
     def _operator(self, x: Tensor) -> tuple[tuple[Tensor, Tensor], dict[str, Any]]:
         """u0 and v0, and the options of `factorizer_kernels.swin_nmf`, for x or what it is padded to."""

@@ -19,10 +19,14 @@ LARGE = 2**27  # bytes of a map from which on it is computed in slabs
 
 def worth_slabs(num_bytes: int, x: Tensor) -> bool:
     """Whether a map of so many bytes, computed from x, is to be computed slab by slab: in plain calls on a
-    CPU alone, where nothing is differentiated, compiled or watched."""
+    CPU alone."""
+    return num_bytes >= LARGE and plain_on_cpu(x)
+
+
+def plain_on_cpu(x: Tensor) -> bool:
+    """Whether x is on a CPU, and nothing that is computed from it is differentiated, compiled or watched."""
     return (
-        num_bytes >= LARGE
-        and x.device.type == "cpu"
+        x.device.type == "cpu"
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
         and plain((x,))
@@ -43,17 +47,17 @@ def plane_bytes(x: Tensor) -> int:
 
 
 def convolve(x: Tensor, conv: Any) -> Tensor:
-    """A convolution of torch, of stride and dilation 1, on x (B, C, S1..Sp).
+    """A convolution of torch, of stride and dilation 1, on x (B, C, S1..Sp), in a plain call on a CPU.
 
-    Whole, oneDNN would hold the result twice, in its own order and in torch's.
+    A large result comes slab by slab: whole, oneDNN would hold it twice, in its own order and in torch's.
 
     Args:
         conv: the module, whose padding is a number of zeros for each axis.
     """
     reach, kernel, length = conv.padding[0], conv.kernel_size[0], x.shape[2]
     planes = length + 2 * reach - kernel + 1
-    # By name: for a small part torch would take its own slow one, which runs on one thread.
-    by_name = x.dim() == 5 and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    if x[:, :1].nbytes * conv.out_channels < LARGE:
+        return _convolved(x, conv, conv.padding)
     y: Tensor | None = None
     for begin, end in slabs(0, planes, plane_bytes(x[:, :1]) * conv.out_channels):
         first, last = begin - reach, end - reach + kernel - 1
@@ -61,20 +65,22 @@ def convolve(x: Tensor, conv: Any) -> Tensor:
         missing = [0] * (2 * (x.dim() - 3)) + [max(-first, 0), max(last - length, 0)]
         if any(missing):
             part = torch.nn.functional.pad(part, missing)
-        inputs, around = (part, conv.weight, conv.bias), (0, *conv.padding[1:])
-        if by_name:
-            values = torch.ops.aten.mkldnn_convolution(
-                *inputs, around, conv.stride, conv.dilation, conv.groups
-            )
-        else:
-            values = torch.convolution(
-                *inputs, conv.stride, around, conv.dilation, False, conv.output_padding, conv.groups
-            )
+        values = _convolved(part, conv, (0, *conv.padding[1:]))
         if y is None:
             y = values.new_empty(*values.shape[:2], planes, *values.shape[3:])
         y[:, :, begin:end] = values
     assert y is not None
     return y
+
+
+def _convolved(x: Tensor, conv: Any, padding: tuple[int, ...]) -> Tensor:
+    """oneDNN's convolution by name: for a small x torch takes its own, which runs on one thread and copies
+    the neighbours of every voxel."""
+    inputs, options = (x, conv.weight, conv.bias), (conv.stride, conv.dilation, conv.groups)
+    if x.dim() == 5 and x.dtype == torch.float32 and torch.backends.mkldnn.is_available():
+        return torch.ops.aten.mkldnn_convolution(*inputs, padding, *options)
+    stride, dilation, groups = options
+    return torch.convolution(*inputs, stride, padding, dilation, False, conv.output_padding, groups)
 
 
 def filter_in_place(x: Tensor, filtered: Callable[[Tensor], Tensor], reach: int) -> Tensor:

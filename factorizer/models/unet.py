@@ -62,7 +62,7 @@ class EncoderBlock(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Levels from coarse to fine; returns the output of each and the coarsest features, finest first.
+    """Levels from coarse to fine; returns the outputs of the finest, finest first.
 
     Consumes the list of the encoder's features, so that each is freed as soon as it is used.
     """
@@ -71,15 +71,17 @@ class Decoder(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(blocks)
 
-    def forward(self, features: list[Tensor], overwrite: bool = False) -> list[Tensor]:
-        """The encoder's features, finest first, to the output of each level, finest first.
+    def forward(self, features: list[Tensor], count: int, overwrite: bool = False) -> list[Tensor]:
+        """The encoder's features, finest first, to the outputs of the `count` finest levels, finest first;
+        that of the coarsest level is its features.
 
         `overwrite`: nobody else reads the features, or what is computed on the way.
         """
         outputs = [features.pop()]
-        options = (True,) if overwrite else ()
-        for block in self.blocks:
-            outputs.insert(0, block(outputs[0], features.pop(), *options))
+        block: Any
+        for level, block in zip(reversed(range(len(self.blocks))), self.blocks, strict=True):
+            maps = [outputs[0] if level + 1 < count else outputs.pop(0), features.pop()]
+            outputs.insert(0, block.take(maps, True) if overwrite else block(*maps))
         return outputs
 
 
@@ -95,18 +97,25 @@ class DecoderBlock(nn.Module):
         self.upsample = upsample
         self.block = block
 
-    def forward(self, x: Tensor, skip: Tensor, overwrite: bool = False) -> Tensor:
-        """x (B, C, S1..Sp) and the finer skip (B, width, T1..Tp) to (B, width, T1..Tp).
+    def forward(self, x: Tensor, skip: Tensor) -> Tensor:
+        """x (B, C, S1..Sp) and the finer skip (B, width, T1..Tp) to (B, width, T1..Tp)."""
+        return self.take([x, skip])
+
+    def take(self, maps: list[Tensor], overwrite: bool = False) -> Tensor:
+        """`forward` of [x, skip]; takes them out of the list, so that each is freed after its last use.
 
         `overwrite`: nobody else reads skip, or what is computed on the way.
         """
+        x, skip = maps
+        maps.clear()
         block: Any = self.block
         adapter: Any = getattr(block, "adapter", None)
-        if can_join(self.upsample, adapter) and not has_hooks(block):
-            if overwrite and type(block) is FactorizerStage and not _share_memory(x, skip):
-                return block.after_adapter(join(skip, x, self.upsample, adapter, True), True)
-            return block.after_adapter(join(skip, x, self.upsample, adapter))
-        return self.block(torch.cat([skip, self.upsample(x)], 1))
+        if not can_join(self.upsample, adapter) or has_hooks(block):
+            return block(torch.cat([skip, self.upsample(x)], 1))
+        overwrite = overwrite and type(block) is FactorizerStage and not _share_memory(x, skip)
+        y = join(skip, x, self.upsample, adapter, overwrite)
+        del x, skip
+        return block.after_adapter(y, True) if overwrite else block.after_adapter(y)
 
 
 class UNet(nn.Module):
@@ -242,8 +251,8 @@ class UNet(nn.Module):
         overwrite = self._unwatched() and not _share_memory(x, y)
         features = [y]
         del y
-        outputs = self.decoder(self.encoder(features.pop(), overwrite), overwrite)
         heads = self.heads if self.num_deep_supr else [self.head]
+        outputs = self.decoder(self.encoder(features.pop(), overwrite), len(heads), overwrite)
         logits = [
             crop_to(head(y), _divide_up(size, stride))
             for head, y, stride in zip(heads, outputs, self._strides, strict=False)

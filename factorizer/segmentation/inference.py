@@ -182,7 +182,7 @@ class Predictor:
         Where the memory of a GPU is too small for two windows at a time, they go one by one from then on;
         where it is too small for one, the rest of this volume goes through the CPU. Both are told.
         """
-        device = self.device
+        device, tidy = self.device, False
         run = mirrored(lambda x: self._forward(network, x, device), plan.flips if self.mirror else ())
 
         def fitting(x: Tensor) -> Tensor:
@@ -205,11 +205,24 @@ class Predictor:
                     network.to(device)
             return torch.cat([fitting(window) for window in x.split(1)])
 
+        def tidied(x: Tensor) -> Tensor:
+            # The first windows leave small blocks between their maps, so that the next maps would lie beside
+            # what these had: that goes back to the system, once for many windows.
+            nonlocal tidy
+            y = fitting(x)
+            if not tidy and device.type == "cpu":
+                give_back_freed_memory()
+            tidy = True
+            return y
+
         try:
             if self.whole:
                 yield fitting(image[None])[0]
             else:
-                yield from slide(fitting, image, plan.crop, axis=axis, batch_size=self.windows)
+                for chunk in slide(tidied, image, plan.crop, axis=axis, batch_size=self.windows):
+                    yield chunk
+                    del chunk
+                    tidy = False
         finally:
             if device != self.device:
                 network.to(self.device)

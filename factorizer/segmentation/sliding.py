@@ -88,6 +88,7 @@ def slide(
             for place, value in zip(places, values, strict=True):
                 sums[place] += value * weight
                 weights[place] += weight
+            del value, values  # before the next windows, among whose maps they would lie
         assert sums is not None
         finished = sums.narrow(dim, 0, end - begin) / weights.narrow(dim, 0, end - begin)
         # Without the zeros that were added; and the rest makes place for the next windows.
@@ -95,6 +96,7 @@ def slide(
             if missing[k]:
                 finished = finished.narrow(k + 1, first, length)
         yield finished
+        del finished
         for kept in (sums, weights):
             left = thickness - (end - begin)
             kept.narrow(dim, 0, left).copy_(kept.narrow(dim, end - begin, left).clone())

@@ -1,122 +1,26 @@
-"""What all launches of Triton kernels share: blocks, strides, the device, the compiled kernels.
-
-Triton finds a call's compiled kernel anew each time: it looks at every argument, and makes texts of what it
-sees. That takes several times as long as the launch, so `launch` remembers what Triton found. Its key
-says more of a call than Triton asks, so no two calls of one key have different kernels.
-"""
+"""Triton: whether its kernels can run here. Only then is it imported: it takes 0.2 s and 0.08 GB."""
 
 import os
-from collections.abc import Callable
-from typing import Any
 
 import torch
-from torch import Tensor
-
-try:
-    import triton
-    import triton.language as tl
-except ImportError as _error:
-    missing: str | None = f"Triton is missing ({_error}): pip install triton"
-else:
-    # Earlier ones fail in every kernel here: they know no tuples of blocks.
-    too_old = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4)
-    missing = (
-        f"Triton {triton.__version__} is too old: pip install 'triton>=3.4', which torch 2.8 and later bring"
-        if too_old
-        else None
-    )
 
 # Triton reads the variable when a kernel is decorated, so this is final once this module is imported.
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes", "y")
 
 
-def padded(extent: int) -> int:
-    """The block that holds ``extent`` elements: Triton's blocks are powers of two.
-
-    (This and `cdiv` are Triton's own on plain integers; those serve its compiler too, and take 20 times
-    as long.)
-    """
-    return 1 << (max(extent, 1) - 1).bit_length()
-
-
-def cdiv(extent: int, block: int) -> int:
-    """How many blocks hold ``extent`` elements."""
-    return -(-extent // block)
-
-
-def compute_type(x: Tensor) -> Any:
-    """Triton's name for the dtype of the arithmetic on x."""
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
-def product_precision() -> str:
-    """The precision of ``tl.dot`` for float32, after ``torch.get_float32_matmul_precision()``.
-
-    Torch's "highest" is three products of TF32, as exact as one of float32.
-    """
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
-
-
-def launch(kernel: Any, programs: int | tuple[int, ...], x: Tensor, *args: Any, **constants: Any) -> None:
-    """Start a kernel on x's device and that device's current stream.
-
-    Args:
-        args: those of the kernel that are not compile-time constants: tensors, numbers, tuples of integers.
-        constants: the others, and the compiler's options.
-    """
-    grid = programs if isinstance(programs, tuple) else (programs,)
-    if not all(grid):
-        return
-    device = cuda_index(x)
-    if device is None:  # interpreted, or counted
-        kernel[grid](*args, **constants, enable_fp_fusion=True)
-    elif device == torch.cuda.current_device():
-        _launch(kernel, grid, device, args, constants)
-    else:
-        with torch.cuda.device(device):
-            _launch(kernel, grid, device, args, constants)
-
-
-def cuda_index(x: Tensor) -> int | None:
-    """The number of x's CUDA device; None where it is on no such device."""
-    return x.device.index if x.is_cuda else None
-
-
-# (start, the constants, which come last) by the key of a launch. Any thread may add one.
-_LAUNCHES: dict[tuple, tuple[Callable[..., None], tuple]] = {}
-_MOST_LAUNCHES = 4096
-
-
-def _launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple, constants: dict[str, Any]) -> None:
-    """`launch` on the current device.
-
-    A kernel is compiled for the tensors' dtypes, for addresses that are multiples of 16, for integers that
-    are 1, or multiples of 16, or need 64 bits, and for the constants' values. The key has dtypes, addresses
-    modulo 16, numbers and constants as they are, and the types of all: 1 is not 1.0 there.
-    """
-    seen = [(a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else a for a in args]
-    key = (kernel.fn, grid, device, *seen, *map(type, args), *constants, *constants.values())
-    found = _LAUNCHES.get(key)
-    if found is not None:
-        start, behind = found
-        start(*args, *behind, stream=triton.runtime.driver.active.get_current_stream(device))
-        return
+def _why_missing() -> str | None:
+    if not (torch.backends.cuda.is_built() or INTERPRETED):
+        return f"PyTorch {torch.__version__} is built without CUDA"
     try:
-        # Fused multiply-adds are named so that the bits do not depend on Triton's default.
-        compiled = kernel[grid](*args, **constants, enable_fp_fusion=True)
-    except Exception as error:
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"factorizer_kernels, backend 'triton': {kernel.__name__} failed while a CUDA graph was "
-                "captured: make the same call once before, since the first one compiles and loads it"
-            ) from error
-        raise
-    if len(_LAUNCHES) >= _MOST_LAUNCHES:
-        _LAUNCHES.clear()
-    behind = tuple(constants[name] for name in kernel.arg_names[len(args) :])
-    _LAUNCHES[key] = compiled[(*grid, 1, 1)[:3]], behind
+        import triton
+        import triton.language
+    except ImportError as error:
+        return f"Triton is missing ({error}): pip install triton"
+    # Earlier ones fail in every kernel here: they know no tuples of blocks.
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+        old = f"Triton {triton.__version__} is too old"
+        return f"{old}: pip install 'triton>=3.4', which torch 2.8 and later bring"
+    return None
 
 
-def processors(x: Tensor) -> int:
-    """Multiprocessors of x's device; a few for the interpreter, so that its programs loop as on a device."""
-    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+missing = _why_missing()

@@ -16,9 +16,9 @@ import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels.ops.depthwise.spec import gradients_like, small_filters
+from factorizer_kernels.shared.launches import cdiv, compute_type, launch, padded
 from factorizer_kernels.shared.maps import spatial_3d, three_axes
 from factorizer_kernels.shared.registry import kernel
-from factorizer_kernels.shared.triton import cdiv, compute_type, launch, padded
 
 # Elements of a program's block, and the planes that it goes through.
 BLOCK = 512

@@ -20,9 +20,9 @@ from factorizer_kernels.ops.nmf.triton.problem import Problem, problem_of
 from factorizer_kernels.ops.windows.address import window_at
 from factorizer_kernels.ops.windows.geometry import Windows
 from factorizer_kernels.ops.windows.triton import blocks
+from factorizer_kernels.shared.launches import cdiv, launch
 from factorizer_kernels.shared.maps import spatial_3d
 from factorizer_kernels.shared.registry import kernel
-from factorizer_kernels.shared.triton import cdiv, launch
 
 
 @triton.jit

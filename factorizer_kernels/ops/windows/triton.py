@@ -8,9 +8,9 @@ from torch import Tensor
 
 from factorizer_kernels.ops.windows.address import column_offsets, row_offsets, window_at, window_of
 from factorizer_kernels.ops.windows.geometry import Windows
+from factorizer_kernels.shared.launches import cdiv, compute_type, launch, padded
 from factorizer_kernels.shared.maps import spatial_3d
 from factorizer_kernels.shared.registry import kernel
-from factorizer_kernels.shared.triton import cdiv, compute_type, launch, padded
 
 # Elements and rows of one program's block, at most.
 BLOCK_ELEMENTS = 4096

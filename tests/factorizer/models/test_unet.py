@@ -1,5 +1,7 @@
 """The U-net with stages of any kind."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -10,6 +12,8 @@ from factorizer import (
     SWMatricize,
     UNet,
 )
+from factorizer.layers.block import FactorizerStage
+from factorizer.models.unet import DecoderBlock
 
 SWIN = (SWMatricize, {"head_dim": 4, "patch_size": 4})
 
@@ -122,6 +126,31 @@ def test_one_level():
     network = Factorizer(2, 3, (8, 8), (1,), (8,), strides=(1,), decoder_depth=(), reshape=SWIN)
     assert network(torch.randn(1, 2, 8, 8)).shape == (1, 3, 8, 8)
     assert "encoder.blocks.0.block.pos_embed.pos" in network.state_dict()
+
+
+def test_inference_frees_maps_that_no_head_reads(monkeypatch):
+    """While a stage of the decoder runs the coarser outputs are gone, but for those of heads."""
+    outputs, alive = [], []
+    take, stage = DecoderBlock.take, FactorizerStage.after_adapter
+
+    def taken(self, maps, overwrite=False):
+        assert overwrite
+        y = take(self, maps, overwrite)
+        outputs.append(weakref.ref(y))
+        return y
+
+    def staged(self, x, overwrite=False):
+        alive.append(sum(output() is not None for output in outputs))
+        return stage(self, x, overwrite)
+
+    monkeypatch.setattr(DecoderBlock, "take", taken)
+    monkeypatch.setattr(FactorizerStage, "after_adapter", staged)
+    for heads, kept in ((0, 0), (1, 0), (2, 1)):
+        outputs.clear()
+        with torch.no_grad():
+            small((8, 12), num_deep_supr=heads)(torch.randn(1, 2, 8, 12))
+        assert len(outputs) == 2
+        assert alive[-1] == kept
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-import factorizer_kernels as fk  # noqa: F401  (registers the operators)
+# The kernels, which a PyTorch without CUDA leaves out.
+import factorizer_kernels.ops.depthwise.triton
+import factorizer_kernels.ops.nmf.triton
+import factorizer_kernels.ops.pointwise.triton
+import factorizer_kernels.ops.swin_nmf.triton
+import factorizer_kernels.ops.windows.triton  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 from machine_code import instructions

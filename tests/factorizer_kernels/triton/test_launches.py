@@ -18,9 +18,10 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
-from factorizer_kernels.shared import triton as loader
+from factorizer_kernels.shared import launches as loader
+from factorizer_kernels.shared.triton import INTERPRETED
 
-pytestmark = pytest.mark.skipif(loader.INTERPRETED, reason="the interpreter compiles nothing")
+pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
 
 
 @triton.jit(do_not_specialize=["count"])

@@ -33,7 +33,7 @@ from factorizer_kernels.ops.nmf.triton.updates import (
     update_backward,
 )
 from factorizer_kernels.ops.windows.address import load_map, store_map, window_of
-from factorizer_kernels.shared.triton import launch, padded, processors
+from factorizer_kernels.shared.launches import launch, padded, processors
 
 MAX_ELEMENTS = 8192
 MAX_RANK = 8

@@ -32,7 +32,7 @@ from factorizer_kernels.ops.nmf.triton.updates import (
     update_backward,
 )
 from factorizer_kernels.ops.windows.address import load_map, store_map, window_of_matrix
-from factorizer_kernels.shared.triton import launch, padded
+from factorizer_kernels.shared.launches import launch, padded
 
 MAX_RANK = 8
 MAX_ROWS = 64

@@ -14,7 +14,7 @@ from factorizer_kernels.ops.nmf.triton.problem import Problem, shares_of
 from factorizer_kernels.ops.nmf.triton.strips import Strips
 from factorizer_kernels.ops.nmf.triton.updates import relu
 from factorizer_kernels.ops.windows.address import load_map, store_map, window_of_matrix
-from factorizer_kernels.shared.triton import launch, padded
+from factorizer_kernels.shared.launches import launch, padded
 
 _RUNTIME = ["map_windows", "strips", "strip_blocks", "num_iters", "grad_steps", "copy"]
 

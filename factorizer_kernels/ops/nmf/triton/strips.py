@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.triton.problem import Problem
-from factorizer_kernels.shared.triton import cdiv, padded
+from factorizer_kernels.shared.launches import cdiv, padded
 
 # Elements of one block, and strips of one matrix: enough to fill a device, few enough to add up.
 BLOCK_ELEMENTS = 4096

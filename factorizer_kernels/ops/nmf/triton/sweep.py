@@ -20,7 +20,7 @@ from factorizer_kernels.ops.nmf.triton.problem import Problem
 from factorizer_kernels.ops.nmf.triton.updates import relu
 from factorizer_kernels.ops.windows.triton import sw_dematricize, sw_matricize
 from factorizer_kernels.shared.dtypes import autocast_disabled
-from factorizer_kernels.shared.triton import cdiv, launch, padded, product_precision
+from factorizer_kernels.shared.launches import cdiv, launch, padded, product_precision
 
 # Elements of one program's (rows, rank) block in HALS; rows and most columns of a block in MU.
 BLOCK_ELEMENTS = 1024

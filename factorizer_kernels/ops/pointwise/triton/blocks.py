@@ -30,9 +30,9 @@ from factorizer_kernels.ops.pointwise.triton.tiles import (
     products,
     programs_of,
 )
+from factorizer_kernels.shared.launches import cdiv, launch, padded
 from factorizer_kernels.shared.maps import three_axes
 from factorizer_kernels.shared.registry import kernel
-from factorizer_kernels.shared.triton import cdiv, launch, padded
 
 # Channels of a product's result at a time; voxels of a coarse tile at most, of exact products and of others.
 ROWS = 64

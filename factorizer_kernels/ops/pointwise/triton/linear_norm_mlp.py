@@ -35,8 +35,8 @@ from factorizer_kernels.ops.pointwise.triton.tiles import (
     tile_of,
     tiles_of,
 )
+from factorizer_kernels.shared.launches import cdiv, launch
 from factorizer_kernels.shared.registry import kernel
-from factorizer_kernels.shared.triton import cdiv, launch
 
 # Voxels of a tile and hidden channels at a time, of the exact products and of others. More of either would
 # take fewer instructions, but not fit the registers.

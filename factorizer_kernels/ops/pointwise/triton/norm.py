@@ -20,7 +20,7 @@ from factorizer_kernels.ops.pointwise.triton.tiles import (
     tile_of,
     tiles_of,
 )
-from factorizer_kernels.shared.triton import launch
+from factorizer_kernels.shared.launches import launch
 
 # The most channels, and the elements of a tile, of which the voxels are the rest.
 MAX_CHANNELS = 1024

@@ -36,8 +36,8 @@ from factorizer_kernels.ops.pointwise.triton.tiles import (
     tile_of,
     tiles_of,
 )
+from factorizer_kernels.shared.launches import cdiv, launch
 from factorizer_kernels.shared.registry import kernel
-from factorizer_kernels.shared.triton import cdiv, launch
 
 # Rows of W at a time; voxels of a tile, and the warps for it, of the sums too.
 ROWS = 64

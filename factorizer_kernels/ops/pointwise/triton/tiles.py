@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from factorizer_kernels.shared.triton import INTERPRETED, cdiv, padded, product_precision
+from factorizer_kernels.shared.launches import cdiv, padded, product_precision
+from factorizer_kernels.shared.triton import INTERPRETED
 
 # Voxels, warps and channels at a time are those that were fastest on an H100 (docs/performance.md).
 
