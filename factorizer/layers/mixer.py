@@ -123,12 +123,12 @@ class FactMixer(nn.Module):
     def takes_slabs(self, x: Tensor) -> bool:
         """Whether `mix_slabs` takes a map, and it is worth it: there are several slabs in it.
 
-        One that windows do not divide would exist twice, as it is and completed.
+        One that windows do not divide would exist three times: as it is, completed, and cut out again.
         """
         if not self.fused or self.reshape.window_options["patch_size"] is None:
             return False
         size = tuple(x.shape[2:])
-        copies = 1 if tuple(self.reshape.fitted_size(size)) == size else 2
+        copies = 1 if tuple(self.reshape.fitted_size(size)) == size else 3
         return worth_slabs(copies * x.nbytes, x) and size[0] > PATCHES * self.reshape.window_size(size)[0]
 
     def mix_slabs(
