@@ -96,7 +96,8 @@ def _sizes(batch, channels, size, other, hidden, scale=None):
 
 
 # Channels below, at and above a block of rows; voxels below a vector, at a tile, past it; several items in a
-# tile; a hidden layer of several pieces; weights worth packing and not.
+# tile; a hidden layer of several pieces; weights worth packing and not; more tiles than groups of them, each
+# with a share of the sums.
 CASES = [
     _sizes(1, 1, (1,), 1, 1),
     _sizes(3, 5, (7,), 4, 9),
@@ -106,6 +107,7 @@ CASES = [
     _sizes(1, 33, (3, 129), 17, 70, (3, 1)),
     _sizes(40, 6, (1,), 3, 5, (4,)),
     _sizes(1, 130, (4, 5), 140, 270, (1, 1)),
+    _sizes(1, 3, (130, 71), 4, 5),
 ]
 
 

@@ -151,7 +151,7 @@ FAULTS = (
     ),
     Fault(
         "long matrices: where a tile of a long line begins", _NMF + "tiles.h",
-        "* line + tile % tiles_per_line * voxels;", "* line + tile * voxels;", NMF,
+        "* line + tile % tiles_per_line * voxels;", "* line + tile * voxels;",
     ),
     Fault(
         "tiles: zeros of x keep their gradient under a ReLU", _NMF + "tiles.h",

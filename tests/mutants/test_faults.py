@@ -57,7 +57,7 @@ class Copy:
             shutil.copy(built, self.root / "factorizer_kernels")
 
     def failing(self, tests) -> str | None:
-        """The first test that fails, or None."""
+        """The first test that fails, or what ended them all, or None."""
         interpreted = "1" if any("interpreted" in test for test in tests) else "0"
         done = self.run(
             sys.executable, "-m", "pytest", "-x", "-q", "-rf", "-p", "no:cacheprovider", *tests,
@@ -65,8 +65,10 @@ class Copy:
         )  # fmt: skip
         if done.returncode == 0:
             return None
+        if done.returncode < 0:
+            return f"the tests' process, ended by signal {-done.returncode}"
         found = re.search(r"^FAILED (.+?)(?: - .*)?$", done.stdout, re.MULTILINE)
-        assert found, done.stdout  # a crash, or nothing was collected
+        assert found, done.stdout  # nothing was collected
         return found[1]
 
 
