@@ -132,11 +132,12 @@ class Trainer:
             weight_decay=plan.weight_decay,
             betas=plan.recipe.betas,
             eps=plan.recipe.adam_eps,
+            fused=True,  # on a CPU a quarter of the time of one operation after the other
         )
         self.schedule = LambdaLR(self.optimizer, lambda step: rate_factor(step, plan.steps, plan.recipe))
         self._mean = None
         if plan.recipe.averaging:
-            self._mean = AveragedModel(self.network, avg_fn=partial(_averaged, plan.recipe.averaging))
+            self._mean = AveragedModel(self.network, multi_avg_fn=partial(_average, plan.recipe.averaging))
         self.loss = SegmentationLoss(plan)
         self.losses: list[float] = []
         self.scores: list[tuple[int, float]] = []  # step and score of each validation
@@ -350,8 +351,8 @@ class _Log:
             self.writer.close()
 
 
-def _averaged(decay: float, mean: Tensor, value: Tensor, steps: Tensor | int) -> Tensor:
-    return torch.lerp(mean, value, max(1 - decay, 9 / (10 + int(steps))))
+def _average(decay: float, means: list[Tensor], values: list[Tensor], steps: Tensor | int) -> None:
+    torch._foreach_lerp_(means, values, max(1 - decay, 9 / (10 + int(steps))))
 
 
 def _cores() -> int:

@@ -179,6 +179,31 @@ def test_autograd_keeps_x_and_the_small_factors():
     assert others <= 0.3 * x.numel()
 
 
+@pytest.mark.parametrize("solver", ["mu", "hals"])
+def test_neighbours_do_not_matter(solver, rel):
+    """Windows side by side, of which some have to be iterated on and the others are taken by their moments."""
+    options = {"head_dim": 4, "patch_size": 4}
+    x, u0, v0, dy = _problem((1, 4, 4, 4, 44), options, 1)
+    x, options = x.abs(), {**options, "act": None, "solver": solver}
+    if solver == "hals":
+        x[0, 1, 2, 3, 9], x[0, 0, 0, 0, 25] = -0.5, -2.0  # windows 2 and 6 of 11
+    else:
+        x[..., 8:12] *= 1e-12  # where eps matters
+        x[..., 24:28] *= 1e-14
+    expected = grads_of("reference", fk.swin_nmf, (x, u0, v0), (dy,), options)
+    result = grads_of("cpu", fk.swin_nmf, (x, u0, v0), (dy,), options)
+    for begin in range(0, 44, 4):
+        window = [t[..., begin : begin + 4].contiguous() for t in (x, dy)]
+        alone = grads_of("cpu", fk.swin_nmf, (window[0], u0, v0), (window[1],), options)
+        pairs = [
+            (result.values[0], alone.values[0], expected.values[0]),
+            (result.gradients[0], alone.gradients[0], expected.gradients[0]),
+        ]
+        for among, by_itself, right in pairs:
+            assert torch.equal(among[..., begin : begin + 4], by_itself)
+            assert rel(by_itself, right[..., begin : begin + 4]) < 1e-8
+
+
 def test_nan_stays_in_its_windows(backend):
     options = {"head_dim": 8, "patch_size": 4}
     x, u0, v0, _ = _problem((1, 8, 8, 8, 8), options, 1, torch.float32)

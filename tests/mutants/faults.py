@@ -55,7 +55,7 @@ FAULTS = (
     ),
     Fault(
         "rank 1: the gradient through u's norm is missing", _MATH + "rank_one.h",
-        "+ k * h[m] - 2.0 * k * dv_v * u[m];", "+ k * h[m];",
+        "+ k * adjoint.h[m] - 2.0 * k * adjoint.dv_v * u[m];", "+ k * adjoint.h[m];",
     ),
     Fault(
         "rank 1: eps is left out of the next a", _MATH + "rank_one.h",

@@ -14,33 +14,13 @@ namespace FK_ISA {
 // What must be found out about X before rank 1 may be taken by its moments.
 enum class Sign { known, nonnegative, positive };
 
-// rank_one_forward of math/rank_one.h, whose loops unroll where the rows are few.
-inline bool rank_one_steps(const NMFOptions& o, i64 rows, i64 columns, double tolerance,
-                           const Moments& moments, RankOneTrace& steps, double* work) {
-  bool applies = false;
-  with_small(rows, [&](auto rows) {
-    applies =
-        rank_one_forward(rows, double(columns), o.num_iters, o.hals, o.eps, tolerance, moments, steps, work);
-  });
-  return applies;
-}
-
-// rank_one_backward, likewise.
-inline void rank_one_gradient(const NMFOptions& o, i64 rows, const Moments& moments,
-                              const RankOneTrace& steps, const double* du, const double* h, double dv_v,
-                              RankOneGradient& gradient) {
-  with_small(rows, [&](auto rows) {
-    rank_one_backward(rows, o.num_iters, o.num_iters - o.grad_steps, o.hals, o.eps, moments, steps, du, h,
-                      dv_v, gradient);
-  });
-}
-
 // The solver; its constructor takes the memory that it needs from the arena.
 template <class T>
 class RankOne {
  public:
   // The M x M sums pay while they cost no more than some iterations.
   static constexpr i64 max_rows = 32;
+  static constexpr i64 most_together = 8;  // matrices whose small sums are worked on side by side
 
   RankOne(const NMFOptions& o, Tiles<T>& tiles, bool backward, Arena& arena)
       : o_(o),
@@ -49,33 +29,37 @@ class RankOne {
         row_(round_up<T>(tiles.rows)),
         columns_(round_up<T>(tiles.columns)),
         sums_(tiles.count, (m_ + 2) * row_ + 1, arena) {
-    trace_memory_ = arena.template take<double>(RankOneTrace::size(m_, o.num_iters));
+    double* const trace = arena.template take<double>(RankOneTrace::size(m_, o.num_iters));
     moments_ = arena.template take<double>((m_ + 2) * row_ + 1);
-    work_ = arena.template take<double>(2 * m_);
+    matrix_ = {{moments_, moments_ + m_ * m_, moments_ + m_ * m_ + m_, 0.0},
+               RankOneTrace(trace, m_, o.num_iters),
+               arena.template take<double>(2 * m_)};
     weights_ = arena.template take<T>(m_ * (m_ + 4));
     v_ = arena.template take<T>(columns_);
     // Three rows that sums are taken of together.
     dv_ = arena.template take<T>(3 * columns_);
     if (!backward) return;
-    gradient_memory_ = arena.template take<double>(RankOneGradient::size(m_));
+    double* const gradient = arena.template take<double>(RankOneGradient::size(m_));
     totals_ = arena.template take<double>(2 * row_ + 1);
+    adjoint_ = {&matrix_, totals_, totals_ + row_, 0.0, RankOneGradient(gradient, m_)};
   }
+
+  RankOne(const RankOne&) = delete;  // its adjoint points to its matrix
+  RankOne& operator=(const RankOne&) = delete;
 
   Rows<T> v(i64 tile) const { return {v_ + tiles_.begin(tile), columns_}; }
   Rows<T> dv(i64 tile) const { return {dv_ + tiles_.begin(tile), columns_}; }
-  double u(i64 m) const { return trace().u[o_.num_iters * m_ + m]; }
+  double u(i64 m) const { return matrix_.trace.u[o_.num_iters * m_ + m]; }
 
-  // Once forward() calls done().
+  // Once write_v() calls done().
   void write_y(i64 tile, int worker) const {
     multiply<T>(Weights<T>::in_place(u_row(), m_, 1, 1, 1), v(tile), tiles_.y(tile, worker),
                 tiles_.length(tile));
     tiles_.write_y(tile, worker);
   }
 
-  // False where X has not the sign it must have, or where eps matters to MU: then the iterations must be run.
-  // done(tile, worker) is called for each tile when its V is there.
-  template <class Done>
-  bool forward(const T* v0, Sign sign, Done&& done) {
+  // The sums over X's columns. False where X has not the sign it must have.
+  bool sum_up(const T* v0, Sign sign) {
     if (sign != Sign::known && !has_sign(sign)) return false;
     copy(v0, tiles_.columns, v0_row());
     fill(v0_row() + tiles_.columns, columns_ - tiles_.columns, T(0));
@@ -94,11 +78,29 @@ class RankOne {
     for (i64 m = 0; m < m_ + 2; ++m) {  // G is symmetric; its rows follow one another, and R and A follow it
       for (i64 j = 0; j < m_; ++j) moments_[m * m_ + j] = moments_[m < j ? j * row_ + m : m * row_ + j];
     }
-    RankOneTrace steps = trace();
-    const double tolerance = sizeof(T) == 4 ? 1e-7 : 1e-12;
-    if (!rank_one_steps(o_, m_, tiles_.columns, tolerance, moments(), steps, work_)) return false;
+    matrix_.moments.b = moments_[(m_ + 2) * row_];
+    return true;
+  }
+
+  // The iterations of some matrices of one shape, at most `most_together`, once their sums are there. False at
+  // those where eps matters to MU: their iterations must be run.
+  static void iterate(RankOne* const* solvers, i64 count, bool* applies) {
+    RankOneMatrix* matrices[most_together];
+    for (i64 i = 0; i < count; ++i) matrices[i] = &solvers[i]->matrix_;
+    const RankOne& first = *solvers[0];
+    constexpr double tolerance = sizeof(T) == 4 ? 1e-7 : 1e-12;
+    with_small(first.m_, [&](auto rows) {  // whose loops unroll
+      rank_one_forward(rows, double(first.tiles_.columns), first.o_.num_iters, first.o_.hals, first.o_.eps,
+                       tolerance, matrices, count);
+    });
+    for (i64 i = 0; i < count; ++i) applies[i] = matrices[i]->applies;
+  }
+
+  // V, after the iterations; done(tile, worker) is called for each tile when it is there.
+  template <class Done>
+  void write_v(Done&& done) {
     // v = k (Xᵀu + e)
-    const double k = steps.k[o_.num_iters];
+    const double k = matrix_.trace.k[o_.num_iters];
     T* w = weights_;
     for (i64 m = 0; m < m_; ++m) w[m] = T(k * u(m));
     for (i64 m = 0; m < m_; ++m) u_row()[m] = T(u(m));
@@ -110,12 +112,11 @@ class RankOne {
       for (i64 n = 0; n < valid; ++n) v[0][n] += constant;
       done(tile, worker);
     });
-    return true;
   }
 
-  // du and dv: the gradients of the last u and v, each on its own; null for those of a loss of Y.
-  void backward(const T* du, const T* dv) {
-    const bool reaches_v0 = o_.grad_steps == o_.num_iters;
+  // The sums over the columns of dY, once V is there. du and dv: the gradients of the last u and v, each on
+  // its own; null for those of a loss of Y.
+  void sum_up_gradients(const T* du, const T* dv) {
     T* u = weights_;
     for (i64 m = 0; m < m_; ++m) u[m] = T(this->u(m));
     // One pass: dv = dYᵀu, then dY v, X dv and dvᵀv.
@@ -138,12 +139,25 @@ class RankOne {
     if (du != nullptr) {
       for (i64 m = 0; m < m_; ++m) totals_[m] = du[m];
     }
-    RankOneGradient gradient(gradient_memory_, m_);
-    const RankOneTrace steps = trace();
-    rank_one_gradient(o_, m_, moments(), steps, totals_, totals_ + row_, totals_[2 * row_], gradient);
+    adjoint_.dv_v = totals_[2 * row_];
+  }
 
+  // Differentiates the iterations of some matrices, after that.
+  static void differentiate(RankOne* const* solvers, i64 count) {
+    RankOneAdjoint* adjoints[most_together];
+    for (i64 i = 0; i < count; ++i) adjoints[i] = &solvers[i]->adjoint_;
+    const NMFOptions& o = solvers[0]->o_;
+    with_small(solvers[0]->m_, [&](auto rows) {
+      rank_one_backward(rows, o.num_iters, o.num_iters - o.grad_steps, o.hals, o.eps, adjoints, count);
+    });
+  }
+
+  // dX, and in dv() the gradient of v0 where the iterations that are differentiated reach it.
+  void write_dx() {
+    const bool reaches_v0 = o_.grad_steps == o_.num_iters;
+    const RankOneGradient& gradient = adjoint_.out;
     // dX = [s | k u | dr | da] [X; dv; 1; v0]
-    const double k = steps.k[o_.num_iters];
+    const double k = matrix_.trace.k[o_.num_iters];
     const i64 stride = m_ + 3;
     T* w = weights_;
     for (i64 m = 0; m < m_; ++m) {
@@ -191,17 +205,15 @@ class RankOne {
   T* u_row() const { return weights_ + m_; }
   T* ones_row() const { return dv_ + columns_; }
   T* v0_row() const { return dv_ + 2 * columns_; }
-  RankOneTrace trace() const { return RankOneTrace(trace_memory_, m_, o_.num_iters); }
-  Moments moments() const {
-    return {moments_, moments_ + m_ * m_, moments_ + m_ * m_ + m_, moments_[(m_ + 2) * row_]};
-  }
 
   const NMFOptions o_;
   Tiles<T>& tiles_;
   const i64 m_, row_, columns_;  // row_, columns_: M and N padded
   const OrderedSums<T> sums_;
-  double *trace_memory_, *moments_, *work_, *gradient_memory_ = nullptr, *totals_ = nullptr;
-  T *weights_, *v_, *dv_ = nullptr;  // weights: of the rows that a combination adds up
+  double *moments_, *totals_ = nullptr;
+  RankOneMatrix matrix_;
+  RankOneAdjoint adjoint_;
+  T *weights_, *v_, *dv_;  // weights: of the rows that a combination adds up
 };
 
 }  // namespace FK_ISA

@@ -1,7 +1,8 @@
-// One matrix, given as tiles (tiles.h): which solver it takes, and the solver's call, forward and backward.
+// Matrices, given as tiles (tiles.h): which solver each takes, and the solver's call, forward and backward.
 #pragma once
 
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "cpu/nmf/iterations.h"
@@ -44,85 +45,155 @@ inline Sign needed_sign(const NMFOptions& o, bool backward) {
   return backward && !o.hals ? Sign::positive : Sign::nonnegative;
 }
 
-// The factors of one matrix, to u (rank x M) and v (rank x N); where these are null Y to the tiles.
+// One matrix: its factors go to u (rank x M) and v (rank x N) or, where these are null, Y to the tiles.
 template <class T>
-void factorize(const NMFOptions& o, Tiles<T>& tiles, bool rank_one, void* memory, const T* u0, const T* v0,
-               T* u, T* v) {
-  Arena arena(memory);
-  const auto write_v = [&](i64 tile, Rows<const T> rows) {
-    for (i64 r = 0; r < o.rank; ++r)
-      copy<T>(rows[r], tiles.valid(tile), v + r * tiles.columns + tiles.begin(tile));
-  };
-  if (rank_one) {
-    RankOne<T> solver(o, tiles, false, arena);
-    const bool done = solver.forward(v0, needed_sign(o, false), [&](i64 tile, int worker) {
-      if (v != nullptr) return write_v(tile, solver.v(tile));
-      solver.write_y(tile, worker);
-    });
-    if (done) {
-      for (i64 m = 0; u != nullptr && m < tiles.rows; ++m) u[m] = T(solver.u(m));
-      return;
+struct Problem {
+  Tiles<T>* tiles;
+  const T *u0, *v0;
+  T *u, *v;
+};
+
+// One matrix: dX goes to the tiles; du0 and dv0 (where not null) to (rank x M) and (rank x N). du and dv are
+// null for a loss of Y.
+template <class T>
+struct AdjointProblem {
+  Tiles<T>* tiles;
+  const T *u0, *v0, *du, *dv;
+  T *du0, *dv0;
+};
+
+// Rank 1 of some matrices of one shape side by side, as far as it may be taken by its moments.
+template <class T>
+class RankOnes {
+ public:
+  static constexpr i64 most = RankOne<T>::most_together;
+
+  template <class Problem>
+  RankOnes(const NMFOptions& o, const Problem* problems, i64 count, bool backward, Arena& arena) {
+    RankOne<T>* found[most];
+    i64 places[most], summed = 0;
+    for (i64 i = 0; i < count; ++i) {
+      solvers_[i].emplace(o, *problems[i].tiles, backward, arena);
+      if (!solvers_[i]->sum_up(problems[i].v0, needed_sign(o, backward))) continue;
+      found[summed] = &*solvers_[i];
+      places[summed++] = i;
     }
+    if (summed == 0) return;
+    bool applies[most];
+    RankOne<T>::iterate(found, summed, applies);
+    for (i64 i = 0; i < summed; ++i) applies_[places[i]] = applies[i];
   }
-  Iterations<T> solver(o, tiles, false, arena);
-  solver.forward(u0, v0, [&](i64 tile, int worker) {
-    if (v != nullptr) return write_v(tile, solver.v(tile));
-    solver.write_y(tile, worker);
-  });
-  for (i64 r = 0; u != nullptr && r < o.rank; ++r) copy<T>(solver.u()[r], tiles.rows, u + r * tiles.rows);
+
+  // Null where the iterations must be run.
+  RankOne<T>* operator[](i64 i) { return applies_[i] ? &*solvers_[i] : nullptr; }
+
+ private:
+  std::optional<RankOne<T>> solvers_[most];
+  bool applies_[most] = {};
+};
+
+// Some matrices of one shape, at most as many as `together` says.
+template <class T>
+void factorize(const NMFOptions& o, bool rank_one, void* memory, const Problem<T>* problems, i64 count) {
+  Arena arena(memory);
+  std::optional<RankOnes<T>> rank_ones;
+  if (rank_one) rank_ones.emplace(o, problems, count, false, arena);
+  for (i64 i = 0; i < count; ++i) {
+    const Problem<T>& p = problems[i];
+    Tiles<T>& tiles = *p.tiles;
+    const auto done = [&](auto& solver) {
+      return [&](i64 tile, int worker) {
+        if (p.v == nullptr) return solver.write_y(tile, worker);
+        for (i64 r = 0; r < o.rank; ++r) {
+          copy<T>(solver.v(tile)[r], tiles.valid(tile), p.v + r * tiles.columns + tiles.begin(tile));
+        }
+      };
+    };
+    if (RankOne<T>* solver = rank_ones ? (*rank_ones)[i] : nullptr) {
+      solver->write_v(done(*solver));
+      for (i64 m = 0; p.u != nullptr && m < tiles.rows; ++m) p.u[m] = T(solver->u(m));
+      continue;
+    }
+    Arena rest = arena;
+    Iterations<T> solver(o, tiles, false, rest);
+    solver.forward(p.u0, p.v0, done(solver));
+    for (i64 r = 0; p.u != nullptr && r < o.rank; ++r) copy<T>(solver.u()[r], tiles.rows, p.u + r * tiles.rows);
+  }
 }
 
-// dX to the tiles; du0 and dv0 (where not null) to (rank x M) and (rank x N). du and dv are null for a loss
-// of Y.
 template <class T>
-void factorize_backward(const NMFOptions& o, Tiles<T>& tiles, bool rank_one, void* memory, const T* u0,
-                        const T* v0, const T* du, const T* dv, T* du0, T* dv0) {
-  const i64 rows = tiles.rows, columns = tiles.columns;
+void factorize_backward(const NMFOptions& o, bool rank_one, void* memory, const AdjointProblem<T>* problems,
+                        i64 count) {
   const bool reaches_factors = o.grad_steps == o.num_iters;
   Arena arena(memory);
-  // du(r) and dv(tile): the gradients' rows; du(r) may be null for zero.
-  const auto write_factor_grads = [&](auto du_row, auto dv_rows) {
-    if (du0 == nullptr) return;
-    for (i64 r = 0; r < o.rank; ++r) {
-      const T* du_r = reaches_factors ? du_row(r) : nullptr;
-      for (i64 m = 0; m < rows; ++m) du0[r * rows + m] = du_r ? du_r[m] : T(0);
-      for (i64 tile = 0; tile < tiles.count; ++tile) {
-        T* const to = dv0 + r * columns + tiles.begin(tile);
-        if (reaches_factors) {
-          copy<T>(dv_rows(tile)[r], tiles.valid(tile), to);
-        } else {
-          fill(to, tiles.valid(tile), T(0));
+  std::optional<RankOnes<T>> rank_ones;
+  if (rank_one) {
+    rank_ones.emplace(o, problems, count, true, arena);
+    RankOne<T>* found[RankOnes<T>::most];
+    i64 applying = 0;
+    for (i64 i = 0; i < count; ++i) {
+      RankOne<T>* const solver = (*rank_ones)[i];
+      if (solver == nullptr) continue;
+      solver->write_v([](i64, int) {});
+      solver->sum_up_gradients(problems[i].du, problems[i].dv);
+      found[applying++] = solver;
+    }
+    if (applying > 0) RankOne<T>::differentiate(found, applying);
+  }
+  for (i64 i = 0; i < count; ++i) {
+    const AdjointProblem<T>& p = problems[i];
+    Tiles<T>& tiles = *p.tiles;
+    // du(r) and dv(tile): the gradients' rows; du(r) may be null for zero.
+    const auto write_factor_grads = [&](auto du_row, auto dv_rows) {
+      if (p.du0 == nullptr) return;
+      for (i64 r = 0; r < o.rank; ++r) {
+        const T* du_r = reaches_factors ? du_row(r) : nullptr;
+        for (i64 m = 0; m < tiles.rows; ++m) p.du0[r * tiles.rows + m] = du_r ? du_r[m] : T(0);
+        for (i64 tile = 0; tile < tiles.count; ++tile) {
+          T* const to = p.dv0 + r * tiles.columns + tiles.begin(tile);
+          if (reaches_factors) {
+            copy<T>(dv_rows(tile)[r], tiles.valid(tile), to);
+          } else {
+            fill(to, tiles.valid(tile), T(0));
+          }
         }
       }
-    }
-  };
-  if (rank_one) {
-    RankOne<T> solver(o, tiles, true, arena);
-    if (solver.forward(v0, needed_sign(o, true), [](i64, int) {})) {
-      solver.backward(du, dv);
+    };
+    if (RankOne<T>* solver = rank_ones ? (*rank_ones)[i] : nullptr) {
+      solver->write_dx();
       // U is updated first: u0 has no part in it.
-      write_factor_grads([](i64) -> const T* { return nullptr; }, [&](i64 tile) { return solver.dv(tile); });
-      return;
+      write_factor_grads([](i64) -> const T* { return nullptr; }, [&](i64 tile) { return solver->dv(tile); });
+      continue;
     }
+    Arena rest = arena;
+    Iterations<T> solver(o, tiles, true, rest);
+    solver.forward(p.u0, p.v0, [](i64, int) {});
+    if (p.du == nullptr) {
+      solver.start_backward();
+    } else {
+      solver.start_backward(p.du, p.dv);
+    }
+    solver.backward(p.du0 != nullptr && reaches_factors);
+    write_factor_grads([&](i64 r) -> const T* { return solver.du()[r]; },
+                       [&](i64 tile) { return solver.dv(tile); });
   }
-  Iterations<T> solver(o, tiles, true, arena);
-  solver.forward(u0, v0, [](i64, int) {});
-  if (du == nullptr) {
-    solver.start_backward();
-  } else {
-    solver.start_backward(du, dv);
-  }
-  solver.backward(du0 != nullptr && reaches_factors);
-  write_factor_grads([&](i64 r) -> const T* { return solver.du()[r]; },
-                     [&](i64 tile) { return solver.dv(tile); });
 }
 
+// For `count` matrices like these.
 template <class T>
-i64 solver_memory(const NMFOptions& o, Tiles<T>& tiles, bool rank_one, bool backward) {
+i64 solver_memory(const NMFOptions& o, Tiles<T>& tiles, bool rank_one, bool backward, i64 count) {
   Arena arena(nullptr);
-  if (rank_one) RankOne<T>(o, tiles, backward, arena);
+  for (i64 i = 0; rank_one && i < count; ++i) RankOne<T>(o, tiles, backward, arena);
   Iterations<T>(o, tiles, backward, arena);
   return arena.used();
+}
+
+// Matrices that are solved side by side: what is known of them all stays in the first-level cache.
+template <class T>
+i64 together(const Windows& w, bool rank_one, bool backward) {
+  const i64 bytes = w.head_dim * w.columns() * i64(sizeof(T)) * (backward ? 2 : 1);
+  const i64 fit = first_level_bytes / 2 / (bytes > 0 ? bytes : 1);
+  return !rank_one || fit < 1 ? 1 : fit < RankOnes<T>::most ? fit : RankOnes<T>::most;
 }
 
 // Long matrices of a problem: side by side, each by one worker, where they are many; else one after another,
@@ -158,7 +229,7 @@ class LongMatrices {
 
   void add(const SwinNMF& p, bool rank_one, bool backward, int threads) {
     tiles_.push_back(std::make_unique<LongTiles<T>>(p, threads));
-    memory_bytes_ = solver_memory<T>(p.options, *tiles_.back(), rank_one, backward);
+    memory_bytes_ = solver_memory<T>(p.options, *tiles_.back(), rank_one, backward, 1);
     memory_.push_back(std::make_unique<Scratch>(memory_bytes_));
   }
 

@@ -4,6 +4,8 @@
 // Backward: for each shift, dX of every window is added to dx; the windows of one shift are disjoint, and
 // the shifts follow one another, so that sums have one order. Both go through the volume in chunks of
 // heads that stay in the last-level cache between the two steps.
+#include <optional>
+
 #include "cpu/common/memory.h"
 #include "cpu/common/parallel.h"
 #include "cpu/nmf/compose.h"
@@ -34,14 +36,22 @@ i64 matrix_of_batch(const Windows& w, const Chunk& chunk, i64 shift, i64 local) 
   return local + (shift * (w.batch * w.heads - chunk.count) + chunk.begin) * w.num_windows();
 }
 
+// Calls f(begin, count) for groups of at most `most` out of so many, of nearly one size.
+template <class F>
+void each_group(i64 all, i64 most, F&& f) {
+  const i64 groups = (all + most - 1) / most;
+  for (i64 g = 0; g < groups; ++g) f(g * all / groups, (g + 1) * all / groups - g * all / groups);
+}
+
 template <class T>
 void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int threads,
                       const FactorsOut<T>& out) {
   const Windows& w = p.windows;
   const i64 u_size = p.options.rank * w.head_dim, v_size = p.options.rank * w.columns();
   const StripPlan plan = StripPlan::make<T>(w, chunk.count, w.num_shifts);
+  const i64 most = together<T>(w, rank_one, false);
   WindowTiles<T> tiles_like(w.head_dim, w.columns(), {}, {}, false);
-  const StripMemory<T> memory(w, plan.per_strip, solver_memory<T>(p.options, tiles_like, rank_one, false),
+  const StripMemory<T> memory(w, plan.per_strip, solver_memory<T>(p.options, tiles_like, rank_one, false, most),
                               out.maps ? plan.per_strip * v_size : 0, threads);
   const i64 stride = memory.window_stride();
   parallel_for(plan.count, threads, [&](i64 task, int worker) {
@@ -50,13 +60,18 @@ void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int t
     read_volume<T>(p, p.x, strip, p.options.relu, T(1), x, stride);
     clear_window_padding(w, strip.num_windows, x, stride);
     const i64 first = matrix_index(w, strip, chunk.begin, chunk.count);
-    for (i64 i = 0; i < strip.num_windows; ++i) {
-      WindowTiles<T> tiles(w.head_dim, w.columns(), {x.data + i * stride, x.stride}, {}, false);
-      const i64 matrix = matrix_of_batch(w, chunk, strip.shift, first + i);
-      factorize<T>(p.options, tiles, rank_one, memory.solver(worker), factor_of<T>(p.u0, matrix),
-                   factor_of<T>(p.v0, matrix), out.u_of(first + i, u_size),
-                   out.maps ? memory.other(worker) + i * v_size : out.v_of(first + i, v_size));
-    }
+    each_group(strip.num_windows, most, [&](i64 begin, i64 count) {
+      std::optional<WindowTiles<T>> tiles[RankOnes<T>::most];
+      Problem<T> problems[RankOnes<T>::most];
+      for (i64 k = 0; k < count; ++k) {
+        const i64 i = begin + k, matrix = matrix_of_batch(w, chunk, strip.shift, first + i);
+        const Rows<T> window{x.data + i * stride, x.stride};
+        problems[k] = {&tiles[k].emplace(w.head_dim, w.columns(), window, Rows<T>{}, false),
+                       factor_of<T>(p.u0, matrix), factor_of<T>(p.v0, matrix), out.u_of(first + i, u_size),
+                       out.maps ? memory.other(worker) + i * v_size : out.v_of(first + i, v_size)};
+      }
+      factorize<T>(p.options, rank_one, memory.solver(worker), problems, count);
+    });
     if (out.maps) {
       write_map(p, chunk, strip, memory.other(worker), out);
     } else if (out.v == nullptr) {
@@ -78,8 +93,9 @@ void factorize_long(const SwinNMF& p, bool rank_one, const Chunk& chunk, int thr
     tiles.select(whole_window(w, shift, chunk.begin + i / w.num_windows(), i % w.num_windows()));
     const i64 matrix = matrix_of_batch(w, chunk, shift, local);
     T* v = out.maps ? static_cast<T*>(v_memory.data()) + worker * v_size : out.v_of(local, v_size);
-    factorize<T>(p.options, tiles, rank_one, memory, factor_of<T>(p.u0, matrix), factor_of<T>(p.v0, matrix),
-                 out.u_of(local, u_size), v);
+    const Problem<T> problem{&tiles, factor_of<T>(p.u0, matrix), factor_of<T>(p.v0, matrix),
+                             out.u_of(local, u_size), v};
+    factorize<T>(p.options, rank_one, memory, &problem, 1);
     if (!out.maps) return;
     tiles.each(
         [&](i64 tile, i64, int) { write_map(p, chunk, tiles.strip(tile), v + tiles.begin(tile), out); });
@@ -162,9 +178,18 @@ class FactorGrads {
   T* const grads_;
 };
 
+// The adjoint of matrix `matrix` of the batch, the `local`th of those that are differentiated together.
 template <class T>
-const T* factor_or_null(const Factor& f, i64 matrix) {
-  return f.data ? factor_of<T>(f, matrix) : nullptr;
+AdjointProblem<T> adjoint_problem(const SwinNMF& p, Tiles<T>& tiles, i64 matrix, i64 local,
+                                  const FactorGrads<T>& du0, const FactorGrads<T>& dv0) {
+  const auto or_null = [&](const Factor& f) { return f.data ? factor_of<T>(f, matrix) : nullptr; };
+  return {&tiles,
+          factor_of<T>(p.u0, matrix),
+          factor_of<T>(p.v0, matrix),
+          or_null(p.du),
+          or_null(p.dv),
+          du0.of(local, matrix),
+          dv0.of(local, matrix)};
 }
 
 // The backward of a chunk's windows of one shift: dX is written to the chunk's dx (shift 0), a contiguous map
@@ -177,7 +202,8 @@ class StripsBackward {
         rank_one_(rank_one),
         threads_(threads),
         per_strip_(StripPlan::make<T>(p.windows, 1, 1).per_strip),
-        memory_(p.windows, per_strip_, solver_bytes(p, rank_one),
+        together_(together<T>(p.windows, rank_one, true)),
+        memory_(p.windows, per_strip_, solver_bytes(p, rank_one, together_),
                 per_strip_ * p.windows.head_dim * row_stride<T>(p.windows.columns()), threads) {}
 
   void run(const Chunk& chunk, i64 shift, T* dx, const FactorGrads<T>& du0, const FactorGrads<T>& dv0) const {
@@ -190,25 +216,27 @@ class StripsBackward {
       read(p_.x, strip, p_.options.relu, T(1), x);
       if (p_.dy.data != nullptr) read(p_.dy, strip, false, T(1) / T(w.num_shifts), dy);
       const i64 first = matrix_index(w, strip, chunk.begin, chunk.count);
-      for (i64 i = 0; i < strip.num_windows; ++i) {
-        const i64 at = i * memory_.window_stride(), local = first + i - before;
-        const i64 matrix = matrix_of_batch(w, chunk, shift, first + i);
-        const Rows<T> x_window{x.data + at, x.stride}, dy_window{dy.data + at, dy.stride};
-        WindowTiles<T> tiles(w.head_dim, w.columns(), x_window, dy_window, p_.options.relu);
-        factorize_backward<T>(p_.options, tiles, rank_one_, memory_.solver(worker),
-                              factor_of<T>(p_.u0, matrix), factor_of<T>(p_.v0, matrix),
-                              factor_or_null<T>(p_.du, matrix), factor_or_null<T>(p_.dv, matrix),
-                              du0.of(local, matrix), dv0.of(local, matrix));
-      }
+      each_group(strip.num_windows, together_, [&](i64 begin, i64 count) {
+        std::optional<WindowTiles<T>> tiles[RankOnes<T>::most];
+        AdjointProblem<T> problems[RankOnes<T>::most];
+        for (i64 k = 0; k < count; ++k) {
+          const i64 i = begin + k, at = i * memory_.window_stride();
+          const Rows<T> x_window{x.data + at, x.stride}, dy_window{dy.data + at, dy.stride};
+          tiles[k].emplace(w.head_dim, w.columns(), x_window, dy_window, p_.options.relu);
+          problems[k] = adjoint_problem<T>(p_, *tiles[k], matrix_of_batch(w, chunk, shift, first + i),
+                                           first + i - before, du0, dv0);
+        }
+        factorize_backward<T>(p_.options, rank_one_, memory_.solver(worker), problems, count);
+      });
       T* head = dx + (strip.bh - chunk.begin) * w.head_dim * w.voxels();
       add_strip<T>(w, strip, dy, memory_.window_stride(), shift > 0, contiguous_head(head, w));
     });
   }
 
  private:
-  static i64 solver_bytes(const SwinNMF& p, bool rank_one) {
+  static i64 solver_bytes(const SwinNMF& p, bool rank_one, i64 together) {
     WindowTiles<T> tiles(p.windows.head_dim, p.windows.columns(), {}, {}, false);
-    return solver_memory<T>(p.options, tiles, rank_one, true);
+    return solver_memory<T>(p.options, tiles, rank_one, true, together);
   }
   void read(const Volume& volume, const Strip& strip, bool relu, T scale, Rows<T> to) const {
     read_volume<T>(p_, volume, strip, relu, scale, to, memory_.window_stride());
@@ -218,7 +246,7 @@ class StripsBackward {
   const SwinNMF& p_;
   const bool rank_one_;
   const int threads_;
-  const i64 per_strip_;
+  const i64 per_strip_, together_;  // windows; of those, worked on side by side
   const StripMemory<T> memory_;
 };
 
@@ -239,9 +267,8 @@ class LongBackward {
       const i64 matrix = matrix_of_batch(w, chunk, shift, shift * matrices + local);
       tiles.select(whole_window(w, shift, chunk.begin + bh, local % w.num_windows()),
                    contiguous_head(dx + bh * w.head_dim * w.voxels(), w));
-      factorize_backward<T>(p_.options, tiles, rank_one_, memory, factor_of<T>(p_.u0, matrix),
-                            factor_of<T>(p_.v0, matrix), factor_or_null<T>(p_.du, matrix),
-                            factor_or_null<T>(p_.dv, matrix), du0.of(local, matrix), dv0.of(local, matrix));
+      const AdjointProblem<T> problem = adjoint_problem<T>(p_, tiles, matrix, local, du0, dv0);
+      factorize_backward<T>(p_.options, rank_one_, memory, &problem, 1);
     });
   }
 

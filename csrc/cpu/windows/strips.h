@@ -32,20 +32,31 @@ inline i64 matrix_index(const Windows& w, const Strip& s, i64 bh_begin, i64 num_
 
 inline i64 wrap(i64 index, i64 size) { return index < 0 ? index + size : index; }
 
-// Calls f(channel, i1, i2, column) for every line: where it lies in the volume, and its columns in the strip.
-template <class F>
-inline void each_line(const Windows& w, const Strip& s, F&& f) {
+// Calls f(channel, offsets, column) for every `Group` lines of a strip, which has a multiple of them: where
+// they lie in their channel, for the strides of the first two axes, and the first one's columns in the strip.
+template <i64 Group, class F>
+inline void each_lines(const Windows& w, const Strip& s, const i64 (&stride)[3], F&& f) {
   const i64* shift = w.shifts + 3 * s.shift;
+  const i64 first_plane = wrap(s.grid[0] * w.patch[0] + s.line / w.patch[1] - shift[0], w.size[0]);
+  const i64 first_line = wrap(s.grid[1] * w.patch[1] - shift[1], w.size[1]);
+  const i64 patch = w.patch[1], size[2] = {w.size[0], w.size[1]};
+  const i64 step[2] = {stride[0], stride[1]};
   for (i64 channel = 0; channel < w.head_dim; ++channel) {
-    i64 p1 = s.line / w.patch[1], p2 = s.line % w.patch[1];
-    for (i64 line = 0; line < s.num_lines; ++line) {
-      const i64 i1 = wrap(s.grid[0] * w.patch[0] + p1 - shift[0], w.size[0]);
-      const i64 i2 = wrap(s.grid[1] * w.patch[1] + p2 - shift[1], w.size[1]);
-      f(channel, i1, i2, line * s.num_voxels);
-      if (++p2 == w.patch[1]) {
-        p2 = 0;
-        ++p1;
+    i64 i1 = first_plane, p2 = s.line % patch;
+    i64 i2 = first_line + p2 < size[1] ? first_line + p2 : first_line + p2 - size[1];
+    for (i64 line = 0; line < s.num_lines; line += Group) {
+      i64 offsets[Group];
+      for (i64 k = 0; k < Group; ++k) {
+        offsets[k] = i1 * step[0] + i2 * step[1];
+        if (++p2 == patch) {
+          p2 = 0;
+          i2 = first_line;
+          i1 = i1 + 1 == size[0] ? 0 : i1 + 1;
+        } else {
+          i2 = i2 + 1 == size[1] ? 0 : i2 + 1;
+        }
       }
+      f(channel, offsets, line * s.num_voxels);
     }
   }
 }
@@ -142,21 +153,32 @@ inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> 
   const i64 in_channel = ahead / s.num_lines * volume.channel + offset(lines);
   const i64 in_next = in_channel + volume.channel - offset(s.num_lines);
   const i64 last_lines = (s.num_lines - lines) * s.num_voxels;  // columns before them
-  const auto each = [&](auto whole, auto step) {
-    each_line(w, s, [&](i64 channel, i64 i1, i64 i2, i64 column) {
-      S* line = volume.at(channel, i1, i2, 0);
-      T* columns = buffer[channel] + column;
-      const i64 ahead_of_line = pieces.first() + (column < last_lines ? in_channel : in_next);
-      prefetch(line, ahead_of_line * i64(sizeof(S)), bytes);
+  const auto each = [&](auto group, auto whole, auto step) {
+    each_lines<group>(w, s, volume.stride, [&](i64 channel, const i64(&offsets)[group], i64 column) {
+      S* const data = volume.data + channel * volume.channel;
+      T* const columns = buffer[channel] + column;
+      for (i64 k = 0; k < group; ++k) {
+        const bool in_this = column + k * s.num_voxels < last_lines;
+        prefetch(data + offsets[k], (pieces.first() + (in_this ? in_channel : in_next)) * i64(sizeof(S)), bytes);
+      }
       pieces.each(whole, [&](i64 i3, i64 window, i64 voxel, auto length) {
-        f(line + i3 * step, columns + window * window_stride + voxel, length, step);
+        S* const voxels = data + i3 * step;
+        T* const to = columns + window * window_stride + voxel;
+        for (i64 k = 0; k < group; ++k) f(voxels + offsets[k], to + k * whole, length, step);
       });
     });
   };
+  // Short lines together, since what is done for each piece costs as much as copying it.
+  constexpr Constant<4> together{};
   if (volume.stride[2] == 1) {
-    with_length(s.num_voxels, [&](auto whole) { each(whole, Constant<1>{}); });
+    with_length(s.num_voxels, [&](auto whole) {
+      if constexpr (!std::is_same_v<decltype(whole), i64>) {
+        if (s.num_lines % together == 0) return each(together, whole, Constant<1>{});
+      }
+      each(Constant<1>{}, whole, Constant<1>{});
+    });
   } else {
-    each(s.num_voxels, volume.stride[2]);
+    each(Constant<1>{}, s.num_voxels, volume.stride[2]);
   }
 }
 
@@ -188,7 +210,7 @@ void read_strip(const Windows& w, const Strip& s, Head<const S> volume, bool rel
 template <class T>
 void add_strip(const Windows& w, const Strip& s, Rows<const T> buffer, i64 window_stride, bool accumulate,
                Head<T> sums) {
-  each_pair(w, s, sums, buffer, window_stride, [&](T* to, const T* from, auto length, auto) {
+  each_pair(w, s, sums, buffer, window_stride, [accumulate](T* to, const T* from, auto length, auto) {
     each_block<T>(length, [&](auto block, i64 i) {
       const auto x = block.load(from + i);
       block.store(to + i, accumulate ? block.load(to + i) + x : x);
