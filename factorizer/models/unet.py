@@ -45,17 +45,18 @@ class Encoder(nn.Module):
 class EncoderBlock(nn.Module):
     """Downsampling, then a stage."""
 
-    def __init__(self, downsample: nn.Module, block: nn.Module) -> None:
+    def __init__(self, downsample: nn.Module, block: nn.Module, stride: Size) -> None:
         super().__init__()
         self.downsample = downsample
         self.block = block
+        self.stride = stride
 
     def forward(self, x: Tensor, overwrite: bool = False, last_use: bool = False) -> Tensor:
         """x (B, C, S1..Sp) to (B, width, ceil(S1 / stride)..).
 
         `overwrite`: nobody else reads what is computed on the way; `last_use`: nor x.
         """
-        y = self.downsample(x)
+        y = self.downsample(pad_to(x, round_up(x.shape[2:], self.stride)))
         if overwrite and type(self.block) is FactorizerStage and (last_use or not _share_memory(x, y)):
             return self.block(y, True)
         return self.block(y)
@@ -86,16 +87,17 @@ class Decoder(nn.Module):
 
 
 class DecoderBlock(nn.Module):
-    """Upsampling, concatenation of [skip, upsampled], then a stage.
+    """Upsampling, cropped to the skip's size, concatenation of [skip, upsampled], then a stage.
 
     A stage that begins with a `Linear` of its own, `adapter`, and has the rest as `after_adapter`, takes
     the first two and the adapter as one operator where the upsampling is a transposed convolution by blocks.
     """
 
-    def __init__(self, upsample: nn.Module, block: nn.Module) -> None:
+    def __init__(self, upsample: nn.Module, block: nn.Module, stride: Size) -> None:
         super().__init__()
         self.upsample = upsample
         self.block = block
+        self.stride = stride
 
     def forward(self, x: Tensor, skip: Tensor) -> Tensor:
         """x (B, C, S1..Sp) and the finer skip (B, width, T1..Tp) to (B, width, T1..Tp)."""
@@ -110,20 +112,25 @@ class DecoderBlock(nn.Module):
         maps.clear()
         block: Any = self.block
         adapter: Any = getattr(block, "adapter", None)
+        size = tuple(skip.shape[2:])
         if not can_join(self.upsample, adapter) or has_hooks(block):
-            return block(torch.cat([skip, self.upsample(x)], 1))
+            return block(torch.cat([skip, crop_to(self.upsample(x), size)], 1))
         overwrite = overwrite and type(block) is FactorizerStage and not _share_memory(x, skip)
-        y = join(skip, x, self.upsample, adapter, overwrite)
+        fitted = round_up(size, self.stride)
+        y = join(pad_to(skip, fitted), x, self.upsample, adapter, overwrite)
         del x, skip
+        if fitted != size:
+            y = crop_to(y, size).contiguous()
         return block.after_adapter(y, True) if overwrite else block.after_adapter(y)
 
 
 class UNet(nn.Module):
     """Stem, encoder, decoder with skip connections, and one or several heads.
 
-    x (B, in_channels, S1..Sp) of any spatial size gives logits (B, out_channels, S1..Sp). Where the
-    total stride does not divide the size, x is padded with zeros at the end of the axis and the
-    logits are cropped; a size that fits is left as it is.
+    x (B, in_channels, S1..Sp) of any spatial size gives logits (B, out_channels, S1..Sp). Where a stride
+    does not divide the size of the level above, that level's features are padded with zeros at the end of
+    the axis on the way down, and what comes up again is cropped. For the stem and the finest level it is x
+    that is padded, and the logits are cropped. A size that fits is left as it is.
 
     Args:
         in_channels, out_channels: channels of the input and of the logits.
@@ -185,7 +192,8 @@ class UNet(nn.Module):
         axes = stem_stride if isinstance(stem_stride, Sequence) else [stem_stride] * spatial_dims
         fine = integers("stem_stride", axes, 1, (spatial_dims,))
         self._strides = [_product(steps[: i + 1]) for i in range(levels)]
-        self._divisor = _product([fine, self._strides[-1]])
+        # The finest level, whose maps are the largest, is never padded on the way down.
+        self._divisor = _product([fine, *steps[:2]])
         sizes: list[Size | None] = [None] * levels
         if spatial_size is not None:
             size = integers("spatial_size", spatial_size, 1, (spatial_dims,))
@@ -213,13 +221,14 @@ class UNet(nn.Module):
                 down = build("downsample", downsample, above, width, kernel_size=step, stride=step)
             part = bottleneck if i == levels - 1 else block
             stage = build("block", part, width, width, sizes[i], depth=encoder_depth[i])
-            encoder.append(EncoderBlock(down, stage))
+            encoder.append(EncoderBlock(down, stage, step))
         self.encoder = Encoder(encoder)
         decoder = []
         for i, depth in zip(reversed(range(levels - 1)), decoder_depth, strict=True):
             width, step = encoder_width[i], steps[i + 1]
             up = build("upsample", upsample, encoder_width[i + 1], width, kernel_size=step, stride=step)
-            decoder.append(DecoderBlock(up, build("block", block, 2 * width, width, sizes[i], depth=depth)))
+            stage = build("block", block, 2 * width, width, sizes[i], depth=depth)
+            decoder.append(DecoderBlock(up, stage, step))
         self.decoder = Decoder(decoder)
 
         if isinstance(num_deep_supr, bool):

@@ -265,7 +265,9 @@ def plan_run(
     patch = window_for((spacing * stem).tolist(), PATCH)
     if words := in_words(spacing.tolist(), (stem, *below), patch):
         notes.append(words)
-    divisor = total_stride((stem, *below))
+    # A level that the crop does not fit is padded: on half a grid the coarsest one is, which is cheaper than
+    # twice as coarse a choice of crops.
+    divisor = total_stride((stem, *below[: len(below) - wishes.half_grid]))
     if wishes.crop:
         crop = np.array(wishes.crop)
     else:

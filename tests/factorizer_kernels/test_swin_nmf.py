@@ -181,7 +181,7 @@ def test_autograd_keeps_x_and_the_small_factors():
 
 @pytest.mark.parametrize("solver", ["mu", "hals"])
 def test_neighbours_do_not_matter(solver, rel):
-    """Windows side by side, of which some have to be iterated on and the others are taken by their moments."""
+    """Windows side by side, some of which are iterated on and the others taken by their moments."""
     options = {"head_dim": 4, "patch_size": 4}
     x, u0, v0, dy = _problem((1, 4, 4, 4, 44), options, 1)
     x, options = x.abs(), {**options, "act": None, "solver": solver}

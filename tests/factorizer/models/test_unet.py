@@ -58,8 +58,8 @@ def test_stages_on_a_coarser_grid(size, stem_stride):
         fine, coarse = network(torch.randn(2, 2, *extent))
         assert fine.shape == (2, 3, *extent)
         assert coarse.shape == (2, 3, *((s + 1) // 2 for s in extent))
-        # Padded to whole strides, the coarser grid's by 2 and 2.
-        assert seen.pop() == torch.Size(-(-s // (4 * n)) * 4 for s, n in zip(extent, axes, strict=True))
+        # Padded for the stem's stride and the first of the coarser grid's, which is 2.
+        assert seen.pop() == torch.Size(-(-s // (2 * n)) * 2 for s, n in zip(extent, axes, strict=True))
     fine.square().sum().backward()
     assert all(p.grad.isfinite().all() and p.grad.any() for p in network.heads[0].parameters())
 
@@ -104,11 +104,11 @@ def test_unet_hands_its_stages_what_they_need():
     arguments = {**SMALL, "encoder_depth": (1, 2, 3), "decoder_depth": (4, 5)}
     UNet(**arguments, spatial_dims=2, spatial_size=(16, 9), block=(Stage, {"tag": "x"}))
     assert calls == [
-        (8, 8, (16, 12), 1, "x"),
-        (16, 16, (8, 6), 2, "x"),
+        (8, 8, (16, 10), 1, "x"),
+        (16, 16, (8, 5), 2, "x"),
         (32, 32, (4, 3), 3, "x"),
-        (32, 16, (8, 6), 4, "x"),
-        (16, 8, (16, 12), 5, "x"),
+        (32, 16, (8, 5), 4, "x"),
+        (16, 8, (16, 10), 5, "x"),
     ]
 
 
