@@ -157,6 +157,9 @@ class UNet(nn.Module):
             n finest levels and a list of their logits, finest first; True for three.
         bottleneck: part for the stage of the coarsest level; `block` where None.
 
+    Attributes:
+        strides: voxels of x along each axis that one of each level's features stands for, finest first.
+
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
@@ -191,14 +194,16 @@ class UNet(nn.Module):
         steps = _steps(strides, levels, spatial_dims)
         axes = stem_stride if isinstance(stem_stride, Sequence) else [stem_stride] * spatial_dims
         fine = integers("stem_stride", axes, 1, (spatial_dims,))
-        self._strides = [_product(steps[: i + 1]) for i in range(levels)]
+        below = [_product(steps[: i + 1]) for i in range(levels)]
+        self.strides = [_product([fine, stride]) for stride in below]
+        self._below = below  # the same on the finest level's grid
         # The finest level, whose maps are the largest, is never padded on the way down.
         self._divisor = _product([fine, *steps[:2]])
         sizes: list[Size | None] = [None] * levels
         if spatial_size is not None:
             size = integers("spatial_size", spatial_size, 1, (spatial_dims,))
             fitted = _divide_up(round_up(size, self._divisor), fine)
-            sizes = [_divide_up(fitted, stride) for stride in self._strides]
+            sizes = [_divide_up(fitted, stride) for stride in below]
 
         conv = CONV[spatial_dims]
         if stem is None:
@@ -264,7 +269,7 @@ class UNet(nn.Module):
         outputs = self.decoder(self.encoder(features.pop(), overwrite), len(heads), overwrite)
         logits = [
             crop_to(head(y), _divide_up(size, stride))
-            for head, y, stride in zip(heads, outputs, self._strides, strict=False)
+            for head, y, stride in zip(heads, outputs, self._below, strict=False)
         ]
         return logits if self.num_deep_supr else logits[0]
 

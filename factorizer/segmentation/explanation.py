@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
 from factorizer.layers import FactMixer
+from factorizer.layers.resize import crop_to
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.inference import Predictor
@@ -88,8 +89,16 @@ class ComponentMaps(nn.Module):
         for name, mixer in self.chosen.items():
             found = component_maps(mixer, inputs[name])
             self.counts[name] = found.shape[1]
-            maps.append(interpolate(found, size=x.shape[2:], mode=mode))
+            # A level's features may reach beyond x, where it was padded.
+            extent = [n * s for n, s in zip(found.shape[2:], _stride(self.network, name), strict=True)]
+            maps.append(crop_to(interpolate(found, size=extent, mode=mode), x.shape[2:]))
         return torch.cat(maps, dim=1)
+
+
+def _stride(network: Any, name: str) -> tuple[int, ...]:
+    """Voxels of the image along each axis for one of the features that this mixer works on."""
+    side, _, block = name.split(".")[:3]
+    return network.strides[int(block) if side == "encoder" else -2 - int(block)]
 
 
 def shallow_and_deep(network: nn.Module, plan: Plan) -> dict[str, str]:

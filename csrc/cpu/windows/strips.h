@@ -168,11 +168,13 @@ inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> 
       });
     });
   };
-  // Short lines together, since what is done for each piece costs as much as copying it.
+  // The shortest pieces of several lines together: what is done for each costs more than copying it. Longer
+  // ones line by line, as memory is written fastest.
+  constexpr i64 short_piece = 4;
   constexpr Constant<4> together{};
   if (volume.stride[2] == 1) {
     with_length(s.num_voxels, [&](auto whole) {
-      if constexpr (!std::is_same_v<decltype(whole), i64>) {
+      if constexpr (std::is_same_v<decltype(whole), Constant<short_piece>>) {
         if (s.num_lines % together == 0) return each(together, whole, Constant<1>{});
       }
       each(Constant<1>{}, whole, Constant<1>{});

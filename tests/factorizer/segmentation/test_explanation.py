@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.nn.functional import interpolate
 
 from factorizer import FactMixer, Factorizer, LayerNorm, SWMatricize
 from factorizer.segmentation.explanation import (
@@ -55,6 +56,40 @@ def test_higher_rank_gives_rank_maps_a_head():
     assert maps.shape == (2, 6, 8, 8, 8)
     assert (maps >= 0).all()
     assert maps.isfinite().all()
+
+
+@pytest.mark.parametrize("size", [(10, 9, 13), (16, 24, 8), (3, 5, 9)])
+def test_maps_of_coarse_levels_lie_where_their_features_do(size):
+    """Whether or not the strides divide the size: so many voxels for each feature, from the first on."""
+    torch.manual_seed(0)
+    network = Factorizer(
+        1,
+        2,
+        (16, 16, 16),
+        (1, 1, 1),
+        (8, 8, 8),
+        strides=(1, 2, 2),
+        decoder_depth=(1, 1),
+        stem_stride=(2, 2, 1),
+        norm=LayerNorm,
+        reshape=(SWMatricize, {"head_dim": 4, "patch_size": 2}),
+    )
+    strides = {
+        "encoder.blocks.0": (2, 2, 1),
+        "encoder.blocks.1": (4, 4, 2),
+        "encoder.blocks.2": (8, 8, 4),
+        "decoder.blocks.0": (4, 4, 2),
+        "decoder.blocks.1": (2, 2, 1),
+    }
+    inputs = []
+    for name, mixer in mixers(network).items():
+        mixer.register_forward_pre_hook(lambda mixer, args, name=name: inputs.append((name, mixer, args[0])))
+    components = ComponentMaps(network, list(mixers(network)))
+    maps = components(torch.randn(1, 1, *size)).split(list(components.counts.values()), 1)
+    for (name, mixer, x), found in zip(inputs[: len(maps)], maps, strict=True):
+        stride = next(stride for level, stride in strides.items() if name.startswith(level))
+        expected = interpolate(component_maps(mixer, x), scale_factor=stride, mode="trilinear")
+        torch.testing.assert_close(found, expected[..., : size[0], : size[1], : size[2]])
 
 
 @pytest.fixture
