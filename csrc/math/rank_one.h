@@ -164,8 +164,8 @@ FK_INLINE void rank_one_through_u(Count rows, i64 t, RankOneAdjoint& adjoint) {
   adjoint.out.db = db;
 }
 
-// Through a = k (G u + e r), b = k² (uᵀG u + 2 e uᵀr + e² N), k = 1 / (uᵀu + e) of iteration t, to the gradient
-// of u_t.
+// Through a = k (G u + e r), b = k² (uᵀG u + 2 e uᵀr + e² N), k = 1 / (uᵀu + e) of iteration t, to the
+// gradient of u_t.
 template <class Count>
 FK_INLINE void rank_one_through_v(Count rows, i64 t, double e, RankOneAdjoint& adjoint) {
   const RankOneTrace& trace = adjoint.matrix->trace;

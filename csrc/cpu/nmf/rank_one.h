@@ -82,8 +82,8 @@ class RankOne {
     return true;
   }
 
-  // The iterations of some matrices of one shape, at most `most_together`, once their sums are there. False at
-  // those where eps matters to MU: their iterations must be run.
+  // The iterations of some matrices of one shape, at most `most_together`, once their sums are there. False
+  // at those where eps matters to MU: their iterations must be run.
   static void iterate(RankOne* const* solvers, i64 count, bool* applies) {
     RankOneMatrix* matrices[most_together];
     for (i64 i = 0; i < count; ++i) matrices[i] = &solvers[i]->matrix_;

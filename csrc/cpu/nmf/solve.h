@@ -117,7 +117,8 @@ void factorize(const NMFOptions& o, bool rank_one, void* memory, const Problem<T
     Arena rest = arena;
     Iterations<T> solver(o, tiles, false, rest);
     solver.forward(p.u0, p.v0, done(solver));
-    for (i64 r = 0; p.u != nullptr && r < o.rank; ++r) copy<T>(solver.u()[r], tiles.rows, p.u + r * tiles.rows);
+    for (i64 r = 0; p.u != nullptr && r < o.rank; ++r)
+      copy<T>(solver.u()[r], tiles.rows, p.u + r * tiles.rows);
   }
 }
 

@@ -51,7 +51,8 @@ void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int t
   const StripPlan plan = StripPlan::make<T>(w, chunk.count, w.num_shifts);
   const i64 most = together<T>(w, rank_one, false);
   WindowTiles<T> tiles_like(w.head_dim, w.columns(), {}, {}, false);
-  const StripMemory<T> memory(w, plan.per_strip, solver_memory<T>(p.options, tiles_like, rank_one, false, most),
+  const StripMemory<T> memory(w, plan.per_strip,
+                              solver_memory<T>(p.options, tiles_like, rank_one, false, most),
                               out.maps ? plan.per_strip * v_size : 0, threads);
   const i64 stride = memory.window_stride();
   parallel_for(plan.count, threads, [&](i64 task, int worker) {
@@ -183,13 +184,8 @@ template <class T>
 AdjointProblem<T> adjoint_problem(const SwinNMF& p, Tiles<T>& tiles, i64 matrix, i64 local,
                                   const FactorGrads<T>& du0, const FactorGrads<T>& dv0) {
   const auto or_null = [&](const Factor& f) { return f.data ? factor_of<T>(f, matrix) : nullptr; };
-  return {&tiles,
-          factor_of<T>(p.u0, matrix),
-          factor_of<T>(p.v0, matrix),
-          or_null(p.du),
-          or_null(p.dv),
-          du0.of(local, matrix),
-          dv0.of(local, matrix)};
+  return {&tiles,        factor_of<T>(p.u0, matrix), factor_of<T>(p.v0, matrix), or_null(p.du),
+          or_null(p.dv), du0.of(local, matrix),      dv0.of(local, matrix)};
 }
 
 // The backward of a chunk's windows of one shift: dX is written to the chunk's dx (shift 0), a contiguous map

@@ -153,13 +153,14 @@ inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> 
   const i64 in_channel = ahead / s.num_lines * volume.channel + offset(lines);
   const i64 in_next = in_channel + volume.channel - offset(s.num_lines);
   const i64 last_lines = (s.num_lines - lines) * s.num_voxels;  // columns before them
-  const auto each = [&](auto group, auto whole, auto step) {
+  const auto each = [&](auto together, auto whole, auto step) {
+    constexpr i64 group = decltype(together){};
     each_lines<group>(w, s, volume.stride, [&](i64 channel, const i64(&offsets)[group], i64 column) {
       S* const data = volume.data + channel * volume.channel;
       T* const columns = buffer[channel] + column;
       for (i64 k = 0; k < group; ++k) {
-        const bool in_this = column + k * s.num_voxels < last_lines;
-        prefetch(data + offsets[k], (pieces.first() + (in_this ? in_channel : in_next)) * i64(sizeof(S)), bytes);
+        const i64 onwards = column + k * s.num_voxels < last_lines ? in_channel : in_next;
+        prefetch(data + offsets[k], (pieces.first() + onwards) * i64(sizeof(S)), bytes);
       }
       pieces.each(whole, [&](i64 i3, i64 window, i64 voxel, auto length) {
         S* const voxels = data + i3 * step;
@@ -171,16 +172,17 @@ inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> 
   // The shortest pieces of several lines together: what is done for each costs more than copying it. Longer
   // ones line by line, as memory is written fastest.
   constexpr i64 short_piece = 4;
-  constexpr Constant<4> together{};
+  constexpr Constant<1> one{};
+  constexpr Constant<4> some{};
   if (volume.stride[2] == 1) {
     with_length(s.num_voxels, [&](auto whole) {
       if constexpr (std::is_same_v<decltype(whole), Constant<short_piece>>) {
-        if (s.num_lines % together == 0) return each(together, whole, Constant<1>{});
+        if (s.num_lines % some == 0) return each(some, whole, one);
       }
-      each(Constant<1>{}, whole, Constant<1>{});
+      each(one, whole, one);
     });
   } else {
-    each(Constant<1>{}, s.num_voxels, volume.stride[2]);
+    each(one, s.num_voxels, volume.stride[2]);
   }
 }
 
