@@ -151,10 +151,13 @@ def train(
         Any,
         typer.Option(help="Channels of each level, finest first, such as 24,48,96.", parser=_numbers),
     ] = None,
-    half_grid: Annotated[
-        bool,
-        typer.Option("--half-grid", help="Stages on half the grid: a step takes about half the time."),
-    ] = False,
+    grid: Annotated[
+        str | None,
+        typer.Option(
+            help="half or full: whether the stages work on half of the crop's grid, where a step takes about "
+            "a third of the time. Default: half on a CPU unless there are --steps, else full."
+        ),
+    ] = None,
     flips: Annotated[
         Any,
         typer.Option(
@@ -205,6 +208,8 @@ def train(
         if not every and fold is not None and not fold.isdecimal():
             _fail(f"fold: got {fold!r}; it must be a number from 0 to 4, or all", 2)
         number = None if every or fold is None else int(fold)
+        if grid not in (None, "half", "full"):
+            _fail(f"grid: got {grid!r}; it must be half or full", 2)
         wishes = Wishes(
             steps=steps,
             batch_size=batch_size,
@@ -214,12 +219,12 @@ def train(
             network=network,
             rank=rank,
             width=width and tuple(width),
-            half_grid=half_grid,
+            half_grid=None if grid is None else grid == "half",
             flips=None if flips is None else tuple(flips),
         )
         if bundle is not None:
-            if every or init is not None or half_grid:
-                _fail("fold all, init, half-grid: are not for a bundle", 2)
+            if every or init is not None or grid is not None:
+                _fail("fold all, init, grid: are not for a bundle", 2)
 
             from factorizer.commands.bundle import train_bundle
 

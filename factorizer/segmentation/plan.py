@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -178,7 +178,8 @@ class Wishes:
         network: "swin", "local" or "global": windows that are shifted, are not, or hold the whole volume.
         rank: of every factorisation.
         width: channels of each level, finest first.
-        half_grid: whether the stages work on half of the crop's grid (`stem_stride` of the network).
+        half_grid: whether the stages work on half of the crop's grid (`stem_stride` of the network); None:
+            they do not, but see `within_minutes`.
         flips: axes, see `Plan`.
     """
 
@@ -190,8 +191,18 @@ class Wishes:
     network: str | None = None
     rank: int | None = None
     width: tuple[int, ...] | None = None
-    half_grid: bool = False
+    half_grid: bool | None = None
     flips: tuple[int, ...] | None = None
+
+    def within_minutes(self, device: torch.device) -> Wishes:
+        """These, where the time of training is given and not its steps.
+
+        On a CPU the stages then work on half of the grid unless that was decided: fewer voxels leave time for
+        more steps, and a better network; of equally many steps the whole grid makes the better one.
+        """
+        if self.half_grid is not None or self.steps is not None or device.type != "cpu":
+            return self
+        return replace(self, half_grid=True)
 
     def __post_init__(self) -> None:
         """Raises DataError for a value that no run can have."""
@@ -261,13 +272,14 @@ def plan_run(
     median = np.median(shapes * spacings / spacing, axis=0)
     if not wishes.spacing and not np.allclose(spacing, np.median(spacings, axis=0)):
         notes.append("spacing: along the coarse axis that of the finer volumes, as slices are few and thick")
-    stem, *below = strides_for(spacing.tolist(), (1 + wishes.half_grid, *_strides(wishes.width)[1:]))
+    half = bool(wishes.half_grid)
+    stem, *below = strides_for(spacing.tolist(), (1 + half, *_strides(wishes.width)[1:]))
     patch = window_for((spacing * stem).tolist(), PATCH)
     if words := in_words(spacing.tolist(), (stem, *below), patch):
         notes.append(words)
     # A level that the crop does not fit is padded: on half a grid the coarsest one is, which is cheaper than
     # twice as coarse a choice of crops.
-    divisor = total_stride((stem, *below[: len(below) - wishes.half_grid]))
+    divisor = total_stride((stem, *below[: len(below) - half]))
     if wishes.crop:
         crop = np.array(wishes.crop)
     else:
@@ -300,7 +312,7 @@ def plan_run(
         "strides": (1, *below),
         "reshape": reshape_for(wishes.network or "swin", patch),
     }
-    if wishes.half_grid:
+    if half:
         network["stem_stride"] = stem
     if wishes.rank is not None:
         network["rank"] = wishes.rank

@@ -54,8 +54,9 @@ def test_fold_and_init_errors(synthetic, tmp_path):
     assert "init: there is no" in run_command(*options, "--init", tmp_path / "absent.pt", code=2)
     bundle = ["--bundle", tmp_path, "--fold", "all"]
     assert "are not for a bundle" in run_command(*options, *bundle, code=2)
-    bundle = ["--bundle", tmp_path, "--half-grid"]
-    assert "half-grid: are not for a bundle" in run_command(*options, *bundle, code=2)
+    bundle = ["--bundle", tmp_path, "--grid", "half"]
+    assert "grid: are not for a bundle" in run_command(*options, *bundle, code=2)
+    assert "grid: got 'coarse'" in run_command(*options, "--grid", "coarse", code=2)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -64,7 +65,9 @@ def test_budget_and_init(synthetic, tmp_path, monkeypatch):
     monkeypatch.setitem(BUDGETS, "quick", 0)
     first = ["train", synthetic, "--out", tmp_path / "a", "--budget", "quick"]
     assert "expected" in run_command(*first)
-    assert read_checkpoint(tmp_path / "a" / "checkpoint.pt")[0].steps == 2
+    plan = read_checkpoint(tmp_path / "a" / "checkpoint.pt")[0]
+    assert plan.steps == 2
+    assert plan.network["stem_stride"] == 2
     monkeypatch.setattr("factorizer.segmentation.training.MIN_STEPS", 5)
     assert "2 steps are done" in run_command(*first)  # what is continued keeps its number
     assert "budget: got 'long'" in run_command(*first[:-1], "long", code=2)

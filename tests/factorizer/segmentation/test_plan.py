@@ -5,6 +5,7 @@ import math
 from dataclasses import asdict
 
 import pytest
+import torch
 from factorizer_support import plan_for, planned
 
 from factorizer.models.build import build_network
@@ -110,6 +111,21 @@ def test_half_the_grid():
     isotropic = planned((35, 50, 36), half_grid=True)
     assert isotropic.network["stem_stride"] == 2
     assert isotropic.crop == (36, 52, 36)  # as without: multiples of 8 are not asked for
+
+
+@pytest.mark.parametrize(
+    ("options", "device", "half"),
+    [
+        ({}, "cpu", True),
+        ({"width": (32, 64, 128)}, "cpu", True),
+        ({"steps": 400}, "cpu", None),
+        ({"half_grid": False}, "cpu", False),
+        ({"half_grid": True, "steps": 400}, "cpu", True),
+        ({}, "cuda", None),
+    ],
+)
+def test_training_for_minutes_takes_half_the_grid(options, device, half):
+    assert Wishes(**options).within_minutes(torch.device(device)).half_grid is half
 
 
 def test_every_channel_has_its_own_window():
