@@ -72,7 +72,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "multiplicative updates": {"solver": "mu"},
     "MLP ratio 4": {"mlp_ratio": 4},
     "InstanceNorm": {"norm": "InstanceNorm3d"},
-    "half the grid": {"stem_stride": 2},  # what `factorizer train` takes for a budget on a CPU
+    "half the grid": {"stem_stride": 2},  # what `factorizer train --budget quick` takes on a CPU
     "half the grid, widths 32, 64, 128": {"stem_stride": 2, "encoder_width": (32, 64, 128)},
     "two blocks a level": {"encoder_depth": (2, 2, 2), "decoder_depth": (2, 2)},
     "widths 16, 32, 64": {"encoder_width": (16, 32, 64)},

@@ -65,7 +65,7 @@ def train(
         task = replace(task, cases=(*training, *held_out))
     prepare_folder("out", out)
     geometries = check_cases(console, task, training)
-    wishes = wishes if init else wishes.within_minutes(place)
+    wishes = wishes if init else wishes.within(budget, place)
     plan = plan_run(task, geometries, training, held_out, wishes, seed=seed, resample=resample)
     checkpoint = out / "checkpoint.pt"
     if init is not None:

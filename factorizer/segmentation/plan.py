@@ -29,6 +29,7 @@ from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.intensities import is_ct
 from factorizer.segmentation.recipe import (
     BATCH_SIZE,
+    HALF_GRID,
     LEARNING_RATE,
     MAX_CROP_VOXELS,
     MAX_STEPS,
@@ -179,7 +180,7 @@ class Wishes:
         rank: of every factorisation.
         width: channels of each level, finest first.
         half_grid: whether the stages work on half of the crop's grid (`stem_stride` of the network); None:
-            they do not, but see `within_minutes`.
+            they do not, but see `within`.
         flips: axes, see `Plan`.
     """
 
@@ -194,15 +195,15 @@ class Wishes:
     half_grid: bool | None = None
     flips: tuple[int, ...] | None = None
 
-    def within_minutes(self, device: torch.device) -> Wishes:
-        """These, where the time of training is given and not its steps.
+    def within(self, budget: str, device: torch.device) -> Wishes:
+        """These, where a budget (`recipe.BUDGETS`) says how long to train unless they name the steps.
 
-        On a CPU the stages then work on half of the grid unless that was decided: fewer voxels leave time for
-        more steps, and a better network; of equally many steps the whole grid makes the better one.
+        In a short one on a CPU the stages work on half of the grid, if that was not decided: fewer voxels
+        leave time for more steps, and a better network; of as many steps the whole grid makes the better one.
         """
         if self.half_grid is not None or self.steps is not None or device.type != "cpu":
             return self
-        return replace(self, half_grid=True)
+        return replace(self, half_grid=budget in HALF_GRID)
 
     def __post_init__(self) -> None:
         """Raises DataError for a value that no run can have."""

@@ -114,18 +114,19 @@ def test_half_the_grid():
 
 
 @pytest.mark.parametrize(
-    ("options", "device", "half"),
+    ("options", "budget", "device", "half"),
     [
-        ({}, "cpu", True),
-        ({"width": (32, 64, 128)}, "cpu", True),
-        ({"steps": 400}, "cpu", None),
-        ({"half_grid": False}, "cpu", False),
-        ({"half_grid": True, "steps": 400}, "cpu", True),
-        ({}, "cuda", None),
+        ({}, "quick", "cpu", True),
+        ({"width": (32, 64, 128)}, "quick", "cpu", True),
+        ({}, "standard", "cpu", False),
+        ({"steps": 400}, "quick", "cpu", None),
+        ({"half_grid": False}, "quick", "cpu", False),
+        ({"half_grid": True, "steps": 400}, "standard", "cpu", True),
+        ({}, "quick", "cuda", None),
     ],
 )
-def test_training_for_minutes_takes_half_the_grid(options, device, half):
-    assert Wishes(**options).within_minutes(torch.device(device)).half_grid is half
+def test_a_short_training_takes_half_the_grid(options, budget, device, half):
+    assert Wishes(**options).within(budget, torch.device(device)).half_grid is half
 
 
 def test_every_channel_has_its_own_window():
