@@ -155,7 +155,7 @@ def train(
         str | None,
         typer.Option(
             help="half or full: whether the stages work on half of the crop's grid, where a step takes about "
-            "a third of the time. Default: half for the budget quick on a CPU, else full."
+            "a quarter of the time. Default: half for the budget quick on a CPU, else full."
         ),
     ] = None,
     flips: Annotated[
