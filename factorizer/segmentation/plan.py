@@ -256,10 +256,11 @@ def plan_run(
     Spacing: the median of the volumes, or what `anisotropy.target_spacing` says. Crop: their median shape at
     that spacing, each axis rounded up to a multiple of what the network halves it by (on half of the grid
     all but the last time), then the axis that is longest in mm shortened until at most 64^3 voxels are left;
-    windows that do not divide it are completed with zeros. An axis is halved, and a window extends along it, as far as its voxels are about as fine as
-    the others (`anisotropy`). Steps: so many that training sees 10 times the voxels of its volumes, but at
-    least 300 and at most 1000. Left and right are exchanged unless a class is bound to a side (`sides`);
-    front and back, top and bottom never are: anatomy has no such symmetry. A channel of CT is clipped to the
+    windows that do not divide it are completed with zeros. An axis is halved, and a window extends along it,
+    as far as its voxels are about as fine as the others (`anisotropy`). Steps: so many that training sees 10
+    times the voxels of its volumes, but at least 300 and at most 1000. Left and right are exchanged unless a
+    class is bound to a side (`sides`); front and back, top and bottom never are: anatomy has no such
+    symmetry. A channel of CT is clipped to the
     window that the labelled voxels of the training cases have in it in the median; others are not. What
     `wishes` decide is not asked of the data.
 
