@@ -36,11 +36,11 @@ i64 matrix_of_batch(const Windows& w, const Chunk& chunk, i64 shift, i64 local) 
   return local + (shift * (w.batch * w.heads - chunk.count) + chunk.begin) * w.num_windows();
 }
 
-// Calls f(begin, count) for groups of at most `most` out of so many, of nearly one size.
+// Calls f(begin, count) for the windows of a strip, at most `most` at a time.
 template <class F>
-void each_group(i64 all, i64 most, F&& f) {
-  const i64 groups = (all + most - 1) / most;
-  for (i64 g = 0; g < groups; ++g) f(g * all / groups, (g + 1) * all / groups - g * all / groups);
+void each_group(const Strip& strip, i64 most, F&& f) {
+  const Parts groups = Parts::of(strip.num_windows, most);
+  for (i64 g = 0; g < groups.count; ++g) f(groups.begin(g), groups.size(g));
 }
 
 template <class T>
@@ -61,7 +61,7 @@ void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int t
     read_volume<T>(p, p.x, strip, p.options.relu, T(1), x, stride);
     clear_window_padding(w, strip.num_windows, x, stride);
     const i64 first = matrix_index(w, strip, chunk.begin, chunk.count);
-    each_group(strip.num_windows, most, [&](i64 begin, i64 count) {
+    each_group(strip, most, [&](i64 begin, i64 count) {
       std::optional<WindowTiles<T>> tiles[RankOnes<T>::most];
       Problem<T> problems[RankOnes<T>::most];
       for (i64 k = 0; k < count; ++k) {
@@ -212,7 +212,7 @@ class StripsBackward {
       read(p_.x, strip, p_.options.relu, T(1), x);
       if (p_.dy.data != nullptr) read(p_.dy, strip, false, T(1) / T(w.num_shifts), dy);
       const i64 first = matrix_index(w, strip, chunk.begin, chunk.count);
-      each_group(strip.num_windows, together_, [&](i64 begin, i64 count) {
+      each_group(strip, together_, [&](i64 begin, i64 count) {
         std::optional<WindowTiles<T>> tiles[RankOnes<T>::most];
         AdjointProblem<T> problems[RankOnes<T>::most];
         for (i64 k = 0; k < count; ++k) {
