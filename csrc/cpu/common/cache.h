@@ -11,11 +11,15 @@ constexpr i64 first_level_bytes = 32 << 10;    // of data, one core's
 constexpr i64 second_level_bytes = 256 << 10;  // one core's
 constexpr i64 last_level_bytes = 8 << 20;      // shared by the cores
 
-// A hint, of an address that need not exist.
+// Whether a result is better written past the caches: it would evict what they hold, and itself.
+constexpr bool outgrows_caches(i64 bytes) { return bytes > 2 * last_level_bytes; }
+
+// A hint, of an address that need not exist. Level: of the cache that it is for.
+template <int Level = 1>
 inline void prefetch(const void* near, i64 offset, i64 bytes) {
   const auto begin = reinterpret_cast<std::uintptr_t>(near) + std::uintptr_t(offset);
   for (i64 byte = 0; byte < bytes; byte += 64) {
-    __builtin_prefetch(reinterpret_cast<const void*>(begin + std::uintptr_t(byte)));
+    __builtin_prefetch(reinterpret_cast<const void*>(begin + std::uintptr_t(byte)), 0, 4 - Level);
   }
 }
 

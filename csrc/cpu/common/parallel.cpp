@@ -7,6 +7,10 @@
 #include <unistd.h>
 #endif
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <emmintrin.h>
+#endif
+
 #include <atomic>
 #include <cstdint>
 #include <new>
@@ -29,6 +33,13 @@ std::atomic<TeamLauncher> team_launcher{nullptr};
 // A team of OpenMP threads does not survive fork: a child starts threads of its own.
 std::atomic<i64> team_process{0};
 
+// Stores past the caches keep no order with others but for this.
+void finish_streams() {
+#if defined(__x86_64__) || defined(_M_X64)
+  _mm_sfence();
+#endif
+}
+
 struct Region {
   i64 tasks;
   Body body;
@@ -40,9 +51,10 @@ struct Region {
     const int worker = next_worker.fetch_add(1, std::memory_order_relaxed);
     for (;;) {
       const i64 task = next_task.fetch_add(1, std::memory_order_relaxed);
-      if (task >= tasks) return;
+      if (task >= tasks) break;
       body(context, task, worker);
     }
+    finish_streams();
   }
 
   static void run(void* region) { static_cast<Region*>(region)->work(); }
@@ -127,7 +139,7 @@ void parallel_for(i64 tasks, int threads, Body body, void* context) {
   if (threads > tasks) threads = static_cast<int>(tasks);
   if (threads <= 1) {
     for (i64 task = 0; task < tasks; ++task) body(context, task, 0);
-    return;
+    return finish_streams();
   }
   Region region;
   region.tasks = tasks;

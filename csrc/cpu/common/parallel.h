@@ -10,7 +10,7 @@ namespace factorizer {
 
 // Runs body(context, task, worker) for every task in [0, tasks), worker in [0, threads): a worker runs one
 // task at a time. Tasks are handed out in order; which worker gets which is left open, so results must not
-// depend on it. body must not throw.
+// depend on it. body must not throw. All that it has written is there for whatever follows, streamed or not.
 using Body = void (*)(void* context, i64 task, int worker);
 void parallel_for(i64 tasks, int threads, Body body, void* context);
 

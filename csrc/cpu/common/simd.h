@@ -1,6 +1,14 @@
 // SIMD vectors of the width that this translation unit is compiled for (GCC and Clang vector types).
 #pragma once
 
+#if defined(__x86_64__) || defined(_M_X64)
+#include <immintrin.h>
+#endif
+
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
 #include "common/base.h"
 
 #if defined(__AVX512F__)
@@ -43,6 +51,88 @@ FK_INLINE Vec<T> load_once(const T* p) {
   __asm__("" : "+v"(v));
 #endif
   return v;
+}
+
+// The processor's own operation of a name, where it is one instruction and the vector types have none for it.
+#if !defined(__x86_64__) && !defined(_M_X64)
+#elif defined(__AVX512F__)
+#define FK_X86(name) _mm512_##name
+#elif defined(__AVX__)
+#define FK_X86(name) _mm256_##name
+#else
+#define FK_X86(name) _mm_##name
+#endif
+
+// a where it is smaller, or larger, and otherwise b: also where one of them is NaN.
+template <class T>
+FK_INLINE Vec<T> smaller(Vec<T> a, Vec<T> b) {
+#if !defined(FK_X86)
+  return a < b ? a : b;
+#else
+  if constexpr (sizeof(T) == 4) {
+    return FK_X86(min_ps)(a, b);
+  } else {
+    return FK_X86(min_pd)(a, b);
+  }
+#endif
+}
+
+template <class T>
+FK_INLINE Vec<T> larger(Vec<T> a, Vec<T> b) {
+#if !defined(FK_X86)
+  return a > b ? a : b;
+#else
+  if constexpr (sizeof(T) == 4) {
+    return FK_X86(max_ps)(a, b);
+  } else {
+    return FK_X86(max_pd)(a, b);
+  }
+#endif
+}
+
+// |v|, by its bits.
+template <class T>
+FK_INLINE Vec<T> magnitude(Vec<T> v) {
+  using Lane = std::conditional_t<sizeof(T) == 4, std::int32_t, std::int64_t>;
+  typedef Lane Lanes __attribute__((vector_size(FK_VECTOR_BYTES)));
+  return (Vec<T>)((Lanes)v & std::numeric_limits<Lane>::max());
+}
+
+#if defined(__AVX512F__)
+// The nearest whole number.
+template <class T>
+FK_INLINE Vec<T> round_to_whole(Vec<T> v) {
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_roundscale_ps(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  } else {
+    return _mm512_roundscale_pd(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  }
+}
+
+// v times 2^power, for a power that is a whole number.
+template <class T>
+FK_INLINE Vec<T> scale_by_power_of_two(Vec<T> v, Vec<T> power) {
+  if constexpr (sizeof(T) == 4) {
+    return _mm512_scalef_ps(v, power);
+  } else {
+    return _mm512_scalef_pd(v, power);
+  }
+}
+#endif
+
+// Past the caches, for results that they could not hold: the memory is not read before it is written. `p` is
+// aligned to the vector. parallel_for() lets nothing that follows it overtake such a store.
+template <class T>
+FK_INLINE void stream(T* p, Vec<T> v) {
+#if !defined(FK_X86)
+  store(p, v);
+#else
+  if constexpr (sizeof(T) == 4) {
+    FK_X86(stream_ps)(p, v);
+  } else {
+    FK_X86(stream_pd)(p, v);
+  }
+#endif
 }
 
 // Pairwise, so that the error grows with the logarithm of the width.

@@ -19,19 +19,25 @@ class Lines {
   void read(const Tile& tile, i64 line, const FeatureMap& map, i64 channels, Rows<T> to) const {
     with_storage_for<T>(map.dtype, [&](auto* storage) {
       const auto* data = static_cast<const std::remove_pointer_t<decltype(storage)>*>(map.data);
+      const i64 ahead = to_next_line(line);
       each_run(tile, line, map, [&](i64 offset, i64 column, i64 length) {
-        for (i64 c = 0; c < channels; ++c) convert(data + offset + c * map.channel, to[c] + column, length);
+        for (i64 c = 0; c < channels; ++c) {
+          const auto* from = data + offset + c * map.channel;
+          prefetch<2>(from, ahead * i64(sizeof(*from)), length * i64(sizeof(*from)));
+          convert(from, to[c] + column, length);
+        }
       });
     });
     clear_padding<T>(channels, to, tile.count * p_.scale[2], tile.length * p_.scale[2]);
   }
 
   void write(const Tile& tile, i64 line, Rows<const T> from, i64 channels, const FeatureMap& map) const {
+    const bool outgrows = columns_.outgrow_caches(channels * p_.block(), map.dtype);
     with_storage_for<T>(map.dtype, [&](auto* storage) {
       auto* data = static_cast<decltype(storage)>(map.data);
       each_run(tile, line, map, [&](i64 offset, i64 column, i64 length) {
         for (i64 c = 0; c < channels; ++c)
-          convert_back(from[c] + column, data + offset + c * map.channel, length);
+          write_row(from[c] + column, data + offset + c * map.channel, length, outgrows);
       });
     });
   }
@@ -51,6 +57,13 @@ class Lines {
   }
 
  private:
+  // Elements from a line to the one that is read after it; the first of the next tile is left to the
+  // processor.
+  i64 to_next_line(i64 line) const {
+    const i64 row = p_.size[2] * p_.scale[2], plane = p_.size[1] * p_.scale[1] * row;
+    return (line + 1) % p_.scale[1] > 0 ? row : plane - (p_.scale[1] - 1) * row;
+  }
+
   // Calls f(offset in the map, column, length) for every run of fine voxels that lie side by side.
   template <class F>
   void each_run(const Tile& tile, i64 line, const FeatureMap& map, F&& f) const {

@@ -2,8 +2,10 @@
 // and copied tile by tile to and from scratch memory, where they are of the arithmetic's type.
 #pragma once
 
+#include <cstdint>
 #include <type_traits>
 
+#include "cpu/common/cache.h"
 #include "cpu/common/parallel.h"
 #include "cpu/common/product.h"
 #include "cpu/common/storage.h"
@@ -38,8 +40,10 @@ class Columns {
     return {begin, length < total_ - begin ? length : total_ - begin, length};
   }
 
-  // The tile after this one; no columns where there is none.
-  Tile next(i64 i) const { return i + 1 < tiles() ? tile(i + 1) : Tile{0, 0, 0}; }
+  // Whether so many channels of all columns are better written past the caches.
+  bool outgrow_caches(i64 channels, DType dtype) const {
+    return outgrows_caches(channels * total_ * element(dtype));
+  }
 
   // Calls f(batch item, voxel, column of the tile, length) for the runs of neighbouring voxels of a tile.
   template <class F>
@@ -72,47 +76,20 @@ inline void convert_back(const T* __restrict from, S* __restrict to, i64 length)
   for (i64 i = 0; i < length; ++i) to[i] = Storage<S>::from(from[i]);
 }
 
-// Fetches what is touched soon, some rows at a time, while a tile is computed: the maps of the tile after it,
-// and where its results go. The rows lie too far apart for the processor to foresee, and all of them at once
-// would be waited for.
-template <int N>
-class Fetch {
- public:
-  // `steps` calls of step() fetch everything.
-  Fetch(const Columns& columns, i64 steps) : columns_(columns), steps_(steps) {}
-
-  void add(const Tile& tile, const FeatureMap& map, i64 channels) {
-    parts_[count_++] = {tile, map, channels};
-    rows_ += channels;
-  }
-
-  void step(i64 steps = 1) {
-    due_ += steps * rows_;
-    for (; due_ >= steps_ && part_ < count_; due_ -= steps_) {
-      fetch_row(parts_[part_].tile, parts_[part_].map, row_);
-      if (++row_ == parts_[part_].channels) row_ = 0, ++part_;
+// Past the caches, where the map that the row is of outgrows them.
+template <class S, class T>
+inline void write_row(const T* from, S* to, i64 length, bool outgrows_caches) {
+  i64 i = 0;
+  if constexpr (std::is_same_v<S, T>) {
+    constexpr i64 width = Simd<T>::width, size = sizeof(T), bytes = width * size;
+    const i64 past = i64(reinterpret_cast<std::uintptr_t>(to) % bytes);
+    if (outgrows_caches && past % size == 0) {
+      for (const i64 first = (bytes - past) % bytes / size; i < length && i < first; ++i) to[i] = from[i];
+      for (; i + width <= length; i += width) stream(to + i, load(from + i));
     }
   }
-
- private:
-  void fetch_row(const Tile& tile, const FeatureMap& map, i64 row) const {
-    const i64 bytes = element(map.dtype);
-    columns_.each_run(tile, [&](i64 item, i64 voxel, i64, i64 length) {
-      const char* from =
-          static_cast<const char*>(map.data) + (item * map.batch + row * map.channel + voxel) * bytes;
-      for (i64 byte = 0; byte < length * bytes; byte += 64) __builtin_prefetch(from + byte, 0, 2);
-    });
-  }
-
-  struct Part {
-    Tile tile;
-    FeatureMap map;
-    i64 channels;
-  };
-  const Columns& columns_;
-  Part parts_[N];
-  i64 steps_, count_ = 0, rows_ = 0, due_ = 0, part_ = 0, row_ = 0;
-};
+  if (i < length) convert_back(from + i, to + i, length - i);
+}
 
 // Before a large fresh map is written, whose voxels lie side by side from its first to its last.
 inline void expect_writes(const Pointwise& p, const FeatureMap& map, i64 channels) {
@@ -126,7 +103,11 @@ void read(const Columns& columns, const Tile& tile, const FeatureMap& map, i64 c
     const auto* data = static_cast<const std::remove_pointer_t<decltype(storage)>*>(map.data);
     columns.each_run(tile, [&](i64 item, i64 voxel, i64 column, i64 length) {
       const auto* from = data + item * map.batch + voxel;
-      for (i64 c = 0; c < channels; ++c) convert(from + c * map.channel, to[c] + column, length);
+      for (i64 c = 0; c < channels; ++c) {
+        // The next tile's, which lies too far from the rows beside it for the processor to foresee.
+        prefetch<2>(from + c * map.channel, tile.length * i64(sizeof(*from)), length * i64(sizeof(*from)));
+        convert(from + c * map.channel, to[c] + column, length);
+      }
     });
   });
   clear_padding<T>(channels, to, tile.count, tile.length);
@@ -135,11 +116,12 @@ void read(const Columns& columns, const Tile& tile, const FeatureMap& map, i64 c
 template <class T>
 void write(const Columns& columns, const Tile& tile, Rows<const T> from, i64 channels,
            const FeatureMap& map) {
+  const bool outgrows = columns.outgrow_caches(channels, map.dtype);
   with_storage_for<T>(map.dtype, [&](auto* storage) {
     auto* data = static_cast<decltype(storage)>(map.data);
     columns.each_run(tile, [&](i64 item, i64 voxel, i64 column, i64 length) {
       auto* to = data + item * map.batch + voxel;
-      for (i64 c = 0; c < channels; ++c) convert_back(from[c] + column, to + c * map.channel, length);
+      for (i64 c = 0; c < channels; ++c) write_row(from[c] + column, to + c * map.channel, length, outgrows);
     });
   });
 }
@@ -168,12 +150,12 @@ Rows<const T> take(const Columns& columns, const Tile& tile, const FeatureMap& m
   return scratch;
 }
 
-// f(rows) puts a tile together, once: in the map itself where it can, else in `scratch`.
+// f(rows) puts a tile together, once: in the map itself where it can and should, else in `scratch`.
 template <class T, class F>
 void put(const Columns& columns, const Tile& tile, const FeatureMap& map, i64 channels, Rows<T> scratch,
          F&& f) {
   const Rows<T> there = in_place<T>(columns, tile, map);
-  if (there.data != nullptr) return f(there);
+  if (there.data != nullptr && !columns.outgrow_caches(channels, map.dtype)) return f(there);
   f(scratch);
   write<T>(columns, tile, scratch, channels, map);
 }

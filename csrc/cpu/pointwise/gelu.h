@@ -43,16 +43,22 @@ FK_INLINE Lockstep<T> polynomial(const T (&c)[N], const Lockstep<T>& x) {
 }
 
 // 2^y for y <= 0 that is not too far from there. Adding `magic` rounds y to a whole number, which is then in
-// the lowest bits of the sum.
+// the lowest bits of the sum; AVX-512 has an instruction to round, and one to scale by such a power.
 template <class T, class Bits, int Mantissa, int N>
 FK_INLINE Lockstep<T> power_of_two(const T (&c)[N], const Lockstep<T>& y) {
   using L = Lockstep<T>;
+#if defined(__AVX512F__)
+  const L rounded = L::of([&](int i) { return round_to_whole<T>(y.at[i]); });
+  const L power = polynomial<T>(c, L::of([&](int i) { return y.at[i] - rounded.at[i]; }));
+  return L::of([&](int i) { return scale_by_power_of_two<T>(power.at[i], rounded.at[i]); });
+#else
   typedef Bits Lanes __attribute__((vector_size(FK_VECTOR_BYTES)));
   constexpr T magic = T(3) * T(Bits(1) << (Mantissa - 1));
   constexpr Bits one = Bits(sizeof(T) == 4 ? 127 : 1023) << Mantissa;
   const L rounded = L::of([&](int i) { return y.at[i] + magic; });
   const L power = polynomial<T>(c, L::of([&](int i) { return y.at[i] - (rounded.at[i] - magic); }));
   return L::of([&](int i) { return power.at[i] * (Vec<T>)(((Lanes)rounded.at[i] << Mantissa) + one); });
+#endif
 }
 
 template <class T>
@@ -124,16 +130,13 @@ struct Normal<double> {
 template <class T>
 FK_INLINE Lockstep<T> tail_argument(const Lockstep<T>& x) {
   const Vec<T> limit = Vec<T>{} + Normal<T>::largest;
-  return Lockstep<T>::of([&](int i) {
-    const Vec<T> a = x.at[i] < T(0) ? -x.at[i] : x.at[i];
-    return a > limit ? limit : a;
-  });
+  return Lockstep<T>::of([&](int i) { return smaller<T>(limit, magnitude<T>(x.at[i])); });
 }
 
 // x Φ(x) = max(x, 0) - a Φ(-a).
 template <class T>
 FK_INLINE Lockstep<T> gelu(const Lockstep<T>& x, const Lockstep<T>& a, const Lockstep<T>& tail) {
-  return Lockstep<T>::of([&](int i) { return (x.at[i] < T(0) ? Vec<T>{} : x.at[i]) - a.at[i] * tail.at[i]; });
+  return Lockstep<T>::of([&](int i) { return larger<T>(Vec<T>{}, x.at[i]) - a.at[i] * tail.at[i]; });
 }
 
 template <class T>
@@ -145,13 +148,12 @@ FK_INLINE Lockstep<T> gelu_derivative(const Lockstep<T>& x, const Lockstep<T>& a
   });
 }
 
-// x becomes gelu(x), and each_row() is called beside every row. The length is a multiple of four vectors.
-template <class T, class F>
-void gelu(i64 rows, Rows<T> x, i64 length, F&& each_row) {
+// x becomes gelu(x). The length is a multiple of four vectors.
+template <class T>
+void gelu(i64 rows, Rows<T> x, i64 length) {
   using L = Lockstep<T>;
   constexpr i64 width = Simd<T>::width;
   for (i64 r = 0; r < rows; ++r) {
-    each_row();
     for (T* row = x[r]; row < x[r] + length; row += L::count * width) {
       const L v = L::of([&](int i) { return load(row + i * width); });
       const L a = tail_argument(v), y = gelu(v, a, Normal<T>::tail(a));
@@ -162,12 +164,11 @@ void gelu(i64 rows, Rows<T> x, i64 length, F&& each_row) {
 }
 
 // x becomes gelu(x), and d, the gradient with respect to that, the one with respect to x.
-template <class T, class F>
-void gelu_backward(i64 rows, Rows<T> x, Rows<T> d, i64 length, F&& each_row) {
+template <class T>
+void gelu_backward(i64 rows, Rows<T> x, Rows<T> d, i64 length) {
   using L = Lockstep<T>;
   constexpr i64 width = Simd<T>::width;
   for (i64 r = 0; r < rows; ++r) {
-    each_row();
     for (i64 n = 0; n < length; n += L::count * width) {
       T *row = x[r] + n, *gradients = d[r] + n;
       const L v = L::of([&](int i) { return load(row + i * width); });

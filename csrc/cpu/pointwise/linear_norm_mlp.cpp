@@ -69,15 +69,10 @@ struct Forward {
       const Rows<T> y = rows(p.in_channels), z = rows(p.channels), n = rows(p.channels),
                     h = rows(chain.hidden.largest());
       chain.residual(tile, y, z);
-      const Tile next = chain.columns.next(index);
-      Fetch<3> fetch(chain.columns, p.hidden);
-      fetch.add(tile, p.out, p.channels);
-      fetch.add(next, p.y, p.in_channels);
-      fetch.add(next, p.x, p.channels);
       standardise<T>(p.channels, p.eps, z, n, tile.length, memory.scales(worker));
       for (i64 i = 0; i < chain.hidden.count; ++i) {
         multiply<T>(chain.in.piece(i), n, h, tile.length, {false, chain.first.bias + chain.hidden.begin(i)});
-        gelu<T>(chain.hidden.size(i), h, tile.length, [&] { fetch.step(); });
+        gelu<T>(chain.hidden.size(i), h, tile.length);
         multiply<T>(out.piece(i), h, z, tile.length, {true, i == 0 ? typed<T>(p.bias2) : nullptr});
       }
       write<T>(chain.columns, tile, z, p.channels, p.out);
@@ -123,26 +118,19 @@ struct Backward {
     expect_writes(p, p.dy, p.in_channels);
     parallel_for(shares.groups(), p.threads, [&](i64 group, int worker) {
       for (i64 index = shares.begin(group); index < shares.end(group); ++index)
-        tile(chain.columns.tile(index), chain.columns.next(index), group, worker,
-             index > shares.begin(group));
+        tile(chain.columns.tile(index), group, worker, index > shares.begin(group));
     });
     if (weights) add_up();
   }
 
   // Adds to the group's share of the sums, or starts it.
-  void tile(const Tile& tile, const Tile& next, i64 group, int worker, bool add) {
+  void tile(const Tile& tile, i64 group, int worker, bool add) {
     auto rows = memory.of(worker);
     const Rows<T> y = rows(p.in_channels), z = rows(p.channels), d = rows(p.channels), dn = rows(p.channels),
                   h = rows(chain.hidden.largest()), g = rows(chain.hidden.largest());
     T* scales = memory.scales(worker);
     const i64 length = tile.length;
     chain.residual(tile, y, z);
-    Fetch<5> fetch(chain.columns, p.hidden);
-    fetch.add(tile, p.dx, p.channels);
-    fetch.add(tile, p.dy, p.in_channels);
-    fetch.add(next, p.y, p.in_channels);
-    fetch.add(next, p.x, p.channels);
-    fetch.add(next, p.dout, p.channels);
     standardise<T>(p.channels, p.eps, z, z, length, scales);
     clear_padding<T>(p.channels, z, tile.count, tile.length);
     read<T>(chain.columns, tile, p.dout, p.channels, d);
@@ -151,7 +139,7 @@ struct Backward {
       const i64 begin = chain.hidden.begin(i), size = chain.hidden.size(i);
       multiply<T>(chain.in.piece(i), z, h, length, {false, chain.first.bias + begin});
       multiply<T>(out_transposed.piece(i), d, g, length);
-      gelu_backward<T>(size, h, g, length, [&] { fetch.step(); });
+      gelu_backward<T>(size, h, g, length);
       if (weights) {
         add_rows<T>(size, g, length, shares.of(dbias1, group)[begin], add);
         multiply_by_transpose<T>(size, g, p.channels, z, length, from_row(shares.of(dweight1, group), begin),

@@ -62,10 +62,6 @@ struct Forward {
       } else {
         x = take<T>(maps.columns, tile, p.x, p.channels, n);
       }
-      Fetch<2> fetch(maps.columns, 1);
-      fetch.add(tile, p.y, p.out_channels);
-      fetch.add(maps.columns.next(index), p.x, p.channels);
-      fetch.step();
       if (maps.norm) standardise<T>(p.channels, p.eps, n, n, tile.length, memory.scales(worker));
       put<T>(maps.columns, tile, p.y, p.out_channels, y, [&](Rows<T> to) {
         if (maps.linear) {
@@ -108,12 +104,12 @@ struct Backward {
     expect_writes(p, p.dx, p.channels);
     parallel_for(shares.groups(), p.threads, [&](i64 group, int worker) {
       for (i64 index = shares.begin(group); index < shares.end(group); ++index)
-        tile(maps.columns.tile(index), maps.columns.next(index), group, worker, index > shares.begin(group));
+        tile(maps.columns.tile(index), group, worker, index > shares.begin(group));
     });
     if (weights) add_up();
   }
 
-  void tile(const Tile& tile, const Tile& next, i64 group, int worker, bool add) {
+  void tile(const Tile& tile, i64 group, int worker, bool add) {
     auto rows = memory.of(worker);
     const Rows<T> n = rows(p.channels), dn = rows(p.channels), gradient = rows(p.out_channels);
     T* scales = memory.scales(worker);
@@ -125,12 +121,6 @@ struct Backward {
     }
     const Rows<const T> dy = take<T>(maps.columns, tile, p.dy, p.out_channels, gradient);
     const bool adds = p.addend.data != nullptr;
-    Fetch<4> fetch(maps.columns, 1);
-    fetch.add(tile, p.dx, p.channels);
-    fetch.add(next, p.x, p.channels);
-    fetch.add(next, p.dy, p.out_channels);
-    if (adds) fetch.add(next, p.addend, p.channels);
-    fetch.step();
     if (maps.norm) {
       standardise<T>(p.channels, p.eps, n, n, tile.length, scales);
       clear_padding<T>(p.channels, n, tile.count, tile.length);
