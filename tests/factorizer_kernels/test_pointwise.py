@@ -220,6 +220,17 @@ def test_cpu_meets_reference(name, dtype, sizes, poisoned):
     _assert_close(ours, exact)
 
 
+@pytest.mark.parametrize("size", [(62, 62, 66), (64, 64, 64)], ids=["lines between", "whole lines"])
+@pytest.mark.parametrize("name", OPERATORS)
+def test_maps_that_outgrow_the_caches(name, size, poisoned):
+    """Results of more than 8 MiB are written past the caches, in whole lines of memory where these lie so."""
+    coarse = tuple(s // 2 for s in size)
+    sizes = _sizes(1, 9, coarse if name in ("join", "patch_conv") else size, 9, 9)
+    arguments, dy = _problem(name, sizes, torch.float32)
+    exact = _outcome("reference", name, [t.double() for t in arguments], dy.double())
+    _assert_close(_outcome("cpu", name, arguments, dy), exact)
+
+
 @st.composite
 def problems(draw):
     axes = draw(st.integers(1, 3))

@@ -238,6 +238,16 @@ FAULTS = (
         "for (i64 group = 1; group < groups(); ++group) {", POINTWISE,
     ),
     Fault(
+        "pointwise: past the caches, what is left of a row after whole lines is not written",
+        _POINTWISE + "columns.h",
+        "if (i < length) convert_back(from + i, to + i, length - i);",
+        "if (i == 0) convert_back(from, to, length);", POINTWISE,
+    ),
+    Fault(
+        "GELU: the sign stays where the magnitude is meant", "csrc/cpu/common/simd.h",
+        "(Lanes)v & std::numeric_limits<Lane>::max()", "(Lanes)v & Lane(-1)", POINTWISE,
+    ),
+    Fault(
         "pointwise: every item of a tile is the first", _POINTWISE + "columns.h",
         "      voxel = 0;\n      ++item;", "      voxel = 0;", POINTWISE,
     ),

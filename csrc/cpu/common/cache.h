@@ -12,7 +12,7 @@ constexpr i64 second_level_bytes = 256 << 10;  // one core's
 constexpr i64 last_level_bytes = 8 << 20;      // shared by the cores
 
 // Whether a result is better written past the caches: it would evict what they hold, and itself.
-constexpr bool outgrows_caches(i64 bytes) { return bytes > 2 * last_level_bytes; }
+constexpr bool outgrows_caches(i64 bytes) { return bytes > last_level_bytes; }
 
 // A hint, of an address that need not exist. Level: of the cache that it is for.
 template <int Level = 1>
