@@ -52,8 +52,9 @@ def backend(request):
 @pytest.fixture
 def poisoned(monkeypatch):
     """Outputs are NaN until a kernel writes them, so that what it leaves out is seen."""
-    for name in ("new_empty", "empty_like"):
-        owner = torch.Tensor if name == "new_empty" else torch
+    for owner, name in (
+        (torch.Tensor, "new_empty"), (torch.Tensor, "new_empty_strided"), (torch, "empty_like"),
+    ):  # fmt: skip
         original = getattr(owner, name)
 
         def filled(*args, original=original, **kwargs):

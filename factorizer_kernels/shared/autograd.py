@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.autograd.graph import increment_version
 
 from factorizer_kernels.shared import registry
-from factorizer_kernels.shared.checks import plain
+from factorizer_kernels.shared.checks import NO_TENSORS, plain
 
 _WAY_OUT = 'inside factorizer_kernels.use_backend("reference") it is plain PyTorch, and'
 
@@ -134,7 +134,7 @@ def differentiated(arguments) -> bool:
     if not torch.is_grad_enabled():
         return False
     for a in arguments:  # noqa: SIM110 - a generator takes longer, and this is a part of every call
-        if isinstance(a, Tensor) and a.requires_grad:
+        if type(a) not in NO_TENSORS and isinstance(a, Tensor) and a.requires_grad:
             return True
     return False
 

@@ -32,10 +32,9 @@ def remembered(function: Function) -> Function:
         if torch.compiler.is_compiling():
             return function(*values, **options)
         try:
-            key = (
-                *[v if type(v) in _ATOMS else _key(v) for v in values],
-                *options, *map(_key, options.values()),
-            )  # fmt: skip
+            key = tuple([v if type(v) in _ATOMS else _key(v) for v in values])
+            if options:
+                key = (*key, *options, *map(_key, options.values()))
             result = results.get(key, results)
         except (_NotPlain, TypeError):
             return function(*values, **options)
@@ -51,6 +50,9 @@ def remembered(function: Function) -> Function:
 
 _MOST_RESULTS = 256
 _ATOMS = frozenset((int, str, type(None), torch.dtype, torch.Size))
+_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
+# To ask these whether they are tensors takes longer than to look them up.
+NO_TENSORS = _ATOMS | {bool, float, tuple, list}
 
 
 class _NotPlain(Exception):
@@ -62,21 +64,19 @@ def _key(value: Any) -> Any:
     kind = type(value)
     if kind in _ATOMS:
         return value
-    if isinstance(value, Tensor):
+    if kind in _PLAIN_TENSORS or isinstance(value, Tensor):
         if value.is_nested:  # it has no shape
             raise _NotPlain
         return kind, value.dtype, value.device, value.shape, value.layout
     if kind is list or kind is tuple:
-        return tuple([_item_key(v) for v in value])
+        return tuple([v if v is None or type(v) is int else _item_key(v) for v in value])
     return kind, value
 
 
 def _item_key(value: Any) -> Any:
     kind = type(value)
-    if kind is int or value is None:
-        return value
     if kind is list or kind is tuple:
-        return tuple([_item_key(v) for v in value])
+        return tuple([v if v is None or type(v) is int else _item_key(v) for v in value])
     raise _NotPlain
 
 
@@ -122,9 +122,6 @@ def one_of(name: str, value: Any, allowed: tuple) -> Any:
     return value
 
 
-_PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))
-
-
 def plain(arguments: tuple) -> bool:
     """Whether a call is nothing but a call: not compiled, traced, transformed, watched or of a subclass."""
     if (
@@ -140,12 +137,11 @@ def plain(arguments: tuple) -> bool:
     for a in arguments:
         # A view may have the opposite sign of what its memory holds, or be zeros without any memory; and in a
         # backward pass a tensor of a transform may come without the transform.
-        if isinstance(a, Tensor) and (
-            type(a) not in _PLAIN_TENSORS
-            or a.is_neg()
-            or a._is_zerotensor()
-            or torch._C._functorch.is_functorch_wrapped_tensor(a)
-        ):
+        kind = type(a)
+        if kind in _PLAIN_TENSORS:
+            if a.is_neg() or a._is_zerotensor() or torch._C._functorch.is_functorch_wrapped_tensor(a):
+                return False
+        elif kind not in NO_TENSORS and isinstance(a, Tensor):
             return False
     return True
 

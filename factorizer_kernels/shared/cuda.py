@@ -69,7 +69,8 @@ def current(x: Tensor) -> AbstractContextManager:
 
 def target(x: Tensor) -> tuple[int, int]:
     """(device index, handle of its current stream): where a launch for x belongs, on the current device."""
-    return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
+    index = x.device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)  # torch.cuda's own makes an object of it
 
 
 def processors(x: Tensor) -> int:

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from factorizer_kernels.shared.checks import NO_TENSORS
+
 
 def padded(extent: int) -> int:
     """The block that holds ``extent`` elements: Triton's blocks are powers of two.
@@ -78,7 +80,10 @@ def _launch(kernel: Any, grid: tuple[int, ...], device: int, args: tuple, consta
     are 1, or multiples of 16, or need 64 bits, and for the constants' values. The key has dtypes, addresses
     modulo 16, numbers and constants as they are, and the types of all: 1 is not 1.0 there.
     """
-    seen = [(a.dtype, a.data_ptr() & 15) if isinstance(a, Tensor) else a for a in args]
+    seen = [
+        a if type(a) in NO_TENSORS or not isinstance(a, Tensor) else (a.dtype, a.data_ptr() & 15)
+        for a in args
+    ]
     key = (kernel.fn, grid, device, *seen, *map(type, args), *constants, *constants.values())
     found = _LAUNCHES.get(key)
     if found is not None:

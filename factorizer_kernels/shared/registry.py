@@ -66,8 +66,7 @@ def call(operator: torch._ops.OpOverload, *arguments: Any) -> Any:
     """
     if not plain(arguments):
         return operator(*arguments)
-    *others, backend = arguments
-    outputs = _KERNELS[_NAMES[operator], backend].function(*others)
+    outputs = _KERNELS[_NAMES[operator], arguments[-1]].function(*arguments[:-1])
     return outputs if isinstance(outputs, Tensor) else tuple(outputs)
 
 

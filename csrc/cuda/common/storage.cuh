@@ -53,16 +53,16 @@ FK_DEVICE u32 relu_word(u32 word) {
     return bit_cast<u32>(relu(bit_cast<float>(word)));
 #endif
   } else {
-    const float low = to_compute(S{static_cast<std::uint16_t>(word)});
-    const float high = to_compute(S{static_cast<std::uint16_t>(word >> 16)});
-#ifdef __CUDA_ARCH__  // where two numbers are packed, relu is free
+#ifdef __CUDA_ARCH__
     if constexpr (std::is_same_v<S, bfloat16>) {
-      asm("cvt.rn.relu.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+      asm("max.NaN.bf16x2 %0, %0, %1;" : "+r"(word) : "r"(0u));
     } else {
-      asm("cvt.rn.relu.f16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+      asm("max.NaN.f16x2 %0, %0, %1;" : "+r"(word) : "r"(0u));
     }
     return word;
 #else
+    const float low = to_compute(S{static_cast<std::uint16_t>(word)});
+    const float high = to_compute(S{static_cast<std::uint16_t>(word >> 16)});
     return Storage<S>::from(relu(low)).bits | u32{Storage<S>::from(relu(high)).bits} << 16;
 #endif
   }

@@ -54,6 +54,13 @@ FK_DEVICE void meet() {
   }
 }
 
+// The sum over the warp, in every lane.
+FK_DEVICE float over_warp(float x) {
+  FK_UNROLL
+  for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(full_warp, x, distance);
+  return x;
+}
+
 // Up to COUNT sums over at most WARPS warps.
 template <int COUNT, int WARPS>
 struct Sums {
@@ -64,13 +71,13 @@ struct Sums {
   // together.
   template <int N = COUNT, class F>
   FK_DEVICE void take(F&& value) {
-    take_from<0, N>(value);
+    take_from<0, N>(value, in_order);
     finish<N>();
   }
 
-  // A warp's sums FIRST .. N - 1 of value(i); others are put() there. finish() when all are.
-  template <int FIRST, int N, class F>
-  FK_DEVICE void take_from(F&& value) {
+  // place(of_warp(), i, sum) a warp's sums FIRST .. N - 1 of value(i); finish() when all are there.
+  template <int FIRST, int N, class F, class P>
+  FK_DEVICE void take_from(F&& value, P&& place) {
     static_assert(N <= COUNT, "room for the sums");
     FK_UNROLL
     for (int first = FIRST; first < N; first += 32) {
@@ -80,10 +87,11 @@ struct Sums {
       for (int i = 0; i < 32; ++i) v[i] = first + i < N ? value(first + i) : 0.0f;
       fold<few ? 8 : 16>(v);
       if (few) v[0] += __shfl_xor_sync(full_warp, v[0], 16);
-      if (lane() < (few ? 16 : 32) && first + lane() < N) of[threadIdx.x / 32][first + lane()] = v[0];
+      if (lane() < (few ? 16 : 32) && first + lane() < N) place(of_warp(), first + lane(), v[0]);
     }
   }
-  FK_DEVICE void put(int i, float sum) { of[threadIdx.x / 32][i] = sum; }
+  FK_DEVICE static void in_order(float* sums, int i, float sum) { sums[i] = sum; }
+  FK_DEVICE float* of_warp() { return of[threadIdx.x / 32]; }
   template <int N = COUNT>
   FK_DEVICE void finish() {
     meet<WARPS>();

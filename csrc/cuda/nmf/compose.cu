@@ -91,6 +91,13 @@ __global__ void __launch_bounds__(most_threads)
   });
 }
 
+// What W voxels need of a copy. It is read while the copy before has its turn.
+template <int W>
+struct OfCopy {
+  u32 number;  // of the window
+  float dv[W], v0[W];
+};
+
 template <int W, class S>
 __global__ void __launch_bounds__(most_threads)
     gradients_kernel(const Boxes boxes, const Map x, const Factor v0, const Coefficients* const coefficients,
@@ -101,36 +108,55 @@ __global__ void __launch_bounds__(most_threads)
   const DeviceWindows& windows = boxes.windows;
   const Window box = boxes.cut.window(windows.num_shifts, blockIdx.x);
   met.find(boxes, box);
-  for (u32 i = threadIdx.x; i < boxes.num_met() * quads; i += blockDim.x) {
-    const int matrix = met.matrix[i / quads];
-    if (matrix < 0) continue;
-    reinterpret_cast<Quad*>(of_met)[i] = reinterpret_cast<const Quad*>(coefficients + matrix)[i % quads];
+  // Several at a time, so that their reads are under way together.
+  constexpr u32 together = 4;
+  for (u32 first = threadIdx.x; first < boxes.num_met() * quads; first += together * blockDim.x) {
+    int matrix[together];
+    Quad quad[together];
+    FK_UNROLL
+    for (u32 t = 0; t < together; ++t) {
+      const u32 i = first + t * blockDim.x;
+      matrix[t] = i < boxes.num_met() * quads ? met.matrix[i / quads] : -1;
+      if (matrix[t] >= 0) quad[t] = reinterpret_cast<const Quad*>(coefficients + matrix[t])[i % quads];
+    }
+    FK_UNROLL
+    for (u32 t = 0; t < together; ++t) {
+      if (matrix[t] >= 0) reinterpret_cast<Quad*>(of_met)[first + t * blockDim.x] = quad[t];
+    }
   }
   __syncthreads();
   const S* const from = static_cast<const S*>(x.data) + DeviceWindows::origin(box, x);
   S* const to = static_cast<S*>(dx.data) + DeviceWindows::origin(box, dx);
   for_voxels<W>(boxes, box, [&](const u32(&at)[3], const u32(&voxel)[3]) {
-    const S* const row = from + DeviceWindows::offset(voxel, x);
+    const auto of_copy = [&](u32 copy) {
+      OfCopy<W> of;
+      u32 column;
+      of.number = boxes.number(copy, met.begin[copy], at, column);
+      const i64 matrix = met.matrix[of.number];
+      read(dv + matrix * windows.columns + column, of.dv);
+      read(of_matrix(v0, matrix) + column, of.v0);
+      return of;
+    };
+    const S* row = from + DeviceWindows::offset(voxel, x);
     float values[max_rows][W] = {}, grad[max_rows][W] = {};
     FK_UNROLL
     for (int m = 0; m < max_rows; ++m) {
-      if (m < windows.rows) read(row + m * x.stride[1], values[m]);
+      if (m < windows.rows) read(row, values[m]);
+      row += x.stride[1];
     }
+    OfCopy<W> next = of_copy(0);
     relu_rows(values);
     for (u32 copy = 0; copy < windows.num_shifts; ++copy) {
-      u32 column;
-      const u32 number = boxes.number(copy, met.begin[copy], at, column);
-      const i64 matrix = met.matrix[number];
-      float dv_at[W], v0_at[W];
-      read(dv + matrix * windows.columns + column, dv_at);
-      read(of_matrix(v0, matrix) + column, v0_at);
-      add_gradient(of_met[number], values, dv_at, v0_at, grad);
+      const OfCopy<W> now = next;
+      if (copy + 1 < windows.num_shifts) next = of_copy(copy + 1);
+      add_gradient(of_met[now.number], values, now.dv, now.v0, grad);
     }
     mask_rows(values, grad);
-    S* const row_out = to + DeviceWindows::offset(voxel, dx);
+    S* row_out = to + DeviceWindows::offset(voxel, dx);
     FK_UNROLL
     for (int m = 0; m < max_rows; ++m) {
-      if (m < windows.rows) write(row_out + m * dx.stride[1], grad[m]);
+      if (m < windows.rows) write(row_out, grad[m]);
+      row_out += dx.stride[1];
     }
   });
 }

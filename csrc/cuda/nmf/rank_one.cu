@@ -29,10 +29,13 @@ constexpr int threads_of(int windows) {
   return 32 * most_warps<K> * windows;
 }
 
-// Blocks of the backward on a multiprocessor, which bound a thread's registers; 0: as the compiler likes.
-// Half types have shared memory for 12 warps and more.
-template <int K, class S>
-constexpr int backward_blocks = K > 1 && sizeof(S) == 2 ? 12 / backward_windows<K> : 0;
+// Blocks of the backward on a multiprocessor, which bound a thread's registers: as many warps as shared
+// memory holds, of half types 16, or 12 where dv stays in registers. 0: as the compiler likes.
+template <int K, class S, bool ALONE>
+constexpr int backward_blocks = K == 1           ? 0
+                                : sizeof(S) == 4 ? 10 / backward_windows<K>
+                                : ALONE          ? 12 / backward_windows<K>
+                                                 : 16 / backward_windows<K>;
 
 // Where a window's numbers are kept. Four chunks in registers would leave room for eight warps, which do not
 // hide one another's loads.
@@ -61,7 +64,7 @@ struct LastStep {
 };
 
 template <int K>
-using MomentSums = Sums<Moments::count, most_warps<K>>;
+using MomentSums = Sums<Moments::places, most_warps<K>>;
 
 // The sums over the columns of rows in shared memory, and of their products by pairs.
 template <class S, int K, int WINDOWS>
@@ -85,13 +88,12 @@ FK_DEVICE void take_pairs(const Staged<S, K, WINDOWS>& tile, MomentSums<K>& sums
       }
     }
   }
+  float total[4];
   FK_UNROLL
-  for (int i = 0; i < 4; ++i) {
-    const float total = (sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i]);
-    const int column = 2 * t + i % 2;
-    if (i < 2 && g <= column) sums.put(Symmetric<max_rows>::index(g, column), total);
-    if (i >= 2 && g == 0) sums.put(Moments::pairs + column, total);
-  }
+  for (int i = 0; i < 4; ++i) total[i] = (sum[0][i] + sum[1][i]) + (sum[2][i] + sum[3][i]);
+  const float of_g[2] = {total[0], total[1]}, of_r[2] = {total[2], total[3]};
+  write(sums.of_warp() + g * max_rows + 2 * t, of_g);
+  if (g == 0) write(sums.of_warp() + Moments::of_r + 2 * t, of_r);
 }
 
 // Reads a window, and takes the sums over its columns.
@@ -130,7 +132,7 @@ FK_DEVICE void read_window(const DeviceWindows& windows, const Window& window, c
     take_pairs(tile, sums);
   }
   constexpr int first = by_tensor_cores ? pairs + max_rows : 0;
-  sums.template take_from<first, Moments::count>([&](int i) { return sum[i]; });
+  sums.template take_from<first, Moments::count>([&](int i) { return sum[i]; }, Moments::put);
   sums.finish();
 }
 
@@ -139,7 +141,7 @@ __global__ void __launch_bounds__(threads_of<K>(forward_windows<K, S>))
     forward_kernel(const DeviceWindows windows, const int iters, const float eps, const Map x,
                    const Factor v0, const Map y, float* const u_out, float* const v_out) {
   constexpr int rows = forward_windows<K, S>;
-  __shared__ MomentSums<K> sums_of[rows];
+  alignas(16) __shared__ MomentSums<K> sums_of[rows];
   __shared__ LastStep last_of[rows];
   if (K > 1 && !windows.wide)
     return;  // K > 1 is launched only with wide windows: the compiler may drop the narrow code
@@ -173,16 +175,20 @@ __global__ void __launch_bounds__(threads_of<K>(forward_windows<K, S>))
   }
 }
 
-template <int K, class S>
-__global__ void __launch_bounds__(threads_of<K>(backward_windows<K>), backward_blocks<K, S>)
-    backward_kernel(const DeviceWindows windows, const int iters, const int first, const float eps,
-                    const Map x, const Map dy, const Factor v0, const Map dx,
-                    Coefficients* const coefficients_out, float* const dv_out, float* const du0,
-                    float* const dv0) {
-  constexpr int count = 2 * max_rows + 1, rows = backward_windows<K>;
-  struct Shared {
+// What the backward writes; du0 and dv0 where they are wanted.
+struct Gradients {
+  Map dx;                      // of a copy that is alone
+  Coefficients* coefficients;  // of one of several, and dv
+  float *dv, *du0, *dv0;
+};
+
+template <bool ALONE, int K, class S>
+FK_DEVICE void differentiate_window(const DeviceWindows& windows, int iters, int first, float eps,
+                                    const Map& x, const Map& dy, const Factor& v0, const Gradients& out) {
+  constexpr int rows = backward_windows<K>;
+  struct alignas(16) Shared {
     MomentSums<K> moment_sums;
-    Sums<count, most_warps<K>> loss_sums;
+    Sums<2 * max_rows + 1, most_warps<K>> loss_sums;
     LastStep last;
     Trace trace;
     Coefficients coefficients;
@@ -205,11 +211,13 @@ __global__ void __launch_bounds__(threads_of<K>(backward_windows<K>), backward_b
 
   // dv = dYᵀu, then dY v, X dv and dvᵀv.
   const float scale = 1.0f / windows.num_shifts;
-  float dv[K][chunk], partial[count] = {};
+  float dv[ALONE ? K : 1][chunk], partial[2 * max_rows] = {}, dv_v = 0.0f;
   FK_UNROLL
   for (int k = 0; k < K; ++k) {
     Held<S, 1> of_dy;
     of_dy.load(windows, window, dy, k);
+    float (&of_k)[chunk] = dv[ALONE ? k : 0];
+    __syncwarp();  // else the compiler reads x for the next chunks too, and has no room
     FK_UNROLL
     for (int c = 0; c < chunk; ++c) {  // column by column: few numbers live in registers together
       float x_c[max_rows], dy_c[max_rows], v = last.e, sum = 0.0f;
@@ -226,13 +234,17 @@ __global__ void __launch_bounds__(threads_of<K>(backward_windows<K>), backward_b
         partial[m] += dy_c[m] * v;
         partial[max_rows + m] += x_c[m] * sum;
       }
-      partial[2 * max_rows] += sum * v;
-      dv[k][c] = sum;
+      dv_v += sum * v;
+      of_k[c] = sum;
     }
+    if (!ALONE) store_row(windows, out.dv + window.matrix * windows.columns, k, of_k);
   }
   FK_UNROLL
   for (int m = 0; m < max_rows; ++m) partial[m] *= scale;
-  loss_sums.take([&](int i) { return partial[i]; });
+  dv_v = over_warp(dv_v);
+  if (lane() == 0) loss_sums.of_warp()[2 * max_rows] = dv_v;
+  loss_sums.template take_from<0, 2 * max_rows>([&](int i) { return partial[i]; }, loss_sums.in_order);
+  loss_sums.finish();
   if (first_warp()) {
     const float* total = loss_sums.of[0];
     const int m = lane() % max_rows;
@@ -240,37 +252,55 @@ __global__ void __launch_bounds__(threads_of<K>(backward_windows<K>), backward_b
                                               total[max_rows + m], total[2 * max_rows], coefficients);
     if (lane() == 0) db = of_b;
     // U is updated first: u0 has no part in the result.
-    if (du0 != nullptr && lane() < windows.rows) du0[window.matrix * windows.rows + lane()] = 0.0f;
+    if (out.du0 != nullptr && lane() < windows.rows) out.du0[window.matrix * windows.rows + lane()] = 0.0f;
   }
   meet<most_warps<K>>();
 
-  if (coefficients_out != nullptr) {
+  if (!ALONE) {
     const float* from = &coefficients.s[0][0];
-    float* to = &coefficients_out[window.matrix].s[0][0];
+    float* to = &out.coefficients[window.matrix].s[0][0];
     for (u32 i = threadIdx.x; i < sizeof(Coefficients) / sizeof(float); i += blockDim.x) to[i] = from[i];
+    if (out.dv0 == nullptr) return;
   }
   FK_UNROLL
   for (int k = 0; k < K; ++k) {
-    float values[max_rows][chunk], v[chunk], grad_v0[chunk], grad[max_rows][chunk] = {};
+    __syncwarp();  // as above, of the coefficients
+    float values[max_rows][chunk], v[chunk];
     numbers_of(tile, k, values);
     load_row(windows, v0_row, k, v);
-    if (dv0 != nullptr) {
+    if (out.dv0 != nullptr) {
+      float grad_v0[chunk];
       FK_UNROLL
       for (int c = 0; c < chunk; ++c) {
         grad_v0[c] = 2.0f * db * v[c];
         FK_UNROLL
         for (int m = 0; m < max_rows; ++m) grad_v0[c] += values[m][c] * coefficients.da[m];
       }
-      store_row(windows, dv0 + window.matrix * windows.columns, k, grad_v0);
+      store_row(windows, out.dv0 + window.matrix * windows.columns, k, grad_v0);
     }
-    if (coefficients_out != nullptr) {
-      store_row(windows, dv_out + window.matrix * windows.columns, k, dv[k]);
-      continue;
+    if constexpr (ALONE) {
+      float grad[max_rows][chunk] = {};
+      add_gradient(coefficients, values, dv[k], v, grad);
+      mask_rows(values, grad);
+      store_chunk<S>(windows, window, out.dx, k, grad);
     }
-    add_gradient(coefficients, values, dv[k], v, grad);
-    mask_rows(values, grad);
-    store_chunk<S>(windows, window, dx, k, grad);
   }
+}
+
+// The windows of a copy that is alone: dx.
+template <int K, class S>
+__global__ void __launch_bounds__(threads_of<K>(backward_windows<K>), backward_blocks<K, S, true>)
+    backward_kernel(const DeviceWindows windows, const int iters, const int first, const float eps,
+                    const Map x, const Map dy, const Factor v0, const Gradients out) {
+  differentiate_window<true, K, S>(windows, iters, first, eps, x, dy, v0, out);
+}
+
+// The windows of several copies: what dx is gathered from.
+template <int K, class S>
+__global__ void __launch_bounds__(threads_of<K>(backward_windows<K>), backward_blocks<K, S, false>)
+    coefficients_kernel(const DeviceWindows windows, const int iters, const int first, const float eps,
+                        const Map x, const Map dy, const Factor v0, const Gradients out) {
+  differentiate_window<false, K, S>(windows, iters, first, eps, x, dy, v0, out);
 }
 
 // Calls f with the chunks of a thread as a constant, and a number of the map's dtype. Four chunks where one
@@ -311,10 +341,11 @@ void rank_one_backward(const Launcher& launch, const DeviceWindows& windows, con
                        Coefficients* coefficients, float* dv, float* du0, float* dv0) {
   with_chunks(windows, x.dtype, [&](auto chunks, auto number) {
     constexpr int rows = backward_windows<chunks()>;
-    launch(backward_kernel<chunks(), decltype(number)>, blocks_of(windows, rows),
-           threads_of(windows, chunks(), rows), windows, static_cast<int>(options.num_iters),
-           static_cast<int>(options.num_iters - options.grad_steps), static_cast<float>(options.eps), x, dy,
-           v0, dx, coefficients, dv, du0, dv0);
+    const auto kernel = coefficients == nullptr ? backward_kernel<chunks(), decltype(number)>
+                                                : coefficients_kernel<chunks(), decltype(number)>;
+    launch(kernel, blocks_of(windows, rows), threads_of(windows, chunks(), rows), windows,
+           static_cast<int>(options.num_iters), static_cast<int>(options.num_iters - options.grad_steps),
+           static_cast<float>(options.eps), x, dy, v0, Gradients{dx, coefficients, dv, du0, dv0});
   });
 }
 

@@ -22,17 +22,33 @@ FK_DEVICE float row_of(float x, int m) { return __shfl_sync(full_warp, x, m, max
 
 // This lane's row of the sums over the columns: G = X Xᵀ, r = X 1, a = X v0, b = v0ᵀv0.
 struct Moments {
-  static constexpr int pairs = Symmetric<max_rows>::count;
-  static constexpr int count = pairs + 2 * max_rows + 1;
+  // The sums, of G one triangle; and how they lie in memory, G whole, so that a lane's row is read at once.
+  static constexpr int pairs = Symmetric<max_rows>::count, count = pairs + 2 * max_rows + 1;
+  static constexpr int of_r = max_rows * max_rows, of_a = of_r + max_rows, of_b = of_a + max_rows;
+  static constexpr int places = (of_b + 4) / 4 * 4;  // rows are read in fours
   float g[max_rows], r, a, b;
 
+  // Sum i of the count.
+  FK_DEVICE static void put(float* sums, int i, float sum) {
+    if (i >= pairs) {
+      sums[of_r + i - pairs] = sum;
+      return;
+    }
+    const int j = Symmetric<max_rows>::row(i), k = Symmetric<max_rows>::column(i);
+    sums[j * max_rows + k] = sums[k * max_rows + j] = sum;
+  }
   FK_DEVICE explicit Moments(const float* sums) {
     const int m = lane() % max_rows;
     FK_UNROLL
-    for (int j = 0; j < max_rows; ++j) g[j] = sums[Symmetric<max_rows>::index(m, j)];
-    r = sums[pairs + m];
-    a = sums[pairs + max_rows + m];
-    b = sums[pairs + 2 * max_rows];
+    for (int j = 0; j < max_rows; j += 4) {
+      float four[4];
+      read(sums + m * max_rows + j, four);
+      FK_UNROLL
+      for (int i = 0; i < 4; ++i) g[j + i] = four[i];
+    }
+    r = sums[of_r + m];
+    a = sums[of_a + m];
+    b = sums[of_b];
   }
   FK_DEVICE float times_g(float x) const {
     float sum = 0.0f;

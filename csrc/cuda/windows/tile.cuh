@@ -42,7 +42,8 @@ struct Held {
         const auto* from = base + windows.offset(window, n, map);
         FK_UNROLL
         for (int m = 0; m < max_rows; ++m) {
-          if (m < windows.rows) at[k][m] = Words<chunk, S>::read(from + m * map.stride[1]);
+          if (m < windows.rows) at[k][m] = Words<chunk, S>::read(from);
+          from += map.stride[1];
         }
         continue;
       }
@@ -80,7 +81,7 @@ struct Staged {
   FK_DEVICE void set(int k, int m, const Words<chunk, S>& words) { at[k][m].of_lane[threadIdx.x] = words; }
   FK_DEVICE void load(const DeviceWindows& windows, const Window& window, const Map& map) {
     const S* base = static_cast<const S*>(map.data) + DeviceWindows::origin(window, map);
-    FK_UNROLL
+#pragma unroll 1  // the copies wait for nothing, and all their addresses at once would take the registers
     for (int k = 0; k < K; ++k) {
       const u32 n = column_of(windows, k, 0);
       const bool there = n < windows.columns;
@@ -88,7 +89,7 @@ struct Staged {
       FK_UNROLL
       for (int m = 0; m < max_rows; ++m) {
         copy_async(at[k][m].of_lane[threadIdx.x], from, there && m < windows.rows);
-        from += m + 1 < windows.rows ? map.stride[1] : 0;
+        from += map.stride[1];  // past the last row it is not read
       }
     }
     wait_for_copies();

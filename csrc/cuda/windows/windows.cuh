@@ -115,7 +115,8 @@ struct DeviceWindows {
   FK_INLINE void voxel(const Window& w, u32 n, u32 (&at)[3]) const {
     for (int axis = 2; axis >= 0; --axis) {
       at[axis] = w.start[axis] + (axis > 0 ? by_patch[axis].split(n) : n);
-      if (at[axis] >= size[axis]) at[axis] -= size[axis];
+      const u32 wrapped = at[axis] - size[axis];  // or, where it does not wrap, more than any position
+      at[axis] = wrapped < at[axis] ? wrapped : at[axis];
     }
   }
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from factorizer_kernels.ops.depthwise.spec import gradients_like, small_filters
 from factorizer_kernels.shared import native as cpu
-from factorizer_kernels.shared.maps import three_axes
+from factorizer_kernels.shared.maps import empty_map, three_axes
 from factorizer_kernels.shared.registry import kernel
 
 
@@ -16,7 +16,7 @@ def _problem(x: Tensor, weight: Tensor):
 
 @kernel("depthwise_conv", "cpu", small_filters)
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = x.new_empty(x.shape)
+    y = empty_map(x)
     weight = weight.contiguous()
     bias = bias if bias is None else bias.contiguous()
     cpu.native.depthwise_conv_forward(

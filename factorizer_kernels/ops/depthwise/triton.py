@@ -17,7 +17,7 @@ from torch import Tensor
 
 from factorizer_kernels.ops.depthwise.spec import gradients_like, small_filters
 from factorizer_kernels.shared.launches import cdiv, compute_type, launch, padded
-from factorizer_kernels.shared.maps import spatial_3d, three_axes
+from factorizer_kernels.shared.maps import empty_map, spatial_3d, three_axes
 from factorizer_kernels.shared.registry import kernel
 
 # Elements of a program's block, and the planes that it goes through.
@@ -157,7 +157,7 @@ def _filter(x: Tensor, weight: Tensor, bias: Tensor | None, y: Tensor, mirrored:
 
 @kernel("depthwise_conv", "triton", small_filters)
 def depthwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    y = x.new_empty(x.shape)
+    y = empty_map(x)
     _filter(x, weight, bias, y, mirrored=False)
     return y
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from factorizer_kernels.ops.nmf.native import Problem, register
 from factorizer_kernels.ops.nmf.spec import MatrixSizes
+from factorizer_kernels.shared.maps import empty_map
 from factorizer_kernels.shared.native import memory, native, threads
 
 
@@ -16,7 +17,7 @@ class CpuProblem(Problem):
         return partial(native.swin_nmf_forward, self.native, threads())
 
     def backward(self, factor_grads: bool, **loss) -> tuple[Tensor, Tensor, Tensor]:
-        dx = self.x.new_empty(self.x.shape)
+        dx = empty_map(self.x)
         if not factor_grads:
             native.swin_nmf_backward(self.native, threads(), dx=memory(dx), **loss)
             return dx, *self.no_factor_grads()

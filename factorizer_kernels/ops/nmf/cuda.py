@@ -1,6 +1,7 @@
 """NMF: the calls of the CUDA kernels, which factorise windows, and what they serve."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ native = cuda.native
 
 def limit(x: Tensor, sizes: MatrixSizes) -> str | None:
     """Why the kernels cannot factorise these matrices of x, or None where they can."""
-    if (reason := _too_large(sizes, x.dtype, x.shape)) is not None or not x.is_cuda:
+    if (reason := _too_large(x.dtype, x.shape, *sizes)) is not None or not x.is_cuda:
         return reason
     reason = cuda.why_no_code(x.device.index)
     if reason is not None:
@@ -25,8 +26,8 @@ def limit(x: Tensor, sizes: MatrixSizes) -> str | None:
 
 
 @remembered
-def _too_large(sizes: MatrixSizes, dtype: torch.dtype, shape: torch.Size) -> str | None:
-    limits = native.CUDA_LIMITS
+def _too_large(dtype: torch.dtype, shape: torch.Size, *fields: Any) -> str | None:
+    sizes, limits = MatrixSizes(*fields), native.CUDA_LIMITS
     for name, words in (
         ("rank", "rank"), ("rows", "head_dim (rows)"), ("columns", "columns"), ("num_shifts", "shifts")
     ):  # fmt: skip
@@ -84,7 +85,7 @@ class CudaProblem(Problem):
 
     def floats(self, count: int) -> Tensor:
         """Scratch memory of so many float32 elements, on x's device."""
-        return self.x.new_empty((count,), dtype=torch.float32)
+        return self.u0.new_empty((count,))
 
 
 register("cuda", CudaProblem, limit)

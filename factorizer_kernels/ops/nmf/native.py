@@ -14,6 +14,7 @@ from torch import Tensor
 from factorizer_kernels.ops.nmf.arguments import Options
 from factorizer_kernels.ops.windows.geometry import Windows, whole_matrices
 from factorizer_kernels.ops.windows.native import native_windows
+from factorizer_kernels.shared.maps import empty_map
 from factorizer_kernels.shared.native import DTYPE_CODES, memory, native, volume
 from factorizer_kernels.shared.registry import Reason, kernel, never
 
@@ -118,7 +119,7 @@ def register(backend: str, problem: type[Problem], limit: Reason = never, yields
 
     @kernel("nmf", backend, limit, yields)
     def nmf(x: Tensor, u0: Tensor, v0: Tensor, *options) -> Tensor:
-        y = x.new_empty(x.shape)
+        y = empty_map(x)
         made = problem.of_matrices(x, u0, v0, options)  # a name, since it owns what the call reads
         made.forward(y=memory(y))
         return y

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.native import Problem
+from factorizer_kernels.shared.maps import empty_map
 from factorizer_kernels.shared.native import memory, volume
 from factorizer_kernels.shared.registry import Reason, kernel, never
 
@@ -18,7 +19,7 @@ def register(backend: str, problem: type[Problem], limit: Reason = never, takes_
         x: Tensor, u0: Tensor, v0: Tensor, head_dim, patch_size, shifts, relu, *options,
         out: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
-        y = x.new_empty(x.shape) if out is None or out.shape != x.shape or out.dtype != x.dtype else out
+        y = empty_map(x) if out is None or out.shape != x.shape or out.dtype != x.dtype else out
         made = problem.of_windows(x, u0, v0, head_dim, patch_size, shifts, relu, options)
         made.forward(y=memory(y))
         return y

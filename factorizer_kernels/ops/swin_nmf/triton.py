@@ -21,7 +21,7 @@ from factorizer_kernels.ops.windows.address import window_at
 from factorizer_kernels.ops.windows.geometry import Windows
 from factorizer_kernels.ops.windows.triton import blocks
 from factorizer_kernels.shared.launches import cdiv, launch
-from factorizer_kernels.shared.maps import spatial_3d
+from factorizer_kernels.shared.maps import empty_map, spatial_3d
 from factorizer_kernels.shared.registry import kernel
 
 
@@ -62,11 +62,13 @@ class _Plan(NamedTuple):
 
     Attributes:
         batch_shape: of the matrices.
+        factors: size and strides of u and v, (windows, M, R) and (windows, N, R), in memory rank first.
         programs, sizes, batch_heads, constants: of ``gather_kernel``.
     """
 
     problem: Problem
     batch_shape: tuple[int, int]
+    factors: tuple[tuple[tuple[int, ...], tuple[int, ...]], ...]
     programs: int
     sizes: tuple[int, ...]
     batch_heads: int
@@ -78,8 +80,12 @@ def _plan(windows: Windows, rank: int, relu: bool, options: Options) -> _Plan:
     problem = problem_of(windows, rank, relu, options)
     m_block, n_block = blocks(problem.rows)
     batch_heads, voxels = windows.size[0] * windows.heads, prod(windows.size_3d)
+    matrices = prod(windows.batch_shape)
+    factors = tuple(
+        ((matrices, extent, rank), (rank * extent, 1, extent)) for extent in (problem.rows, problem.columns)
+    )
     return _Plan(
-        problem, windows.batch_shape,
+        problem, windows.batch_shape, factors,
         batch_heads * cdiv(voxels, n_block) * cdiv(problem.rows, m_block), windows.size_3d, batch_heads,
         {
             "M": problem.rows, "PATCH": problem.patch, "SHIFTS": problem.shifts, "RANK": problem.rank,
@@ -97,15 +103,13 @@ def _planned(x: Tensor, u0: Tensor, head_dim, patch_size, shifts, relu, options)
 def swin_nmf(x: Tensor, u0: Tensor, v0: Tensor, head_dim, patch_size, shifts, relu, *options) -> Tensor:
     plan = _planned(x, u0, head_dim, patch_size, shifts, relu, options)
     problem, batch_shape = plan.problem, plan.batch_shape
-    y = x.new_empty(x.shape)
+    y = empty_map(x)
     x = spatial_3d(x)
     if problem.num_shifts == 1:
         forward(problem, x, u0, v0, batch_shape, spatial_3d(y))
         return y
-    matrices = batch_shape[0] * batch_shape[1]
-    u = u0.new_empty((matrices, problem.rank, problem.rows))
-    v = v0.new_empty((matrices, problem.rank, problem.columns))
-    forward(problem, x, u0, v0, batch_shape, (u.mT, v.mT))
+    u, v = (u0.new_empty_strided(size, stride) for size, stride in plan.factors)
+    forward(problem, x, u0, v0, batch_shape, (u, v))
     launch(gather_kernel, plan.programs, x, u, v, plan.sizes, plan.batch_heads, y, **plan.constants)
     return y
 
@@ -116,7 +120,7 @@ def swin_nmf_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     plan = _planned(x, u0, head_dim, patch_size, shifts, relu, options)
     dy = dy.contiguous()  # of y.sum() it has strides of 0, and would be read element by element
-    dx = x.new_empty(x.shape)
+    dx = empty_map(x)
     du0, dv0 = backward(
         plan.problem, factor_grads, spatial_3d(x), u0, v0, plan.batch_shape, spatial_3d(dy), spatial_3d(dx)
     )

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from factorizer_kernels.ops.nmf.arguments import Options
 from factorizer_kernels.ops.nmf.triton import resident, streaming, streaming_rank1, sweep
-from factorizer_kernels.ops.nmf.triton.problem import Problem, per_window, problem_of
+from factorizer_kernels.ops.nmf.triton.problem import Problem, problem_of
 from factorizer_kernels.ops.windows.geometry import whole_matrices
-from factorizer_kernels.shared.maps import spatial_3d
+from factorizer_kernels.shared.maps import empty_map, spatial_3d
 from factorizer_kernels.shared.registry import kernel
 
 
@@ -36,8 +36,7 @@ def forward(
 
     u0 and v0 broadcast to the matrices' leading dimensions ``batch_shape``.
     """
-    u0, v0 = per_window(u0, batch_shape), per_window(v0, batch_shape)
-    kernels_for(problem).forward(problem, x, u0, v0, out)
+    kernels_for(problem).forward(problem, x, u0, v0, batch_shape, out)
 
 
 def backward(
@@ -60,9 +59,8 @@ def backward(
         shares = None
     else:
         shares = kernels_for(problem).backward(
-            problem, factor_grads and reached,
-            x, per_window(u0, batch_shape), per_window(v0, batch_shape), grads, dx,
-        )  # fmt: skip
+            problem, factor_grads and reached, x, u0, v0, batch_shape, grads, dx
+        )
     if not factor_grads:
         return u0.new_empty((0,)), v0.new_empty((0,))
     if shares is None or not reached:
@@ -87,7 +85,7 @@ def _as_map(x: Tensor) -> Tensor:
 
 @kernel("nmf", "triton")
 def nmf(x: Tensor, u0: Tensor, v0: Tensor, *options) -> Tensor:
-    y = x.new_empty(x.shape)
+    y = empty_map(x)
     forward(_problem(x, u0, options), _as_map(x), u0, v0, x.shape[:-2], _as_map(y))
     return y
 
@@ -118,7 +116,7 @@ def nmf_factors_backward(
 
 
 def _backward(grads, x, u0, v0, factor_grads, options):
-    dx = x.new_empty(x.shape)
+    dx = empty_map(x)
     problem = _problem(x, u0, options)
     du0, dv0 = backward(problem, factor_grads, _as_map(x), u0, v0, x.shape[:-2], grads, _as_map(dx))
     return dx, du0, dv0

@@ -1,9 +1,9 @@
 """What the kernels are asked to do, and the constants that they are compiled for."""
 
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
 from math import prod
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -17,8 +17,11 @@ MAX_CLOSED_FORM_ITERS = 256
 MAX_CLOSED_FORM_ROWS = 16
 
 
-class Problem(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class Problem:
     """Windows of a feature map and how to factorise them; the kernels' compile-time constants come from here.
+
+    ``problem_of`` makes each once, so that what follows from one is found by its identity.
 
     Attributes:
         rows: head_dim.
@@ -36,7 +39,7 @@ class Problem(NamedTuple):
     num_iters: int
     grad_steps: int
 
-    @property
+    @cached_property
     def columns(self) -> int:
         return prod(self.patch)
 
@@ -48,7 +51,7 @@ class Problem(NamedTuple):
     def flat_shifts(self) -> tuple[int, ...]:
         return tuple(step for shift in self.shifts for step in shift)
 
-    @property
+    @cached_property
     def rank1_closed_form(self) -> bool:
         """Whether the rank-1 identity (``rank1``) holds, and is faster.
 
@@ -92,8 +95,19 @@ def per_window(factor: Tensor, batch_shape: Sequence[int]) -> Tensor:
 
     A view wherever there is one.
     """
-    inner = batch_shape[-1] if len(batch_shape) > 1 else 1
-    if factor.dim() == 2:
-        return factor.expand(prod(batch_shape) // max(inner, 1), inner, *factor.shape)
+    inner = grid_of(batch_shape)
     full = factor.expand(*batch_shape, *factor.shape[-2:])
     return full.reshape(prod(batch_shape) // max(inner, 1), inner, *factor.shape[-2:])
+
+
+def grid_of(batch_shape: Sequence[int]) -> int:
+    """The last of several leading dimensions, which kernels count apart."""
+    return batch_shape[-1] if len(batch_shape) > 1 else 1
+
+
+def strided(factor: Tensor, batch_shape: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+    """The memory of ``per_window`` and its strides, without a view of a factor that all windows share."""
+    if factor.dim() == 2:
+        return factor, (0, 0, *factor.stride())
+    full = per_window(factor, batch_shape)
+    return full, full.stride()

@@ -10,7 +10,9 @@ cache because the programs go on to the next window with the same slot.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
+from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -18,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.triton import rank1
-from factorizer_kernels.ops.nmf.triton.problem import Problem, shares_of
+from factorizer_kernels.ops.nmf.triton.problem import Problem, grid_of, shares_of, strided
 from factorizer_kernels.ops.nmf.triton.updates import (
     add,
     add_symmetric,
@@ -204,8 +206,7 @@ def fits(problem: Problem) -> bool:
     return problem.rank <= MAX_RANK and padded(problem.rows) * padded(problem.columns) <= MAX_ELEMENTS
 
 
-@lru_cache(maxsize=256)
-def _constants(problem: Problem) -> dict:
+def _constants(problem: Problem) -> dict[str, Any]:
     rows, columns = padded(problem.rows), padded(problem.columns)
     return {
         "M": problem.rows, "N": problem.columns, "PATCH": problem.patch, "SHIFTS": problem.shifts,
@@ -216,7 +217,6 @@ def _constants(problem: Problem) -> dict:
     }  # fmt: skip
 
 
-@lru_cache(maxsize=256)
 def _num_warps(problem: Problem, blocks: int, columns: int, per_lane: int) -> int:
     """So many that a lane holds ``per_lane`` elements of ``blocks`` blocks and ``columns`` pairs of factors.
 
@@ -226,7 +226,6 @@ def _num_warps(problem: Problem, blocks: int, columns: int, per_lane: int) -> in
     return _power(padded(held * padded(problem.columns)) // (32 * per_lane))
 
 
-@lru_cache(maxsize=256)
 def _closed_form_warps(problem: Problem, dtype: torch.dtype, blocks: int) -> int:
     """As few as hold ``blocks`` blocks of a window in 128 registers a lane.
 
@@ -250,21 +249,47 @@ def _given(tensor: Tensor | None, x: Tensor, axes: int) -> tuple[Tensor, tuple[i
     return (x, (0,) * axes) if tensor is None else (tensor, tensor.stride())
 
 
-def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> None:
+@lru_cache(maxsize=256)  # a network asks for the same few again and again
+def _map_numbers(problem: Problem, size: torch.Size) -> tuple[tuple[int, ...], int, int]:
+    """sizes, heads and map_windows of a map (B, C, S1, S2, S3)."""
+    return tuple(size[2:]), size[1] // problem.rows, size.numel() // (problem.rows * problem.columns)
+
+
+@lru_cache(maxsize=256)
+def _forward_constants(problem: Problem, dtype: torch.dtype, product: bool) -> dict[str, Any]:
+    closed_form = problem.rank1_closed_form
+    warps = _closed_form_warps(problem, dtype, 1) if closed_form else _num_warps(problem, 1, 2, 64)
+    return {**_constants(problem), "PRODUCT": product, "num_warps": warps}
+
+
+@lru_cache(maxsize=256)
+def _backward_constants(
+    problem: Problem, dtype: torch.dtype, product: bool, factor_grads: bool
+) -> dict[str, Any]:
+    closed_form = problem.rank1_closed_form
+    warps = _closed_form_warps(problem, dtype, 2) if closed_form else _num_warps(problem, 3, 6, 128)
+    return {**_constants(problem), "PRODUCT": product, "FACTOR_GRADS": factor_grads, "num_warps": warps}
+
+
+def forward(
+    problem: Problem,
+    x: Tensor,
+    u0: Tensor,
+    v0: Tensor,
+    batch_shape: Sequence[int],
+    out: Tensor | tuple[Tensor, Tensor],
+) -> None:
     """Write ``out``: y (like x), or u (windows, M, R) and v (windows, N, R) of any strides.
 
-    x is (B, C, S1, S2, S3); u0 (batch, grid, M, R) and v0 (batch, grid, N, R), see ``per_window``.
+    x is (B, C, S1, S2, S3); u0 and v0 broadcast to the matrices' leading dimensions ``batch_shape``.
     """
-    windows = problem.map_windows(x)
+    numbers = _map_numbers(problem, x.shape)
     y, u, v = _map_or_factors(out)
-    closed_form = problem.rank1_closed_form
     launch(
-        forward_kernel, problem.num_shifts * windows, x,
-        x, x.stride(), tuple(x.shape[2:]), x.shape[1] // problem.rows, windows, u0.shape[1],
-        u0, u0.stride(), v0, v0.stride(), problem.num_iters,
-        *_given(y, x, 5), *_given(u, x, 3), *_given(v, x, 3),
-        PRODUCT=isinstance(out, Tensor), **_constants(problem),
-        num_warps=_closed_form_warps(problem, x.dtype, 1) if closed_form else _num_warps(problem, 1, 2, 64),
+        forward_kernel, problem.num_shifts * numbers[2], x,
+        x, x.stride(), *numbers, grid_of(batch_shape), *strided(u0, batch_shape), *strided(v0, batch_shape),
+        problem.num_iters, *_given(y, x, 5), *_given(u, x, 3), *_given(v, x, 3),
+        **_forward_constants(problem, x.dtype, y is not None),
     )  # fmt: skip
 
 
@@ -274,6 +299,7 @@ def backward(
     x: Tensor,
     u0: Tensor,
     v0: Tensor,
+    batch_shape: Sequence[int],
     grads: Tensor | tuple[Tensor, Tensor],
     dx: Tensor,
 ) -> tuple[Tensor, Tensor]:
@@ -282,23 +308,24 @@ def backward(
     ``grads`` is dy (like x), or du (windows, M, R) and dv (windows, N, R). grad_steps >= 1, or no
     iterations at all.
     """
-    windows = problem.map_windows(x)
+    numbers = _map_numbers(problem, x.shape)
+    windows = numbers[2]
     closed_form = problem.rank1_closed_form
     programs = windows if closed_form else min(windows, 8 * processors(x))
-    warps = _closed_form_warps(problem, x.dtype, 2) if closed_form else _num_warps(problem, 3, 6, 128)
     dy, du, dv = _map_or_factors(grads)
     tape = 0 if closed_form else programs * problem.grad_steps * problem.rank
     shares = problem.num_shifts * windows * problem.rank if factor_grads else 0
     du0, dv0 = u0.new_empty(shares * problem.rows), u0.new_empty(shares * problem.columns)
     u_tape, v_tape = u0.new_empty(tape * problem.rows), u0.new_empty(tape * problem.columns)
+    before = (
+        x, x.stride(), *numbers, grid_of(batch_shape), *strided(u0, batch_shape), *strided(v0, batch_shape),
+        problem.num_iters, problem.grad_steps,
+    )  # fmt: skip
+    given = (*_given(dy, x, 5), *_given(du, x, 3), *_given(dv, x, 3))
+    constants = _backward_constants(problem, x.dtype, dy is not None, factor_grads)
     for copy, dx_before, dx_out in shares_of(problem, dx, u0):
         launch(
             backward_kernel, programs, x,
-            x, x.stride(), tuple(x.shape[2:]), x.shape[1] // problem.rows, windows, u0.shape[1],
-            u0, u0.stride(), v0, v0.stride(), problem.num_iters, problem.grad_steps, copy,
-            *_given(dy, x, 5), *_given(du, x, 3), *_given(dv, x, 3),
-            dx_before, dx_out, dx.stride(), du0, dv0, u_tape, v_tape,
-            PRODUCT=isinstance(grads, Tensor), FACTOR_GRADS=factor_grads, **_constants(problem),
-            num_warps=warps,
+            *before, copy, *given, dx_before, dx_out, dx.stride(), du0, dv0, u_tape, v_tape, **constants,
         )  # fmt: skip
     return du0.view(-1, problem.rows, problem.rank), dv0.view(-1, problem.columns, problem.rank)

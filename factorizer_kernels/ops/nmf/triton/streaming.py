@@ -12,11 +12,13 @@ Factors lie as (windows, RANK, length) here, sums as (windows, RANK * M + RANK *
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment"
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from factorizer_kernels.ops.nmf.triton.problem import Problem, shares_of
+from factorizer_kernels.ops.nmf.triton.problem import Problem, per_window, shares_of
 from factorizer_kernels.ops.nmf.triton.strips import Strips
 from factorizer_kernels.ops.nmf.triton.updates import (
     add,
@@ -229,11 +231,13 @@ def _rank_first(factor: Tensor, like: Tensor) -> Tensor:
 class _Passes(Strips):
     """The launches of one call: what they share, and its scratch memory."""
 
-    def __init__(self, problem: Problem, x: Tensor, u0: Tensor, v0: Tensor) -> None:
+    def __init__(
+        self, problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, batch_shape: Sequence[int]
+    ) -> None:
         super().__init__(problem, x)
         self.problem, self.x = problem, x
         # Copies: they are updated in place.
-        self.u0, self.v0 = _rank_first(u0.flatten(0, 1), u0), _rank_first(v0.flatten(0, 1), u0)
+        self.u0, self.v0 = (_rank_first(per_window(f, batch_shape).flatten(0, 1), u0) for f in (u0, v0))
         self.update = {
             "M": problem.rows, "RANK": problem.rank, "HALS": problem.hals, "EPS": problem.eps,
             "M_PAD": padded(problem.rows),
@@ -268,9 +272,16 @@ class _Passes(Strips):
         launch(update_u_kernel, self.windows, self.x, sums, u, new_u, **self.update)
 
 
-def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> None:
+def forward(
+    problem: Problem,
+    x: Tensor,
+    u0: Tensor,
+    v0: Tensor,
+    batch_shape: Sequence[int],
+    out: Tensor | tuple[Tensor, Tensor],
+) -> None:
     """See ``resident.forward``."""
-    passes = _Passes(problem, x, u0, v0)
+    passes = _Passes(problem, x, u0, v0, batch_shape)
     new_u, new_v = passes.u0, passes.v0
     sums = passes.sums_of(new_v)
     y = out if isinstance(out, Tensor) else None
@@ -288,12 +299,13 @@ def backward(
     x: Tensor,
     u0: Tensor,
     v0: Tensor,
+    batch_shape: Sequence[int],
     grads: Tensor | tuple[Tensor, Tensor],
     dx: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See ``resident.backward``; grad_steps >= 1."""
     steps = problem.grad_steps
-    passes = _Passes(problem, x, u0, v0)
+    passes = _Passes(problem, x, u0, v0, batch_shape)
     u, v = passes.u0, passes.v0
     sums = passes.sums_of(v)
     for _ in range(problem.num_iters - steps):

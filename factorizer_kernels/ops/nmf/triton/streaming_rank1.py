@@ -5,12 +5,14 @@ all the iterations on them; the second pass computes v and writes y. The backwar
 and dy for what reaches u, before the one that writes x̄.
 """
 
+from collections.abc import Sequence
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.triton import rank1
-from factorizer_kernels.ops.nmf.triton.problem import Problem, shares_of
+from factorizer_kernels.ops.nmf.triton.problem import Problem, per_window, shares_of
 from factorizer_kernels.ops.nmf.triton.strips import Strips
 from factorizer_kernels.ops.nmf.triton.updates import relu
 from factorizer_kernels.ops.windows.address import load_map, store_map, window_of_matrix
@@ -208,10 +210,12 @@ def fits(problem: Problem) -> bool:
 class _Passes(Strips):
     """The launches of one call: what they share."""
 
-    def __init__(self, problem: Problem, x: Tensor, u0: Tensor, v0: Tensor) -> None:
+    def __init__(
+        self, problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, batch_shape: Sequence[int]
+    ) -> None:
         super().__init__(problem, x)
         self.problem, self.x = problem, x
-        self.v0 = v0.flatten(0, 1).contiguous()
+        self.v0 = per_window(v0, batch_shape).flatten(0, 1).contiguous()
         rows = padded(problem.rows)
         self.map = {
             "M": problem.rows, "N": problem.columns, "PATCH": problem.patch, "SHIFTS": problem.shifts,
@@ -238,9 +242,16 @@ class _Passes(Strips):
         return sums, u
 
 
-def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> None:
+def forward(
+    problem: Problem,
+    x: Tensor,
+    u0: Tensor,
+    v0: Tensor,
+    batch_shape: Sequence[int],
+    out: Tensor | tuple[Tensor, Tensor],
+) -> None:
     """See ``resident.forward``."""
-    passes = _Passes(problem, x, u0, v0)
+    passes = _Passes(problem, x, u0, v0, batch_shape)
     _, new_u = passes.sums_and_u()
     if isinstance(out, Tensor):
         passes.over_strips(write_kernel, new_u, new_u, out, out.stride(), PRODUCT=True)
@@ -257,13 +268,14 @@ def backward(
     x: Tensor,
     u0: Tensor,
     v0: Tensor,
+    batch_shape: Sequence[int],
     grads: Tensor | tuple[Tensor, Tensor],
     dx: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See ``resident.backward``; grad_steps >= 1, and the gradient is dy."""
     assert isinstance(grads, Tensor)  # nmf_factors has no activation, so it never takes the identity
     dy = grads
-    passes = _Passes(problem, x, u0, v0)
+    passes = _Passes(problem, x, u0, v0, batch_shape)
     rows = problem.rows
     sums, u = passes.sums_and_u()
     grad_sums = u.new_empty((passes.windows, passes.strips, 2 * rows + 1))

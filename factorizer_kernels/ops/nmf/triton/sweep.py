@@ -11,12 +11,14 @@ x̄ = Σ_i U_{i+1} C̄_iᵀ + Ā_i V_iᵀ is one product, and is written once. A
 matmul precision.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from factorizer_kernels.ops.nmf.triton.problem import Problem
+from factorizer_kernels.ops.nmf.triton.problem import Problem, per_window
 from factorizer_kernels.ops.nmf.triton.updates import relu
 from factorizer_kernels.ops.windows.triton import sw_dematricize, sw_matricize
 from factorizer_kernels.shared.dtypes import autocast_disabled
@@ -305,17 +307,27 @@ def _packed(z: Tensor) -> Tensor:
     return z if rows or columns else z.contiguous()
 
 
-def _start(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _start(
+    problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, batch_shape: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor]:
     """The matrices after the activation in the arithmetic's dtype, and the first factors (items, L, R)."""
     z = _packed(_matrices(problem, x).to(u0.dtype))
-    u, v = (f if f.stride(-1) == 1 else f.contiguous() for f in (u0.flatten(0, 1), v0.flatten(0, 1)))
+    u, v = (per_window(f, batch_shape).flatten(0, 1) for f in (u0, v0))
+    u, v = (f if f.stride(-1) == 1 else f.contiguous() for f in (u, v))
     return z.relu() if problem.relu else z, u, v
 
 
-def forward(problem: Problem, x: Tensor, u0: Tensor, v0: Tensor, out: Tensor | tuple[Tensor, Tensor]) -> None:
+def forward(
+    problem: Problem,
+    x: Tensor,
+    u0: Tensor,
+    v0: Tensor,
+    batch_shape: Sequence[int],
+    out: Tensor | tuple[Tensor, Tensor],
+) -> None:
     """See ``resident.forward``."""
     with autocast_disabled(x):
-        z, u, v = _start(problem, x, u0, v0)
+        z, u, v = _start(problem, x, u0, v0, batch_shape)
         for _ in range(problem.num_iters):
             u, v = _iterate(problem, z, u, v)
         if isinstance(out, Tensor):
@@ -346,16 +358,17 @@ def backward(
     x: Tensor,
     u0: Tensor,
     v0: Tensor,
+    batch_shape: Sequence[int],
     grads: Tensor | tuple[Tensor, Tensor],
     dx: Tensor,
 ) -> tuple[Tensor, Tensor]:
     """See ``resident.backward``."""
     with autocast_disabled(x):
-        return _backward(problem, factor_grads, x, u0, v0, grads, dx)
+        return _backward(problem, factor_grads, x, u0, v0, batch_shape, grads, dx)
 
 
-def _backward(problem, factor_grads, x, u0, v0, grads, dx):
-    z, u, v = _start(problem, x, u0, v0)
+def _backward(problem, factor_grads, x, u0, v0, batch_shape, grads, dx):
+    z, u, v = _start(problem, x, u0, v0, batch_shape)
     steps, rank = problem.grad_steps, problem.rank
     for _ in range(problem.num_iters - steps):
         u, v = _iterate(problem, z, u, v)

@@ -36,6 +36,7 @@ from factorizer_kernels.ops.pointwise.triton.tiles import (
     tiles_of,
 )
 from factorizer_kernels.shared.launches import cdiv, launch
+from factorizer_kernels.shared.maps import empty_map
 from factorizer_kernels.shared.registry import kernel
 
 # Voxels of a tile and hidden channels at a time, of the exact products and of others. More of either would
@@ -210,7 +211,7 @@ def linear_norm_mlp(y: Tensor, x: Tensor, *others) -> Tensor:
     if max(y.shape[1], x.shape[1]) > MAX_CHANNELS:
         return _wide(columns(y), columns(x), *others).to(x.dtype).unflatten(2, x.shape[2:])
     weights = [w.contiguous() for w in weights]
-    out = x.new_empty(x.shape)
+    out = empty_map(x)
     y, x = columns(y), columns(x)
     constants = _constants(y, x, weights[4].shape[0], dtype, EXACT_FORWARD if exact(dtype) else FORWARD)
     launch(
