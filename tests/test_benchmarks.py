@@ -178,6 +178,29 @@ def test_peers_take_volumes_of_any_size():
         assert {network(1, 3).eval()(x).shape for network in OTHERS.values()} == {(1, 3, *x.shape[2:])}
 
 
+def test_synthetic_tumours(tmp_path):
+    """A task of three modalities and thick slices that is read like any other, the same each time."""
+    pytest.importorskip("monai")
+    import nibabel as nib
+    import numpy as np
+    from rich.console import Console
+
+    from benchmarks.tumours import LABELS, SPACING, head, main
+    from factorizer.segmentation.cases import read_decathlon
+    from factorizer.segmentation.volumes import check_cases
+
+    main(tmp_path, cases=3)
+    task = read_decathlon(tmp_path)
+    assert len(task.cases) == 3
+    assert list(task.labels.values()) == list(LABELS.values())
+    for geometry in check_cases(Console(quiet=True), task).values():
+        assert geometry.spacing == pytest.approx(SPACING)
+        assert set(geometry.labelled) >= {1, 2, 3}
+    volumes, label = head(np.random.default_rng(0))
+    for part, expected in (("imagesTr", volumes.astype(np.float32)), ("labelsTr", label)):
+        assert np.array_equal(nib.load(tmp_path / part / "syn_000.nii.gz").dataobj, expected)
+
+
 def test_study(tmp_path):
     """Changes on an inner fold, with and without the factorisation; a second call trains nothing anew."""
     pytest.importorskip("monai")
