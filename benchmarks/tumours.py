@@ -7,16 +7,16 @@ that look like one: ventricles, white matter and bright spots. Case i depends on
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
-import nibabel as nib
 import numpy as np
 import typer
 from numpy.typing import NDArray
 from rich.progress import track
 from scipy.ndimage import gaussian_filter
+
+from factorizer.commands.demo.synthetic import write_task
 
 Array = NDArray[np.float64]
 
@@ -30,7 +30,7 @@ INTENSITIES = {
 }
 
 
-def head(rng: np.random.Generator) -> tuple[Array, NDArray[np.uint8]]:
+def head(rng: np.random.Generator) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """The volumes (S1, S2, S3, 3) of a head, and its labels (S1, S2, S3)."""
 
     def field(width: float) -> Array:
@@ -75,7 +75,7 @@ def head(rng: np.random.Generator) -> tuple[Array, NDArray[np.uint8]]:
         image *= np.exp(0.12 * field(40))
         image[depth >= 1.02] = 0
         volumes.append(np.clip(image, 0, None) * rng.uniform(200, 900))
-    return np.stack(volumes, -1), label
+    return np.stack(volumes, -1).astype(np.float32), label
 
 
 def main(
@@ -83,23 +83,13 @@ def main(
     cases: Annotated[int, typer.Option(min=3)] = 70,
 ) -> None:
     """Write a Decathlon folder of synthetic tumours."""
-    rng, affine, training = np.random.default_rng(0), np.diag([*SPACING, 1.0]), []
-    for part in ("imagesTr", "labelsTr"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    for index in track(range(cases), "Synthetic heads"):
-        volumes, label = head(rng)
-        name = f"syn_{index:03d}.nii.gz"
-        nib.save(nib.Nifti1Image(volumes.astype(np.float32), affine), folder / "imagesTr" / name)
-        nib.save(nib.Nifti1Image(label, affine), folder / "labelsTr" / name)
-        training.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
-    dataset = {
+    rng = np.random.default_rng(0)
+    content = {
         "name": "Synthetic tumours",
         "modality": {str(i): name for i, name in enumerate(INTENSITIES)},
         "labels": LABELS,
-        "training": training,
-        "test": [],
     }
-    (folder / "dataset.json").write_text(json.dumps(dataset, indent=1), encoding="utf-8")
+    write_task(folder, (head(rng) for _ in track(range(cases), "Synthetic heads")), content, SPACING)
 
 
 if __name__ == "__main__":

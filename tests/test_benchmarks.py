@@ -197,8 +197,8 @@ def test_synthetic_tumours(tmp_path):
         assert geometry.spacing == pytest.approx(SPACING)
         assert set(geometry.labelled) >= {1, 2, 3}
     volumes, label = head(np.random.default_rng(0))
-    for part, expected in (("imagesTr", volumes.astype(np.float32)), ("labelsTr", label)):
-        assert np.array_equal(nib.load(tmp_path / part / "syn_000.nii.gz").dataobj, expected)
+    for part, expected in (("imagesTr", volumes), ("labelsTr", label)):
+        assert np.array_equal(nib.load(tmp_path / part / "synthetic_001.nii.gz").dataobj, expected)
 
 
 def test_study(tmp_path):

@@ -8,7 +8,9 @@ as bright; contrast B tells the two apart and shows the core, but tissue there i
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import nibabel as nib
 import numpy as np
@@ -35,27 +37,40 @@ def write_synthetic(
     """
     if (root / "dataset.json").is_file():
         return root
+    drawn = (synthetic_case(np.random.default_rng([seed, index]), shape) for index in range(cases))
+    return write_task(
+        root,
+        drawn,
+        {
+            "name": "Synthetic lesions",
+            "description": NOTICE,
+            "tensorImageSize": "4D",
+            "modality": {"0": "contrast A", "1": "contrast B"},
+            "labels": {"0": "background", "1": "halo", "2": "core"},
+        },
+    )
+
+
+def write_task(
+    root: Path,
+    cases: Iterable[tuple[np.ndarray, np.ndarray]],
+    content: dict[str, Any],
+    spacing: Sequence[float] = (1, 1, 1),
+) -> Path:
+    """Write cases, images (X, Y, Z, C) and labels (X, Y, Z), as a Decathlon folder and return it.
+
+    `content` is what dataset.json says beside the cases; it comes last. `spacing` is in mm.
+    """
     for folder in ("imagesTr", "labelsTr"):
         (root / folder).mkdir(parents=True, exist_ok=True)
-    training = []
-    for index in range(cases):
-        image, label = synthetic_case(np.random.default_rng([seed, index]), shape)
+    training, affine = [], np.diag([*spacing, 1.0])
+    for index, (image, label) in enumerate(cases):
         name = f"synthetic_{index + 1:03d}.nii.gz"
         for folder, volume in (("imagesTr", image), ("labelsTr", label)):
             with atomic(root / folder / name) as temporary:
-                save(nib.Nifti1Image(volume, np.eye(4)), temporary)
+                save(nib.Nifti1Image(volume, affine), temporary)
         training.append({"image": f"./imagesTr/{name}", "label": f"./labelsTr/{name}"})
-    content = {
-        "name": "Synthetic lesions",
-        "description": NOTICE,
-        "tensorImageSize": "4D",
-        "modality": {"0": "contrast A", "1": "contrast B"},
-        "labels": {"0": "background", "1": "halo", "2": "core"},
-        "numTraining": cases,
-        "numTest": 0,
-        "training": training,
-        "test": [],
-    }
+    content = {**content, "numTraining": len(training), "numTest": 0, "training": training, "test": []}
     with atomic(root / "dataset.json") as temporary:
         temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
     return root
