@@ -55,11 +55,23 @@ FAULTS = (
     ),
     Fault(
         "rank 1: the gradient through u's norm is missing", _MATH + "rank_one.h",
-        "+ k * adjoint.h[m] - 2.0 * k * adjoint.dv_v * u[m];", "+ k * adjoint.h[m];",
+        "out = du[m] + k * h[m] - 2.0 * k * dv_v * u[m];", "out = du[m] + k * h[m];",
     ),
     Fault(
         "rank 1: eps is left out of the next a", _MATH + "rank_one.h",
-        "out.dr[i] += e * k * (da[i] + 2.0 * db * (k * u[i]));", "out.dr[i] += e * k * da[i];",
+        "out += e_k * (da[m] + 2.0 * db * (k * u[m]));", "out += e_k * da[m];",
+    ),
+    Fault(
+        "rank 1: eps is neglected where it matters", _MATH + "rank_one.h",
+        "least <= smaller ? x.applies[0] : Real{};", "x.applies[0];",
+    ),
+    Fault(
+        "rank 1: dX lacks what comes through the columns' sums", _NMF + "rank_one.h",
+        "dx, length, {false, bias});", "dx, length);",
+    ),
+    Fault(
+        "rank 1 side by side: every matrix has the first one's numbers", _NMF + "solve.h",
+        "(count * lanes_) + i, lanes_}; }};", "(count * lanes_), lanes_}; }};",
     ),
     # The products, and the iterations on them.
     Fault(

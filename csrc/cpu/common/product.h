@@ -113,11 +113,12 @@ struct Parts {
     return {total, total > largest ? (total + largest - 1) / largest : 1};
   }
   i64 begin(i64 i) const {
+    if (i == 0) return 0;  // divisions cost as much as a small product
     const i64 size = total / count, longer = total % count;
     return i * size + (i < longer ? i : longer);
   }
-  i64 size(i64 i) const { return total / count + (i < total % count ? 1 : 0); }
-  i64 largest() const { return (total + count - 1) / count; }
+  i64 size(i64 i) const { return count == 1 ? total : total / count + (i < total % count ? 1 : 0); }
+  i64 largest() const { return count == 1 ? total : (total + count - 1) / count; }
 };
 
 // The panels of rows that W is cut into.
@@ -296,7 +297,7 @@ void multiply_columns(const Weights<T>& w, Parts panels, Rows<const T> in, Rows<
   const Parts blocks = Parts::of(w.depth, depth_block);
   const i64 whole = length / step * step;
   const i64 block_bytes = (blocks.largest() + 1) * step * i64(sizeof(T));
-  const i64 chunk = block_bytes < slice_bytes ? slice_bytes / block_bytes * step : step;
+  const i64 chunk = whole > step && block_bytes < slice_bytes ? slice_bytes / block_bytes * step : step;
   for (i64 block = 0; block < blocks.count; ++block) {
     const i64 first_k = blocks.begin(block), depth = blocks.size(block);
     const bool accumulate = start.accumulate || block > 0;
@@ -321,15 +322,12 @@ void multiply_columns(const Weights<T>& w, Parts panels, Rows<const T> in, Rows<
 // out (rows x length) = W in (+ out) (+ bias), in (depth x length).
 template <class T>
 void multiply(const Weights<T>& w, Rows<const T> in, Rows<T> out, i64 length, Start<T> start = {}) {
+  if (w.rows == 0) return;
   const Parts panels = panels_of(w.rows, w.depth);
-  const i64 sums = w.depth < short_depth ? short_sums : most_sums;
-  switch (panels.largest() > 0 ? sums / panels.largest() : 0) {
-    case 0: return;
-    case 1:
-    case 2: return multiply_columns<2>(w, panels, in, out, length, start);
-    case 3: return multiply_columns<3>(w, panels, in, out, length, start);
-    default: return multiply_columns<4>(w, panels, in, out, length, start);
-  }
+  const i64 sums = w.depth < short_depth ? short_sums : most_sums, height = panels.largest();
+  if (4 * height <= sums) return multiply_columns<4>(w, panels, in, out, length, start);
+  if (3 * height <= sums) return multiply_columns<3>(w, panels, in, out, length, start);
+  multiply_columns<2>(w, panels, in, out, length, start);
 }
 
 // --- Sums over lanes -------------------------------------------------------------------------
@@ -365,6 +363,13 @@ FK_INLINE void sum_lanes(Vec<T> (&vectors)[N], T* sums) {
 // All of a product, or its elements at and below the diagonal; what is above them is then undefined.
 enum class Wanted { all, lower };
 
+// So many sums are held in registers: where there are enough of these, as many as a vector has lanes.
+#if defined(__AVX512F__)
+constexpr i64 most_dots = 16;
+#else
+constexpr i64 most_dots = 8;
+#endif
+
 // P rows of A by Q of B, whose sums are held in registers while they go along the columns.
 template <int P, int Q, class T>
 void dot_block(Rows<const T> a, Rows<const T> b, i64 length, Rows<T> out, bool accumulate) {
@@ -377,13 +382,13 @@ void dot_block(Rows<const T> a, Rows<const T> b, i64 length, Rows<T> out, bool a
     for (int q = 0; q < Q; ++q) {
       const Vec<T> bs = load(b[q] + n);
 #pragma GCC unroll 16
-      for (int p = 0; p < P; ++p) sums[q * P + p] += as[p] * bs;
+      for (int p = 0; p < P; ++p) sums[p * Q + q] += as[p] * bs;
     }
   }
   T totals[P * Q];
   sum_lanes<T, P * Q>(sums, totals);
   for (int p = 0; p < P; ++p) {
-    for (int q = 0; q < Q; ++q) out[p][q] = (accumulate ? out[p][q] : T(0)) + totals[q * P + p];
+    for (int q = 0; q < Q; ++q) out[p][q] = (accumulate ? out[p][q] : T(0)) + totals[p * Q + q];
   }
 }
 
@@ -391,14 +396,17 @@ void dot_block(Rows<const T> a, Rows<const T> b, i64 length, Rows<T> out, bool a
 template <int P, class T>
 void dot_rows(i64 first, i64 columns, Rows<const T> a, Rows<const T> b, i64 length, Rows<T> out,
               bool accumulate, Wanted wanted) {
-  constexpr int Q = 8 / P;
   const i64 end = wanted == Wanted::lower && first + P < columns ? first + P : columns;
   const Rows<const T> rows{a[first], a.stride};
   i64 q = 0;
-  for (; q + Q <= end; q += Q)
-    dot_block<P, Q, T>(rows, {b[q], b.stride}, length, {out[first] + q, out.stride}, accumulate);
-  for (; q < end; ++q)
-    dot_block<P, 1, T>(rows, {b[q], b.stride}, length, {out[first] + q, out.stride}, accumulate);
+  const auto blocks = [&](auto together) {
+    constexpr int Q = int(decltype(together){});
+    for (; q + Q <= end; q += Q)
+      dot_block<P, Q, T>(rows, {b[q], b.stride}, length, {out[first] + q, out.stride}, accumulate);
+  };
+  if constexpr (most_dots > 8) blocks(Constant<most_dots / P>{});
+  blocks(Constant<8 / P>{});
+  blocks(Constant<1>{});
 }
 
 template <class T>

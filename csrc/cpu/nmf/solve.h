@@ -62,34 +62,101 @@ struct AdjointProblem {
   T *du0, *dv0;
 };
 
-// Rank 1 of some matrices of one shape side by side, as far as it may be taken by its moments.
+// Matrices of a shape that are solved side by side: what is known of them all stays in the first-level cache.
+// What becomes of one does not depend on how many are beside it.
+constexpr i64 most_together = 4;
+
+template <class T>
+i64 together(i64 rows, i64 columns, bool rank_one, bool backward) {
+  const i64 bytes = rows * columns * i64(sizeof(T)) * (backward ? 2 : 1);
+  const i64 fit = first_level_bytes / 2 / (bytes > 0 ? bytes : 1);
+  return !rank_one || fit < 1 ? 1 : fit < most_together ? fit : most_together;
+}
+
+// Rank 1 of some matrices of one shape, as far as it may be taken by its moments: their small sums are worked
+// on side by side, each in a lane of a vector.
 template <class T>
 class RankOnes {
  public:
-  static constexpr i64 most = RankOne<T>::most_together;
-
   template <class Problem>
-  RankOnes(const NMFOptions& o, const Problem* problems, i64 count, bool backward, Arena& arena) {
-    RankOne<T>* found[most];
-    i64 places[most], summed = 0;
-    for (i64 i = 0; i < count; ++i) {
-      solvers_[i].emplace(o, *problems[i].tiles, backward, arena);
-      if (!solvers_[i]->sum_up(problems[i].v0, needed_sign(o, backward))) continue;
-      found[summed] = &*solvers_[i];
-      places[summed++] = i;
+  RankOnes(const NMFOptions& o, const Problem* problems, i64 count, bool backward, Arena& arena)
+      : o_(o),
+        shape_(*problems[0].tiles),
+        count_(count),
+        lanes_(together<T>(shape_.rows, shape_.columns, true, backward) > 1 ? most_together : 1),
+        backward_(backward),
+        numbers_memory_(arena) {
+    numbers<double>(arena, lanes_);
+    for (i64 i = 0; i < count; ++i) solvers_[i].emplace(o_, *problems[i].tiles, lane(i), arena);
+  }
+
+  // The sums over X's columns, and the iterations.
+  template <class Problem>
+  void iterate(const Problem* problems) {
+    i64 summed = 0;
+    for (i64 i = 0; i < lanes_; ++i) {
+      applies_[i] = i < count_ && solvers_[i]->sum_up(problems[i].v0, needed_sign(o_, backward_));
+      summed += applies_[i];
+      if (!applies_[i]) RankOne<T>::clear_sums(shape_.rows, lane(i));
     }
     if (summed == 0) return;
-    bool applies[most];
-    RankOne<T>::iterate(found, summed, applies);
-    for (i64 i = 0; i < summed; ++i) applies_[places[i]] = applies[i];
+    constexpr double tolerance = sizeof(T) == 4 ? 1e-7 : 1e-12;
+    all_lanes(
+        [&](const auto& numbers) { iterate_rank_one(shape_.rows, shape_.columns, o_, tolerance, numbers); });
+    for (i64 i = 0; i < count_; ++i) applies_[i] = applies_[i] && lane(i).applies[0] != 0.0;
+  }
+
+  // V, the sums over the columns of the gradients, and the iterations' backward.
+  template <class Problem>
+  void differentiate(const Problem* problems) {
+    i64 applying = 0;
+    for (i64 i = 0; i < lanes_; ++i) {
+      if (!applies_[i]) {
+        RankOne<T>::clear_gradient_sums(shape_.rows, lane(i));
+        continue;
+      }
+      ++applying;
+      solvers_[i]->write_v([](i64, int) {});
+      solvers_[i]->sum_up_gradients(problems[i].du, problems[i].dv);
+    }
+    if (applying == 0) return;
+    all_lanes([&](const auto& numbers) { differentiate_rank_one(shape_.rows, o_, numbers); });
   }
 
   // Null where the iterations must be run.
-  RankOne<T>* operator[](i64 i) { return applies_[i] ? &*solvers_[i] : nullptr; }
+  const RankOne<T>* operator[](i64 i) const { return applies_[i] ? &*solvers_[i] : nullptr; }
 
  private:
-  std::optional<RankOne<T>> solvers_[most];
-  bool applies_[most] = {};
+  // Of the group; `lanes` numbers for each.
+  template <class Real>
+  RankOneNumbers<Real*> numbers(Arena& arena, i64 lanes) const {
+    return {shape_.rows, o_.num_iters, backward_,
+            [&](i64 count) { return arena.template take<Real>(count * lanes); }};
+  }
+  // Of its matrix i.
+  RankOneNumbers<Lane> lane(i64 i) const {
+    Arena arena = numbers_memory_;
+    return {shape_.rows, o_.num_iters, backward_,
+            [&](i64 count) { return Lane{arena.template take<double>(count * lanes_) + i, lanes_}; }};
+  }
+  // f(numbers of the group)
+  template <class F>
+  void all_lanes(F&& f) const {
+    Arena arena = numbers_memory_;
+    if (lanes_ == 1) {
+      f(numbers<double>(arena, 1));
+    } else {
+      f(numbers<typename Block<double, most_together>::Elements>(arena, 1));
+    }
+  }
+
+  const NMFOptions& o_;
+  const Tiles<T>& shape_;
+  const i64 count_, lanes_;
+  const bool backward_;
+  const Arena numbers_memory_;
+  std::optional<RankOne<T>> solvers_[most_together];
+  bool applies_[most_together] = {};
 };
 
 // Some matrices of one shape, at most as many as `together` says.
@@ -97,7 +164,10 @@ template <class T>
 void factorize(const NMFOptions& o, bool rank_one, void* memory, const Problem<T>* problems, i64 count) {
   Arena arena(memory);
   std::optional<RankOnes<T>> rank_ones;
-  if (rank_one) rank_ones.emplace(o, problems, count, false, arena);
+  if (rank_one) {
+    rank_ones.emplace(o, problems, count, false, arena);
+    rank_ones->iterate(problems);
+  }
   for (i64 i = 0; i < count; ++i) {
     const Problem<T>& p = problems[i];
     Tiles<T>& tiles = *p.tiles;
@@ -109,7 +179,7 @@ void factorize(const NMFOptions& o, bool rank_one, void* memory, const Problem<T
         }
       };
     };
-    if (RankOne<T>* solver = rank_ones ? (*rank_ones)[i] : nullptr) {
+    if (const RankOne<T>* solver = rank_ones ? (*rank_ones)[i] : nullptr) {
       solver->write_v(done(*solver));
       for (i64 m = 0; p.u != nullptr && m < tiles.rows; ++m) p.u[m] = T(solver->u(m));
       continue;
@@ -130,16 +200,8 @@ void factorize_backward(const NMFOptions& o, bool rank_one, void* memory, const 
   std::optional<RankOnes<T>> rank_ones;
   if (rank_one) {
     rank_ones.emplace(o, problems, count, true, arena);
-    RankOne<T>* found[RankOnes<T>::most];
-    i64 applying = 0;
-    for (i64 i = 0; i < count; ++i) {
-      RankOne<T>* const solver = (*rank_ones)[i];
-      if (solver == nullptr) continue;
-      solver->write_v([](i64, int) {});
-      solver->sum_up_gradients(problems[i].du, problems[i].dv);
-      found[applying++] = solver;
-    }
-    if (applying > 0) RankOne<T>::differentiate(found, applying);
+    rank_ones->iterate(problems);
+    rank_ones->differentiate(problems);
   }
   for (i64 i = 0; i < count; ++i) {
     const AdjointProblem<T>& p = problems[i];
@@ -160,7 +222,7 @@ void factorize_backward(const NMFOptions& o, bool rank_one, void* memory, const 
         }
       }
     };
-    if (RankOne<T>* solver = rank_ones ? (*rank_ones)[i] : nullptr) {
+    if (const RankOne<T>* solver = rank_ones ? (*rank_ones)[i] : nullptr) {
       solver->write_dx();
       // U is updated first: u0 has no part in it.
       write_factor_grads([](i64) -> const T* { return nullptr; }, [&](i64 tile) { return solver->dv(tile); });
@@ -184,17 +246,11 @@ void factorize_backward(const NMFOptions& o, bool rank_one, void* memory, const 
 template <class T>
 i64 solver_memory(const NMFOptions& o, Tiles<T>& tiles, bool rank_one, bool backward, i64 count) {
   Arena arena(nullptr);
-  for (i64 i = 0; rank_one && i < count; ++i) RankOne<T>(o, tiles, backward, arena);
+  Problem<T> problems[most_together];
+  for (Problem<T>& problem : problems) problem.tiles = &tiles;
+  if (rank_one) RankOnes<T>(o, problems, count, backward, arena);
   Iterations<T>(o, tiles, backward, arena);
   return arena.used();
-}
-
-// Matrices that are solved side by side: what is known of them all stays in the first-level cache.
-template <class T>
-i64 together(const Windows& w, bool rank_one, bool backward) {
-  const i64 bytes = w.head_dim * w.columns() * i64(sizeof(T)) * (backward ? 2 : 1);
-  const i64 fit = first_level_bytes / 2 / (bytes > 0 ? bytes : 1);
-  return !rank_one || fit < 1 ? 1 : fit < RankOnes<T>::most ? fit : RankOnes<T>::most;
 }
 
 // Long matrices of a problem: side by side, each by one worker, where they are many; else one after another,

@@ -49,7 +49,7 @@ void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int t
   const Windows& w = p.windows;
   const i64 u_size = p.options.rank * w.head_dim, v_size = p.options.rank * w.columns();
   const StripPlan plan = StripPlan::make<T>(w, chunk.count, w.num_shifts);
-  const i64 most = together<T>(w, rank_one, false);
+  const i64 most = together<T>(w.head_dim, w.columns(), rank_one, false);
   WindowTiles<T> tiles_like(w.head_dim, w.columns(), {}, {}, false);
   const StripMemory<T> memory(w, plan.per_strip,
                               solver_memory<T>(p.options, tiles_like, rank_one, false, most),
@@ -62,8 +62,8 @@ void factorize_strips(const SwinNMF& p, bool rank_one, const Chunk& chunk, int t
     clear_window_padding(w, strip.num_windows, x, stride);
     const i64 first = matrix_index(w, strip, chunk.begin, chunk.count);
     each_group(strip, most, [&](i64 begin, i64 count) {
-      std::optional<WindowTiles<T>> tiles[RankOnes<T>::most];
-      Problem<T> problems[RankOnes<T>::most];
+      std::optional<WindowTiles<T>> tiles[most_together];
+      Problem<T> problems[most_together];
       for (i64 k = 0; k < count; ++k) {
         const i64 i = begin + k, matrix = matrix_of_batch(w, chunk, strip.shift, first + i);
         const Rows<T> window{x.data + i * stride, x.stride};
@@ -198,7 +198,7 @@ class StripsBackward {
         rank_one_(rank_one),
         threads_(threads),
         per_strip_(StripPlan::make<T>(p.windows, 1, 1).per_strip),
-        together_(together<T>(p.windows, rank_one, true)),
+        together_(together<T>(p.windows.head_dim, p.windows.columns(), rank_one, true)),
         memory_(p.windows, per_strip_, solver_bytes(p, rank_one, together_),
                 per_strip_ * p.windows.head_dim * row_stride<T>(p.windows.columns()), threads) {}
 
@@ -213,8 +213,8 @@ class StripsBackward {
       if (p_.dy.data != nullptr) read(p_.dy, strip, false, T(1) / T(w.num_shifts), dy);
       const i64 first = matrix_index(w, strip, chunk.begin, chunk.count);
       each_group(strip, together_, [&](i64 begin, i64 count) {
-        std::optional<WindowTiles<T>> tiles[RankOnes<T>::most];
-        AdjointProblem<T> problems[RankOnes<T>::most];
+        std::optional<WindowTiles<T>> tiles[most_together];
+        AdjointProblem<T> problems[most_together];
         for (i64 k = 0; k < count; ++k) {
           const i64 i = begin + k, at = i * memory_.window_stride();
           const Rows<T> x_window{x.data + at, x.stride}, dy_window{dy.data + at, dy.stride};

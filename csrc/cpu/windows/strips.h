@@ -129,7 +129,17 @@ inline Head<S> contiguous_head(S* data, const Windows& w) {
   return {data, w.voxels(), {w.size[1] * w.size[2], w.size[2], 1}};
 }
 
-constexpr i64 prefetch_distance = 4096;  // bytes copied between a prefetch and its use
+// From a strip to the one that is copied after it, in the volume (plan.h, tiles.h): along the last axis, then
+// to the next row of windows, and the next plane of rows; of one window, the lines that follow.
+inline i64 to_next_strip(const Windows& w, const Strip& s, const i64 (&stride)[3]) {
+  if (s.num_lines < w.patch[0] * w.patch[1]) {
+    return s.num_lines / w.patch[1] * stride[0] + s.num_lines % w.patch[1] * stride[1];
+  }
+  if (s.window + s.num_windows < w.grid(2)) return s.num_windows * w.patch[2];
+  const i64 begin_of_row = -s.window * w.patch[2], rows = w.grid(1) - 1;
+  return begin_of_row +
+         (s.grid[1] < rows ? w.patch[1] * stride[1] : w.patch[0] * stride[0] - rows * w.patch[1] * stride[1]);
+}
 
 // Calls f(voxels, columns, length, step) for every piece of a strip: where it lies along the last axis of
 // `volume`, its voxels `step` apart, and in buffer[window][channel]. Where they lie side by side the step is
@@ -138,29 +148,20 @@ template <class S, class T, class F>
 inline void each_pair(const Windows& w, const Strip& s, Head<S> volume, Rows<T> buffer, i64 window_stride,
                       F&& f) {
   const Pieces pieces(w, s);
-  // The line that is copied some way on is prefetched, too far away for the hardware to foresee: one plane
-  // ahead, or, where there is one plane, some lines, or channels of few lines.
+  // What comes next is too far away for the hardware to foresee. While a strip is worked on, the one after it
+  // is on its way to the second-level cache; while a plane of it is copied, or a line, the next to the first.
   const i64 span = (s.num_windows - 1) * w.patch[2] + s.num_voxels;
   const i64 bytes = volume.stride[2] == 1 ? span * i64(sizeof(S)) : 0;
-  const i64 planes = s.num_lines / w.patch[1];
-  const i64 ahead = planes > 1                                 ? w.patch[1]
-                    : bytes <= 0 || bytes >= prefetch_distance ? 1
-                                                               : prefetch_distance / bytes;
-  const i64 lines = ahead % s.num_lines;
-  const auto offset = [&](i64 count) {  // of a line so many further on in its channel
-    return planes > 1 ? count / w.patch[1] * volume.stride[0] : count * volume.stride[1];
-  };
-  const i64 in_channel = ahead / s.num_lines * volume.channel + offset(lines);
-  const i64 in_next = in_channel + volume.channel - offset(s.num_lines);
-  const i64 last_lines = (s.num_lines - lines) * s.num_voxels;  // columns before them
+  const i64 next = s.num_lines > w.patch[1] ? volume.stride[0] : volume.stride[1];
+  const i64 next_strip = to_next_strip(w, s, volume.stride);
   const auto each = [&](auto together, auto whole, auto step) {
     constexpr i64 group = decltype(together){};
     each_lines<group>(w, s, volume.stride, [&](i64 channel, const i64(&offsets)[group], i64 column) {
       S* const data = volume.data + channel * volume.channel;
       T* const columns = buffer[channel] + column;
       for (i64 k = 0; k < group; ++k) {
-        const i64 onwards = column + k * s.num_voxels < last_lines ? in_channel : in_next;
-        prefetch(data + offsets[k], (pieces.first() + onwards) * i64(sizeof(S)), bytes);
+        prefetch<2>(data + offsets[k], (pieces.first() + next_strip) * i64(sizeof(S)), bytes);
+        prefetch(data + offsets[k], (pieces.first() + next) * i64(sizeof(S)), bytes);
       }
       pieces.each(whole, [&](i64 i3, i64 window, i64 voxel, auto length) {
         S* const voxels = data + i3 * step;
