@@ -38,25 +38,6 @@ void differentiate_rank_one(i64 rows, const NMFOptions& o, const RankOneNumbers<
   });
 }
 
-// to = sum over m of weights[m] x[m], along the columns.
-template <class T>
-void add_up_rows(i64 rows, const T* weights, Rows<const T> x, i64 length, T* to) {
-  constexpr i64 width = Simd<T>::width;
-  const auto vectors = [&](i64 n, auto count) {
-    constexpr i64 vectors = decltype(count){};
-    Vec<T> sums[vectors] = {};
-    for (i64 m = 0; m < rows; ++m) {
-#pragma GCC unroll 4
-      for (i64 v = 0; v < vectors; ++v) sums[v] += weights[m] * load(x[m] + n + v * width);
-    }
-#pragma GCC unroll 4
-    for (i64 v = 0; v < vectors; ++v) store(to + n + v * width, sums[v]);
-  };
-  i64 n = 0;
-  for (; n + 4 * width <= length; n += 4 * width) vectors(n, Constant<4>{});
-  for (; n < length; n += width) vectors(n, Constant<1>{});
-}
-
 // The solver; its constructor takes the memory that it needs from the arena.
 template <class T>
 class RankOne {
@@ -137,10 +118,10 @@ class RankOne {
     }
     const T constant = T(k * o_.eps);
     tiles_.each([&](i64 tile, i64, int worker) {
-      T* const v = this->v(tile)[0];
-      add_up_rows<T>(m_, w, tiles_.x(tile, worker), tiles_.length(tile), v);
+      const Rows<T> v = this->v(tile);
+      multiply<T>(Weights<T>::in_place(w, 1, m_, 0, 1), tiles_.x(tile, worker), v, tiles_.length(tile));
       const i64 valid = tiles_.valid(tile);
-      for (i64 n = 0; o_.hals && n < valid; ++n) v[n] += constant;
+      for (i64 n = 0; o_.hals && n < valid; ++n) v[0][n] += constant;
       done(tile, worker);
     });
   }
@@ -155,7 +136,7 @@ class RankOne {
       const Rows<T> dv_tile = this->dv(tile), v_tile = v(tile);
       if (dv == nullptr) {
         const Rows<const T> dy = tiles_.dy(tile, worker);
-        add_up_rows<T>(m_, u_, dy, length, dv_tile[0]);
+        multiply<T>(Weights<T>::in_place(u_, 1, m_, 0, 1), dy, dv_tile, length);
         multiply_by_transpose<T>(1, v_tile, m_, dy, length, {share, row_}, false);
       } else {
         copy(dv + tiles_.begin(tile), tiles_.valid(tile), dv_tile[0]);
