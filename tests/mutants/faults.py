@@ -333,12 +333,16 @@ FAULTS = (
     ),
     Fault(
         "Triton rank 1: half of G's gradient", _TRITON + "rank1.py",
-        "both_g += grad_a[:, None] * w[None, :] + w[:, None] * grad_a[None, :]",
-        "both_g += grad_a[:, None] * w[None, :]", TRITON,
+        "+ (p[i] * q[j] + q[i] * p[j]),)", "+ p[i] * q[j],)", TRITON,
     ),
     Fault(
-        "Triton: dy's mean over the copies is missing", _TRITON + "resident.py",
-        "dy_block *= 1.0 / len(SHIFTS)  # the mean over the shifts", "dy_block *= 1.0", TRITON,
+        "Triton: dy's mean over the copies is missing", _TRITON + "resident_rank1.py",
+        "1.0 / len(SHIFTS), u, rank1.column_of_v", "1.0, u, rank1.column_of_v", TRITON,
+    ),
+    Fault(
+        "Triton: runs of voxels that a shift parts", "factorizer_kernels/ops/swin_nmf/triton.py",
+        "cut = gcd(problem.patch[-1], *(shift[-1] for shift in problem.shifts))", "cut = problem.patch[-1]",
+        TRITON,
     ),
     Fault(
         "Triton, long matrices: the last column of V is not written", _TRITON + "streaming.py",

@@ -7,7 +7,7 @@ writes its share of dx and the later ones add to it, in a fixed order and withou
 """
 
 from functools import lru_cache
-from math import prod
+from math import gcd, prod
 from typing import Any, NamedTuple
 
 import triton
@@ -24,37 +24,45 @@ from factorizer_kernels.shared.launches import cdiv, launch
 from factorizer_kernels.shared.maps import empty_map, spatial_3d
 from factorizer_kernels.shared.registry import kernel
 
+# Voxels of a run: a store of 16 bytes of float32.
+MAX_RUN = 4
+
 
 @triton.jit
 def gather_kernel(
     u, v, sizes, batch_heads, y,
     M: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, RANK: tl.constexpr,
-    M_BLOCK: tl.constexpr, N_BLOCK: tl.constexpr,
+    M_BLOCK: tl.constexpr, RUNS: tl.constexpr, RUN: tl.constexpr,
 ):  # fmt: skip
     """A block of channels and voxels of the contiguous map y: the mean over the shifts of UVᵀ.
 
-    u (windows, RANK, M) and v (windows, RANK, N), windows ordered as (copy, batch and head, cell).
+    u (windows, RANK, M) and v (windows, RANK, N), windows ordered as (copy, batch and head, cell). Voxels
+    come in runs, neighbours along the last axis that no copy's windows part: so a run has one address in u.
     """
     row_blocks: tl.constexpr = (M + M_BLOCK - 1) // M_BLOCK
     N: tl.constexpr = PATCH[0] * PATCH[1] * PATCH[2]
     voxels = sizes[0] * sizes[1] * sizes[2]
-    voxel_blocks = tl.cdiv(voxels, N_BLOCK)
+    run_blocks = tl.cdiv(voxels, RUNS * RUN)
     item = tl.program_id(0) // row_blocks
-    batch_head = item // voxel_blocks
-    voxel = item % voxel_blocks * N_BLOCK + tl.arange(0, N_BLOCK)
+    batch_head = item // run_blocks
+    start = (item % run_blocks * RUNS + tl.arange(0, RUNS)) * RUN
+    step = tl.arange(0, RUN)
     m = tl.program_id(0) % row_blocks * M_BLOCK + tl.arange(0, M_BLOCK)
-    mask = (m < M)[:, None] & (voxel < voxels)[None, :]
+    seen = start < voxels
+    mask = (m < M)[:, None] & seen[None, :]
     cells = voxels // N
-    total = tl.zeros([M_BLOCK, N_BLOCK], u.dtype.element_ty)
+    total = tl.zeros([M_BLOCK, RUNS, RUN], u.dtype.element_ty)
     for copy in tl.static_range(len(SHIFTS)):
-        cell, n = window_at(copy, voxel, sizes, PATCH, SHIFTS)
+        cell, n = window_at(copy, start, sizes, PATCH, SHIFTS)
         window = (copy * batch_heads + batch_head).to(tl.int64) * cells + cell
         for r in range(RANK):
-            v_row = tl.load(v + (window * RANK + r) * N + n, mask=voxel < voxels, other=0.0)
-            u_block = tl.load(u + ((window * RANK + r) * M)[None, :] + m[:, None], mask=mask, other=0.0)
-            total += u_block * v_row[None, :]
+            at = window * RANK + r
+            v_runs = tl.load(v + (at * N + n)[:, None] + step[None, :], mask=seen[:, None], other=0.0)
+            u_block = tl.load(u + (at * M)[None, :] + m[:, None], mask=mask, other=0.0)
+            total += u_block[:, :, None] * v_runs[None, :, :]
     rows = (batch_head * M + m).to(tl.int64) * voxels
-    tl.store(y + rows[:, None] + voxel[None, :], total * (1.0 / len(SHIFTS)), mask=mask)
+    at_y = y + rows[:, None, None] + start[None, :, None] + step[None, None, :]
+    tl.store(at_y, total * (1.0 / len(SHIFTS)), mask=mask[:, :, None])
 
 
 class _Plan(NamedTuple):
@@ -79,6 +87,7 @@ class _Plan(NamedTuple):
 def _plan(windows: Windows, rank: int, relu: bool, options: Options) -> _Plan:
     problem = problem_of(windows, rank, relu, options)
     m_block, n_block = blocks(problem.rows)
+    run = _run(problem)
     batch_heads, voxels = windows.size[0] * windows.heads, prod(windows.size_3d)
     matrices = prod(windows.batch_shape)
     factors = tuple(
@@ -89,9 +98,15 @@ def _plan(windows: Windows, rank: int, relu: bool, options: Options) -> _Plan:
         batch_heads * cdiv(voxels, n_block) * cdiv(problem.rows, m_block), windows.size_3d, batch_heads,
         {
             "M": problem.rows, "PATCH": problem.patch, "SHIFTS": problem.shifts, "RANK": problem.rank,
-            "M_BLOCK": m_block, "N_BLOCK": n_block,
+            "M_BLOCK": m_block, "RUNS": n_block // run, "RUN": run,
         },
     )  # fmt: skip
+
+
+def _run(problem: Problem) -> int:
+    """The voxels of a run: a power of two that divides every stretch between two windows' borders."""
+    cut = gcd(problem.patch[-1], *(shift[-1] for shift in problem.shifts))
+    return min(cut & -cut, MAX_RUN)
 
 
 def _planned(x: Tensor, u0: Tensor, head_dim, patch_size, shifts, relu, options) -> _Plan:

@@ -103,6 +103,17 @@ def store_map(
 
 
 @triton.jit
+def first_row_offsets(n, window, sizes, strides, PATCH: tl.constexpr):
+    """Offset of each column n of a window's first row; the other rows follow at ``channel_stride``."""
+    return row_offsets(0, window, strides) + column_offsets(n, window, sizes, strides, PATCH)
+
+
+@triton.jit
+def channel_stride(strides):
+    return tl.cast(strides[1], tl.int64)
+
+
+@triton.jit
 def window_at(copy, voxel, sizes, PATCH: tl.constexpr, SHIFTS: tl.constexpr):
     """(grid cell, column) of the window that holds each voxel in one copy.
 

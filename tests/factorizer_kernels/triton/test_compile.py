@@ -18,7 +18,8 @@ triton = pytest.importorskip("triton")
 HERE = Path(__file__).parent
 RECORDED = json.loads((HERE / "resources.json").read_text())
 # The compiler that the table was recorded with. Another one allocates differently (3.6 was seen to take 190
-# registers for 72), so from it only what matters everywhere is asked: no more stack, that is spills.
+# registers for 72, 3.9 1376 bytes of stack for 856), so from it only what matters everywhere is asked: no
+# stack, that is spills, where there was none, and not twice as much elsewhere.
 RECORDED_WITH = "3.7"
 REGISTER_SLACK = 24
 MORE_INSTRUCTIONS = 1.05
@@ -41,9 +42,10 @@ def test_compiles_within_the_recorded_resources(capability, cases):
     assert table.keys() <= RECORDED.keys(), "a new kernel: record it with compile_variants.py --record"
     for variant, (registers, shared, stack, *counts) in table.items():
         register_bound, shared_bound, stack_bound, *most_counts = RECORDED[variant]
-        assert stack <= stack_bound, variant
+        assert stack <= 2 * stack_bound, variant
         assert shared <= SHARED_OF_A_CARD, variant
         if triton.__version__.startswith(RECORDED_WITH):
+            assert stack <= stack_bound, variant
             assert registers <= min(register_bound + REGISTER_SLACK, 255), variant
             assert shared <= max(2 * shared_bound, 4096), variant
             assert len(counts) == len(most_counts), variant

@@ -10,7 +10,7 @@ from types import ModuleType
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.arguments import Options
-from factorizer_kernels.ops.nmf.triton import resident, streaming, streaming_rank1, sweep
+from factorizer_kernels.ops.nmf.triton import resident, resident_rank1, streaming, streaming_rank1, sweep
 from factorizer_kernels.ops.nmf.triton.problem import Problem, problem_of
 from factorizer_kernels.ops.windows.geometry import whole_matrices
 from factorizer_kernels.shared.maps import empty_map, spatial_3d
@@ -20,7 +20,7 @@ from factorizer_kernels.shared.registry import kernel
 @lru_cache(maxsize=256)
 def kernels_for(problem: Problem) -> ModuleType:
     """The kernels for a problem: windows on chip, else passes over the map, else matrix products."""
-    candidates = (resident, streaming_rank1, streaming)
+    candidates = (resident_rank1, resident, streaming_rank1, streaming)
     return next((kernels for kernels in candidates if kernels.fits(problem)), sweep)
 
 

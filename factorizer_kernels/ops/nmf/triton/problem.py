@@ -5,15 +5,18 @@ from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
 
+import torch
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.arguments import Options
 from factorizer_kernels.ops.windows.geometry import Windows
 
-# The identity's backward keeps a row of M numbers of each iteration in registers; past a block's largest
-# size it would not compile.
+# Elements of a window, padded, that one program holds.
+MAX_ELEMENTS = 8192
+# The identity's backward keeps M numbers of each iteration in registers; past a block's largest size it
+# would not compile.
 MAX_CLOSED_FORM_ITERS = 256
-# Where G = XXᵀ, built row by row, costs less than the iterations that it replaces.
+# G = XXᵀ has as many numbers as registers hold up to here.
 MAX_CLOSED_FORM_ROWS = 16
 
 
@@ -55,13 +58,15 @@ class Problem:
     def rank1_closed_form(self) -> bool:
         """Whether the rank-1 identity (``rank1``) holds, and is faster.
 
-        It holds where x >= 0 for certain: HALS' projections never act.
+        It holds where x >= 0 for certain: HALS' projections never act. It pays where G, with which each
+        iteration multiplies, is no larger than a row: 12 x 64 windows are faster iterated, 16 x 512 slower.
         """
         return (
             self.rank == 1
             and self.hals
             and self.relu
             and self.rows <= MAX_CLOSED_FORM_ROWS
+            and self.rows**2 <= self.columns
             and 0 < self.num_iters <= MAX_CLOSED_FORM_ITERS
         )
 
@@ -111,3 +116,18 @@ def strided(factor: Tensor, batch_shape: Sequence[int]) -> tuple[Tensor, tuple[i
         return factor, (0, 0, *factor.stride())
     full = per_window(factor, batch_shape)
     return full, full.stride()
+
+
+def map_or_factors(tensors: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
+    return (tensors, None, None) if isinstance(tensors, Tensor) else (None, *tensors)
+
+
+def given(tensor: Tensor | None, x: Tensor, axes: int) -> tuple[Tensor, tuple[int, ...]]:
+    """A tensor and its strides; in place of one that is absent x, which no kernel reads there."""
+    return (x, (0,) * axes) if tensor is None else (tensor, tensor.stride())
+
+
+@lru_cache(maxsize=256)  # a network asks for the same few again and again
+def map_numbers(problem: Problem, size: torch.Size) -> tuple[tuple[int, ...], int, int]:
+    """sizes, heads and map_windows of a map (B, C, S1, S2, S3)."""
+    return tuple(size[2:]), size[1] // problem.rows, size.numel() // (problem.rows * problem.columns)

@@ -7,165 +7,260 @@ r = X1 both follow from u alone, ε included, so that the iterations never look 
     a' = Gw + e r,          b' = wᵀa' + e (rᵀw + e N).
 
 (w and e are taken before the products, so that d² never appears: it would underflow for small X.)
-Vectors are (M,) blocks, zero beyond row M; G is an (M, M) block; ``history`` is a (T, M) block, row t the
-u of iteration t.
+
+W matrices go side by side. X, dy and their gradients are tuples of M rows, (W, N) blocks; u, w, a and r are
+tuples of M numbers, (W, 1) blocks, and G is one of M * M, row-major. So every sum over a window is one over
+a row or over the product of two, nothing is picked out of a block, and of G's equal halves one is summed.
+``history`` is a tuple of M (W, T) blocks: column t of the i-th is u_i of iteration t.
 """
+# Triton knows no unpacking inside a tuple, and its tuples grow.
+# ruff: noqa: RUF005
+# mypy: disable-error-code="assignment"
 
 import triton
 import triton.language as tl
 
-
-@triton.jit
-def row(block, index, i):
-    """Row i of a block; ``index`` counts its rows."""
-    return tl.sum(tl.where(index[:, None] == i, block, 0.0), axis=0)
+from factorizer_kernels.ops.nmf.triton.updates import load_columns, relu
+from factorizer_kernels.ops.windows.address import channel_stride, first_row_offsets
 
 
 @triton.jit
-def column(block, index, i):
-    """Column i of a block; ``index`` counts its columns."""
-    return tl.sum(tl.where(index[None, :] == i, block, 0.0), axis=1)
+def load_rows(
+    pointer, strides, window, sizes, n, mask, like, M: tl.constexpr, PATCH: tl.constexpr
+):  # fmt: skip
+    """The rows of X = relu(x), zero where the mask is false, in the dtype that ``like`` points to."""
+    offsets = first_row_offsets(n, window, sizes, strides, PATCH)
+    loaded = load_columns(pointer, offsets, channel_stride(strides), mask, M)
+    rows = ()
+    for i in tl.static_range(M):
+        rows = rows + (relu(loaded[i].to(like.dtype.element_ty)),)
+    return rows
 
 
 @triton.jit
-def gram_rows(x, m, M: tl.constexpr):
-    """XXᵀ of an (M, N) block, as an (M, M) block."""
-    products = tl.zeros([m.shape[0], m.shape[0]], x.dtype)
-    for i in range(M):
-        products = tl.where(m[None, :] == i, tl.sum(x * row(x, m, i)[None, :], axis=1)[:, None], products)
-    return products
+def total(block):
+    """The sum of each row of a block, as a column."""
+    return tl.sum(block, axis=1, keep_dims=True)
 
 
 @triton.jit
-def step_u(a, b, m, M: tl.constexpr, EPS: tl.constexpr):
-    return tl.where(m < M, (a + EPS) / (b + EPS), 0.0)
+def totals(rows, M: tl.constexpr):
+    """The sum of each of M rows."""
+    sums = ()
+    for i in tl.static_range(M):
+        sums = sums + (total(rows[i]),)
+    return sums
 
 
 @triton.jit
-def scaled(u, EPS: tl.constexpr):
+def times(rows, row, M: tl.constexpr):
+    """The inner product of each of M rows with one more."""
+    sums = ()
+    for i in tl.static_range(M):
+        sums = sums + (total(rows[i] * row),)
+    return sums
+
+
+@triton.jit
+def gram(rows, M: tl.constexpr):
+    """XXᵀ."""
+    triangle = ()
+    for i in tl.static_range(M):
+        for j in tl.static_range(i, M):
+            triangle = triangle + (total(rows[i] * rows[j]),)
+    return square(triangle, M)
+
+
+@triton.jit
+def square(triangle, M: tl.constexpr):
+    """All M * M entries of a symmetric matrix from its upper triangle, which goes row by row."""
+    entries = ()
+    for i in tl.static_range(M):
+        for j in tl.static_range(M):
+            if j < i:
+                entries = entries + (entries[j * M + i],)
+            else:
+                entries = entries + (triangle[i * M - i * (i + 1) // 2 + j],)
+    return entries
+
+
+@triton.jit
+def combine(values, weights, M: tl.constexpr):
+    """Σ_i weights_i values_i, of M numbers or of M rows."""
+    combination = values[0] * weights[0]
+    for i in tl.static_range(1, M):
+        combination += values[i] * weights[i]
+    return combination
+
+
+@triton.jit
+def scale(values, factor, M: tl.constexpr):
+    """factor * values."""
+    scaled_values = ()
+    for i in tl.static_range(M):
+        scaled_values = scaled_values + (values[i] * factor,)
+    return scaled_values
+
+
+@triton.jit
+def add_scaled(values, others, factor, M: tl.constexpr):
+    """values + factor * others."""
+    sums = ()
+    for i in tl.static_range(M):
+        sums = sums + (values[i] + others[i] * factor,)
+    return sums
+
+
+@triton.jit
+def multiply_add(g, w, values, factor, M: tl.constexpr):
+    """Gw + factor * values."""
+    sums = ()
+    for i in tl.static_range(M):
+        entry = values[i] * factor
+        for j in tl.static_range(M):
+            entry += g[i * M + j] * w[j]
+        sums = sums + (entry,)
+    return sums
+
+
+@triton.jit
+def add_symmetric_product(triangle, p, q, M: tl.constexpr):
+    """The upper triangle of S + pqᵀ + qpᵀ from that of S."""
+    entries = ()
+    for i in tl.static_range(M):
+        for j in tl.static_range(i, M):
+            entries = entries + (triangle[i * M - i * (i + 1) // 2 + j] + (p[i] * q[j] + q[i] * p[j]),)
+    return entries
+
+
+@triton.jit
+def side_by_side(numbers, m, M: tl.constexpr):
+    """M numbers as the columns m of one block."""
+    block = tl.where(m == 0, numbers[0], 0.0)
+    for i in tl.static_range(1, M):
+        block = tl.where(m == i, numbers[i], block)
+    return block
+
+
+@triton.jit
+def recall(history, t, step, M: tl.constexpr):
+    """The u of one iteration."""
+    u = ()
+    for i in tl.static_range(M):
+        u = u + (total(tl.where(t == step, history[i], 0.0)),)
+    return u
+
+
+@triton.jit
+def sums(x, v0, M: tl.constexpr):
+    """(a, b, G, r) of the columns in x."""
+    return times(x, v0, M), total(v0 * v0), gram(x, M), totals(x, M)
+
+
+@triton.jit
+def step_u(a, b, M: tl.constexpr, EPS: tl.constexpr):
+    u = ()
+    for i in tl.static_range(M):
+        u = u + ((a[i] + EPS) / (b + EPS),)
+    return u
+
+
+@triton.jit
+def scaled(u, M: tl.constexpr, EPS: tl.constexpr):
     """(w, e, 1 / (d + ε)) of u."""
-    inverse = 1.0 / (tl.sum(u * u, axis=0) + EPS)
-    return u * inverse, EPS * inverse, inverse
+    inverse = 1.0 / (combine(u, u, M) + EPS)
+    return scale(u, inverse, M), EPS * inverse, inverse
 
 
 @triton.jit
-def next_sums(g, r, w, e, N: tl.constexpr):
-    """(a, b) of the next U step."""
-    a = tl.sum(g * w[None, :], axis=1) + e * r
-    return a, tl.sum(w * (a + e * r), axis=0) + e * e * N
+def next_sums(g, r, w, e, M: tl.constexpr, N: tl.constexpr):
+    """(a, b, a + e r) of the next U step."""
+    a = multiply_add(g, w, r, e, M)
+    a_and_r = add_scaled(a, r, e, M)
+    return a, combine(w, a_and_r, M) + e * e * N, a_and_r
 
 
 @triton.jit
-def solve(a, b, g, r, m, t, num_iters, M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr):
+def solve(a, b, g, r, t, num_iters, M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr):
     """(u, history) after num_iters >= 1 iterations from a = X v0, b = v0ᵀv0."""
-    u = step_u(a, b, m, M, EPS)
-    history = tl.where(t[:, None] == 0, u[None, :], 0.0)
-    for i in range(1, num_iters):
-        w, e, _inverse = scaled(u, EPS)
-        a, b = next_sums(g, r, w, e, N)
-        u = step_u(a, b, m, M, EPS)
-        history = tl.where(t[:, None] == i, u[None, :], history)
+    u = step_u(a, b, M, EPS)
+    history = ()
+    for i in tl.static_range(M):
+        history = history + (tl.where(t == 0, u[i], 0.0),)
+    for step in range(1, num_iters):
+        w, e, _inverse = scaled(u, M, EPS)
+        a, b, _a_and_r = next_sums(g, r, w, e, M, N)
+        u = step_u(a, b, M, EPS)
+        longer = ()
+        for i in tl.static_range(M):
+            longer = longer + (tl.where(t == step, u[i], history[i]),)
+        history = longer
     return u, history
 
 
 @triton.jit
-def scaled_backward(u, w, e, inverse, grad_w, grad_e):
+def column_of_v(x, w, e, mask, M: tl.constexpr):
+    """v = Xᵀw + e for the columns of x, zero where the mask is false."""
+    return tl.where(mask, combine(x, w, M) + e, 0.0)
+
+
+@triton.jit
+def scaled_backward(u, w, e, inverse, grad_w, grad_e, M: tl.constexpr):
     """The gradient of u from those of w and e."""
     # d enters through 1 / (d + ε); its gradient is -(wᵀw̄ + e ē) / (d + ε).
-    grad_d = -(tl.sum(w * grad_w, axis=0) + e * grad_e) * inverse
-    return grad_w * inverse + 2.0 * grad_d * u
+    grad_d = -(combine(w, grad_w, M) + e * grad_e) * inverse
+    return add_scaled(scale(grad_w, inverse, M), u, 2.0 * grad_d, M)
 
 
 @triton.jit
 def solve_backward(
-    grad_u, a0, b0, g, r, history, t, num_iters, grad_steps, N: tl.constexpr, EPS: tl.constexpr
-):
-    """(ā, b̄, Ḡ + Ḡᵀ, r̄) from ū of the last iteration; ā and b̄ belong to the first differentiated U step.
+    grad_u, u, a0, b0, g, r, history, t, num_iters, grad_steps,
+    M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr,
+):  # fmt: skip
+    """(ā, b̄, Ḡ + Ḡᵀ, r̄) from u and ū of the last iteration; ā, b̄ are the first differentiated U step's.
 
     a0, b0 start the iterations; grad_steps >= 1.
     """
-    both_g = tl.zeros_like(g)
-    grad_r = tl.zeros_like(r)
+    zero = tl.zeros_like(b0)
+    both_g = (zero,) * (M * (M + 1) // 2)
+    grad_r = (zero,) * M
     first = num_iters - grad_steps
     for k in range(grad_steps - 1):
-        i = num_iters - 1 - k
-        u = row(history, t, i)
-        previous = row(history, t, i - 1)
-        w, e, inverse = scaled(previous, EPS)
-        a, b = next_sums(g, r, w, e, N)
-        grad_a = grad_u / (b + EPS)
-        grad_b = -tl.sum(grad_a * u, axis=0)
-        grad_w = grad_b * (a + e * r)
-        grad_e = grad_b * (tl.sum(r * w, axis=0) + 2.0 * e * N)
-        grad_r += grad_b * e * w
-        grad_a += grad_b * w
-        grad_w += tl.sum(g * grad_a[:, None], axis=0)
-        grad_e += tl.sum(r * grad_a, axis=0)
-        grad_r += e * grad_a
-        both_g += grad_a[:, None] * w[None, :] + w[:, None] * grad_a[None, :]
-        grad_u = scaled_backward(previous, w, e, inverse, grad_w, grad_e)
+        previous = recall(history, t, num_iters - 2 - k, M)
+        w, e, inverse = scaled(previous, M, EPS)
+        _a, b, a_and_r = next_sums(g, r, w, e, M, N)
+        grad_a = scale(grad_u, 1.0 / (b + EPS), M)
+        grad_b = -combine(grad_a, u, M)
+        grad_a = add_scaled(grad_a, w, grad_b, M)
+        grad_w = multiply_add(g, grad_a, a_and_r, grad_b, M)
+        grad_e = grad_b * (combine(r, w, M) + 2.0 * e * N) + combine(r, grad_a, M)
+        grad_r = add_scaled(add_scaled(grad_r, w, grad_b * e, M), grad_a, e, M)
+        both_g = add_symmetric_product(both_g, grad_a, w, M)
+        grad_u = scaled_backward(previous, w, e, inverse, grad_w, grad_e, M)
+        u = previous
+    b = b0
     if first > 0:
-        w, e, inverse = scaled(row(history, t, first - 1), EPS)
-        a, b = next_sums(g, r, w, e, N)
-    else:
-        a, b = a0, b0
-    grad_a = grad_u / (b + EPS)
-    return grad_a, -tl.sum(grad_a * row(history, t, first), axis=0), both_g, grad_r
+        w, e, _inverse = scaled(recall(history, t, first - 1, M), M, EPS)
+        _a, b, _a_and_r = next_sums(g, r, w, e, M, N)
+    grad_a = scale(grad_u, 1.0 / (b + EPS), M)
+    return grad_a, -combine(grad_a, u, M), square(both_g, M), grad_r
 
 
 @triton.jit
-def column_of_v(x, w, e, n, N: tl.constexpr):
-    """v = Xᵀw + e for the columns n of x, zero beyond column N."""
-    return tl.where(n < N, tl.sum(x * w[:, None], axis=0) + e, 0.0)
-
-
-@triton.jit
-def sums(x, v0, m, M: tl.constexpr):
-    """(a, b, G, r) of the columns in x, an (M, N) block."""
-    return (
-        tl.sum(x * v0[None, :], axis=1),
-        tl.sum(v0 * v0, axis=0),
-        gram_rows(x, m, M),
-        tl.sum(x, axis=1),
-    )
-
-
-@triton.jit
-def window(x, v0, m, n, t, num_iters, M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr):
-    """(u, v) of a whole (M, N) block."""
-    a, b, g, r = sums(x, v0, m, M)
-    u, _history = solve(a, b, g, r, m, t, num_iters, M, N, EPS)
-    w, e, _inverse = scaled(u, EPS)
-    return u, column_of_v(x, w, e, n, N)
-
-
-@triton.jit
-def window_backward(
-    x, v0, dy, m, n, t, num_iters, grad_steps, M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr
-):
-    """(x̄, v̄0) of a whole (M, N) block, v̄0 for the v that the first differentiated iteration starts from."""
-    a, b, g, r = sums(x, v0, m, M)
-    u, history = solve(a, b, g, r, m, t, num_iters, M, N, EPS)
-    w, e, inverse = scaled(u, EPS)
-    grad_u = tl.sum(dy * column_of_v(x, w, e, n, N)[None, :], axis=1)
-    grad_v = tl.sum(dy * u[:, None], axis=0)
-    grad_w = tl.sum(x * grad_v[None, :], axis=1)
-    grad_u += scaled_backward(u, w, e, inverse, grad_w, tl.sum(grad_v, axis=0))
-    grad_a, grad_b, both_g, grad_r = solve_backward(
-        grad_u, a, b, g, r, history, t, num_iters, grad_steps, N, EPS
-    )
-    start = v0
-    if num_iters > grad_steps:
-        w_start, e_start, _inverse = scaled(row(history, t, num_iters - grad_steps - 1), EPS)
-        start = column_of_v(x, w_start, e_start, n, N)
-    grad_v0 = tl.sum(x * grad_a[:, None], axis=0) + 2.0 * grad_b * start
-    return map_gradient(x, w, grad_v, grad_a, start, both_g, grad_r, m, M), grad_v0
-
-
-@triton.jit
-def map_gradient(x, w, grad_v, grad_a, start, both_g, grad_r, m, M: tl.constexpr):
-    """x̄ of the columns in x: what v = Xᵀw + e, a = X v_start, G and r hand back."""
-    grad_x = w[:, None] * grad_v[None, :] + grad_a[:, None] * start[None, :] + grad_r[:, None]
+def product_backward(dy, offsets, stride, mask, mean, u, v, M: tl.constexpr):
+    """(ū, v̄) of y = uvᵀ from dy times ``mean``, whose rows are read one by one."""
+    grad_u, grad_v = (), tl.zeros_like(v)
     for i in tl.static_range(M):
-        grad_x += column(both_g, m, i)[:, None] * row(x, m, i)[None, :]
-    return grad_x
+        row = tl.load(dy + offsets + i * stride, mask=mask, other=0.0).to(v.dtype) * mean
+        grad_u = grad_u + (total(row * v),)
+        grad_v += row * u[i]
+    return grad_u, grad_v
+
+
+@triton.jit
+def gradient_row(x, INDEX: tl.constexpr, w, grad_v, grad_a, start, both_g, grad_r, M: tl.constexpr):
+    """One row of x̄, after x's ReLU: what v = Xᵀw + e, a = X v_start, G and r hand back."""
+    grad = w[INDEX] * grad_v + grad_a[INDEX] * start + grad_r[INDEX]
+    for i in tl.static_range(M):
+        grad += both_g[INDEX * M + i] * x[i]
+    return tl.where(x[INDEX] <= 0, 0.0, grad)  # NaN keeps its gradient, as in torch

@@ -1,31 +1,35 @@
 """One window in one program: read once, all the iterations on chip, written once.
 
 A window is an (M, N) block of at most ``MAX_ELEMENTS`` elements in registers, its factors columns beside
-it. Rank 1 of HALS after a ReLU goes by the rank-1 identity (``rank1``), everything else iterates
-(``updates``). The backward runs the iterations again; the identity keeps its T vectors of M in
-registers, the iterations keep their factors in a tape, one slot for each program, that stays in the L2
-cache because the programs go on to the next window with the same slot.
+it. The backward runs the iterations again and keeps their factors in a tape, one slot for each program,
+that stays in the L2 cache because the programs go on to the next window with the same slot.
 """
-# Triton knows no unpacking inside a tuple, and its tuples grow.
-# ruff: noqa: RUF005
-# mypy: disable-error-code="assignment"
 
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from factorizer_kernels.ops.nmf.triton import rank1
-from factorizer_kernels.ops.nmf.triton.problem import Problem, grid_of, shares_of, strided
+from factorizer_kernels.ops.nmf.triton.problem import (
+    MAX_ELEMENTS,
+    Problem,
+    given,
+    grid_of,
+    map_numbers,
+    map_or_factors,
+    shares_of,
+    strided,
+)
 from factorizer_kernels.ops.nmf.triton.updates import (
     add,
     add_symmetric,
+    converted,
     gram,
     load_columns,
+    load_factor,
     outer,
     relu,
     store_columns,
@@ -37,7 +41,6 @@ from factorizer_kernels.ops.nmf.triton.updates import (
 from factorizer_kernels.ops.windows.address import load_map, store_map, window_of
 from factorizer_kernels.shared.launches import launch, padded, processors
 
-MAX_ELEMENTS = 8192
 MAX_RANK = 8
 
 
@@ -47,8 +50,8 @@ def forward_kernel(
     u0, u0_strides, v0, v0_strides, num_iters,
     y, y_strides, u_out, u_strides, v_out, v_strides,
     M: tl.constexpr, N: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, RANK: tl.constexpr,
-    HALS: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr, CLOSED_FORM: tl.constexpr,
-    PRODUCT: tl.constexpr, M_PAD: tl.constexpr, N_PAD: tl.constexpr, T_PAD: tl.constexpr,
+    HALS: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr,
+    PRODUCT: tl.constexpr, M_PAD: tl.constexpr, N_PAD: tl.constexpr,
 ):  # fmt: skip
     """One window of one copy: y = UVᵀ (PRODUCT), or the factors. Strides: x, y (b, c, 1, 2, 3),
     u0, v0 (batch, grid, row, rank), u, v (window, row, rank)."""
@@ -63,26 +66,16 @@ def forward_kernel(
     block = load_map(x, x_strides, window, sizes, m, n, u0, M, N, PATCH)
     if RELU:
         block = relu(block)
-    v = _load_factor(v0, v0_strides, at, grid_windows, n, n < N, RANK)
-    if CLOSED_FORM:
-        row, v_column = rank1.window(block, v[0], m, n, tl.arange(0, T_PAD), num_iters, M, N, EPS)
-        u, v = (row,), (v_column,)
-    else:
-        u = _load_factor(u0, u0_strides, at, grid_windows, m, m < M, RANK)
-        for _ in range(num_iters):
-            u, v = iterate(block, u, v, m < M, n < N, HALS, EPS, RANK)
+    u = load_factor(u0, u0_strides, at, grid_windows, m, m < M, RANK)
+    v = load_factor(v0, v0_strides, at, grid_windows, n, n < N, RANK)
+    for _ in range(num_iters):
+        u, v = iterate(block, u, v, m < M, n < N, HALS, EPS, RANK)
 
     if PRODUCT:
         store_map(y, y_strides, window, sizes, m, n, outer(u, v, RANK), M, N, PATCH)
     else:
         store_columns(u_out, at * u_strides[0] + m * u_strides[1], u_strides[2], u, m < M, RANK)
         store_columns(v_out, at * v_strides[0] + n * v_strides[1], v_strides[2], v, n < N, RANK)
-
-
-@triton.jit
-def _load_factor(factor, strides, at, grid_windows, index, mask, RANK: tl.constexpr):
-    start = (at // grid_windows) * strides[0] + (at % grid_windows) * strides[1]
-    return load_columns(factor, start + index.to(tl.int64) * strides[2], strides[3], mask, RANK)
 
 
 @triton.jit
@@ -117,9 +110,8 @@ def backward_kernel(
     dy, dy_strides, du, du_strides, dv, dv_strides,
     dx_before, dx, dx_strides, du0, dv0, u_tape, v_tape,
     M: tl.constexpr, N: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, RANK: tl.constexpr,
-    HALS: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr, CLOSED_FORM: tl.constexpr,
-    PRODUCT: tl.constexpr, FACTOR_GRADS: tl.constexpr,
-    M_PAD: tl.constexpr, N_PAD: tl.constexpr, T_PAD: tl.constexpr,
+    HALS: tl.constexpr, RELU: tl.constexpr, EPS: tl.constexpr,
+    PRODUCT: tl.constexpr, FACTOR_GRADS: tl.constexpr, M_PAD: tl.constexpr, N_PAD: tl.constexpr,
 ):  # fmt: skip
     """The windows of one copy: their share of dx, and of every copy but the first what those before it wrote.
 
@@ -127,7 +119,6 @@ def backward_kernel(
     """
     m = tl.arange(0, M_PAD)
     n = tl.arange(0, N_PAD)
-    t = tl.arange(0, T_PAD)
     first = num_iters - grad_steps
     slot = tl.program_id(0).to(tl.int64) * grad_steps * RANK
     for map_window in range(tl.program_id(0), map_windows, tl.num_programs(0)):
@@ -136,52 +127,45 @@ def backward_kernel(
         block = load_map(x, x_strides, window, sizes, m, n, u0, M, N, PATCH)
         if RELU:
             block = relu(block)
-        start = _load_factor(v0, v0_strides, at, grid_windows, n, n < N, RANK)
         if PRODUCT:
             dy_block = load_map(dy, dy_strides, window, sizes, m, n, u0, M, N, PATCH)
             dy_block *= 1.0 / len(SHIFTS)  # the mean over the shifts
 
-        if CLOSED_FORM:
-            grad_x, grad_v0 = rank1.window_backward(
-                block, start[0], dy_block, m, n, t, num_iters, grad_steps, M, N, EPS
-            )
-            grad_u, grad_v = (tl.zeros([M_PAD], grad_x.dtype),), (grad_v0,)
+        u = load_factor(u0, u0_strides, at, grid_windows, m, m < M, RANK)
+        v = load_factor(v0, v0_strides, at, grid_windows, n, n < N, RANK)
+        for _ in range(first):
+            u, v = iterate(block, u, v, m < M, n < N, HALS, EPS, RANK)
+        for i in range(grad_steps):
+            store_columns(u_tape, (slot + i * RANK) * M + m, M, u, m < M, RANK)
+            store_columns(v_tape, (slot + i * RANK) * N + n, N, v, n < N, RANK)
+            u, v = iterate(block, u, v, m < M, n < N, HALS, EPS, RANK)
+        # A thread may read from the tape what another one wrote.
+        tl.debug_barrier()
+        if PRODUCT:
+            grad_u, grad_v = times_columns(dy_block, v, RANK), times_rows(dy_block, u, RANK)
         else:
-            v = start
-            u = _load_factor(u0, u0_strides, at, grid_windows, m, m < M, RANK)
-            for _ in range(first):
-                u, v = iterate(block, u, v, m < M, n < N, HALS, EPS, RANK)
-            for i in range(grad_steps):
-                store_columns(u_tape, (slot + i * RANK) * M + m, M, u, m < M, RANK)
-                store_columns(v_tape, (slot + i * RANK) * N + n, N, v, n < N, RANK)
-                u, v = iterate(block, u, v, m < M, n < N, HALS, EPS, RANK)
-            # A thread may read from the tape what another one wrote.
-            tl.debug_barrier()
-            if PRODUCT:
-                grad_u, grad_v = times_columns(dy_block, v, RANK), times_rows(dy_block, u, RANK)
-            else:
-                grad_u = _to(
-                    load_columns(du, at * du_strides[0] + m * du_strides[1], du_strides[2], m < M, RANK),
-                    u0,
-                    RANK,
-                )
-                grad_v = _to(
-                    load_columns(dv, at * dv_strides[0] + n * dv_strides[1], dv_strides[2], n < N, RANK),
-                    u0,
-                    RANK,
-                )
-            grad_x = tl.zeros_like(block)
-            for k in range(grad_steps):
-                i = grad_steps - 1 - k
-                old_u = load_columns(u_tape, (slot + i * RANK) * M + m, M, m < M, RANK)
-                old_v = load_columns(v_tape, (slot + i * RANK) * N + n, N, n < N, RANK)
-                grad_u, grad_v, grad_step = iterate_backward(
-                    block, old_u, old_v, u, v, grad_u, grad_v, HALS, EPS, RANK
-                )
-                grad_x += grad_step
-                u, v = old_u, old_v
-            # The next window writes to the slot that this one read.
-            tl.debug_barrier()
+            grad_u = converted(
+                load_columns(du, at * du_strides[0] + m * du_strides[1], du_strides[2], m < M, RANK),
+                u0,
+                RANK,
+            )
+            grad_v = converted(
+                load_columns(dv, at * dv_strides[0] + n * dv_strides[1], dv_strides[2], n < N, RANK),
+                u0,
+                RANK,
+            )
+        grad_x = tl.zeros_like(block)
+        for k in range(grad_steps):
+            i = grad_steps - 1 - k
+            old_u = load_columns(u_tape, (slot + i * RANK) * M + m, M, m < M, RANK)
+            old_v = load_columns(v_tape, (slot + i * RANK) * N + n, N, n < N, RANK)
+            grad_u, grad_v, grad_step = iterate_backward(
+                block, old_u, old_v, u, v, grad_u, grad_v, HALS, EPS, RANK
+            )
+            grad_x += grad_step
+            u, v = old_u, old_v
+        # The next window writes to the slot that this one read.
+        tl.debug_barrier()
 
         if RELU:
             grad_x = tl.where(block <= 0, 0.0, grad_x)  # NaN keeps its gradient, as in torch
@@ -191,14 +175,6 @@ def backward_kernel(
         if FACTOR_GRADS:
             store_columns(du0, (at * M + m) * RANK, 1, grad_u, m < M, RANK)
             store_columns(dv0, (at * N + n) * RANK, 1, grad_v, n < N, RANK)
-
-
-@triton.jit
-def _to(columns, like, RANK: tl.constexpr):
-    converted = ()
-    for r in tl.static_range(RANK):
-        converted = converted + (columns[r].to(like.dtype.element_ty),)
-    return converted
 
 
 def fits(problem: Problem) -> bool:
@@ -211,9 +187,7 @@ def _constants(problem: Problem) -> dict[str, Any]:
     return {
         "M": problem.rows, "N": problem.columns, "PATCH": problem.patch, "SHIFTS": problem.shifts,
         "RANK": problem.rank, "HALS": problem.hals, "RELU": problem.relu, "EPS": problem.eps,
-        "CLOSED_FORM": problem.rank1_closed_form, "M_PAD": rows, "N_PAD": columns,
-        # The iterations' history in registers; its length is a compile-time constant only where it is used.
-        "T_PAD": padded(problem.num_iters) if problem.rank1_closed_form else 1,
+        "M_PAD": rows, "N_PAD": columns,
     }  # fmt: skip
 
 
@@ -223,52 +197,21 @@ def _num_warps(problem: Problem, blocks: int, columns: int, per_lane: int) -> in
     The counts are those of the registers' report of the compiler: tests/factorizer_kernels/triton.
     """
     held = blocks * padded(problem.rows) + columns * problem.rank
-    return _power(padded(held * padded(problem.columns)) // (32 * per_lane))
-
-
-def _closed_form_warps(problem: Problem, dtype: torch.dtype, blocks: int) -> int:
-    """As few as hold ``blocks`` blocks of a window in 128 registers a lane.
-
-    A sum over the columns takes as many shuffles of each warp, however few columns it has: of a window of
-    8 x 512 one warp makes less than half of the instructions that four make.
-    """
-    registers = 2 if dtype == torch.float64 else 1
-    return _power(registers * blocks * padded(problem.rows) * padded(problem.columns) // (32 * 128))
-
-
-def _power(warps: int) -> int:
+    warps = padded(held * padded(problem.columns)) // (32 * per_lane)
     return min(max(warps, 1), 8)
 
 
-def _map_or_factors(given: Tensor | tuple[Tensor, Tensor]) -> tuple[Tensor | None, ...]:
-    return (given, None, None) if isinstance(given, Tensor) else (None, *given)
-
-
-def _given(tensor: Tensor | None, x: Tensor, axes: int) -> tuple[Tensor, tuple[int, ...]]:
-    """A tensor and its strides; in place of one that is absent x, which no kernel reads there."""
-    return (x, (0,) * axes) if tensor is None else (tensor, tensor.stride())
-
-
-@lru_cache(maxsize=256)  # a network asks for the same few again and again
-def _map_numbers(problem: Problem, size: torch.Size) -> tuple[tuple[int, ...], int, int]:
-    """sizes, heads and map_windows of a map (B, C, S1, S2, S3)."""
-    return tuple(size[2:]), size[1] // problem.rows, size.numel() // (problem.rows * problem.columns)
+@lru_cache(maxsize=256)
+def _forward_constants(problem: Problem, product: bool) -> dict[str, Any]:
+    return {**_constants(problem), "PRODUCT": product, "num_warps": _num_warps(problem, 1, 2, 64)}
 
 
 @lru_cache(maxsize=256)
-def _forward_constants(problem: Problem, dtype: torch.dtype, product: bool) -> dict[str, Any]:
-    closed_form = problem.rank1_closed_form
-    warps = _closed_form_warps(problem, dtype, 1) if closed_form else _num_warps(problem, 1, 2, 64)
-    return {**_constants(problem), "PRODUCT": product, "num_warps": warps}
-
-
-@lru_cache(maxsize=256)
-def _backward_constants(
-    problem: Problem, dtype: torch.dtype, product: bool, factor_grads: bool
-) -> dict[str, Any]:
-    closed_form = problem.rank1_closed_form
-    warps = _closed_form_warps(problem, dtype, 2) if closed_form else _num_warps(problem, 3, 6, 128)
-    return {**_constants(problem), "PRODUCT": product, "FACTOR_GRADS": factor_grads, "num_warps": warps}
+def _backward_constants(problem: Problem, product: bool, factor_grads: bool) -> dict[str, Any]:
+    return {
+        **_constants(problem), "PRODUCT": product, "FACTOR_GRADS": factor_grads,
+        "num_warps": _num_warps(problem, 3, 6, 128),
+    }  # fmt: skip
 
 
 def forward(
@@ -283,13 +226,13 @@ def forward(
 
     x is (B, C, S1, S2, S3); u0 and v0 broadcast to the matrices' leading dimensions ``batch_shape``.
     """
-    numbers = _map_numbers(problem, x.shape)
-    y, u, v = _map_or_factors(out)
+    numbers = map_numbers(problem, x.shape)
+    y, u, v = map_or_factors(out)
     launch(
         forward_kernel, problem.num_shifts * numbers[2], x,
         x, x.stride(), *numbers, grid_of(batch_shape), *strided(u0, batch_shape), *strided(v0, batch_shape),
-        problem.num_iters, *_given(y, x, 5), *_given(u, x, 3), *_given(v, x, 3),
-        **_forward_constants(problem, x.dtype, y is not None),
+        problem.num_iters, *given(y, x, 5), *given(u, x, 3), *given(v, x, 3),
+        **_forward_constants(problem, y is not None),
     )  # fmt: skip
 
 
@@ -308,12 +251,11 @@ def backward(
     ``grads`` is dy (like x), or du (windows, M, R) and dv (windows, N, R). grad_steps >= 1, or no
     iterations at all.
     """
-    numbers = _map_numbers(problem, x.shape)
+    numbers = map_numbers(problem, x.shape)
     windows = numbers[2]
-    closed_form = problem.rank1_closed_form
-    programs = windows if closed_form else min(windows, 8 * processors(x))
-    dy, du, dv = _map_or_factors(grads)
-    tape = 0 if closed_form else programs * problem.grad_steps * problem.rank
+    programs = min(windows, 8 * processors(x))
+    dy, du, dv = map_or_factors(grads)
+    tape = programs * problem.grad_steps * problem.rank
     shares = problem.num_shifts * windows * problem.rank if factor_grads else 0
     du0, dv0 = u0.new_empty(shares * problem.rows), u0.new_empty(shares * problem.columns)
     u_tape, v_tape = u0.new_empty(tape * problem.rows), u0.new_empty(tape * problem.columns)
@@ -321,11 +263,11 @@ def backward(
         x, x.stride(), *numbers, grid_of(batch_shape), *strided(u0, batch_shape), *strided(v0, batch_shape),
         problem.num_iters, problem.grad_steps,
     )  # fmt: skip
-    given = (*_given(dy, x, 5), *_given(du, x, 3), *_given(dv, x, 3))
-    constants = _backward_constants(problem, x.dtype, dy is not None, factor_grads)
+    gradients = (*given(dy, x, 5), *given(du, x, 3), *given(dv, x, 3))
+    constants = _backward_constants(problem, dy is not None, factor_grads)
     for copy, dx_before, dx_out in shares_of(problem, dx, u0):
         launch(
             backward_kernel, programs, x,
-            *before, copy, *given, dx_before, dx_out, dx.stride(), du0, dv0, u_tape, v_tape, **constants,
+            *before, copy, *gradients, dx_before, dx_out, dx.stride(), du0, dv0, u_tape, v_tape, **constants,
         )  # fmt: skip
     return du0.view(-1, problem.rows, problem.rank), dv0.view(-1, problem.columns, problem.rank)

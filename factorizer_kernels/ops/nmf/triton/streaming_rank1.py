@@ -14,161 +14,156 @@ from torch import Tensor
 from factorizer_kernels.ops.nmf.triton import rank1
 from factorizer_kernels.ops.nmf.triton.problem import Problem, per_window, shares_of
 from factorizer_kernels.ops.nmf.triton.strips import Strips
-from factorizer_kernels.ops.nmf.triton.updates import relu
-from factorizer_kernels.ops.windows.address import load_map, store_map, window_of_matrix
+from factorizer_kernels.ops.nmf.triton.updates import add, converted, load_columns, store_columns
+from factorizer_kernels.ops.windows.address import channel_stride, first_row_offsets, window_of_matrix
 from factorizer_kernels.shared.launches import launch, padded
 
 _RUNTIME = ["map_windows", "strips", "strip_blocks", "num_iters", "grad_steps", "copy"]
 
 
 @triton.jit
-def load_vector(pointer, start, m, M: tl.constexpr):
-    return tl.load(pointer + start + m, mask=m < M, other=0.0)
+def place(
+    first, map_windows, strips, sizes, heads, M: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr
+):  # fmt: skip
+    """(matrix, strip, window) of this program; matrix is a (1, 1) block, counted from ``first`` on."""
+    at = first + (tl.program_id(0) // strips).to(tl.int64) + tl.zeros([1, 1], tl.int64)
+    window = window_of_matrix(at, map_windows, sizes, heads, M, PATCH, SHIFTS)
+    return at, tl.program_id(0) % strips, window
 
 
 @triton.jit
-def load_square(pointer, start, m, M: tl.constexpr):
-    mask = (m < M)[:, None] & (m < M)[None, :]
-    return tl.load(pointer + start + m[:, None] * M + m[None, :], mask=mask, other=0.0)
+def load_numbers(pointer, start, COUNT: tl.constexpr):
+    return load_columns(pointer, start, 1, start >= 0, COUNT)
 
 
 @triton.jit
-def store_square(pointer, start, m, square, M: tl.constexpr):
-    mask = (m < M)[:, None] & (m < M)[None, :]
-    tl.store(pointer + start + m[:, None] * M + m[None, :], square, mask=mask)
+def store_numbers(pointer, start, numbers, COUNT: tl.constexpr):
+    store_columns(pointer, start, 1, numbers, start >= 0, COUNT)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def sums_kernel(
-    x, x_strides, sizes, heads, map_windows, strips, strip_blocks, v0, sums,
+    x, x_strides, sizes, heads, map_windows, strips, strip_blocks, v0, shares,
     M: tl.constexpr, N: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, EPS: tl.constexpr,
-    M_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One strip's share of (G, a, r, b): M * M + 2 M + 1 numbers."""
-    at, strip = (tl.program_id(0) // strips).to(tl.int64), tl.program_id(0) % strips
-    window = window_of_matrix(at, map_windows, sizes, heads, M, PATCH, SHIFTS)
-    m = tl.arange(0, M_PAD)
-    a, r = tl.zeros([M_PAD], v0.dtype.element_ty), tl.zeros([M_PAD], v0.dtype.element_ty)
-    b = tl.sum(a, axis=0)
-    g = tl.zeros([M_PAD, M_PAD], v0.dtype.element_ty)
+    at, strip, window = place(0, map_windows, strips, sizes, heads, M, PATCH, SHIFTS)
+    zero = tl.zeros([1, 1], v0.dtype.element_ty)
+    a, b, g, r = (zero,) * M, zero, (zero,) * (M * M), (zero,) * M
     for k in range(strip_blocks):
-        n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)
-        block = relu(load_map(x, x_strides, window, sizes, m, n, v0, M, N, PATCH))
-        more_a, more_b, more_g, more_r = rank1.sums(block, load_vector(v0, at * N, n, N), m, M)
-        a, b, g, r = a + more_a, b + more_b, g + more_g, r + more_r
-    start = (at * strips + strip) * (M * M + 2 * M + 1)
-    store_square(sums, start, m, g, M)
-    tl.store(sums + start + M * M + m, a, mask=m < M)
-    tl.store(sums + start + M * M + M + m, r, mask=m < M)
-    tl.store(sums + start + M * M + 2 * M, b)
+        n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        rows = rank1.load_rows(x, x_strides, window, sizes, n, n < N, v0, M, PATCH)
+        start = tl.load(v0 + at * N + n, mask=n < N, other=0.0)
+        more_a, more_b, more_g, more_r = rank1.sums(rows, start, M)
+        a, b, g, r = add(a, more_a, M), b + more_b, add(g, more_g, M * M), add(r, more_r, M)
+    store_sums(shares, at * strips + strip, a, b, g, r, M)
 
 
 @triton.jit
-def load_sums(sums, at, m, M: tl.constexpr):
+def store_sums(sums, at, a, b, g, r, M: tl.constexpr):
+    start = at * (M * M + 2 * M + 1)
+    store_numbers(sums, start, g, M * M)
+    store_numbers(sums, start + M * M, a, M)
+    store_numbers(sums, start + M * M + M, r, M)
+    store_numbers(sums, start + M * M + 2 * M, (b,), 1)
+
+
+@triton.jit
+def load_sums(sums, at, M: tl.constexpr):
     """(a, b, G, r) of one matrix."""
     start = at * (M * M + 2 * M + 1)
     return (
-        load_vector(sums, start + M * M, m, M),
-        tl.load(sums + start + M * M + 2 * M),
-        load_square(sums, start, m, M),
-        load_vector(sums, start + M * M + M, m, M),
+        load_numbers(sums, start + M * M, M),
+        load_numbers(sums, start + M * M + 2 * M, 1)[0],
+        load_numbers(sums, start, M * M),
+        load_numbers(sums, start + M * M + M, M),
     )
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def solve_kernel(
-    sums, u, num_iters,
-    M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr, M_PAD: tl.constexpr, T_PAD: tl.constexpr,
+    sums, u, num_iters, M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr, T_PAD: tl.constexpr
 ):  # fmt: skip
     """All the iterations of one matrix: u after the last."""
-    at = tl.program_id(0).to(tl.int64)
-    m = tl.arange(0, M_PAD)
-    a, b, g, r = load_sums(sums, at, m, M)
-    row, _history = rank1.solve(a, b, g, r, m, tl.arange(0, T_PAD), num_iters, M, N, EPS)
-    tl.store(u + at * M + m, row, mask=m < M)
+    at = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
+    a, b, g, r = load_sums(sums, at, M)
+    new_u, _history = rank1.solve(a, b, g, r, tl.arange(0, T_PAD)[None, :], num_iters, M, N, EPS)
+    store_numbers(u, at * M, new_u, M)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def write_kernel(
     x, x_strides, sizes, heads, map_windows, strips, strip_blocks, u, v, y, y_strides,
     M: tl.constexpr, N: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, EPS: tl.constexpr,
-    PRODUCT: tl.constexpr, M_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    PRODUCT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One strip: v from u, and y = uvᵀ (PRODUCT) or v itself."""
-    at, strip = (tl.program_id(0) // strips).to(tl.int64), tl.program_id(0) % strips
-    window = window_of_matrix(at, map_windows, sizes, heads, M, PATCH, SHIFTS)
-    m = tl.arange(0, M_PAD)
-    row = load_vector(u, at * M, m, M)
-    w, e, _inverse = rank1.scaled(row, EPS)
+    at, strip, window = place(0, map_windows, strips, sizes, heads, M, PATCH, SHIFTS)
+    final_u = load_numbers(u, at * M, M)
+    w, e, _inverse = rank1.scaled(final_u, M, EPS)
     for k in range(strip_blocks):
-        n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)
-        block = relu(load_map(x, x_strides, window, sizes, m, n, u, M, N, PATCH))
-        v_column = rank1.column_of_v(block, w, e, n, N)
+        n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        rows = rank1.load_rows(x, x_strides, window, sizes, n, n < N, u, M, PATCH)
+        v_row = rank1.column_of_v(rows, w, e, n < N, M)
         if PRODUCT:
-            product = row[:, None] * v_column[None, :]
-            store_map(y, y_strides, window, sizes, m, n, product, M, N, PATCH)
+            offsets = first_row_offsets(n, window, sizes, y_strides, PATCH)
+            store_columns(y, offsets, channel_stride(y_strides), rank1.scale(final_u, v_row, M), n < N, M)
         else:
-            tl.store(v + at * N + n, v_column, mask=n < N)
+            tl.store(v + at * N + n, v_row, mask=n < N)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def product_backward_kernel(
-    x, x_strides, sizes, heads, map_windows, strips, strip_blocks, u, dy, dy_strides, grad_sums,
+    x, x_strides, sizes, heads, map_windows, strips, strip_blocks, u, dy, dy_strides, shares,
     M: tl.constexpr, N: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, EPS: tl.constexpr,
-    M_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One strip's share of the gradients of u (through y alone), w and e: 2 M + 1 numbers."""
-    at, strip = (tl.program_id(0) // strips).to(tl.int64), tl.program_id(0) % strips
-    window = window_of_matrix(at, map_windows, sizes, heads, M, PATCH, SHIFTS)
-    m = tl.arange(0, M_PAD)
-    row = load_vector(u, at * M, m, M)
-    w, e, _inverse = rank1.scaled(row, EPS)
-    grad_u, grad_w = tl.zeros_like(row), tl.zeros_like(row)
-    grad_e = tl.sum(grad_u, axis=0)
+    at, strip, window = place(0, map_windows, strips, sizes, heads, M, PATCH, SHIFTS)
+    final_u = load_numbers(u, at * M, M)
+    w, e, _inverse = rank1.scaled(final_u, M, EPS)
+    zero = tl.zeros_like(e)
+    grad_u, grad_w, grad_e = (zero,) * M, (zero,) * M, zero
     for k in range(strip_blocks):
-        n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)
-        block = relu(load_map(x, x_strides, window, sizes, m, n, u, M, N, PATCH))
-        dy_block = load_map(dy, dy_strides, window, sizes, m, n, u, M, N, PATCH)
-        dy_block *= 1.0 / len(SHIFTS)  # the mean over the shifts
-        grad_v = tl.sum(dy_block * row[:, None], axis=0)
-        grad_u += tl.sum(dy_block * rank1.column_of_v(block, w, e, n, N)[None, :], axis=1)
-        grad_w += tl.sum(block * grad_v[None, :], axis=1)
-        grad_e += tl.sum(grad_v, axis=0)
+        n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        rows = rank1.load_rows(x, x_strides, window, sizes, n, n < N, u, M, PATCH)
+        more_u, grad_v = rank1.product_backward(
+            dy, first_row_offsets(n, window, sizes, dy_strides, PATCH), channel_stride(dy_strides), n < N,
+            1.0 / len(SHIFTS), final_u, rank1.column_of_v(rows, w, e, n < N, M), M,
+        )  # fmt: skip
+        grad_u = add(grad_u, more_u, M)
+        grad_w = add(grad_w, rank1.times(rows, grad_v, M), M)
+        grad_e += rank1.total(grad_v)
     start = (at * strips + strip) * (2 * M + 1)
-    tl.store(grad_sums + start + m, grad_u, mask=m < M)
-    tl.store(grad_sums + start + M + m, grad_w, mask=m < M)
-    tl.store(grad_sums + start + 2 * M, grad_e)
+    store_numbers(shares, start, grad_u, M)
+    store_numbers(shares, start + M, grad_w, M)
+    store_numbers(shares, start + 2 * M, (grad_e,), 1)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
 def solve_backward_kernel(
-    sums, grad_sums, u, u_start, grads, num_iters, grad_steps,
-    M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr, M_PAD: tl.constexpr, T_PAD: tl.constexpr,
+    sums, grad_sums, u_start, grads, num_iters, grad_steps,
+    M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr, T_PAD: tl.constexpr,
 ):  # fmt: skip
     """All the iterations of one matrix backward: ``grads`` gets (Ḡ + Ḡᵀ, ā, r̄, b̄), laid out as the sums.
 
-    u_start gets the u before the first differentiated iteration, if there is one.
+    u_start gets the u before the first differentiated iteration, zero if there is none.
     """
-    at = tl.program_id(0).to(tl.int64)
-    m = tl.arange(0, M_PAD)
-    a, b, g, r = load_sums(sums, at, m, M)
-    row, history = rank1.solve(a, b, g, r, m, tl.arange(0, T_PAD), num_iters, M, N, EPS)
-    w, e, inverse = rank1.scaled(row, EPS)
+    at = tl.program_id(0).to(tl.int64) + tl.zeros([1, 1], tl.int64)
+    t = tl.arange(0, T_PAD)[None, :]
+    a, b, g, r = load_sums(sums, at, M)
+    u, history = rank1.solve(a, b, g, r, t, num_iters, M, N, EPS)
+    w, e, inverse = rank1.scaled(u, M, EPS)
     start = at * (2 * M + 1)
-    grad_w = load_vector(grad_sums, start + M, m, M)
-    grad_e = tl.load(grad_sums + start + 2 * M)
-    grad_u = load_vector(grad_sums, start, m, M)
-    grad_u += rank1.scaled_backward(row, w, e, inverse, grad_w, grad_e)
+    grad_u, grad_w = load_numbers(grad_sums, start, M), load_numbers(grad_sums, start + M, M)
+    grad_e = load_numbers(grad_sums, start + 2 * M, 1)[0]
+    grad_u = add(grad_u, rank1.scaled_backward(u, w, e, inverse, grad_w, grad_e, M), M)
     grad_a, grad_b, both_g, grad_r = rank1.solve_backward(
-        grad_u, a, b, g, r, history, tl.arange(0, T_PAD), num_iters, grad_steps, N, EPS
+        grad_u, u, a, b, g, r, history, t, num_iters, grad_steps, M, N, EPS
     )
-    start = at * (M * M + 2 * M + 1)
-    store_square(grads, start, m, both_g, M)
-    tl.store(grads + start + M * M + m, grad_a, mask=m < M)
-    tl.store(grads + start + M * M + M + m, grad_r, mask=m < M)
-    tl.store(grads + start + M * M + 2 * M, grad_b)
-    before = rank1.row(history, tl.arange(0, T_PAD), num_iters - grad_steps - 1)
-    tl.store(u_start + at * M + m, before, mask=m < M)
+    store_sums(grads, at, grad_a, grad_b, both_g, grad_r, M)
+    store_numbers(u_start, at * M, rank1.recall(history, t, num_iters - grad_steps - 1, M), M)
 
 
 @triton.jit(do_not_specialize=_RUNTIME)
@@ -176,29 +171,32 @@ def gradient_kernel(
     x, x_strides, sizes, heads, map_windows, strips, strip_blocks, copy,
     u, u_start, v0, grads, dy, dy_strides, dx_before, dx, dx_strides, dv0,
     M: tl.constexpr, N: tl.constexpr, PATCH: tl.constexpr, SHIFTS: tl.constexpr, EPS: tl.constexpr,
-    FROM_V0: tl.constexpr, M_PAD: tl.constexpr, BLOCK: tl.constexpr,
+    FROM_V0: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One strip of one copy: x̄ and v̄0. FROM_V0: every iteration is differentiated."""
-    at, strip = copy.to(tl.int64) * map_windows + tl.program_id(0) // strips, tl.program_id(0) % strips
-    window = window_of_matrix(at, map_windows, sizes, heads, M, PATCH, SHIFTS)
-    m = tl.arange(0, M_PAD)
-    row = load_vector(u, at * M, m, M)
-    w, _e, _inverse = rank1.scaled(row, EPS)
-    w_start, e_start, _inverse = rank1.scaled(load_vector(u_start, at * M, m, M), EPS)
-    grad_a, grad_b, both_g, grad_r = load_sums(grads, at, m, M)
+    first = copy.to(tl.int64) * map_windows
+    at, strip, window = place(first, map_windows, strips, sizes, heads, M, PATCH, SHIFTS)
+    final_u = load_numbers(u, at * M, M)
+    w, _e, _inverse = rank1.scaled(final_u, M, EPS)
+    w_start, e_start, _inverse = rank1.scaled(load_numbers(u_start, at * M, M), M, EPS)
+    grad_a, grad_b, both_g, grad_r = load_sums(grads, at, M)
     for k in range(strip_blocks):
-        n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)
-        block = relu(load_map(x, x_strides, window, sizes, m, n, u, M, N, PATCH))
-        dy_block = load_map(dy, dy_strides, window, sizes, m, n, u, M, N, PATCH)
-        dy_block *= 1.0 / len(SHIFTS)  # the mean over the shifts
-        start = load_vector(v0, at * N, n, N) if FROM_V0 else rank1.column_of_v(block, w_start, e_start, n, N)
-        grad_v = tl.sum(dy_block * row[:, None], axis=0)
-        grad_x = rank1.map_gradient(block, w, grad_v, grad_a, start, both_g, grad_r, m, M)
-        grad_x = tl.where(block <= 0, 0.0, grad_x)  # NaN keeps its gradient, as in torch
-        if copy > 0:
-            grad_x += load_map(dx_before, dx_strides, window, sizes, m, n, u, M, N, PATCH)
-        store_map(dx, dx_strides, window, sizes, m, n, grad_x, M, N, PATCH)
-        grad_v0 = tl.sum(block * grad_a[:, None], axis=0) + 2.0 * grad_b * start
+        n = (strip * strip_blocks + k) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        rows = rank1.load_rows(x, x_strides, window, sizes, n, n < N, u, M, PATCH)
+        dy_offsets = first_row_offsets(n, window, sizes, dy_strides, PATCH)
+        grads_y = converted(load_columns(dy, dy_offsets, channel_stride(dy_strides), n < N, M), u, M)
+        grad_v = rank1.combine(grads_y, final_u, M) * (1.0 / len(SHIFTS))  # y is the mean over the shifts
+        if FROM_V0:
+            start = tl.load(v0 + at * N + n, mask=n < N, other=0.0)
+        else:
+            start = rank1.column_of_v(rows, w_start, e_start, n < N, M)
+        offsets, stride = first_row_offsets(n, window, sizes, dx_strides, PATCH), channel_stride(dx_strides)
+        for i in tl.static_range(M):
+            grad = rank1.gradient_row(rows, i, w, grad_v, grad_a, start, both_g, grad_r, M)
+            if copy > 0:
+                grad += tl.load(dx_before + offsets + i * stride, mask=n < N, other=0.0)
+            tl.store(dx + offsets + i * stride, grad, mask=n < N)
+        grad_v0 = rank1.combine(rows, grad_a, M) + 2.0 * grad_b * start
         tl.store(dv0 + at * N + n, grad_v0, mask=n < N)
 
 
@@ -216,15 +214,9 @@ class _Passes(Strips):
         super().__init__(problem, x)
         self.problem, self.x = problem, x
         self.v0 = per_window(v0, batch_shape).flatten(0, 1).contiguous()
-        rows = padded(problem.rows)
-        self.map = {
-            "M": problem.rows, "N": problem.columns, "PATCH": problem.patch, "SHIFTS": problem.shifts,
-            "EPS": problem.eps, "M_PAD": rows, "BLOCK": self.block,
-        }  # fmt: skip
-        self.solve = {
-            "M": problem.rows, "N": problem.columns, "EPS": problem.eps, "M_PAD": rows,
-            "T_PAD": padded(problem.num_iters), "num_warps": 1,
-        }  # fmt: skip
+        sizes = {"M": problem.rows, "N": problem.columns, "EPS": problem.eps, "num_warps": 1}
+        self.map = {**sizes, "PATCH": problem.patch, "SHIFTS": problem.shifts, "BLOCK": self.block}
+        self.solve = {**sizes, "T_PAD": padded(problem.num_iters)}
 
     def over_strips(self, kernel, *tensors, **constants) -> None:
         launch(
@@ -283,8 +275,7 @@ def backward(
     grad_totals, u_start = u.new_empty(sums.shape), u.new_empty(u.shape)
     launch(
         solve_backward_kernel, passes.windows, x,
-        sums, grad_sums.sum(1), u, u_start, grad_totals,
-        problem.num_iters, problem.grad_steps, **passes.solve,
+        sums, grad_sums.sum(1), u_start, grad_totals, problem.num_iters, problem.grad_steps, **passes.solve,
     )  # fmt: skip
     dv0 = passes.v0.new_empty(passes.v0.shape)
     for copy, dx_before, dx_out in shares_of(problem, dx, u0):

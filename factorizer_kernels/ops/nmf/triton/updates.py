@@ -16,7 +16,7 @@ import triton.language as tl
 @triton.jit
 def relu(x):
     """max(0, x), NaN kept as torch keeps it."""
-    return tl.where(x < 0, 0.0, x)
+    return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
@@ -32,6 +32,21 @@ def load_columns(pointer, offsets, stride, mask, RANK: tl.constexpr):
     for r in tl.static_range(RANK):
         columns = columns + (tl.load(pointer + offsets + r * stride, mask=mask, other=0.0),)
     return columns
+
+
+@triton.jit
+def load_factor(factor, strides, at, grid_windows, index, mask, RANK: tl.constexpr):
+    start = (at // grid_windows) * strides[0] + (at % grid_windows) * strides[1]
+    return load_columns(factor, start + index.to(tl.int64) * strides[2], strides[3], mask, RANK)
+
+
+@triton.jit
+def converted(columns, like, RANK: tl.constexpr):
+    """The columns in the dtype that the pointer ``like`` points to."""
+    new = ()
+    for r in tl.static_range(RANK):
+        new = new + (columns[r].to(like.dtype.element_ty),)
+    return new
 
 
 @triton.jit

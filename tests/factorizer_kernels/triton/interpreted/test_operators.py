@@ -9,7 +9,7 @@ import torch
 from tests_support import grads_of
 
 import factorizer_kernels as fk
-from factorizer_kernels.ops.nmf.triton import resident, strips, sweep
+from factorizer_kernels.ops.nmf.triton import resident, resident_rank1, strips, sweep
 from factorizer_kernels.ops.nmf.triton.operators import kernels_for
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -25,6 +25,7 @@ GRADIENTS = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torc
 def small_blocks(monkeypatch):
     """Every matrix of more than 64 elements is long, and passes over it take several blocks and strips."""
     monkeypatch.setattr(resident, "MAX_ELEMENTS", 64)
+    monkeypatch.setattr(resident_rank1, "MAX_ELEMENTS", 64)
     monkeypatch.setattr(strips, "BLOCK_ELEMENTS", 32)
     monkeypatch.setattr(strips, "MAX_STRIPS", 3)
 
@@ -356,7 +357,9 @@ def test_more_iterations_than_the_identity_keeps(rel):
 @pytest.mark.parametrize(
     ("rows", "columns", "rank", "relu", "num_iters", "kernels"),
     [
-        (8, 512, 1, True, 5, "resident"), (8, 2**21, 1, True, 256, "streaming_rank1"),
+        (8, 512, 1, True, 5, "resident_rank1"), (16, 512, 1, True, 5, "resident_rank1"),
+        (12, 64, 1, True, 5, "resident"), (8, 512, 1, False, 5, "resident"), (8, 512, 2, True, 5, "resident"),
+        (8, 2**21, 1, True, 256, "streaming_rank1"),
         (8, 2**21, 1, True, 257, "streaming"), (8, 2**21, 1, False, 5, "streaming"),
         (8, 2**21, 4, True, 5, "streaming"), (8, 512, 9, True, 5, "sweep"), (512, 4096, 2, True, 5, "sweep"),
     ],
