@@ -102,7 +102,7 @@ def test_nmf(shape, rank, solver, dtype, gpu_backend, poisoned, rel):
 MAPS = [
     *(
         (patch_size, shifts, torch.float32)
-        for patch_size in (8, (4, 8, 16), (32, 32, 32))
+        for patch_size in (4, 8, (4, 8, 16), (32, 32, 32))
         for shifts in ([None], [None, 4], [0, 2, 4, 6], [(1, 2, 3), 5])
     ),
     *((patch_size, [None, 4], dtype) for patch_size in (8, (32, 32, 32)) for dtype in OTHER_DTYPES),

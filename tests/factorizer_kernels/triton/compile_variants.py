@@ -55,11 +55,11 @@ class AbsentDevice:
         return GPUTarget("cuda", self.capability, 32)
 
 
-def swin(solver, rank, shifts=(0, 0, 0, 4, 4, 4), dtype=torch.float32):
-    """Forward and backward of swin_nmf in 8³ windows of 8 channels, the case of the benchmarks."""
+def swin(solver, rank, shifts=(0, 0, 0, 4, 4, 4), dtype=torch.float32, side=8):
+    """Forward and backward of swin_nmf in windows of 8 channels, by default the case of the benchmarks."""
     x = torch.rand(1, 32, 32, 32, 32, dtype=dtype)
-    u0, v0 = torch.rand(8, rank), torch.rand(512, rank)
-    windows = (8, [8, 8, 8], list(shifts))
+    u0, v0 = torch.rand(8, rank), torch.rand(side**3, rank)
+    windows = (8, [side] * 3, list(shifts))
     OPERATORS.swin_nmf(x, u0, v0, *windows, True, 5, solver, 5, EPS, "triton")
     OPERATORS.swin_nmf_backward(x, x, u0, v0, True, *windows, True, 5, solver, 5, EPS, "triton")
 
@@ -149,6 +149,7 @@ CASES = {
     "pointwise bfloat16": lambda: pointwise(torch.bfloat16),
     "depthwise 3": lambda: depthwise(3),
     "swin hals 1": lambda: swin("hals", 1),
+    "swin hals 1 windows of 4": lambda: swin("hals", 1, (0, 0, 0, 2, 2, 2), side=4),
     "swin mu 1": lambda: swin("mu", 1),
     "swin hals 2": lambda: swin("hals", 2),
     "swin hals 1 one copy bfloat16": lambda: swin("hals", 1, (0, 0, 0), torch.bfloat16),

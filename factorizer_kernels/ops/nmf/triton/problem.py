@@ -10,13 +10,14 @@ from torch import Tensor
 
 from factorizer_kernels.ops.nmf.arguments import Options
 from factorizer_kernels.ops.windows.geometry import Windows
+from factorizer_kernels.shared.launches import padded
 
 # Elements of a window, padded, that one program holds.
 MAX_ELEMENTS = 8192
 # The identity's backward keeps M numbers of each iteration in registers; past a block's largest size it
 # would not compile.
 MAX_CLOSED_FORM_ITERS = 256
-# G = XXᵀ has as many numbers as registers hold up to here.
+# Of 16 rows G = XXᵀ has 136 different numbers, more than half of a lane's registers.
 MAX_CLOSED_FORM_ROWS = 16
 
 
@@ -54,12 +55,18 @@ class Problem:
     def flat_shifts(self) -> tuple[int, ...]:
         return tuple(step for shift in self.shifts for step in shift)
 
+    @property
+    def on_chip(self) -> bool:
+        """Whether one program holds a window."""
+        return padded(self.rows) * padded(self.columns) <= MAX_ELEMENTS
+
     @cached_property
     def rank1_closed_form(self) -> bool:
         """Whether the rank-1 identity (``rank1``) holds, and is faster.
 
         It holds where x >= 0 for certain: HALS' projections never act. It pays where G, with which each
-        iteration multiplies, is no larger than a row: 12 x 64 windows are faster iterated, 16 x 512 slower.
+        iteration multiplies, is no larger than a row: windows of 12 x 64 are predicted to be faster iterated,
+        of 16 x 512 slower (docs/triton.md).
         """
         return (
             self.rank == 1

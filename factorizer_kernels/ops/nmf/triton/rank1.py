@@ -25,9 +25,7 @@ from factorizer_kernels.ops.windows.address import channel_stride, first_row_off
 
 
 @triton.jit
-def load_rows(
-    pointer, strides, window, sizes, n, mask, like, M: tl.constexpr, PATCH: tl.constexpr
-):  # fmt: skip
+def load_rows(pointer, strides, window, sizes, n, mask, like, M: tl.constexpr, PATCH: tl.constexpr):
     """The rows of X = relu(x), zero where the mask is false, in the dtype that ``like`` points to."""
     offsets = first_row_offsets(n, window, sizes, strides, PATCH)
     loaded = load_columns(pointer, offsets, channel_stride(strides), mask, M)
@@ -214,12 +212,12 @@ def scaled_backward(u, w, e, inverse, grad_w, grad_e, M: tl.constexpr):
 
 @triton.jit
 def solve_backward(
-    grad_u, u, a0, b0, g, r, history, t, num_iters, grad_steps,
+    grad_u, u, b0, g, r, history, t, num_iters, grad_steps,
     M: tl.constexpr, N: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
     """(ā, b̄, Ḡ + Ḡᵀ, r̄) from u and ū of the last iteration; ā, b̄ are the first differentiated U step's.
 
-    a0, b0 start the iterations; grad_steps >= 1.
+    b0 is that of the first iteration; grad_steps >= 1.
     """
     zero = tl.zeros_like(b0)
     both_g = (zero,) * (M * (M + 1) // 2)

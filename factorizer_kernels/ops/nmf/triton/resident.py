@@ -1,8 +1,8 @@
 """One window in one program: read once, all the iterations on chip, written once.
 
-A window is an (M, N) block of at most ``MAX_ELEMENTS`` elements in registers, its factors columns beside
-it. The backward runs the iterations again and keeps their factors in a tape, one slot for each program,
-that stays in the L2 cache because the programs go on to the next window with the same slot.
+A window is an (M, N) block in registers (``Problem.on_chip``), its factors columns beside it. The backward
+runs the iterations again and keeps their factors in a tape, one slot for each program, that stays in the L2
+cache because the programs go on to the next window with the same slot.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,6 @@ import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.triton.problem import (
-    MAX_ELEMENTS,
     Problem,
     given,
     grid_of,
@@ -179,7 +178,7 @@ def backward_kernel(
 
 def fits(problem: Problem) -> bool:
     """Whether a window and its factors fit on chip."""
-    return problem.rank <= MAX_RANK and padded(problem.rows) * padded(problem.columns) <= MAX_ELEMENTS
+    return problem.rank <= MAX_RANK and problem.on_chip
 
 
 def _constants(problem: Problem) -> dict[str, Any]:

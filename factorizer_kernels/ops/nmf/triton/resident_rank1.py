@@ -16,7 +16,6 @@ from torch import Tensor
 
 from factorizer_kernels.ops.nmf.triton import rank1
 from factorizer_kernels.ops.nmf.triton.problem import (
-    MAX_ELEMENTS,
     Problem,
     given,
     grid_of,
@@ -98,7 +97,7 @@ def rank1_backward_kernel(
     grad_w, grad_e = rank1.times(rows, grad_v, M), rank1.total(grad_v)
     grad_u = add(grad_u, rank1.scaled_backward(u, w, e, inverse, grad_w, grad_e, M), M)
     grad_a, grad_b, both_g, grad_r = rank1.solve_backward(
-        grad_u, u, a, b, g, r, history, t, num_iters, grad_steps, M, N, EPS
+        grad_u, u, b, g, r, history, t, num_iters, grad_steps, M, N, EPS
     )
     if num_iters > grad_steps:
         before = rank1.recall(history, t, num_iters - grad_steps - 1, M)
@@ -117,7 +116,7 @@ def rank1_backward_kernel(
 
 def fits(problem: Problem) -> bool:
     """Whether the rank-1 identity holds, and a window fits on chip."""
-    return problem.rank1_closed_form and padded(problem.rows) * padded(problem.columns) <= MAX_ELEMENTS
+    return problem.rank1_closed_form and problem.on_chip
 
 
 @lru_cache(maxsize=256)  # a network asks for the same few again and again

@@ -160,7 +160,7 @@ def solve_backward_kernel(
     grad_e = load_numbers(grad_sums, start + 2 * M, 1)[0]
     grad_u = add(grad_u, rank1.scaled_backward(u, w, e, inverse, grad_w, grad_e, M), M)
     grad_a, grad_b, both_g, grad_r = rank1.solve_backward(
-        grad_u, u, a, b, g, r, history, t, num_iters, grad_steps, M, N, EPS
+        grad_u, u, b, g, r, history, t, num_iters, grad_steps, M, N, EPS
     )
     store_sums(grads, at, grad_a, grad_b, both_g, grad_r, M)
     store_numbers(u_start, at * M, rank1.recall(history, t, num_iters - grad_steps - 1, M), M)

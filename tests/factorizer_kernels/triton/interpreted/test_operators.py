@@ -9,7 +9,7 @@ import torch
 from tests_support import grads_of
 
 import factorizer_kernels as fk
-from factorizer_kernels.ops.nmf.triton import resident, resident_rank1, strips, sweep
+from factorizer_kernels.ops.nmf.triton import problem, strips, sweep
 from factorizer_kernels.ops.nmf.triton.operators import kernels_for
 
 pytestmark = pytest.mark.usefixtures("poisoned")
@@ -24,8 +24,7 @@ GRADIENTS = {torch.float64: 1e-9, torch.float32: 1e-3, torch.float16: 4e-3, torc
 @pytest.fixture
 def small_blocks(monkeypatch):
     """Every matrix of more than 64 elements is long, and passes over it take several blocks and strips."""
-    monkeypatch.setattr(resident, "MAX_ELEMENTS", 64)
-    monkeypatch.setattr(resident_rank1, "MAX_ELEMENTS", 64)
+    monkeypatch.setattr(problem, "MAX_ELEMENTS", 64)
     monkeypatch.setattr(strips, "BLOCK_ELEMENTS", 32)
     monkeypatch.setattr(strips, "MAX_STRIPS", 3)
 
@@ -349,9 +348,9 @@ def test_only_by_choice():
 
 
 def test_more_iterations_than_the_identity_keeps(rel):
-    options = {"head_dim": 4, "patch_size": 8, "num_iters": 257, "num_grad_steps": 2}
+    options = {"head_dim": 4, "patch_size": 16, "num_iters": 257, "num_grad_steps": 2}
     torch.manual_seed(0)
-    compare(fk.swin_nmf, (torch.randn(1, 4, 8), torch.rand(4, 1), torch.rand(8, 1)), rel, **options)
+    compare(fk.swin_nmf, (torch.randn(1, 4, 16), torch.rand(4, 1), torch.rand(16, 1)), rel, **options)
 
 
 @pytest.mark.parametrize(
@@ -365,7 +364,6 @@ def test_more_iterations_than_the_identity_keeps(rel):
     ],
 )  # fmt: skip
 def test_paths(rows, columns, rank, relu, num_iters, kernels):
-    from factorizer_kernels.ops.nmf.triton.problem import Problem
-
-    problem = Problem(rows, (1, 1, columns), ((0, 0, 0),), rank, True, 1e-16, relu, num_iters, num_iters)
-    assert kernels_for(problem).__name__.rsplit(".", 1)[-1] == kernels
+    shifts, eps = ((0, 0, 0),), 1e-16
+    one = problem.Problem(rows, (1, 1, columns), shifts, rank, True, eps, relu, num_iters, num_iters)
+    assert kernels_for(one).__name__.rsplit(".", 1)[-1] == kernels
