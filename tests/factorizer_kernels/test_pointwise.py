@@ -671,6 +671,24 @@ def test_dtypes_of_the_weights(name, backend):
         assert all(leaf.grad.dtype == dtype for leaf in leaves)
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled kernels here")
+@pytest.mark.parametrize("batch", [1, 9])
+@pytest.mark.parametrize("name", ["linear", "patch_conv"])
+def test_the_open_choice_leaves_small_products_to_plain_pytorch(name, batch):
+    """It starts sooner. However many items there are; and who asks for the kernels by name gets them."""
+    function, weight = getattr(fk, name), torch.randn(8, 4, *((2, 2, 2) if name == "patch_conv" else ()))
+    weight.requires_grad_()
+
+    def kernel_ran(*size: int) -> bool:
+        y = function(torch.randn(batch, 4, *size), weight)
+        return isinstance(y.grad_fn, torch.autograd.function.BackwardCFunction)
+
+    assert not kernel_ran(16, 16, 16)
+    assert kernel_ran(16, 16, 18)
+    with fk.use_backend("cpu"):
+        assert kernel_ran(16, 16, 16)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["linear_norm_mlp", "join", "norm_linear_swin_nmf"])
 def test_a_result_may_lie_in_a_map_that_is_not_read_any_more(backend, name, dtype):

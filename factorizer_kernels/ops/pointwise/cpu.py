@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from factorizer_kernels.ops.pointwise.spec import coarse_size, fine_size, gradients_like
+from factorizer_kernels.ops.pointwise.spec import coarse_size, fine_size, gradients_like, yields
 from factorizer_kernels.shared import native as cpu
 from factorizer_kernels.shared.maps import three_axes
 from factorizer_kernels.shared.registry import kernel
@@ -66,7 +66,7 @@ def _norm_linear_sizes(x: Tensor, weights: list[Tensor | None], eps: float) -> d
     }
 
 
-@kernel("norm_linear", "cpu", takes_out=True)
+@kernel("norm_linear", "cpu", yields=yields, takes_out=True)
 def norm_linear(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -223,7 +223,7 @@ def _patch_conv_sizes(x: Tensor, weights: list[Tensor]) -> dict:
     }
 
 
-@kernel("patch_conv", "cpu")
+@kernel("patch_conv", "cpu", yields=yields)
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     weights = _contiguous(weight, bias)
     y = x.new_empty((x.shape[0], weight.shape[0], *coarse_size(x, weight)), dtype=dtype)

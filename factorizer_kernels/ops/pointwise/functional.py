@@ -1,6 +1,7 @@
 """The public functions: pointwise chains, and the linear maps between a grid and a coarser one."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +16,7 @@ from factorizer_kernels.ops.pointwise.autograd import (
     PatchConv,
     ResidualNormLinear,
 )
+from factorizer_kernels.ops.pointwise.spec import Sizes
 from factorizer_kernels.shared.autograd import call_function
 from factorizer_kernels.shared.checks import feature_map, number, plain_tensor, remembered, tensor
 from factorizer_kernels.shared.dtypes import autocast_dtype, compute_dtype
@@ -41,7 +43,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _checked_linear(x, weight, bias)
     x = plain_tensor(x)
     arguments = (x, None, None, *_linear_map(x, weight, bias))
-    return _call("norm_linear", reference.norm_linear, NormLinear, x, arguments, 0.0, widest=x.shape[1])
+    sizes = Sizes(x.shape[1], _products(x, weight))
+    return _call("norm_linear", reference.norm_linear, NormLinear, x, arguments, 0.0, sizes=sizes)
 
 
 @remembered
@@ -68,8 +71,9 @@ def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, *, eps: float = 1e-5) ->
     eps = _checked_layer_norm(x, weight, bias, eps)
     x = plain_tensor(x)
     arguments = (x, *_converted(x, weight, bias), None, None)
+    sizes = Sizes(x.shape[1])
     return _call(
-        "norm_linear", reference.norm_linear, NormLinear, x, arguments, eps, widest=x.shape[1], dtype=x.dtype
+        "norm_linear", reference.norm_linear, NormLinear, x, arguments, eps, sizes=sizes, dtype=x.dtype
     )
 
 
@@ -133,7 +137,7 @@ def norm_linear_arguments(
     eps = _checked_norm_linear(x, norm_weight, norm_bias, weight, bias, eps)
     scale, shift = _converted(x, norm_weight, norm_bias)
     weight, bias = _linear_map(x, weight, bias)
-    backend = choose("norm_linear", x, x.shape[1])
+    backend = choose("norm_linear", x, Sizes(x.shape[1]))
     return NormLinearArguments(scale, shift, weight, bias, eps, autocast_dtype(x), backend)
 
 
@@ -199,7 +203,7 @@ def linear_norm_mlp(
     )  # fmt: skip
     return _call(
         "linear_norm_mlp", reference.linear_norm_mlp, LinearNormMLP, x, arguments, eps,
-        widest=max(x.shape[1], y.shape[1]), overwrite=overwrite,
+        sizes=Sizes(max(x.shape[1], y.shape[1])), overwrite=overwrite,
     )  # fmt: skip
 
 
@@ -251,8 +255,8 @@ def join(
     _checked_join(skip, x, weight_skip, weight_x, bias)
     weight_skip, bias = _linear_map(x, weight_skip, bias)
     arguments = (skip, x, weight_skip, *_converted(x, weight_x), bias)
-    widest = max(x.shape[1], *weight_skip.shape)
-    return _call("join", reference.join, Join, x, arguments, widest=widest, overwrite=overwrite)
+    sizes = Sizes(max(x.shape[1], *weight_skip.shape))
+    return _call("join", reference.join, Join, x, arguments, sizes=sizes, overwrite=overwrite)
 
 
 @remembered
@@ -292,8 +296,8 @@ def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _checked_patch_conv(x, weight, bias)
     x = plain_tensor(x)
     arguments = (x, *_linear_map(x, weight, bias))
-    widest = max(weight.shape[:2])
-    return _call("patch_conv", reference.patch_conv, PatchConv, x, arguments, widest=widest)
+    sizes = Sizes(max(weight.shape[:2]), _products(x, weight))
+    return _call("patch_conv", reference.patch_conv, PatchConv, x, arguments, sizes=sizes)
 
 
 @remembered
@@ -322,16 +326,20 @@ def _call(
     x: Tensor,
     tensors: tuple[Tensor | None, ...],
     *options: float,
-    widest: int,
+    sizes: Sizes,
     dtype: torch.dtype | None = None,
     overwrite: Tensor | None = None,
 ) -> Tensor:
-    """``widest``: see ``spec``."""
     dtype = autocast_dtype(x) if dtype is None else dtype
-    backend = choose(name, x, widest)
+    backend = choose(name, x, sizes)
     if backend == "reference":
         return definition(*tensors, *options, dtype)
     return call_function(name, function, *tensors, *options, dtype, backend, overwrite=overwrite)
+
+
+def _products(x: Tensor, weight: Tensor) -> int:
+    """Multiplications of weight (D, C, ..) with one item of x, each of whose voxels is read once."""
+    return prod(x.shape[1:]) * weight.shape[0]
 
 
 def _converted(x: Tensor, *weights: Tensor) -> list[Tensor]:

@@ -5,17 +5,44 @@ is the least precise dtype that products may be computed in: x's own, or autocas
 are in the arithmetic's dtype. A result that is a product is of ``dtype``, one that is a sum is of x's.
 Gradients of maps are of the maps' dtypes. ``weight_grads`` says whether the gradients of the weights are
 wanted; those that are not wanted, or belong to an argument that is None, are empty. An ``addend`` is another
-gradient of x: it is added to dx. The limit of a kernel is asked about the channels of the widest map that it
-holds: of x, and of what is computed beside it.
+gradient of x: it is added to dx.
 """
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from torch import Tensor
 from torch._ops import OpOverload
 
 from factorizer_kernels.shared.registry import define
 from factorizer_kernels.shared.vmap import joined, looped, parted
+
+
+class Sizes(NamedTuple):
+    """What a kernel is asked about.
+
+    Attributes:
+        widest: channels of the widest map that it holds: of x, and of what is computed beside it.
+        products: multiplications for one item of the batch, where the reference is a single product or
+            convolution of PyTorch; else None.
+    """
+
+    widest: int
+    products: int | None = None
+
+
+# A single product of PyTorch starts some 30 us sooner than a kernel with its backward (docs/performance.md).
+_FEW_PRODUCTS = 2**17
+
+
+def yields(x: Tensor, sizes: Sizes) -> str | None:
+    """Why plain PyTorch should run the call, which it does faster, or None.
+
+    By what one item takes, so that no result depends on how many there are.
+    """
+    if sizes.products is None or sizes.products > _FEW_PRODUCTS:
+        return None
+    return "plain PyTorch is faster at a single product so small"
 
 
 def coarse_size(x: Tensor, weight: Tensor) -> tuple[int, ...]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from factorizer_kernels.ops.pointwise import reference
 from factorizer_kernels.ops.pointwise.reference import linear, standardise
-from factorizer_kernels.ops.pointwise.spec import gradients_like
+from factorizer_kernels.ops.pointwise.spec import gradients_like, yields
 from factorizer_kernels.shared.registry import kernel
 
 # Elements of a block: on a CPU one MiB of float32, elsewhere only the intermediates' memory counts.
@@ -89,7 +89,7 @@ def _standardise_backward(dy: Tensor, y: Tensor, scale: Tensor) -> Tensor:
 # --- norm_linear -----------------------------------------------------------------------------
 
 
-@kernel("norm_linear", "torch")
+@kernel("norm_linear", "torch", yields=yields)
 def norm_linear(
     x: Tensor,
     norm_weight: Tensor | None,
@@ -220,7 +220,7 @@ def join_backward(
     return _outputs((skip, x, weight_skip, weight_x, bias), gradients)
 
 
-@kernel("patch_conv", "torch")
+@kernel("patch_conv", "torch", yields=yields)
 def patch_conv(x: Tensor, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> Tensor:
     return reference.patch_conv(x, weight, bias, dtype).contiguous()
 

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from factorizer_kernels.ops.pointwise.spec import Sizes
 from factorizer_kernels.shared.launches import cdiv, padded, product_precision
 from factorizer_kernels.shared.triton import INTERPRETED
 
@@ -28,13 +29,13 @@ MAX_CHANNELS = 64
 _HALF = {torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def limit(most: int) -> Callable[[Tensor, int], str | None]:
+def limit(most: int) -> Callable[[Tensor, Sizes], str | None]:
     """The limit of kernels that take maps of so many channels."""
 
-    def reason(x: Tensor, widest: int) -> str | None:
+    def reason(x: Tensor, sizes: Sizes) -> str | None:
         if x.dtype == torch.float64:
             return "its products take no float64"
-        return f"it takes at most {most} channels, got {widest}" if widest > most else None
+        return f"it takes at most {most} channels, got {sizes.widest}" if sizes.widest > most else None
 
     return reason
 
