@@ -41,9 +41,10 @@ from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.measure import side_by_side
 from factorizer.segmentation.plan import Plan, plan_run
 from factorizer.segmentation.screen import log_lines, progress
+from factorizer.segmentation.survey import Geometry, check_cases
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import CropBatches, PreparedCase, training_volumes
-from factorizer.segmentation.volumes import Geometry, check_cases, check_label
+from factorizer.segmentation.volumes import check_label
 
 from .report import table
 

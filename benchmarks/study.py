@@ -42,9 +42,9 @@ from factorizer.segmentation.files import atomic
 from factorizer.segmentation.inference import FinestHead
 from factorizer.segmentation.plan import Plan, plan_run
 from factorizer.segmentation.recipe import LEARNING_RATE
+from factorizer.segmentation.survey import check_cases
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import CropBatches, training_volumes
-from factorizer.segmentation.volumes import check_cases
 
 from .accuracy import OTHERS, PUBLISHED, SPLIT_SEED
 from .report import table

@@ -9,8 +9,8 @@ from factorizer.commands.cli import app
 from factorizer.models.build import build_network
 from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.plan import Plan, Wishes, plan_run
+from factorizer.segmentation.survey import Geometry
 from factorizer.segmentation.training import Trainer
-from factorizer.segmentation.volumes import Geometry
 
 SIZE = (16, 16, 16)
 REGIONS = {"ET": (3,), "TC": (2, 3), "WT": (1, 2, 3)}

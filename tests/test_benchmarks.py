@@ -187,7 +187,7 @@ def test_synthetic_tumours(tmp_path):
 
     from benchmarks.tumours import LABELS, SPACING, head, main
     from factorizer.segmentation.cases import read_decathlon
-    from factorizer.segmentation.volumes import check_cases
+    from factorizer.segmentation.survey import check_cases
 
     main(tmp_path, cases=3)
     task = read_decathlon(tmp_path)

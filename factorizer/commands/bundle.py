@@ -16,8 +16,8 @@ from factorizer.segmentation.files import prepare_folder
 from factorizer.segmentation.plan import AS_PLANNED, Plan, Wishes, reshape_for
 from factorizer.segmentation.processes import pick_device, process_group
 from factorizer.segmentation.recipe import PATCH
+from factorizer.segmentation.survey import check_cases
 from factorizer.segmentation.training import fit
-from factorizer.segmentation.volumes import check_cases
 
 
 def read_bundle(folder: Path, configs: Sequence[str] = (), **changes: Any) -> ConfigParser:

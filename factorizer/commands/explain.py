@@ -31,14 +31,9 @@ from factorizer.segmentation.inference import Predictor, check_finite, load_pred
 from factorizer.segmentation.intensities import body
 from factorizer.segmentation.provenance import made, write_result
 from factorizer.segmentation.screen import count, each_case, table, tell_warning
+from factorizer.segmentation.survey import doubts_of_files
 from factorizer.segmentation.transforms import PreparedCase
-from factorizer.segmentation.volumes import (
-    check_image,
-    check_label,
-    doubts_of_files,
-    on_grid_of,
-    write_maps,
-)
+from factorizer.segmentation.volumes import check_image, check_label, on_grid_of, write_maps
 
 EMPTY = {"label": "label is empty", "prediction": "prediction is empty"}
 

@@ -22,7 +22,7 @@ from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.preview import draw_preview, preview_of, write_statistics
 from factorizer.segmentation.processes import gather, group_position, part_of, process_group
 from factorizer.segmentation.screen import Outcome, tell_failures, tell_warning
-from factorizer.segmentation.volumes import doubts_of_files
+from factorizer.segmentation.survey import doubts_of_files
 
 ALSO = {"nrrd": ".nrrd", "mha": ".mha", "dicom-seg": ".dcm"}  # formats beside NIfTI, with their endings
 

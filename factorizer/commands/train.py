@@ -19,9 +19,9 @@ from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.plan import AS_PLANNED, Plan, Wishes, plan_run
 from factorizer.segmentation.processes import pick_device, process_group
 from factorizer.segmentation.screen import duration, facts
+from factorizer.segmentation.survey import check_cases
 from factorizer.segmentation.training import Trainer, fit, start_from, step_seconds, within_budget
 from factorizer.segmentation.transforms import CropBatches, training_volumes
-from factorizer.segmentation.volumes import check_cases
 
 
 def train(

@@ -10,11 +10,13 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from factorizer.segmentation.affines import affine_of
 from factorizer.segmentation.cases import with_grid
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.inference import Predictor, load_predictor
+from factorizer.segmentation.survey import doubts_of_files
 from factorizer.segmentation.trained import find_model
-from factorizer.segmentation.volumes import LoadedCase, Volume, affine_of, doubts_of_files, on_grid_of
+from factorizer.segmentation.volumes import LoadedCase, Volume, on_grid_of
 
 KINDS = "a NumPy array (X, Y, Z) or (X, Y, Z, modality), or a nibabel image"
 

@@ -43,7 +43,8 @@ from factorizer.segmentation.recipe import (
     Recipe,
 )
 from factorizer.segmentation.sides import mirrored_axes
-from factorizer.segmentation.volumes import MAX_SPACING, MIN_SPACING, Geometry, digest_of_cases
+from factorizer.segmentation.survey import Geometry
+from factorizer.segmentation.volumes import MAX_SPACING, MIN_SPACING, digest_of_cases
 
 HEAD_DIM = NETWORK["reshape"][1]["head_dim"]
 RESHAPES = ("swin", "local", "global")

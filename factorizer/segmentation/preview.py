@@ -9,20 +9,14 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 
+from factorizer.segmentation.affines import in_order_of, same_grid
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.explanation import clearest_channel
 from factorizer.segmentation.figures import Picture, draw_planes
 from factorizer.segmentation.files import atomic
 from factorizer.segmentation.intensities import body
-from factorizer.segmentation.volumes import (
-    check_image,
-    in_order_of,
-    read_grid,
-    read_labels,
-    read_volume,
-    same_grid,
-)
+from factorizer.segmentation.volumes import check_image, read_grid, read_labels, read_volume
 
 Targets = Mapping[str, Sequence[int]]
 MARGIN = 2  # voxels of air around the head or body that are drawn

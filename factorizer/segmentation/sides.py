@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 
-from factorizer.segmentation.volumes import Geometry
+from factorizer.segmentation.survey import Geometry
 
 # Words for left and right that mean nothing else in the name of a class.
 _SIDES = (

@@ -47,7 +47,8 @@ from factorizer.segmentation.formats import parts_of
 from factorizer.segmentation.grids import OwnGrid
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
-from factorizer.segmentation.volumes import Geometry, check_image, doubts_of_image, read_labels
+from factorizer.segmentation.survey import Geometry, doubts_of_image
+from factorizer.segmentation.volumes import check_image, read_labels
 
 COARSE = 3.0  # a volume is too coarse for a network where its voxels are longer than so many of the network's
 CACHE_BYTES = 6 * 2**30  # volumes beyond this are read again at every use

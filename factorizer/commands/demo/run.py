@@ -39,10 +39,11 @@ from factorizer.segmentation.inference import Predictor, load_predictor
 from factorizer.segmentation.measure import versions
 from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.screen import progress
+from factorizer.segmentation.survey import Geometry, check_cases
 from factorizer.segmentation.trained import SHIPPED
 from factorizer.segmentation.training import Trainer, fit, within_budget
 from factorizer.segmentation.transforms import CropBatches, PreparedCase, training_volumes
-from factorizer.segmentation.volumes import Geometry, check_cases, check_label, read_volume, write_volume
+from factorizer.segmentation.volumes import check_label, read_volume, write_volume
 
 SEED = 0
 EXPLAINED = 4  # cases of each part, at most, that components are compared with the truth on

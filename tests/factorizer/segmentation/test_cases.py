@@ -18,8 +18,9 @@ from factorizer.segmentation.cases import (
     split_cases,
 )
 from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.survey import check_case
 from factorizer.segmentation.tumours import brats_classes
-from factorizer.segmentation.volumes import check_case, check_image
+from factorizer.segmentation.volumes import check_image
 
 
 @pytest.fixture

@@ -19,9 +19,10 @@ from factorizer.segmentation.files import load_tensors
 from factorizer.segmentation.inference import Predictor, keep_largest
 from factorizer.segmentation.plan import Wishes, plan_run
 from factorizer.segmentation.processes import pick_device
+from factorizer.segmentation.survey import Geometry
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import PreparedCase
-from factorizer.segmentation.volumes import Geometry, write_volume
+from factorizer.segmentation.volumes import write_volume
 from factorizer_kernels import use_backend
 
 AFFINES = {

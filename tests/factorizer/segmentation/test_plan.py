@@ -13,7 +13,7 @@ from factorizer.segmentation.cases import Case, Task
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.recipe import RECIPE
-from factorizer.segmentation.volumes import Geometry
+from factorizer.segmentation.survey import Geometry
 
 
 @pytest.mark.parametrize(

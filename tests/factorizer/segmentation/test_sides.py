@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from factorizer.segmentation.sides import mirrored_axes
-from factorizer.segmentation.volumes import Geometry
+from factorizer.segmentation.survey import Geometry
 
 
 def geometries(*sides):

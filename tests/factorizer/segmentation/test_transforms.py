@@ -12,6 +12,7 @@ from monai.transforms import Invertd
 
 from factorizer.segmentation.cases import Case, read_decathlon
 from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.survey import check_case
 from factorizer.segmentation.transforms import (
     CropBatches,
     PreparedCase,
@@ -19,7 +20,6 @@ from factorizer.segmentation.transforms import (
     preprocessing,
     training_volumes,
 )
-from factorizer.segmentation.volumes import check_case
 
 CROP = (16, 16, 16)
 
