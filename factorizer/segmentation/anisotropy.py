@@ -74,6 +74,5 @@ def in_words(
     cut = " x ".join(map(str, window if isinstance(window, tuple) else (window,) * 3))
     return (
         f"voxels are {ratio:.1f} times as long along {axis} as along the finest axis: the axes are made "
-        "coarser "
-        f"{total} times in all, and windows have {cut} voxels"
+        f"coarser {total} times in all, and windows have {cut} voxels"
     )

@@ -89,8 +89,7 @@ def read_decathlon(root: str | Path) -> Task:
     if not path.is_file():
         raise DataError(
             f"{root}: dataset.json is missing; the Decathlon's layout, and nnU-Net's, is dataset.json, "
-            "imagesTr/ "
-            "and labelsTr/"
+            "imagesTr/ and labelsTr/"
         )
     content = read_json(path)
     if not isinstance(content, dict):
@@ -101,9 +100,8 @@ def read_decathlon(root: str | Path) -> Task:
     training = _lists(path, content).get("training")
     if training is None:
         raise DataError(
-            f"{path}: the field 'training' is missing; it must be {wanted}. nnU-Net's layout needs no "
-            "list, but "
-            "imagesTr/NAME_0000.nii.gz and labelsTr/NAME.nii.gz"
+            f"{path}: the field 'training' is missing; it must be {wanted}. nnU-Net's layout needs no list, "
+            "but imagesTr/NAME_0000.nii.gz and labelsTr/NAME.nii.gz"
         )
     if not isinstance(training, list) or not training:
         raise DataError(f"{path}: 'training' is {training!r}; it must be {wanted}")
@@ -239,8 +237,7 @@ def read_split(path: Path, cases: Sequence[Case], fold: int | None = None) -> tu
         if not isinstance(names, list) or not names or not all(isinstance(name, str) for name in names):
             raise DataError(
                 f'{path}: must hold {{"training": [names of cases], "held_out": [names of cases]}}, or a '
-                "list of "
-                "such objects"
+                "list of such objects"
             )
         if missing := [name for name in names if name not in known]:
             raise DataError(
@@ -294,9 +291,8 @@ def _series_in_folder(folder: Path) -> list[Case]:
     folders = [part for part in sorted(folder.iterdir()) if part.is_dir()]
     if folders and not all(dicom_files(part) for part in folders):
         raise DataError(
-            f"input: {folder} holds no volume, but folders; name the cases in a data list, a JSON "
-            "file such as "
-            '[{"name": "patient_1", "image": ["patient_1/flair.nii.gz", "patient_1/t1.nii.gz"]}]'
+            f"input: {folder} holds no volume, but folders; name the cases in a data list, a JSON file such "
+            'as [{"name": "patient_1", "image": ["patient_1/flair.nii.gz", "patient_1/t1.nii.gz"]}]'
         )
     return [Case(stem(part), (part,)) for part in folders]
 
@@ -439,10 +435,8 @@ def _check_numbers(source: str, cases: Sequence[Sequence[Path]], *, known: bool)
             names = ", ".join(file.name for file in files)
             raise DataError(
                 f"{source}: the modalities' files of a case are {names}; their numbers must be _0000, "
-                "_0001, ... in "
-                "this order, and the same in all cases. Add the missing file, put them in order, or give "
-                "them "
-                "other names"
+                "_0001, ... in this order, and the same in all cases. Add the missing file, put them in "
+                "order, or give them other names"
             )
 
 

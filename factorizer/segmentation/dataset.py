@@ -64,9 +64,8 @@ def read_labels_and_regions(path: Path, content: Mapping[str, Any]) -> tuple[dic
         united = {str(name): _values(path, name, value) for name, value in found.items()}
         if "ignore" in united:
             raise DataError(
-                f"{path}: 'labels' has nnU-Net's 'ignore', voxels that are not to be learned from; that "
-                "is not "
-                "supported. Leave the cases with such voxels out, or make them background"
+                f"{path}: 'labels' has nnU-Net's 'ignore', voxels that are not to be learned from; that is "
+                "not supported. Leave the cases with such voxels out, or make them background"
             )
         if any(isinstance(value, list) for value in found.values()):
             regions = {name: values for name, values in united.items() if values != (0,)}
@@ -82,9 +81,8 @@ def read_labels_and_regions(path: Path, content: Mapping[str, Any]) -> tuple[dic
         for name, values in regions.items():
             if unknown := set(values) - (set(labels) - {0}):
                 raise DataError(
-                    f"{path}: the region {name!r} unites the label values {list(values)}; there is no "
-                    "class for "
-                    f"{sorted(unknown)[0]}"
+                    f"{path}: the region {name!r} unites the label values {list(values)}; there is no class "
+                    f"for {sorted(unknown)[0]}"
                 )
         own_values(str(path), regions)
     _check_order(path, content.get("regions_class_order"), regions)
@@ -108,10 +106,9 @@ def own_values(source: str, regions: Mapping[str, Sequence[int]]) -> dict[str, i
         ]
         if len(rest) != 1 or crossing or 0 in united:
             raise DataError(
-                f"{source}: the region {name!r} unites the label values {tuple(united)}; regions must "
-                "lie in one "
-                "another or apart, hold no background, and exactly one value of each must be in no region "
-                "inside it"
+                f"{source}: the region {name!r} unites the label values {tuple(united)}; regions must lie "
+                "in one another or apart, hold no background, and exactly one value of each must be in no "
+                "region inside it"
             )
         own[name] = rest.pop()
     return own
@@ -143,8 +140,7 @@ def _check_order(path: Path, order: Any, regions: Regions) -> None:
     if list(order) != [own[name] for name in regions]:
         raise DataError(
             f"{path}: 'regions_class_order' is {order!r}; the values that are each region's own, in the "
-            "order of "
-            f"the regions, are {[own[name] for name in regions]}"
+            f"order of the regions, are {[own[name] for name in regions]}"
         )
 
 

@@ -234,8 +234,7 @@ class Wishes:
         if self.flips is not None and (set(self.flips) - {0, 1, 2} or len(set(self.flips)) < len(self.flips)):
             raise DataError(
                 f"flips: got {_listed(self.flips)}; it must be none, or some of 0 (left-right), 1 "
-                "(front-back), 2 "
-                "(bottom-top)"
+                "(front-back), 2 (bottom-top)"
             )
 
 

@@ -40,8 +40,7 @@ def made(result: Path, case: Case, settings: Mapping[str, Any]) -> bool:
         before = known.get("from") or ["other files"]
         raise DataError(
             f"{result}: is there, and was made from other inputs ({', '.join(map(str, before))}, as they "
-            "were then); "
-            f"{way_out}"
+            f"were then); {way_out}"
         )
     if changed := differences(known.get("settings"), settings):
         raise DataError(

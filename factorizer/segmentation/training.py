@@ -203,9 +203,8 @@ class Trainer:
             if not math.isfinite(loss):
                 raise FloatingPointError(
                     f"the loss is {loss} at step {self.step + 1}; its crops are of the cases "
-                    f"{', '.join(batches.case_names(self.step))}. Look at the intensities of these, or "
-                    "give a lower "
-                    "--learning-rate"
+                    f"{', '.join(batches.case_names(self.step))}. Look at the intensities of these, or give "
+                    "a lower --learning-rate"
                 )
             rate = float(self.schedule.get_last_lr()[0])
             self.schedule.step()

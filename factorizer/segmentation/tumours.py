@@ -43,11 +43,10 @@ def brats_classes(task: Task) -> tuple[dict[int, str], Regions]:
         tissues = {"core": 1, "edema": 2, "enhancing": 4}
     if tissues is None:
         raise DataError(
-            f"data: 'labels' is {task.labels} in dataset.json; for the bundle of brain tumours their "
-            "names must "
-            "say which value is edema, which necrosis or non-enhancing tumour, and which enhancing "
-            "tumour; or give "
-            '"regions": {"ET": [4], "TC": [1, 4], "WT": [1, 2, 4]} there, in the numbers of the data'
+            f"data: 'labels' is {task.labels} in dataset.json; for the bundle of brain tumours their names "
+            "must say which value is edema, which necrosis or non-enhancing tumour, and which enhancing "
+            'tumour; or give "regions": {"ET": [4], "TC": [1, 4], "WT": [1, 2, 4]} there, in the numbers of '
+            "the data"
         )
     core, edema, enhancing = tissues["core"], tissues["edema"], tissues["enhancing"]
     labels = {value: NAMES.get(_tissue_of(tissues, value), "background") for value in sorted(task.labels)}

@@ -251,8 +251,7 @@ def _check_grid(case: Case, volume: Volume, affine: np.ndarray, shape: tuple[int
             else f"shape {empty.shape} does not match {shape}, that of {{}}"
         )
         raise DataError(
-            f"{path}: {what.format(case.image)}. With --resample first, or the name of a "
-            "modality, all are "
+            f"{path}: {what.format(case.image)}. With --resample first, or the name of a modality, all are "
             "brought to the grid of that one"
         )
 
@@ -357,9 +356,8 @@ def _check_order(case: Case, modalities: Sequence[str]) -> None:
         if found is not None and found != place:
             raise DataError(
                 f"{case.images[place]}: is given as {modalities[place]}, and by its name is "
-                f"{modalities[found]}; the "
-                f"order of the files must be {', '.join(modalities)}. Put them in order, or give the file "
-                "another name"
+                f"{modalities[found]}; the order of the files must be {', '.join(modalities)}. Put them in "
+                "order, or give the file another name"
             )
 
 
