@@ -689,6 +689,28 @@ def test_the_open_choice_leaves_small_products_to_plain_pytorch(name, batch):
         assert kernel_ran(16, 16, 16)
 
 
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled kernels here")
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_graph_for_maps_of_any_size_keeps_the_kernels(strict):
+    """Also where it was recorded for a map so small that plain PyTorch would run it."""
+
+    class Network(torch.nn.Module):
+        def forward(self, x, weight, filters):
+            return fk.patch_conv(fk.linear(x, weight), filters)
+
+    x, weight, filters = torch.randn(1, 4, 4, 6), torch.randn(8, 4), torch.randn(4, 8, 2, 2)
+    even = 2 * torch.export.Dim("half", min=2, max=256)
+    program = torch.export.export(
+        Network(), (x, weight, filters), dynamic_shapes=({2: even}, None, None), strict=strict
+    )
+    called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+    assert {"factorizer_kernels.norm_linear.default", "factorizer_kernels.patch_conv.default"} <= set(called)
+    large = torch.randn(1, 4, 512, 6)
+    torch.testing.assert_close(
+        program.module()(large, weight, filters), Network()(large, weight, filters), atol=1e-5, rtol=1e-5
+    )
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["linear_norm_mlp", "join", "norm_linear_swin_nmf"])
 def test_a_result_may_lie_in_a_map_that_is_not_read_any_more(backend, name, dtype):

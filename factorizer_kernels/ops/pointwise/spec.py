@@ -11,6 +11,7 @@ gradient of x: it is added to dx.
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 from torch._ops import OpOverload
 
@@ -38,9 +39,10 @@ _FEW_PRODUCTS = 2**17
 def yields(x: Tensor, sizes: Sizes) -> str | None:
     """Why plain PyTorch should run the call, which it does faster, or None.
 
-    By what one item takes, so that no result depends on how many there are.
+    By what one item takes, so that no result depends on how many there are. Not in a graph, whose calls take
+    no such start, and which may be for maps of any size.
     """
-    if sizes.products is None or sizes.products > _FEW_PRODUCTS:
+    if sizes.products is None or torch.compiler.is_compiling() or sizes.products > _FEW_PRODUCTS:
         return None
     return "plain PyTorch is faster at a single product so small"
 
