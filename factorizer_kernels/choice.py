@@ -40,6 +40,10 @@ class _Record(NamedTuple):
     probe: Callable[[], tuple[bool, str]]
     devices_by_name: tuple[str, ...] = ()
 
+    def serves(self, device: str, by_name: bool) -> bool:
+        """Whether it runs on that type of device."""
+        return self.devices is None or device in self.devices or (by_name and device in self.devices_by_name)
+
 
 def _probe_cpu() -> tuple[bool, str]:
     if native.missing is not None:
@@ -156,8 +160,10 @@ def choose(operator: str, x: Tensor, sizes: Any = None) -> str:
         return name
     if native.missing is not None and x.device.type == "cpu":
         native.warn_once()
+    device = x.device.type
     for record in _RECORDS.values():
-        if _why_not(record, operator, x, sizes, None) is None:
+        # Asked first, as a reason takes long to write.
+        if record.serves(device, by_name=False) and _why_not(record, operator, x, sizes, None) is None:
             return record.name
     raise AssertionError("the reference runs everything")
 
@@ -167,8 +173,7 @@ def _why_not(record: _Record, operator: str, x: Tensor, sizes: Any, named: str |
     if record.name == "reference":
         return None
     by_name = record.name == named
-    served = record.devices is None or (device := x.device.type) in record.devices
-    if not served and not (by_name and device in record.devices_by_name):
+    if not record.serves(x.device.type, by_name):
         return f"x is on {x.device}"
     if (kernel := registry.find(operator, record.name)) is None:
         return f"it has no {operator}"
