@@ -78,7 +78,7 @@ def run_demo(
             task = read_decathlon(write_synthetic(out / "data", seed=SEED))
     geometries = check_cases(console, task)
     training, held_out = split_cases(task.cases, SEED)
-    shipped = _shipped(console, task, held_out, out / "shipped")
+    shipped = segment_with_shipped(console, task, held_out, out / "shipped")
     plan = plan_run(task, geometries, training, held_out, Wishes(steps=steps), seed=SEED)
     checkpoint = out / "checkpoint.pt"
     if steps is None:
@@ -144,24 +144,29 @@ def run_demo(
     return report
 
 
-def _shipped(console: Console, task: Task, cases: Sequence[Case], folder: Path) -> dict[str, Any] | None:
+def segment_with_shipped(
+    console: Console, task: Task, cases: Sequence[Case], folder: Path
+) -> dict[str, Any] | None:
     """Segments the cases with the shipped model for what the task labels: its name, time and Dice.
 
-    Cases that the model was trained on are left out. None where no model fits, or no case is left.
+    Cases that the model was trained on are left out, unless it was trained on all, which is said then. None
+    where no model fits.
     """
     for path in sorted(SHIPPED.glob("*.pt")):
         predictor = load_predictor([path], device="cpu")
         plan = predictor.plan
         seen = {name for _, member in predictor.models for name in member.training}
-        unseen = [case for case in cases if case.name not in seen]
-        if (plan.modalities, plan.labels) != (task.modalities, task.labels) or not unseen:
+        if (plan.modalities, plan.labels) != (task.modalities, task.labels):
             continue
+        unseen = [case for case in cases if case.name not in seen]
+        shown = unseen or cases
         start = time.perf_counter()
         prepare_folder("out", folder)
-        scores = _segment(console, predictor, unseen, folder)
+        scores = _segment(console, predictor, shown, folder)
         found = {
             "model": path.stem,
-            "cases": len(unseen),
+            "cases": len(shown),
+            "trained_on_them": not unseen,
             "seconds": round(time.perf_counter() - start, 2),
             "dice": _mean({row.target: row.dice for row in summarise(itertools.chain(*scores.values()))}),
         }

@@ -45,9 +45,10 @@ def announce(
 def tell_shipped(console: Console, found: dict[str, Any], folder: Path) -> None:
     """What the shipped model made of the held-out cases."""
     dice = ", ".join(f"{name} {value:.3f}" for name, value in found["dice"].items())
+    known = "it was trained on" if found["trained_on_them"] else "it has not seen"
     console.print(
-        f"The shipped model {found['model']!r} segmented {count(found['cases'], 'case')} that it has not "
-        f"seen in {duration(found['seconds'])}: Dice {dice}; in {folder}. Now a training from the start:",
+        f"The shipped model {found['model']!r} segmented {count(found['cases'], 'case')} that {known} in "
+        f"{duration(found['seconds'])}: Dice {dice}; in {folder}. Now a training from the start:",
         soft_wrap=True,
     )
 

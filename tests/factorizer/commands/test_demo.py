@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from functools import partial
 
 import nibabel as nib
@@ -19,9 +20,11 @@ from typer.testing import CliRunner
 
 from factorizer.commands.cli import app
 from factorizer.commands.demo import run_demo, write_synthetic
-from factorizer.segmentation.cases import split_cases
+from factorizer.commands.demo.run import segment_with_shipped
+from factorizer.segmentation.cases import read_decathlon, split_cases
 from factorizer.segmentation.checkpoint import load_network, read_checkpoint
 from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.trained import TrainedModel, save_model
 
 small_synthetic = partial(write_synthetic, cases=6, shape=(18, 18, 18))
 
@@ -54,6 +57,30 @@ def test_everything_is_there(finished):
     out, _ = finished
     assert {path.name for path in out.iterdir()} == RESULTS | {"data"}
     assert not list(out.rglob(".part-*"))
+
+
+@pytest.mark.parametrize("trained_on", ["the others", "all"])
+def test_a_shipped_model_that_fits_comes_first(finished, trained_on, tmp_path, monkeypatch):
+    """On cases that it has not seen; where it has seen all, it says so."""
+    out, _ = finished
+    task = read_decathlon(out / "data")
+    network, plan = load_network(out / "checkpoint.pt")
+    held_out = split_cases(task.cases, plan.seed)[1]
+    if trained_on == "all":
+        plan = replace(plan, training=tuple(case.name for case in task.cases))
+    save_model(TrainedModel(((network, plan),)), tmp_path / "lesions.pt")
+    monkeypatch.setattr("factorizer.commands.demo.run.SHIPPED", tmp_path)
+    with (tmp_path / "screen").open("w+") as screen:
+        found = segment_with_shipped(Console(file=screen, width=200), task, task.cases, tmp_path / "shipped")
+        screen.seek(0)
+        said = screen.read()
+    names = task.cases if trained_on == "all" else held_out
+    assert found is not None
+    assert (found["model"], found["cases"]) == ("lesions", len(names))
+    assert {path.name for path in (tmp_path / "shipped").iterdir()} == {f"{c.name}.nii.gz" for c in names}
+    assert f"{len(names)} case" in said
+    assert ("that it was trained on" in said) == (trained_on == "all")
+    assert found["trained_on_them"] == (trained_on == "all")
 
 
 def test_report(finished):
