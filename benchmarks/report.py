@@ -169,16 +169,16 @@ def _network_bars(records: list[Record]):
         "seconds": lambda r: r["stats"]["median"],
         "peak GiB": lambda r: (r["extra_info"]["peak_bytes"] or 0) / 2**30,
     }
-    modes = list(dict.fromkeys(r["extra_info"]["mode"] for r in records))
-    figure = Figure(figsize=(11, 2.8 * len(modes)), layout="constrained")
-    for row, mode in zip(figure.subplots(len(modes), len(panels), squeeze=False), modes, strict=True):
-        members = sorted((r for r in records if r["extra_info"]["mode"] == mode), key=panels["seconds"])[::-1]
+    groups = list(dict.fromkeys(r["group"] for r in records))
+    figure = Figure(figsize=(11, 2.8 * len(groups)), layout="constrained")
+    for row, group in zip(figure.subplots(len(groups), len(panels), squeeze=False), groups, strict=True):
+        members = sorted((r for r in records if r["group"] == group), key=panels["seconds"])[::-1]
         colours = ["C0" if r["name"].startswith("ours") else "0.7" for r in members]
         for axes, (unit, value) in zip(row, panels.items(), strict=True):
             bars = axes.barh([r["name"] for r in members], [value(r) for r in members], color=colours)
             axes.bar_label(bars, fmt=" %.2f", fontsize=8)
             axes.margins(x=0.15)
-            axes.set(xlabel=unit, title=f"{members[0]['extra_info']['label']}, {mode}")
+            axes.set(xlabel=unit, title=group)
     return figure
 
 

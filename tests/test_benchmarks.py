@@ -75,6 +75,27 @@ def test_runs_and_reports(tmp_path):
     assert len(list((tmp_path / "docs").glob("*-time.png"))) == 1
 
 
+def test_each_race_of_networks_has_bars_of_its_own():
+    """Those of one volume and of two in a batch, which are of one mode."""
+    pytest.importorskip("matplotlib")
+    from benchmarks.report import plots
+
+    titles = ["network, 64, forward", "network, batch 2, 64, forward"]
+    records = [
+        {
+            "group": title,
+            "name": name,
+            "stats": {"median": seconds},
+            "extra_info": {"family": "network", "mode": "forward", "peak_bytes": 2**30},
+        }
+        for title in titles
+        for name, seconds in (("ours", 1.0), ("UNet", 0.5))
+    ]
+    ((_, _, figure),) = plots(records)
+    assert [axes.get_title() for axes in figure.axes] == [title for title in titles for _ in range(2)]
+    assert all(len(axes.patches) == 2 for axes in figure.axes)
+
+
 def test_a_wrong_kernel_gets_no_time(tmp_path):
     """Wrong in the forward: in neither mode; wrong in the backward: in the mode that has one."""
     operators, caught = ("swin_nmf", "nmf", "depthwise_conv_backward"), {"forward": 2, "forward+backward": 3}
