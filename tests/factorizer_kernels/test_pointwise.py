@@ -698,17 +698,15 @@ def test_a_graph_for_maps_of_any_size_keeps_the_kernels(strict):
         def forward(self, x, weight, filters):
             return fk.patch_conv(fk.linear(x, weight), filters)
 
-    x, weight, filters = torch.randn(1, 4, 4, 6), torch.randn(8, 4), torch.randn(4, 8, 2, 2)
+    x, weight, filters = torch.randn(1, 4, 4, 10), torch.randn(8, 4), torch.randn(4, 8, 2, 2)
     even = 2 * torch.export.Dim("half", min=2, max=256)
     program = torch.export.export(
         Network(), (x, weight, filters), dynamic_shapes=({2: even}, None, None), strict=strict
     )
     called = [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
     assert {"factorizer_kernels.norm_linear.default", "factorizer_kernels.patch_conv.default"} <= set(called)
-    large = torch.randn(1, 4, 512, 6)
-    torch.testing.assert_close(
-        program.module()(large, weight, filters), Network()(large, weight, filters), atol=1e-5, rtol=1e-5
-    )
+    large = torch.randn(1, 4, 512, 10)  # for which the open choice takes the kernels too
+    torch.testing.assert_close(program.module()(large, weight, filters), Network()(large, weight, filters))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
