@@ -7,10 +7,11 @@ from factorizer_kernels.shared import native
 
 pytestmark = pytest.mark.skipif(native.native is None, reason="the compiled module is not installed")
 
-# (batch, rows, depth, columns): nothing, one, odd, beyond a block of the depth, few columns and many rows.
+# (batch, rows, depth, columns): nothing, one, odd, beyond a block of the depth, few columns and many rows; of
+# a product with a transpose more rows than a block has, and a depth that fills no vectors.
 SIZES = [
     (1, 1, 1, 1), (2, 3, 5, 7), (3, 8, 8, 1024), (2, 17, 9, 1001), (1, 40, 33, 3000), (1, 13, 600, 100),
-    (2, 130, 300, 70), (0, 4, 4, 4), (2, 4, 0, 20), (1, 3, 4, 0), (1, 0, 4, 9),
+    (2, 130, 300, 70), (1, 133, 23, 515), (0, 4, 4, 4), (2, 4, 0, 20), (1, 3, 4, 0), (1, 0, 4, 9),
 ]  # fmt: skip
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

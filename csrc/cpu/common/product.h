@@ -437,11 +437,13 @@ void transpose(i64 rows, Rows<const T> from, i64 length, Rows<T> to) {
   }
 }
 
-// Whether B is left as it is, for want of rows that would share the work.
+// Whether B is left as it is: for want of rows that would share the work, or because much of the last vector
+// of its transpose would be padding, where sums of dots are as fast as the microkernel.
 template <class T>
 bool multiplies_by_dots(i64 rows, i64 columns) {
   constexpr i64 width = Simd<T>::width, step = 2 * width;
-  return columns < width || rows < width / 2 || (columns <= step && rows <= step);
+  if (columns < width || rows < width / 2 || (columns <= step && rows <= step)) return true;
+  return most_dots > 8 && 10 * columns < 9 * round_up<T>(columns);
 }
 
 // out (rows x columns) (+)= A Bᵀ, with A (rows x length) and B (columns x length). Where both have rows

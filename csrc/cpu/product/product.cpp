@@ -126,7 +126,7 @@ class TransposeTile {
       : p_(p),
         by_dots_(multiplies_by_dots<T>(p.rows, p.depth)),
         in_place_(p.depth <= strip),  // A is read once, and B a few times
-        block_(by_dots_ || rows < most_rows ? rows : most_rows),
+        block_(rows < most_rows ? rows : most_rows),
         a_(arena.take<T>(block_ * stride)),
         b_(arena.take<T>((by_dots_ ? p.depth : strip) * stride)),
         transposed_(arena.take<T>(by_dots_ ? 0 : round_up<T>(p.depth) * depth_block)) {}
@@ -135,18 +135,22 @@ class TransposeTile {
   void add(i64 batch, i64 begin, i64 first, i64 rows, Rows<T> out, bool accumulate) const {
     const i64 valid = p_.columns - begin < depth_block ? p_.columns - begin : depth_block;
     const i64 length = round_up<T>(valid);
+    const auto read_block = [&](i64 r, i64 height) {
+      return read(p_.a, first + r, height, batch, begin, valid, {a_, stride}, rows - r - height);
+    };
     if (by_dots_) {
-      const Rows<const T> a = read(p_.a, first, rows, batch, begin, valid, {a_, stride}, 0);
       const Rows<const T> b = read(p_.b, 0, p_.depth, batch, begin, valid, {b_, stride}, 0);
-      return multiply_by_dots<T>(rows, a, p_.depth, b, length, out, accumulate, Wanted::all);
+      return each(rows, block_, [&](i64 r, i64 height) {
+        const Rows<const T> a = read_block(r, height);
+        multiply_by_dots<T>(height, a, p_.depth, b, length, {out[r], out.stride}, accumulate, Wanted::all);
+      });
     }
     each(p_.depth, strip, [&](i64 q, i64 count) {
       const Rows<const T> b = read(p_.b, q, count, batch, begin, valid, {b_, stride}, p_.depth - q - count);
       transpose<T>(count, b, length, strip_at(q, count));
     });
     each(rows, block_, [&](i64 r, i64 height) {
-      const Rows<const T> a =
-          read(p_.a, first + r, height, batch, begin, valid, {a_, stride}, rows - r - height);
+      const Rows<const T> a = read_block(r, height);
       const Weights<T> weights = Weights<T>::in_place(a.data, height, length, a.stride, 1);
       each(p_.depth, strip, [&](i64 q, i64 count) {
         multiply<T>(weights, strip_at(q, count), {out[r] + q, out.stride}, round_up<T>(count), {accumulate});
