@@ -59,9 +59,11 @@ def fine_size(x: Tensor, weight: Tensor) -> tuple[int, ...]:
 
 def gradients_like(maps: list[Tensor], weights: list[Tensor | None], weight_grads: bool) -> list[Tensor]:
     """Uninitialised gradients of the maps and of the weights."""
-    empty = maps[0].new_empty
-    return [m.new_empty(m.shape) for m in maps] + [
-        empty((0,)) if w is None or not weight_grads else w.new_empty(w.shape) for w in weights
+    none, contiguous = maps[0].new_empty, torch.contiguous_format
+    # Half the time of new_empty with a shape.
+    return [torch.empty_like(m, memory_format=contiguous) for m in maps] + [
+        none(0) if w is None or not weight_grads else torch.empty_like(w, memory_format=contiguous)
+        for w in weights
     ]
 
 
