@@ -157,8 +157,9 @@ class RankOne {
     numbers.dv_v[0] = 0.0;
   }
 
-  // dX, once the iterations are differentiated, and in dv() the gradient of v0 where that reaches it.
-  void write_dx() const {
+  // dX, once the iterations are differentiated, and in dv() the gradient of v0 where that reaches it and is
+  // wanted.
+  void write_dx(bool v0_wanted) const {
     const bool reaches_v0 = o_.grad_steps == o_.num_iters;
     // dX = [s | da | k u] [X; v0; dv] + dr
     const double k = numbers_.k[o_.num_iters];
@@ -180,7 +181,7 @@ class RankOne {
       multiply<T>(Weights<T>::in_place(w + m_ + first, m_, 2 - first, stride, 1),
                   {v0_row() + first * columns_ + begin, columns_}, dx, length, {true});
       tiles_.write_dx(tile, worker, x);
-      if (reaches_v0) {
+      if (reaches_v0 && v0_wanted) {
         const Rows<const T> v0_tile{v0_row() + begin, 0};
         multiply<T>(Weights<T>::in_place(w + m_, 1, m_, 0, stride), x, dv(tile), length);
         multiply<T>(Weights<T>::in_place(&two_db, 1, 1, 0, 0), v0_tile, dv(tile), length, {true});

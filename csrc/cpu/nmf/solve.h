@@ -223,7 +223,7 @@ void factorize_backward(const NMFOptions& o, bool rank_one, void* memory, const 
       }
     };
     if (const RankOne<T>* solver = rank_ones ? (*rank_ones)[i] : nullptr) {
-      solver->write_dx();
+      solver->write_dx(p.dv0 != nullptr);
       // U is updated first: u0 has no part in it.
       write_factor_grads([](i64) -> const T* { return nullptr; }, [&](i64 tile) { return solver->dv(tile); });
       continue;
