@@ -363,7 +363,15 @@ def evaluate(
 
         from factorizer.segmentation.evaluation import evaluate as run
 
-        if run(Console(), predictions, labels, output, checkpoint, preview=preview, statistics=statistics):
+        if run(
+            Console(markup=False),
+            predictions,
+            labels,
+            output,
+            checkpoint,
+            preview=preview,
+            statistics=statistics,
+        ):
             raise typer.Exit(1)
 
 
@@ -402,7 +410,7 @@ def explain(
 
         _keep_memory()
         if run(
-            Console(),
+            Console(markup=False),
             _networks([checkpoint] if checkpoint else None, model)[0],
             input,
             output,
@@ -442,7 +450,7 @@ def speed(
 
         _keep_memory()
         _, failed = run(
-            Console(),
+            Console(markup=False),
             _networks([checkpoint] if checkpoint else None, model)[0],
             input,
             output,
@@ -471,7 +479,7 @@ def convert(
 
         from factorizer.commands.convert import convert as run
 
-        run(Console(), source, output, plan=plan, bundle=bundle, configs=config or ())
+        run(Console(markup=False), source, output, plan=plan, bundle=bundle, configs=config or ())
 
 
 @app.command()
@@ -481,7 +489,7 @@ def doctor() -> None:
 
     from factorizer.commands.doctor import doctor as run
 
-    if not run(Console()):
+    if not run(Console(markup=False)):
         raise typer.Exit(1)
 
 
@@ -500,7 +508,7 @@ def list_models(context: typer.Context) -> None:
 
             from factorizer.commands.models import show_models
 
-            show_models(Console())
+            show_models(Console(markup=False))
 
 
 @models.command()
@@ -511,7 +519,7 @@ def card(name: Annotated[str, typer.Argument(help="One of `factorizer models`.")
 
         from factorizer.commands.models import show_card
 
-        show_card(Console(), name)
+        show_card(Console(markup=False), name)
 
 
 @models.command()
@@ -519,7 +527,14 @@ def export(
     checkpoint: Annotated[list[Path], typer.Option(help="A trained network; may be given again.")],
     output: Annotated[Path, typer.Option(help="The model file, such as mine.pt.")],
     card: Annotated[Path | None, typer.Option(help="Markdown file that goes into the model file.")] = None,
-    mirror: Annotated[bool, typer.Option("--mirror", help="Predict over mirror images by default.")] = False,
+    mirror: Annotated[
+        bool | None,
+        typer.Option(
+            "--mirror/--no-mirror",
+            help="Predict over mirror images by default. Default: as the model files say; not for "
+            "checkpoints.",
+        ),
+    ] = None,
 ) -> None:
     """Write one or several networks as one file, in half precision."""
     with _errors():
@@ -527,7 +542,7 @@ def export(
 
         from factorizer.commands.models import export as run
 
-        run(Console(), checkpoint, output, card=card, mirror=mirror)
+        run(Console(markup=False), checkpoint, output, card=card, mirror=mirror)
 
 
 @models.command("import")
@@ -541,7 +556,7 @@ def take(
 
         from factorizer.commands.models import take as run
 
-        run(Console(), file, name)
+        run(Console(markup=False), file, name)
 
 
 # --- what commands share ---------------------------------------------------------------------------

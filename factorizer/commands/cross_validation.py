@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 import nibabel as nib
+import numpy as np
 import torch
 from rich.console import Console
 from torch import nn
@@ -17,7 +19,7 @@ from torch import nn
 from factorizer.commands.train import train
 from factorizer.segmentation.cases import Case, on_one_grid, read_decathlon, split_cases
 from factorizer.segmentation.checkpoint import load_network
-from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.errors import DataError, FlatImageError
 from factorizer.segmentation.evaluation import (
     Score,
     score_labels,
@@ -28,7 +30,7 @@ from factorizer.segmentation.evaluation import (
 from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.inference import Predictor, keep_largest
 from factorizer.segmentation.plan import AS_PLANNED, Plan, Wishes
-from factorizer.segmentation.processes import pick_device
+from factorizer.segmentation.processes import pick_device, world_size
 from factorizer.segmentation.screen import count, progress
 from factorizer.segmentation.trained import TrainedModel, save_model
 from factorizer.segmentation.volumes import check_label, read_grid
@@ -61,6 +63,11 @@ def cross_validate(
 
     Returns the ensemble's file. Raises DataError as `train` does.
     """
+    if world_size() > 1:
+        raise DataError(
+            f"fold: got all, in {world_size()} processes of torchrun; give --fold 0 to --fold 4 one after "
+            "another, or all in one process"
+        )
     if options.get("init") is not None and not Path(options["init"]).exists():
         raise DataError(f"init: there is no {options['init']}")
     task = on_one_grid(read_decathlon(data), resample)
@@ -114,12 +121,14 @@ def _scores(
     with progress(console) as bar:
         for case in bar.track(cases, description="Segmenting"):
             truth = check_label(case, list(plan.labels))
+            labels = np.zeros_like(truth)  # of a flat image, which was told before the training
             spacing = nib.affines.voxel_sizes(read_grid(case.image)[0]).tolist()
             for mirror, largest in VARIANTS:
-                if not largest:
-                    labels = predictors[mirror].segment(case)
+                if largest:
+                    labels = keep_largest(labels, plan, list(plan.targets))
                 else:
-                    labels = keep_largest(labels, list(plan.targets.values()))
+                    with suppress(FlatImageError):
+                        labels = predictors[mirror].segment(case)
                 scores[mirror, largest] += score_labels(labels, truth, plan.targets, spacing, case.name)
     plain = {str(variant): [asdict(score) for score in found] for variant, found in scores.items()}
     with atomic(path) as temporary:

@@ -7,6 +7,7 @@ import platform
 
 import torch
 from rich.console import Console
+from rich.text import Text
 from torch import Tensor
 
 import factorizer_kernels as fk
@@ -63,7 +64,8 @@ def doctor(console: Console) -> bool:
         "forward: median time for x (1, 32, 64, 64, 64).\n"
         "a ReLU: the same for relu(x), in turn with it; slower into fresh memory."
     )
-    console.print("[green]All usable backends are right.[/]" if right else "[red]A backend is wrong.[/]")
+    told = ("All usable backends are right.", "green") if right else ("A backend is wrong.", "red")
+    console.print(Text(*told))
     return right
 
 

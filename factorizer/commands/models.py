@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
@@ -11,15 +12,15 @@ from factorizer.models.build import parameter_count
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import prepare_folder
 from factorizer.segmentation.inference import Predictor
-from factorizer.segmentation.screen import table
+from factorizer.segmentation.screen import count, table
 from factorizer.segmentation.trained import (
-    TrainedModel,
     find_model,
     import_model,
     known_models,
     load_model,
     own_folder,
     save_model,
+    united,
 )
 
 
@@ -27,7 +28,11 @@ def show_models(console: Console) -> None:
     """Lists the models that `predict --model` knows."""
     rows = table("Trained models", "name", "segments", "networks", "parameters", "file", texts=2)
     for name, path in known_models().items():
-        model = load_model(path)
+        try:
+            model = load_model(path)
+        except (DataError, OSError) as error:  # it must not hide the others
+            rows.add_row(name, "cannot be read", "", "", str(error))
+            continue
         plan = model.members[0][1]
         rows.add_row(
             name,
@@ -58,21 +63,35 @@ def export(
     out: Path,
     *,
     card: Path | None = None,
-    mirror: bool = False,
+    mirror: bool | None = None,
 ) -> None:
-    """Writes the networks of the checkpoints as one model file, weights in half precision.
+    """Writes the networks of the checkpoints and model files as one model file, weights in half precision.
+
+    What is not given (`mirror`, and the card of a single one), and of which targets the largest component is
+    kept, is as the model files have it, or where there are several as all of them have it.
 
     Raises DataError where one cannot be used, two do not segment the same, or `out` cannot be written.
     """
+    if any(out.resolve() == path.resolve() for path in checkpoints):
+        raise DataError(f"output: {out} is one of the checkpoints, which it would replace; give another file")
     try:
-        members = tuple(member for path in checkpoints for member in load_model(path).members)
-        text = "" if card is None else card.read_text(encoding="utf-8")
+        model = united([load_model(path) for path in checkpoints])
+        if card is not None:
+            model = replace(model, card=card.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise DataError(f"there is no {error.filename}") from error
-    Predictor(members)  # which refuses networks that do not segment the same
+    if mirror is not None:
+        model = replace(model, mirror=mirror)
+    Predictor(model.members)  # which refuses networks that do not segment the same
     prepare_folder("output", out.resolve().parent)
-    save_model(TrainedModel(members, mirror=mirror, card=text), out)
-    console.print(f"{len(members)} networks, {out.stat().st_size / 1e6:.1f} MB, in {out}", soft_wrap=True)
+    save_model(model, out)
+    kept = ", ".join(model.largest_component) or "none"
+    console.print(
+        f"{count(len(model.members), 'network')}, {out.stat().st_size / 1e6:.1f} MB, in {out}; "
+        f"mirror images: {'yes' if model.mirror else 'no'}; largest component alone: {kept}; "
+        f"{'with a card' if model.card else 'no card'}",
+        soft_wrap=True,
+    )
 
 
 def take(console: Console, path: Path, name: str | None = None) -> None:

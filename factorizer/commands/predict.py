@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import nibabel as nib
@@ -14,16 +15,18 @@ from rich.console import Console
 from factorizer.segmentation.cases import Case, find_cases, with_grid
 from factorizer.segmentation.dicom import write_segmentation
 from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.files import atomic, digest_of, prepare_folder
+from factorizer.segmentation.files import atomic, check_apart, digest_of, prepare_folder
 from factorizer.segmentation.formats import load, parts_of, save
-from factorizer.segmentation.inference import Predictor, load_predictor, run_cases
+from factorizer.segmentation.inference import PROBABILITIES, Predictor, load_predictor, run_cases
 from factorizer.segmentation.measure import peak_memory, versions
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.preview import draw_preview, preview_of, write_statistics
 from factorizer.segmentation.processes import gather, group_position, part_of, process_group
+from factorizer.segmentation.provenance import made, remove_result, write_result
 from factorizer.segmentation.screen import Outcome, tell_failures, tell_warning
 from factorizer.segmentation.survey import doubts_of_files
 
+PREVIEWS = "previews"  # a folder in that of the results
 ALSO = {"nrrd": ".nrrd", "mha": ".mha", "dicom-seg": ".dcm"}  # formats beside NIfTI, with their endings
 
 
@@ -64,27 +67,33 @@ def predict(
     suffix = "" if parts == 1 else f"-{number}-of-{parts}"  # of what is about the cases of this command
     predictor = load_predictor(checkpoints, device=device, num_iters=num_iters, whole=whole, mirror=mirror)
     cases = with_grid(find_cases(inputs, section), predictor.plan.modalities, resample)
-    prepare_folder("output", out, (path for case in cases for path in case.images))
+    images = [path for case in cases for path in case.images]
+    prepare_folder("output", out, images)
+    for name in (*ALSO, PROBABILITIES, PREVIEWS):  # whether they are wanted or not: old ones are removed
+        check_apart("output", out / name, images)
     _check_also(also, cases)
     cases = cases[number - 1 :: parts]
     for doubt in doubts_of_files(cases):
         tell_warning(console, doubt)
-    previews = out / "previews"
+    previews = out / PREVIEWS
     if preview:
         prepare_folder("preview", previews)
 
     def show(case: Case, result: Path) -> None:
         for name, ending in ALSO.items():
             path = out / name / f"{case.name}{ending}"
-            path.unlink(missing_ok=True)  # of another result
-            if name in also:
-                _write_also(name, load(result), case, predictor.plan, path)
+            if name not in also:
+                remove_result(path)  # of another result
+            elif overwrite or not made(path, case, settings):
+                path.parent.mkdir(exist_ok=True)
+                write = partial(_write_also, name, load(result), case, predictor.plan)
+                write_result(path, case, settings, write)
         if preview:
             draw_preview(previews, case, result, targets, modalities=predictor.plan.modalities)
         else:  # of another result
             preview_of(previews, case.name).unlink(missing_ok=True)
 
-    targets = predictor.plan.targets
+    targets, settings = predictor.plan.targets, predictor.settings()
     with process_group():  # torchrun stops the other processes where one ends with an error
         index, processes = group_position()
         own = run_cases(
@@ -135,12 +144,10 @@ def _check_also(also: Sequence[str], cases: Sequence[Case]) -> None:
 
 
 def _write_also(name: str, labels: nib.Nifti1Image, case: Case, plan: Plan, path: Path) -> None:
-    path.parent.mkdir(exist_ok=True)
-    with atomic(path) as temporary:
-        if name == "dicom-seg":
-            write_segmentation(labels, case.image, plan.labels, temporary)
-        else:
-            save(labels, temporary)
+    if name == "dicom-seg":
+        write_segmentation(labels, case.image, plan.labels, path)
+    else:
+        save(labels, path)
 
 
 def _write_report(

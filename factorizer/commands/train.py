@@ -15,12 +15,12 @@ from factorizer.segmentation.cases import on_one_grid, read_decathlon, read_spli
 from factorizer.segmentation.checkpoint import read_first
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import MeanDice
-from factorizer.segmentation.files import atomic, prepare_folder
+from factorizer.segmentation.files import atomic, digest_of, prepare_folder
 from factorizer.segmentation.plan import AS_PLANNED, Plan, Wishes, plan_run
 from factorizer.segmentation.processes import pick_device, process_group
 from factorizer.segmentation.screen import duration, facts
 from factorizer.segmentation.survey import check_cases
-from factorizer.segmentation.training import Trainer, fit, start_from, step_seconds, within_budget
+from factorizer.segmentation.training import BEST, Trainer, fit, start_from, step_seconds, within_budget
 from factorizer.segmentation.transforms import CropBatches, training_volumes
 
 
@@ -56,6 +56,12 @@ def train(
     check_counts(validate_every=(validate_every, 1), patience=(patience, 1), workers=(workers, 0))
     if patience is not None and not validate_every:
         raise DataError("patience: counts validations, so it needs validate-every")
+    if init is not None:
+        for name, wish in wishes.of_the_network().items():
+            if wish is not None:
+                raise DataError(
+                    f"{name}: got {wish}, and --init, whose network decides it; leave one of them out"
+                )
     place = pick_device(device)
     task = on_one_grid(read_decathlon(data), resample)
     if split is None:
@@ -90,6 +96,8 @@ def train(
         )
         if checkpoint.exists():
             trainer.resume(checkpoint)
+        elif trainer.process_index == 0:
+            (out / BEST).unlink(missing_ok=True)  # of a run that was there before
         announce(console, trainer, out, None if trainer.finished else step_seconds(plan, place))
         if not trainer.finished:
             with console.status(f"Loading {len(training)} volumes"):
@@ -101,8 +109,8 @@ def train(
         f"network in {checkpoint}"
     )
     if trainer.scores:
-        step, best = max(trainer.scores, key=lambda pair: pair[1])
-        console.print(f"best mean Dice of the held-out cases: {best:.3f} after step {step}, in best.pt")
+        step, best = max(trainer.scores, key=lambda pair: (pair[1], pair[0]))  # of equals the last is kept
+        console.print(f"best mean Dice of the held-out cases: {best:.3f} after step {step}, in {BEST}")
     return checkpoint
 
 
@@ -113,7 +121,8 @@ def _like(plan: Plan, init: Path) -> Plan:
     except FileNotFoundError as error:
         raise DataError(f"init: there is no {init}") from error
     own = {name: plan.network[name] for name in ("in_channels", "out_channels", "spatial_size")}
-    return replace(plan, network={**other.network, **own}, init=str(init))
+    # By its content too: other weights of the same name are another start.
+    return replace(plan, network={**other.network, **own}, init=f"{init} (SHA-256 {digest_of(init)[:16]})")
 
 
 def announce(console: Console, trainer: Trainer, out: Path, seconds: float | None = None) -> None:

@@ -29,7 +29,13 @@ def read_checkpoint(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
 def read_first(path: str | Path) -> tuple[Plan, Mapping[str, Any]]:
     """The plan and the state of the first network in a checkpoint or a model file; all of a file segment the
     same. Raises as `read_checkpoint` does."""
-    return read_entry(entries_of(load_tensors(path), path)[0], path)
+    return read_all(path)[0]
+
+
+def read_all(path: str | Path) -> list[tuple[Plan, Mapping[str, Any]]]:
+    """The plans and the states of all networks in a checkpoint or a model file. Raises as `read_checkpoint`
+    does."""
+    return [read_entry(entry, path) for entry in entries_of(load_tensors(path), path)]
 
 
 def entries_of(content: Mapping[str, Any], path: str | Path) -> Sequence[Mapping[str, Any]]:

@@ -20,7 +20,7 @@ from rich.table import Table
 from torch import nn
 
 from factorizer.segmentation.cases import Case, find_cases, read_classes, volumes_in
-from factorizer.segmentation.checkpoint import read_first
+from factorizer.segmentation.checkpoint import read_all, read_first
 from factorizer.segmentation.dataset import read_modalities
 from factorizer.segmentation.errors import DataError, FlatImageError
 from factorizer.segmentation.files import atomic, prepare_folder, read_json
@@ -331,12 +331,14 @@ def _targets(
 ) -> tuple[Targets, list[int]]:
     """What is measured, and all the values that a label may have."""
     if checkpoint is not None:
-        plan = read_first(checkpoint)[0]
-        if seen := sorted({case.name for case in cases}.intersection(plan.training)):
+        plans = [plan for plan, _ in read_all(checkpoint)]
+        plan, known = plans[0], {name for plan in plans for name in plan.training}
+        which = "network was" if len(plans) == 1 else "networks were"
+        if seen := sorted({case.name for case in cases}.intersection(known)):
             more = f" and {len(seen) - 5} more" if len(seen) > 5 else ""
             tell_warning(
                 console,
-                f"the network was trained on cases of these names, whose scores say nothing about new ones: "
+                f"the {which} trained on cases of these names, whose scores say nothing about new ones: "
                 f"{', '.join(seen[:5])}{more}",
             )
         return plan.targets, list(plan.labels)

@@ -49,10 +49,7 @@ def prepare_folder(name: str, folder: Path, inputs: Iterable[Path] = ()) -> Path
     """
     if folder.exists() and not folder.is_dir():
         raise DataError(f"{name}: {folder} is a file; it must be a folder, or not exist yet")
-    where = os.path.realpath(folder)  # not Path.resolve, which ends in an error on a loop of links
-    places = {os.path.realpath(path) for path in inputs}
-    if any(where in (place, os.path.dirname(place)) for place in places):  # a series is a folder itself
-        raise DataError(f"{name}: {folder} holds the inputs; give another folder")
+    check_apart(name, folder, inputs)
     probe = folder / f".part-probe-{uuid4().hex}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -61,6 +58,14 @@ def prepare_folder(name: str, folder: Path, inputs: Iterable[Path] = ()) -> Path
     except OSError as error:
         raise DataError(f"{name}: {folder} cannot be written to ({error})") from error
     return folder
+
+
+def check_apart(name: str, folder: Path, inputs: Iterable[Path]) -> None:
+    """Raises DataError where `folder` holds some of the files `inputs`; `name` is the argument's."""
+    where = os.path.realpath(folder)  # not Path.resolve, which ends in an error on a loop of links
+    places = {os.path.realpath(path) for path in inputs}
+    if any(where in (place, os.path.dirname(place)) for place in places):  # a series is a folder itself
+        raise DataError(f"{name}: {folder} holds the inputs; give another folder")
 
 
 def read_json(path: Path) -> Any:

@@ -70,16 +70,38 @@ class OwnGrid:
 
         Interpolated linearly, 0 outside of the values. These begin with plane `first` along that axis.
         """
-        ranges = [np.arange(n)[begin:end] if k == own else np.arange(n) for k, n in enumerate(self.shape)]
+        ranges = self._ranges(own, begin, end)
         start = np.zeros(3)
         start[self._axes[own]] = first
         if not self._parallel:
             return _sampled(values, self._places(np.stack(np.meshgrid(*ranges, indexing="ij"))).T - start)
         for k, axis in enumerate(self._axes):
-            index = np.zeros((3, len(ranges[k])))
-            index[k] = ranges[k]
-            values = _interpolated(values, axis + 1, self._places(index)[axis] - start[axis])
+            values = _interpolated(values, axis + 1, self._places_along(k, ranges[k]) - start[axis])
         return values.permute(0, *(axis + 1 for axis in self._axes))
+
+    def inside(self, size: Sequence[int], own: int = 0, begin: int = 0, end: int | None = None) -> Tensor:
+        """Which voxels (X', Y', Z') of the own grid, begin to end of axis `own`, values (n, *size) on the
+        network's say anything of: where `bring` has more than its 0."""
+        ranges = self._ranges(own, begin, end)
+        if not self._parallel:
+            places = self._places(np.stack(np.meshgrid(*ranges, indexing="ij")))
+            masks = [(place > -1) & (place < length) for place, length in zip(places, size, strict=True)]
+            return torch.from_numpy(np.logical_and.reduce(masks))
+        inside = torch.ones(*(len(voxels) for voxels in ranges), dtype=torch.bool)
+        for k, axis in enumerate(self._axes):
+            places = self._places_along(k, ranges[k])
+            inside.movedim(k, 2).logical_and_(torch.from_numpy((places > -1) & (places < size[axis])))
+        return inside
+
+    def _ranges(self, own: int, begin: int, end: int | None) -> list[np.ndarray]:
+        """The voxels along each own axis, of which begin to end of axis `own` are wanted."""
+        return [np.arange(n)[begin:end] if k == own else np.arange(n) for k, n in enumerate(self.shape)]
+
+    def _places_along(self, own: int, voxels: np.ndarray) -> np.ndarray:
+        """Where voxels of an own axis lie along the network's axis that it is parallel to."""
+        index = np.zeros((3, len(voxels)))
+        index[own] = voxels
+        return self._places(index)[self._axes[own]]
 
     def _places(self, index: np.ndarray) -> np.ndarray:
         """Voxels (3, ...) of the own grid to places on the network's."""

@@ -15,7 +15,7 @@ from factorizer.segmentation.cases import with_grid
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.inference import Predictor, load_predictor
 from factorizer.segmentation.survey import doubts_of_files
-from factorizer.segmentation.trained import find_model
+from factorizer.segmentation.trained import find_model, known_models
 from factorizer.segmentation.volumes import LoadedCase, Volume, on_grid_of
 
 KINDS = "a NumPy array (X, Y, Z) or (X, Y, Z, modality), or a nibabel image"
@@ -105,9 +105,12 @@ def _predictor(model: Any, **options: Any) -> Predictor:
 
 
 def _file_of(model: str | Path) -> Path:
-    """The file that a name or a path stands for; what has a folder or an ending is a path."""
+    """The file that a name or a path stands for. What has a folder is a path, or an ending and no model's
+    name."""
     path = Path(model)
-    return path if path.suffix or len(path.parts) > 1 or isinstance(model, Path) else find_model(model)
+    if isinstance(model, Path) or len(path.parts) > 1 or (path.suffix and model not in known_models()):
+        return path
+    return find_model(model)
 
 
 def _by_modality(image: Any, modalities: Sequence[str]) -> dict[str, Any]:

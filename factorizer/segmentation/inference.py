@@ -25,15 +25,16 @@ from factorizer.segmentation.formats import save
 from factorizer.segmentation.grids import OwnGrid
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position, pick_device
-from factorizer.segmentation.provenance import differences, made, write_result
+from factorizer.segmentation.provenance import differences, made, remove_result, write_result
 from factorizer.segmentation.screen import Outcome, each_case, tell_warning
 from factorizer.segmentation.sliding import Planes, mirrored, slide
-from factorizer.segmentation.trained import load_model
+from factorizer.segmentation.trained import load_model, united
 from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import on_grid_of, read_grid
 from factorizer_kernels import give_back_freed_memory
 
 SLAB_ELEMENTS = 2**22  # logits that are decided at a time, about
+PROBABILITIES = "probabilities"  # a folder in that of the results
 SETTINGS = "settings.json"  # in a folder of results: what they were made with
 
 
@@ -114,35 +115,37 @@ class Predictor:
         """The label values as `segment` has them, and where they are wanted the probabilities.
 
         Those are (outputs, X, Y, Z) float32: of the regions, each for itself, or of the labels, together 1.
+        Where no network looked, outside of the box that holds all voxels but 0, all is background.
         """
         labels, chances = np.zeros(0), None
-        for shape, place, logits in self._slabs(case):
+        for shape, place, logits, seen in self._slabs(case):
             if not labels.size:
                 labels = np.zeros(shape, np.uint8)
                 if probabilities:
                     chances = torch.zeros(len(logits), *shape)
             labels[place[1:]] = self.plan.decide(logits).numpy()
             if chances is not None:
-                chances[place] = logits.sigmoid() if self.plan.regions else logits.softmax(0)
-        kept = [self.plan.targets[name] for name in self.largest_component]
-        return keep_largest(labels, kept) if kept else labels, chances
+                chances[place] = self.plan.probabilities(logits, seen())
+        return keep_largest(labels, self.plan, self.largest_component), chances
 
     def logits(self, case: Case) -> Tensor:
         """Mean logits (outputs, X, Y, Z) on the image's own grid."""
         total = torch.zeros(0)
-        for shape, place, logits in self._slabs(case):
+        for shape, place, logits, _ in self._slabs(case):
             if not total.numel():
                 total = torch.zeros(len(logits), *shape)
             total[place] = logits
         return total
 
-    def _slabs(self, case: Case) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...], Tensor]]:
-        """The shape of the image's own grid, a slab of it, and the mean logits (outputs, ...) there; slab by
-        slab."""
+    def _slabs(
+        self, case: Case
+    ) -> Iterator[tuple[tuple[int, ...], tuple[slice, ...], Tensor, Callable[[], Tensor]]]:
+        """The shape of the image's own grid, a slab of it, the mean logits (outputs, ...) there, and what
+        tells the voxels (...) that a network has seen; slab by slab."""
         groups: dict[Any, list[tuple[nn.Module, Plan]]] = {}  # one for each way to preprocess the image
         for network, plan in self.models:
             groups.setdefault((plan.spacing, plan.window), []).append((network, plan))
-        parts: list[tuple[OwnGrid, int, list[Planes]]] = []
+        parts: list[tuple[OwnGrid, tuple[int, ...], list[Planes]]] = []
         axis = 0
         for members in groups.values():
             prepared = PreparedCase(members[0][1], case)
@@ -156,7 +159,7 @@ class Predictor:
             planes = [
                 Planes(self._chunks(network, plan, prepared.image, axis), axis) for network, plan in members
             ]
-            parts.append((prepared.own_grid, size[axis], planes))
+            parts.append((prepared.own_grid, tuple(size), planes))
         shape, own = parts[0][0].shape, parts[0][0].along(axis)
         thickness = max(1, SLAB_ELEMENTS * shape[own] // (math.prod(shape) * len(self.plan.outputs)))
         slabs = [slice(k, min(k + thickness, shape[own])) for k in range(0, shape[own], thickness)]
@@ -164,13 +167,14 @@ class Predictor:
             slabs.reverse()
         for slab in slabs:
             total: Any = 0
-            for grid, length, members_planes in parts:
-                begin, end = grid.planes(own, slab.start, slab.stop, length)
+            for grid, its_size, members_planes in parts:
+                begin, end = grid.planes(own, slab.start, slab.stop, its_size[axis])
                 values: Any = sum(planes.take(begin, end) for planes in members_planes)
                 total = total + grid.bring(values, own, slab.start, slab.stop, begin)
             check_finite(total, case)
             place = (slice(None), *(slab if k == own else slice(None) for k in range(3)))
-            yield shape, place, total.div_(len(self.models)) if len(self.models) > 1 else total
+            seen = partial(_seen, parts, own, slab)
+            yield shape, place, total.div_(len(self.models)) if len(self.models) > 1 else total, seen
 
     def run(self, network: nn.Module, plan: Plan, image: Tensor) -> Tensor:
         """The network moved over a preprocessed image (C, X, Y, Z): (outputs, X, Y, Z), on the CPU."""
@@ -234,18 +238,25 @@ class Predictor:
             return FinestHead(network)(x.to(device)).float()
 
 
-def keep_largest(labels: np.ndarray, targets: Sequence[Sequence[int]]) -> np.ndarray:
+def _seen(parts: Sequence[tuple[OwnGrid, tuple[int, ...], Any]], own: int, slab: slice) -> Tensor:
+    masks = [grid.inside(size, own, slab.start, slab.stop) for grid, size, _ in parts]
+    return torch.stack(masks).any(0)
+
+
+def keep_largest(labels: np.ndarray, plan: Plan, targets: Sequence[str]) -> np.ndarray:
     """Label values (X, Y, Z) with those of each target only where its largest connected component is.
 
-    Voxels that share a corner are connected.
+    Voxels that share a corner are connected. What a region loses is what lies around it: of the region that
+    holds it, or background.
     """
     labels = labels.copy()
-    for values in targets:
-        mask = np.isin(labels, list(values))
+    around = plan.values_around()
+    for name in (name for name in around if name in targets):
+        mask = np.isin(labels, list(plan.targets[name]))
         components, number = ndimage.label(mask, np.ones((3, 3, 3)))
         if number > 1:
             largest = 1 + int(np.bincount(components[mask])[1:].argmax())
-            labels[mask & (components != largest)] = 0
+            labels[mask & (components != largest)] = around[name]
     return labels
 
 
@@ -279,13 +290,13 @@ def load_predictor(
         for model in models:
             for network, _ in model.members:
                 set_num_iters(network, num_iters)
-    kept = [set(model.largest_component) for model in models]
+    model = united(models)
     return Predictor(
-        [member for model in models for member in model.members],
+        model.members,
         device=pick_device(device),
         whole=whole,
-        mirror=all(model.mirror for model in models) if mirror is None else mirror,
-        largest_component=sorted(set.intersection(*kept)),
+        mirror=model.mirror if mirror is None else mirror,
+        largest_component=model.largest_component,
     )
 
 
@@ -315,14 +326,14 @@ def run_cases(
 
     def segment(case: Case) -> str:
         path = folder / f"{case.name}.nii.gz"
-        maps = folder / "probabilities" / f"{case.name}.npz"
+        maps = folder / PROBABILITIES / f"{case.name}.npz"
         there = not overwrite and made(path, case, settings)
         skipped = there and (not probabilities or made(maps, case, settings))
         if not skipped:
             values, chances = predictor.results(case, probabilities=probabilities)
             labels = on_grid_of(values, case.image)
             if not probabilities:
-                maps.unlink(missing_ok=True)  # of another result
+                remove_result(maps)  # of another result
             write_result(path, case, settings, lambda temporary: save(labels, temporary))
             if chances is not None:
                 maps.parent.mkdir(exist_ok=True)

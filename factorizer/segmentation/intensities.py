@@ -29,15 +29,17 @@ MAX_AIR = 0.3  # of the bright tissue's intensity (its 95 percentile); noise is 
 CUT_AWAY = 0.05  # share of zeros from which on something was cut away
 
 _CT = re.compile(r"(nc|ce|cb|hr|ld|hd|de|ne|low|dual)*ct(a|v|pa|scan|image|volume)?")
+# MR sequences, of which ct1 is T1 with a contrast agent.
+_MR = re.compile(r"(?<![a-z])(c?t1|t2)(?!\d)|flair")
 _NOT_CT = {"pet", "suv", "spect", "nm", "mr", "mri", "ctp", "cbf", "cbv", "mtt", "tmax", "ttp", "mask", "seg"}
 
 
 def is_ct(name: str) -> bool:
     """Whether a channel of that name holds Hounsfield units: CT, CTA, NCCT, CBCT, "CT scan", …"""
     words = re.findall(r"[a-z]+|\d+", name.lower())
-    if _NOT_CT.intersection(words):
-        return False
     text = name.lower()
+    if _NOT_CT.intersection(words) or _MR.search(text):
+        return False
     return (
         any(_CT.fullmatch(word) for word in words)
         or "tomodensi" in text

@@ -116,7 +116,7 @@ def check_names(source: str, names: Iterable[str]) -> None:
 
 # Names that one modality goes by, in files and in lists.
 _ALIKE = (
-    ("t1gd", "t1ce", "t1c", "t1wce", "t1wgd", "cet1", "t1post"),
+    ("t1gd", "t1ce", "t1c", "t1wce", "t1wgd", "cet1", "ct1", "t1post"),
     ("t1", "t1w", "t1n", "t1wi", "t1pre"),
     ("t2", "t2w", "t2wi"),
     ("flair", "t2f", "t2flair"),

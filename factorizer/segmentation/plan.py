@@ -158,6 +158,27 @@ class Plan:
             decided[inside[name]] = value
         return decided
 
+    def probabilities(self, logits: Tensor, seen: Tensor) -> Tensor:
+        """Logits (outputs, ...) to probabilities (outputs, ...): of the regions, each for itself, or of the
+        labels, together 1. Where the mask `seen` (...) is false, of which logits say nothing, is background.
+        """
+        if self.regions:
+            return logits.sigmoid() * seen
+        background = torch.zeros_like(logits)
+        background[0] = 1
+        return torch.where(seen, logits.softmax(0), background)
+
+    def values_around(self) -> dict[str, int]:
+        """For each target, outer ones first, the label value of what holds it: of a region, or 0."""
+        own = self._own_values()
+        around = dict.fromkeys(own or self.targets, 0)
+        for name in own:
+            # From the outermost on, so that the last one is the innermost that holds it.
+            for other, value in own.items():
+                if set(self.regions[other]) > set(self.regions[name]):
+                    around[name] = value
+        return around
+
     def _own_values(self) -> dict[str, int]:
         """For each region, outer ones first, the label value that it has and no region inside it."""
         own = own_values("plan", self.regions)
@@ -205,6 +226,11 @@ class Wishes:
         if self.half_grid is not None or self.steps is not None or device.type != "cpu":
             return self
         return replace(self, half_grid=budget in HALF_GRID)
+
+    def of_the_network(self) -> dict[str, Any]:
+        """What is said about the network, by the options' names."""
+        grid = None if self.half_grid is None else "half" if self.half_grid else "full"
+        return {"network": self.network, "rank": self.rank, "width": self.width, "grid": grid}
 
     def __post_init__(self) -> None:
         """Raises DataError for a value that no run can have."""

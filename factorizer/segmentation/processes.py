@@ -21,6 +21,11 @@ def group_position() -> tuple[int, int]:
     return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
+def world_size() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
 def part_of(text: str) -> tuple[int, int]:
     """Which part of how many "3/16" is, the first being 1: (3, 16). Raises DataError for anything else."""
     part, slash, parts = text.partition("/")
@@ -35,7 +40,7 @@ def process_group() -> Iterator[None]:
 
     Tensors travel through NCCL on CUDA devices, through Gloo on the CPU.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1 or dist.is_initialized():
+    if world_size() == 1 or dist.is_initialized():
         yield
         return
     # The processes' volumes differ in size, so one may wait long for another. If one fails, torchrun stops

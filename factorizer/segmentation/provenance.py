@@ -70,6 +70,16 @@ def write_result(
             path.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
+def remove_result(result: Path) -> None:
+    """Removes a result that `write_result` wrote, with its record; what others made or changed stays."""
+    record = _record_of(result)
+    if result.is_file() and record.is_file():
+        known = read_json(record)
+        if isinstance(known, dict) and known.get("result") == digest_of(result):
+            result.unlink()
+    record.unlink(missing_ok=True)
+
+
 def made_from_others(result: Path, case: Case) -> bool:
     """Whether a result is known to be made from other files than the images of `case`, if these are here."""
     record = _record_of(result)

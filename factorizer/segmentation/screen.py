@@ -1,4 +1,8 @@
-"""What long work shows in the terminal: bars, tables, and the cases that failed."""
+"""What long work shows in the terminal: bars, tables, and the cases that failed.
+
+Names of classes, cases and folders may hold brackets, which rich would take for its markup: the commands'
+consoles are made without it.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,6 @@ from dataclasses import dataclass
 from typing import Generic, TypeVar
 
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -19,6 +22,7 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.table import Table
+from rich.text import Text
 
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError
@@ -29,7 +33,7 @@ LINE_SECONDS = 60.0  # between two lines of a log file, where a bar would be see
 
 def console_of_process() -> Console:
     """The terminal; where torchrun started several processes all but the first are silent."""
-    return Console(quiet=int(os.environ.get("RANK", 0)) > 0)
+    return Console(quiet=int(os.environ.get("RANK", 0)) > 0, markup=False)
 
 
 def progress(console: Console) -> Progress:
@@ -101,7 +105,7 @@ def tell_failures(console: Console, outcomes: Sequence[Outcome[T]]) -> None:
     """A line for each case that failed, with the reason."""
     for outcome in outcomes:
         if outcome.failed:
-            text = f"[red]{escape(outcome.name)}: failed:[/] {escape(outcome.reason)}"
+            text = Text.assemble((f"{outcome.name}: failed:", "red"), f" {outcome.reason}")
             console.print(text, soft_wrap=True, highlight=False)
 
 
@@ -117,7 +121,7 @@ def duration(seconds: float) -> str:
 
 def tell_warning(console: Console, text: str) -> None:
     """What is allowed, and seldom meant."""
-    console.print(f"[yellow]warning:[/] {escape(text)}", soft_wrap=True, highlight=False)
+    console.print(Text.assemble(("warning:", "yellow"), f" {text}"), soft_wrap=True, highlight=False)
 
 
 def table(title: str, *columns: str, texts: int = 1) -> Table:
@@ -128,7 +132,7 @@ def table(title: str, *columns: str, texts: int = 1) -> Table:
     return made
 
 
-def facts(title: str, values: Mapping[str, str]) -> Table:
+def facts(title: str, values: Mapping[str, str | Text]) -> Table:
     """A table of names and what they stand for."""
     made = table(title, "", "", texts=2)
     made.show_header = False

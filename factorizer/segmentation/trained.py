@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -63,6 +63,18 @@ def load_model(path: str | Path) -> TrainedModel:
     )
 
 
+def united(models: Sequence[TrainedModel]) -> TrainedModel:
+    """The networks of several models as one, run as all of them together say; the card is that of a single
+    one."""
+    kept = [set(model.largest_component) for model in models]
+    return TrainedModel(
+        tuple(member for model in models for member in model.members),
+        mirror=all(model.mirror for model in models),
+        largest_component=tuple(sorted(set.intersection(*kept))),
+        card=models[0].card if len(models) == 1 else "",
+    )
+
+
 def save_model(model: TrainedModel, path: Path) -> None:
     """Writes a model file, weights in half precision. Raises OSError where it cannot be written."""
     content = {
@@ -84,7 +96,8 @@ def own_folder() -> Path:
 def known_models() -> dict[str, Path]:
     """The model files by name; one's own come before shipped ones of the same name."""
     folders = (SHIPPED, own_folder())
-    return {path.stem: path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}"))}
+    files = (path for folder in folders for path in sorted(folder.glob(f"*{SUFFIX}")))
+    return {path.stem: path for path in files if NAME.fullmatch(path.stem)}  # no file half-written
 
 
 def find_model(name: str) -> Path:

@@ -35,6 +35,7 @@ from factorizer.segmentation.recipe import BUDGETS, MAX_BUDGET_STEPS, MIN_STEPS,
 from factorizer.segmentation.screen import count, log_lines, progress
 from factorizer.segmentation.transforms import CropBatches
 
+BEST = "best.pt"  # beside the last checkpoint: the one with the best validation
 SAVE_EVERY, SAVE_SECONDS = 20, 30.0  # steps, or seconds and one step, that a killed run loses at most
 
 
@@ -219,7 +220,7 @@ class Trainer:
             due = self.step % SAVE_EVERY == 0 or time.perf_counter() - saved >= SAVE_SECONDS
             # First: a run that is killed between the two validates again, and keeps the same network.
             if validated and self.scores[-1][1] == max(score for _, score in self.scores):
-                self.save(path.with_name("best.pt"))
+                self.save(path.with_name(BEST))
             if validated or due or last:
                 self.save(path)
                 saved = time.perf_counter()

@@ -173,8 +173,9 @@ class PreparedCase:
         self.doubts: list[str] = self._item.pop("doubts") + self._doubts_of_spacing()
         self.image: torch.Tensor = self._item["image"].as_tensor()
         if bool((self.image == self.image[:, :1, :1, :1]).all()):
+            clipped = ", clipped to the windows of the plan" if any(plan.window) else ""
             raise FlatImageError(
-                f"{case.image}: holds a single value in each channel: there is nothing to be seen"
+                f"{case.image}: holds a single value in each channel{clipped}: there is nothing to be seen"
             )
 
     def _doubts_of_spacing(self) -> list[str]:

@@ -68,7 +68,7 @@ def run_demo(
 
     Raises DataError, before training, for data or an `out` that cannot be used.
     """
-    start, out, console = time.perf_counter(), Path(out), console or Console()
+    start, out, console = time.perf_counter(), Path(out), console or Console(markup=False)
     check_counts(steps=(steps, 1))
     task = None if data is None else read_decathlon(data)
     for folder in (out, out / "predictions"):

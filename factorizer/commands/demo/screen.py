@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.text import Text
 
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.screen import count, duration, facts, table
@@ -27,9 +28,9 @@ def announce(
     """Say what the run will do, and about how long it will take."""
     size = " x ".join(str(length) for length in plan.crop)
     widths = ", ".join(str(width) for width in plan.network["encoder_width"])
-    rows = {
+    rows: dict[str, str | Text] = {
         "task": f"{plan.task}: {', '.join(plan.classes)}",
-        "data": f"[bold yellow]{source}[/]" if synthetic else source,
+        "data": Text(source, style="bold yellow" if synthetic else ""),
         "modalities": ", ".join(plan.modalities),
         "cases": f"{len(plan.training)} to train on, {len(plan.held_out)} held out (seed {plan.seed})",
         "network": f"Swin Factorizer, widths {widths}, {parameters:,} parameters",

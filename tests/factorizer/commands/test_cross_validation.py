@@ -1,7 +1,10 @@
 """factorizer train --fold all."""
 
 import csv
+import shutil
 
+import nibabel as nib
+import numpy as np
 import pytest
 import torch
 from factorizer_support import run_command
@@ -60,6 +63,39 @@ def test_fold_and_init_errors(synthetic, tmp_path):
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--width", "32,64"], "width: got (32, 64), and --init"),
+        (["--rank", 3], "rank: got 3, and --init"),
+        (["--network", "global"], "network: got global, and --init"),
+        (["--grid", "full"], "grid: got full, and --init"),
+    ],
+)
+def test_what_the_initial_network_decides(synthetic, tmp_path, options, words):
+    command = ["train", synthetic, "--out", tmp_path / "run", "--init", tmp_path / "c.pt", *options]
+    assert words in run_command(*command, code=2)
+
+
+def test_all_folds_are_for_one_process(synthetic, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    printed = run_command("train", synthetic, "--out", tmp_path / "run", "--fold", "all", code=2)
+    assert "fold: got all, in 2 processes" in printed
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_flat_volume_does_not_end_the_folds(synthetic, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(synthetic, data)
+    file = min((data / "imagesTr").glob("*.nii.gz"))
+    volume = nib.load(file)
+    nib.save(nib.Nifti1Image(np.full(volume.shape, 7, np.float32), volume.affine), file)
+    run_command("train", data, "--out", tmp_path / "folds", "--fold", "all", "--steps", 1)
+    rows = list(csv.DictReader((tmp_path / "folds" / "cross_validation.csv").open()))
+    assert len({row["case"] for row in rows}) == 5
+    assert {row["dice"] for row in rows if row["case"] == file.name.removesuffix(".nii.gz")} == {"0.000000"}
+
+
 def test_budget_and_init(synthetic, tmp_path, monkeypatch):
     monkeypatch.setattr("factorizer.segmentation.training.MIN_STEPS", 2)
     monkeypatch.setitem(BUDGETS, "quick", 0)
@@ -75,9 +111,11 @@ def test_budget_and_init(synthetic, tmp_path, monkeypatch):
     second = ["train", synthetic, "--out", tmp_path / "b", "--steps", 1, *init]
     assert "tensors start from it, 0 at random" in run_command(*second)
     plan, state = read_checkpoint(tmp_path / "b" / "checkpoint.pt")
-    assert plan.init == str(tmp_path / "a" / "checkpoint.pt")
+    assert plan.init.startswith(str(tmp_path / "a" / "checkpoint.pt"))
     start = read_checkpoint(tmp_path / "a" / "checkpoint.pt")[1]["network"]
     rate = plan.learning_rate
     for name, value in state["network"].items():  # one step of AdamW away
         if value.is_floating_point():
             assert torch.allclose(value, start[name], atol=1.1 * rate, rtol=0.01)
+    shutil.copy(tmp_path / "b" / "checkpoint.pt", tmp_path / "a" / "checkpoint.pt")
+    assert "belongs to a run with init" in run_command(*second, code=2)  # of the same name, other weights

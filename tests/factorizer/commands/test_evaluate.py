@@ -139,6 +139,23 @@ def test_evaluate_tells_what_its_scores_do_not_mean(tmp_path):
     )
     told = "the network was trained on cases of these names, whose scores say nothing about new ones: case"
     assert told in evaluate(tmp_path, volume, volume, "--checkpoint", network)[0]
+    other = checkpoint_for(
+        plan_for(labels={0: "background", 1: "lesion"}, training=("b",)), tmp_path / "d.pt"
+    )
+    both = [option for file in (other, network) for option in ("--checkpoint", file)]
+    run_command("models", "export", *both, "--output", tmp_path / "both.pt")
+    told = told.replace("network was", "networks were")  # by the second of them
+    assert told in evaluate(tmp_path, volume, volume, "--checkpoint", tmp_path / "both.pt")[0]
+
+
+def test_names_with_brackets_are_shown_as_they_are(tmp_path):
+    volume = np.zeros((8, 8, 8), np.uint8)
+    volume[2:5, 2:6, 2:5] = 1
+    labels = {0: "background", 1: "lesion [/old]"}
+    network = checkpoint_for(plan_for(labels=labels), tmp_path / "c.pt")
+    printed, rows = evaluate(tmp_path, volume, volume, "--checkpoint", network)
+    assert "lesion [/old]" in printed
+    assert list(rows) == ["lesion [/old]"]
 
 
 def test_evaluate_measures_volumes_of_prediction_and_label(tmp_path):

@@ -1,7 +1,14 @@
 """factorizer models, and predict with a model's name."""
 
+import re
+from dataclasses import replace
+
+import numpy as np
 import pytest
 from factorizer_support import MODALITIES, four_modalities, run_command
+
+import factorizer
+from factorizer.segmentation.trained import load_model, save_model
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +41,43 @@ def test_one_of_checkpoint_and_model(command, tumour, tmp_path):
     assert "model: got 'absent'" in run_command(*options, "--model", "absent", code=2)
 
 
+def test_export_keeps_what_the_models_say(tumour, tmp_path):
+    one, two, card = tmp_path / "one.pt", tmp_path / "two.pt", tmp_path / "card.md"
+    model = replace(load_model(tumour), mirror=True, largest_component=("TC", "WT"), card="# One\n")
+    save_model(model, one)
+    save_model(replace(model, largest_component=("WT",)), two)
+    card.write_text("# Two\n")
+    out = tmp_path / "out.pt"
+
+    def exported(*options):
+        run_command("models", "export", "--output", out, *options)
+        found = load_model(out)
+        return len(found.members), found.mirror, found.largest_component, found.card
+
+    assert exported("--checkpoint", one) == (1, True, ("TC", "WT"), "# One\n")
+    assert exported("--checkpoint", one, "--no-mirror", "--card", card) == (1, False, ("TC", "WT"), "# Two\n")
+    assert exported("--checkpoint", one, "--checkpoint", two) == (2, True, ("WT",), "")
+    assert exported("--checkpoint", one, "--checkpoint", tumour) == (2, False, (), "")
+
+
+def test_a_broken_model_does_not_hide_the_others(tumour, tmp_path):
+    run_command("models", "import", tumour, "--name", "v1.0")
+    (tmp_path / "models" / ".part-half.pt").write_bytes(b"half")
+    (tmp_path / "models" / "broken.pt").write_bytes(b"half")
+    printed = run_command("models")
+    assert "v1.0" in printed
+    assert "hippocampus" in printed
+    assert re.search(r"broken .* cannot be", printed)
+    assert "part-half" not in printed
+    voxels = np.random.default_rng(0).gamma(2, 100, (12, 12, 12, 4))
+    assert factorizer.segment(voxels, "v1.0", spacing=(1, 1, 1)).shape == (12, 12, 12)
+
+
 def test_export_errors(tumour, tmp_path):
+    own = ["models", "export", "--checkpoint", tumour, "--output", tumour]
+    before = tumour.read_bytes()
+    assert "is one of the checkpoints" in run_command(*own, code=2)
+    assert tumour.read_bytes() == before
     options = ["models", "export", "--output", tmp_path / "mine.pt"]
     printed = run_command(*options, "--checkpoint", tmp_path / "absent.pt", code=2)
     assert "absent.pt" in printed

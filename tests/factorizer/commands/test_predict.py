@@ -217,6 +217,65 @@ def test_predict_draws_and_measures(tumour, tmp_path):
     assert not (out / "previews" / "a.png").exists()  # it may be another result's
 
 
+@pytest.mark.parametrize("also", [[], ["--also", "nrrd"]])
+def test_predict_leaves_what_it_did_not_make(tumour, tmp_path, also):
+    sitk = pytest.importorskip("SimpleITK")
+    four_modalities(tmp_path / "in", "a")
+    out = tmp_path / "out"
+    bystanders = {}
+    for folder, ending in (("nrrd", "nrrd"), ("mha", "mha"), ("probabilities", "npz")):
+        file = out / folder / f"a.{ending}"
+        file.parent.mkdir(parents=True)
+        file.write_bytes(b"of another program")
+        bystanders[file] = file.read_bytes()
+    options = ["predict", "--checkpoint", tumour, "--input", tmp_path / "in", "--output", out]
+    printed = run_command(*options, *also, code=1 if also else 0)
+    assert not also or "a.nrrd: is there, and nothing says what it was made from" in printed
+    assert {file: file.read_bytes() for file in bystanders} == bystanders
+    run_command(*options, "--also", "nrrd", "--overwrite")
+    labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "nrrd" / "a.nrrd")))
+    np.testing.assert_array_equal(labels.T, np.asarray(nib.load(out / "a.nii.gz").dataobj))
+    before = (out / "nrrd" / "a.nrrd").stat().st_mtime_ns
+    run_command(*options, "--also", "nrrd")
+    assert (out / "nrrd" / "a.nrrd").stat().st_mtime_ns == before
+    run_command(*options)
+    assert not (out / "nrrd" / "a.nrrd").exists()  # not asked for: it might be of another result
+
+
+@pytest.mark.parametrize("folder", ["nrrd", "mha", "dicom-seg", "probabilities", "previews"])
+def test_inputs_may_not_lie_where_results_go(tumour, tmp_path, folder):
+    four_modalities(tmp_path / folder, "a")
+    before = {file: file.read_bytes() for file in (tmp_path / folder).iterdir()}
+    options = ["predict", "--checkpoint", tumour, "--input", tmp_path / folder, "--output", tmp_path]
+    assert f"{folder} holds the inputs" in run_command(*options, code=2)
+    assert {file: file.read_bytes() for file in (tmp_path / folder).iterdir()} == before
+
+
+@pytest.mark.parametrize(("regions", "rotated"), [(None, False), (REGIONS, False), (None, True)])
+def test_where_no_network_looked_all_is_background(tmp_path, regions, rotated):
+    labels = TUMOUR if regions else {0: "background", 1: "thing"}
+    network = checkpoint_for(plan_for(("MRI",), labels, regions), tmp_path / "c.pt")
+    voxels = np.zeros((24, 22, 20), np.float32)
+    voxels[6:18, 5:16, 4:15] = np.random.default_rng(0).gamma(2, 100, (12, 11, 11))
+    affine = np.eye(4)
+    if rotated:
+        affine[:2, :2] = [[0.8, -0.6], [0.6, 0.8]]
+    (tmp_path / "in").mkdir()
+    nib.save(nib.Nifti1Image(voxels, affine), tmp_path / "in" / "a.nii.gz")
+    options = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--probabilities"]
+    run_command("predict", "--checkpoint", network, *options)
+    found = np.load(tmp_path / "out" / "probabilities" / "a.npz")["probabilities"].astype(np.float32)
+    inside, outside = found[:, 8:14, 8:13, 7:12], found[:, :3, :2, :1]
+    assert ((inside > 0) & (inside < 1)).all()
+    assert (outside == (np.zeros(3) if regions else np.array([1, 0])).reshape(-1, 1, 1, 1)).all()
+    if not regions:
+        np.testing.assert_allclose(found.sum(0), 1, atol=2e-3)
+    labels = np.asarray(nib.load(tmp_path / "out" / "a.nii.gz").dataobj)
+    sure = (np.abs(found - 0.5) > 1e-3).all(0)  # they are rounded to half precision
+    wanted = (found > 0.5).any(0) if regions else found.argmax(0) > 0
+    np.testing.assert_array_equal((labels > 0)[sure], wanted[sure])
+
+
 def test_predict_tells_what_is_odd(tumour, tmp_path):
     for name in ("flat", "twice", "loop", "coarse"):
         affine = np.diag([1.0, 1, 4 if name == "coarse" else 1, 1])

@@ -8,6 +8,7 @@ import pytest
 from factorizer_support import run_command
 
 from factorizer.segmentation.checkpoint import load_network, read_checkpoint
+from factorizer.segmentation.evaluation import MeanDice
 
 
 def test_train_predict_evaluate(synthetic, tmp_path, monkeypatch):
@@ -59,3 +60,14 @@ def test_train_predict_evaluate(synthetic, tmp_path, monkeypatch):
 def test_train_errors(synthetic, tmp_path, options, words):
     assert words in run_command("train", synthetic, "--out", tmp_path / "run", *options, code=2)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_best_network_is_of_this_run(synthetic, tmp_path, monkeypatch):
+    monkeypatch.setattr(MeanDice, "__call__", lambda self, network: 0.5)
+    options = ["train", synthetic, "--out", tmp_path, "--steps", 2]
+    printed = run_command(*options, "--validate-every", 1)
+    assert "0.500 after step 2, in best.pt" in printed
+    assert read_checkpoint(tmp_path / "best.pt")[1]["losses"][1:]  # of two equals the second
+    (tmp_path / "checkpoint.pt").unlink()
+    run_command(*options)
+    assert not (tmp_path / "best.pt").exists()

@@ -94,7 +94,7 @@ def check_formats(folder, volume, model, names):
         assert_same(load(folder / "out" / ending / f"series.{ending}"), labels)
     check_segmentation(folder / "out" / "dicom-seg" / "series.dcm", series, labels)
     predicted(folder, model, [series])
-    assert not list((folder / "out" / "dicom-seg").iterdir())  # of another command
+    assert not list((folder / "out" / "dicom-seg").glob("*.dcm"))  # of another command
 
 
 def check_segmentation(path, series, labels):

@@ -6,7 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from factorizer_support import plan_for
+from factorizer_support import REGIONS, TUMOUR, plan_for
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -182,13 +182,37 @@ def test_keep_largest():
     labels[2, 2, 2] = 1  # a ninth, by its corner
     labels[4:, 4, 3] = 1  # two apart
     labels[5, 0, 0] = 2
-    found = keep_largest(labels, [(1,), (2,)])
+    plan = plan_for()
+    found = keep_largest(labels, plan, ["halo", "core"])
     want = labels.copy()
     want[4:, 4, 3] = 0
     np.testing.assert_array_equal(found, want)
-    assert (keep_largest(labels, [(1, 2)]) == 2).sum() == 0  # a region's parts are kept together or not
     assert labels[4, 4, 3] == 1  # what was given is left alone
-    np.testing.assert_array_equal(keep_largest(np.zeros_like(labels), [(1,)]), 0 * labels)
+    np.testing.assert_array_equal(keep_largest(np.zeros_like(labels), plan, ["halo"]), 0 * labels)
+    np.testing.assert_array_equal(keep_largest(labels, plan, []), labels)
+
+
+def test_keep_largest_of_regions():
+    plan = plan_for(labels=TUMOUR, regions=REGIONS)
+    labels = np.zeros((12, 6, 6), np.uint8)
+    labels[:8] = 1  # the whole tumour, one piece
+    labels[1:4, 1:4, 1:4] = 2
+    labels[2, 2, 2] = 3
+    labels[6, 4, 4], labels[3, 3, 3] = (
+        3,
+        3,
+    )  # apart from the rest of the core; in it, apart from the enhancing
+    labels[10:, 0, 0] = 3  # apart from the whole tumour
+    found = keep_largest(labels, plan, list(REGIONS))
+    want = labels.copy()
+    want[10:, 0, 0] = 0
+    want[6, 4, 4] = 1  # oedema, as around it, and no hole
+    want[2, 2, 2], want[3, 3, 3] = 3, 3  # they touch by a corner
+    np.testing.assert_array_equal(found, want)
+    labels[10:, 0, 0] = 0
+    alone = keep_largest(labels, plan, ["ET"])
+    assert alone[6, 4, 4] == 2  # the core, of which it is a part, is not cut
+    assert (alone == 3).sum() == 2
 
 
 @pytest.mark.parametrize(

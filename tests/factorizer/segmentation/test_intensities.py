@@ -28,6 +28,9 @@ LARGEST = {"float32": 3.4028235e38, "float64": 1.7976931348623157e308}
         "CTPA",
         "CTscan",
         "ctImage",
+        "CT 1",
+        "ct2",
+        "CT_T10",
     ],
 )
 def test_names_of_ct(name):
@@ -50,6 +53,12 @@ def test_names_of_ct(name):
         "PET (CT-corrected)",
         "positron emission computed tomography",
         "CT mask",
+        "CT1",
+        "cT1",
+        "T1CT",
+        "T1 (CT)",
+        "T2-CT",
+        "ct_flair",
     ],
 )
 def test_names_of_other_modalities(name):
