@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from factorizer_kernels.shared import cuda, native, registry, triton
 from factorizer_kernels.shared.dynamo import constant_while_compiling
@@ -154,6 +155,15 @@ def choose(operator: str, x: Tensor, sizes: Any = None) -> str:
             f"backend {name!r} does not run {operator} here: {reason}; "
             f"leave the choice open, or take one of {tuple(others)}"
         )
+    if torch.compiler.is_compiling() and _transformed():
+        # Dynamo does not tell a Function that it is inside of torch.func.grad or jvp, so that its operator
+        # would be a constant there.
+        if name not in (None, "reference"):
+            raise ValueError(
+                f"backend {name!r} does not run {operator} in a compiled transform of torch.func; leave the "
+                "choice open, or compile what is inside of the transform"
+            )
+        return "reference"
     if x.numel() == 0:
         return "reference"
     if name is not None:
@@ -166,6 +176,11 @@ def choose(operator: str, x: Tensor, sizes: Any = None) -> str:
         if record.serves(device, by_name=False) and _why_not(record, operator, x, sizes, None) is None:
             return record.name
     raise AssertionError("the reference runs everything")
+
+
+@constant_while_compiling
+def _transformed() -> bool:
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
 def _why_not(record: _Record, operator: str, x: Tensor, sizes: Any, named: str | None) -> str | None:

@@ -16,11 +16,9 @@ from .linear import Linear
 from .mixer import FactMixer
 from .mlp import MLP
 from .norm import LayerNorm
-from .parts import Part, build, has_hooks
+from .parts import Part, build, untouched
+from .positional import PositionalEmbedding
 from .slabs import filter_in_place, plane_bytes, slabs
-
-#: The modules of a block whose arithmetic the pointwise chains of `factorizer_kernels` have.
-_CHAINED = {LayerNorm, nn.LayerNorm, Linear, nn.Conv1d, MLP, nn.Sequential, nn.GELU, nn.Dropout}
 
 
 class FactorizerBlock(nn.Module):
@@ -61,15 +59,18 @@ class FactorizerBlock(nn.Module):
     def fused(self) -> bool:
         """Whether norms, linear maps and sums run as chains of `factorizer_kernels`, with the same result.
 
-        They do where the chains know every part, no dropout is active, and no part has a hook.
+        They do where the chains know every part, nothing hangs on one, and no dropout is active.
         """
-        fact = self.fact
-        chained = (self.norm1, fact.in_proj, fact.out_proj, fact.dropout, self.norm2, self.mlp)
-        parts = [part for module in chained for part in module.modules()]
+        fact, linears = self.fact, self.mlp.linears if isinstance(self.mlp, MLP) else None
+        if not untouched(fact, FactMixer) or linears is None:
+            return False
+        norms, projections = (self.norm1, self.norm2), (fact.in_proj, fact.out_proj)
+        dropouts = [fact.dropout, *(part for part in self.mlp.block if isinstance(part, nn.Dropout))]
         return (
-            all(type(part) in _CHAINED and not has_hooks(part) for part in parts)
-            and not has_hooks(fact)
-            and not any(isinstance(p, nn.Dropout) and p.training and p.p for p in parts)
+            all(untouched(n, LayerNorm) and untouched(n.norm, nn.LayerNorm) for n in norms)
+            and all(untouched(p, Linear) for p in projections)
+            and all(untouched(p.linear, nn.Conv1d) for p in (*projections, *linears))
+            and all(untouched(d, nn.Dropout) and not (d.training and d.p) for d in dropouts)
         )
 
     def forward(self, x: Tensor, overwrite: bool = False) -> Tensor:
@@ -96,12 +97,13 @@ class FactorizerBlock(nn.Module):
 
     def _weights(self, x: Tensor) -> list[Any]:
         """Those of `linear_norm_mlp`."""
-        first, second = (part.weights for part in self.mlp.linears)
+        linears = self.mlp.linears
+        assert linears is not None  # the block is fused
+        first, second = (part.weights for part in linears)
         return [*self.fact.out_proj.weights, *self.norm2.affine(x), *first, *second]
 
     def _takes_slabs(self, x: Tensor) -> bool:
-        local = self.local
-        filters = local is None or not (has_hooks(local) or has_hooks(local.conv))
+        filters = self.local is None or (isinstance(self.local, DepthwiseConv) and self.local.untouched)
         return self.fused and filters and self.fact.takes_slabs(x)
 
     def _in_slabs(self, x: Tensor) -> Tensor:
@@ -164,6 +166,16 @@ class FactorizerStage(nn.Module):
         `overwrite`: nobody reads x or the blocks' results afterwards, see `FactorizerBlock`.
         """
         return self.after_adapter(self.adapter(x), overwrite)
+
+    @property
+    def keeps_nothing(self) -> bool:
+        """Whether no part of it can keep a map that it returns: all are known."""
+        return (
+            untouched(self, FactorizerStage)
+            and untouched(self.adapter, nn.Identity, Linear)
+            and untouched(self.pos_embed, nn.Identity, PositionalEmbedding)
+            and untouched(self.dropout, nn.Identity, nn.Dropout)
+        )
 
     def after_adapter(self, x: Tensor, overwrite: bool = False) -> Tensor:
         """What follows the channel adapter, on x (B, out_channels, S1..Sp)."""

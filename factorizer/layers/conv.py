@@ -63,7 +63,12 @@ CONV_TRANSPOSE: dict[int, type[nn.Module]] = {
 def _takes_planes(conv: Any) -> bool:
     """Whether each plane of a convolution's result depends on the planes around it, with zeros outside."""
     ones = all(s == d == 1 for s, d in zip(conv.stride, conv.dilation, strict=True))
-    return ones and not isinstance(conv.padding, str) and conv.padding_mode == "zeros"
+    return (
+        ones
+        and not isinstance(conv.padding, str)
+        and conv.padding_mode == "zeros"
+        and conv.padding[0] < conv.kernel_size[0]  # or a slab could lie in the zeros alone
+    )
 
 
 def _takes_blocks(conv: Any) -> bool:

@@ -14,7 +14,7 @@ from factorizer_kernels.shared.dtypes import autocast_dtype, compute_dtype
 
 from .checks import check_features
 from .conv import CONV
-from .parts import has_hooks
+from .parts import untouched
 
 
 class DepthwiseConv(nn.Module):
@@ -54,12 +54,19 @@ class DepthwiseConv(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, channels, S1..Sp) to the same shape."""
         check_features("DepthwiseConv", x, self.channels, self.spatial_dims)
+        if not untouched(self.conv, *CONV.values()):  # wrapped, pruned, with a parametrised weight
+            return self.conv(x)
         return fk.depthwise_conv(x, self.conv.weight.squeeze(1), self.conv.bias)
+
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing hangs on it, so that the filter may be used without a call."""
+        return untouched(self, DepthwiseConv) and untouched(self.conv, *CONV.values())
 
     def residual(self, x: Tensor) -> Tensor:
         """x + self(x). On a CPU it is one filter, with 1 added to its middle; elsewhere, and under autocast,
         the filter may round x."""
-        if x.device.type != "cpu" or autocast_dtype(x) != x.dtype or has_hooks(self) or has_hooks(self.conv):
+        if x.device.type != "cpu" or autocast_dtype(x) != x.dtype or not self.untouched:
             return x + self(x)
         check_features("DepthwiseConv", x, self.channels, self.spatial_dims)
         weight = self.conv.weight.squeeze(1).to(compute_dtype(x.dtype))

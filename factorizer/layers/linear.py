@@ -8,6 +8,7 @@ import factorizer_kernels as fk
 from factorizer_kernels.shared.checks import integer
 
 from .checks import check_dtype, check_features
+from .parts import untouched
 
 
 class Linear(nn.Module):
@@ -35,6 +36,8 @@ class Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, S1..Sp) to (B, out_channels, S1..Sp)."""
         check_features("Linear", x, self.in_channels)
+        if not untouched(self.linear, nn.Conv1d):  # wrapped, pruned, with a parametrised weight
+            return self.linear(x.flatten(2)).unflatten(2, x.shape[2:])
         check_dtype(x, self.linear.weight)
         return fk.linear(x.flatten(2), *self.weights).unflatten(2, x.shape[2:])
 

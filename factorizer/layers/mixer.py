@@ -16,7 +16,7 @@ from .factorization import NMF, MatrixFactorization
 from .factorization.inits import FixedInit
 from .linear import Linear
 from .matricize import Matricize, SWMatricize
-from .parts import Part, build, has_hooks
+from .parts import Part, build, untouched
 from .resize import crop_to, pad_to, resample
 from .slabs import plane_bytes, slabs, worth_slabs
 
@@ -76,17 +76,15 @@ class FactMixer(nn.Module):
     def fused(self) -> bool:
         """Whether the present parts run as one operator: the one place where this is decided.
 
-        They do where the operator knows them all and no part has a hook: a part with a hook runs on its
+        They do where the operator knows them all and nothing hangs on one: a part with a hook runs on its
         own, so that the hook is called.
         """
-        parts = (self.reshape, self.act, self.factorize)
         return (
-            type(self.reshape) in (Matricize, SWMatricize)
-            and type(self.act) in (nn.ReLU, nn.Identity)
-            and type(self.factorize) in (NMF, MatrixFactorization)
-            and isinstance(self.factorize.init, FixedInit)
+            untouched(self.reshape, Matricize, SWMatricize)
+            and untouched(self.act, nn.ReLU, nn.Identity)
+            and untouched(self.factorize, NMF, MatrixFactorization)
+            and untouched(self.factorize.init, FixedInit)
             and self.factorize.kernel_options is not None
-            and not any(map(has_hooks, parts))
         )
 
     def forward(self, x: Tensor) -> Tensor:

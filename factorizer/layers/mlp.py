@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from torch import Tensor, nn
 
-from factorizer_kernels.shared.checks import integer
+from factorizer_kernels.shared.checks import integer, number
 
 from .checks import check_probability
 from .linear import Linear
+from .parts import untouched
 
 
 class MLP(nn.Module):
@@ -33,9 +37,10 @@ class MLP(nn.Module):
         integer("in_channels", in_channels, 1)
         check_probability("dropout", dropout)
         if hidden_channels is None:
-            if ratio <= 0:
+            if not 0 < number("ratio", ratio) < math.inf:
                 raise ValueError(f"ratio must be positive, got {ratio}")
             hidden_channels = max(round(ratio * in_channels), 1)
+        integer("hidden_channels", hidden_channels, 1)
         out_channels = in_channels if out_channels is None else out_channels
         self.block = nn.Sequential(
             Linear(in_channels, hidden_channels),
@@ -46,9 +51,18 @@ class MLP(nn.Module):
         )
 
     @property
-    def linears(self) -> list[Linear]:
-        """The two linear layers."""
-        return [part for part in self.block if isinstance(part, Linear)]
+    def linears(self) -> tuple[Linear, Linear] | None:
+        """The two linear layers, where the rest is as it was made; None where something was changed."""
+        kinds = (Linear, nn.GELU, nn.Dropout, Linear, nn.Dropout)
+        parts: Any = list(self.block)
+        if (
+            not (untouched(self, MLP) and untouched(self.block, nn.Sequential))
+            or len(parts) != len(kinds)
+            or not all(map(untouched, parts, kinds))
+            or parts[1].approximate != "none"
+        ):
+            return None
+        return parts[0], parts[3]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, in_channels, S1..Sp) to (B, out_channels, S1..Sp)."""

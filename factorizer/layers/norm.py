@@ -11,6 +11,7 @@ import factorizer_kernels as fk
 from factorizer_kernels.shared.checks import integer
 
 from .checks import check_features
+from .parts import untouched
 
 
 class LayerNorm(nn.Module):
@@ -32,6 +33,8 @@ class LayerNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (B, dim, S1..Sp) to the same shape and dtype."""
         check_features("LayerNorm", x, self.dim)
+        if not untouched(self.norm, nn.LayerNorm):  # wrapped, with a parametrised weight
+            return self.norm(x.movedim(1, -1)).movedim(-1, 1)
         y = fk.layer_norm(x.flatten(2), *self.affine(x), eps=self.norm.eps)
         return y.unflatten(2, x.shape[2:])
 

@@ -39,10 +39,18 @@ def build(name: str, part: Part, *args: Any, **defaults: Any) -> Any:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether `module` has a hook, so that it must be called by itself."""
+    """Whether `module` has a hook, or all modules have one, or it was given another forward of its own: so
+    that it must be called by itself."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
+        or "forward" in vars(module)
+        or nn.modules.module._has_any_global_hook()
     )
+
+
+def untouched(module: Any, *kinds: type[nn.Module]) -> bool:
+    """Whether calling `module` does what one of these very classes does, and nothing else."""
+    return type(module) in kinds and not has_hooks(module)

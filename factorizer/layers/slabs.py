@@ -36,7 +36,7 @@ def plain_on_cpu(x: Tensor) -> bool:
 def slabs(begin: int, end: int, plane_bytes: int, least: int = 1) -> Iterator[tuple[int, int]]:
     """From where to where each slab goes, of planes of so many bytes; of as many planes as `least`, or
     more."""
-    step = max(least, SLAB_BYTES // max(plane_bytes, 1))
+    step = max(least, 1, SLAB_BYTES // max(plane_bytes, 1))
     for first in range(begin, end, step):
         yield first, min(first + step, end)
 

@@ -14,7 +14,7 @@ from ..layers.block import FactorizerStage
 from ..layers.checks import check_dtype, check_features
 from ..layers.conv import CONV, CONV_TRANSPOSE, ConvStage, can_join, join
 from ..layers.head import SubvoxelHead
-from ..layers.parts import Part, build, has_hooks
+from ..layers.parts import Part, build, has_hooks, untouched
 from ..layers.resize import crop_to, pad_to, round_up
 
 #: Heads that num_deep_supr=True stands for: the loss weights of the recipes are 1, 1/2 and 1/4.
@@ -113,7 +113,7 @@ class DecoderBlock(nn.Module):
         block: Any = self.block
         adapter: Any = getattr(block, "adapter", None)
         size = tuple(skip.shape[2:])
-        if not can_join(self.upsample, adapter) or has_hooks(block):
+        if not can_join(self.upsample, adapter) or not _begins_with_its_adapter(block):
             return block(torch.cat([skip, crop_to(self.upsample(x), size)], 1))
         overwrite = overwrite and type(block) is FactorizerStage and not _share_memory(x, skip)
         fitted = round_up(size, self.stride)
@@ -262,7 +262,7 @@ class UNet(nn.Module):
         size = x.shape[2:]
         # Without a name of their own here, maps are freed after their last use.
         y = self.stem(pad_to(x, round_up(size, self._divisor)))
-        overwrite = self._unwatched() and not _share_memory(x, y)
+        overwrite = self._unwatched() and self._keeps_nothing() and not _share_memory(x, y)
         features = [y]
         del y
         heads = self.heads if self.num_deep_supr else [self.head]
@@ -282,6 +282,21 @@ class UNet(nn.Module):
             or torch.nn.modules.module._has_any_global_hook()
             or any(map(has_hooks, self.modules()))
         )
+
+    def _keeps_nothing(self) -> bool:
+        """Whether no part can keep a map that it returns, which others write over then: all are known."""
+        blocks: Any = [*self.encoder.blocks, *self.decoder.blocks]
+        return untouched(self.stem, *CONV.values()) and all(
+            (isinstance(block, DecoderBlock) or untouched(block.downsample, nn.Identity, *CONV.values()))
+            and (getattr(block.block, "keeps_nothing", False) or untouched(block.block, ConvStage))
+            for block in blocks
+        )
+
+
+def _begins_with_its_adapter(stage: Any) -> bool:
+    """Whether a stage's `after_adapter` and its `adapter` are its forward."""
+    kind: Any = next(kind for kind in type(stage).__mro__ if "after_adapter" in vars(kind))
+    return type(stage).forward is kind.forward and not has_hooks(stage)
 
 
 def _share_memory(x: Tensor, y: Tensor) -> bool:

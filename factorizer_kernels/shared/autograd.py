@@ -37,15 +37,21 @@ def call_function(
     if not differentiated(arguments):
         # apply's own bookkeeping takes as long as a small kernel.
         return over(overwrite, name, function.forward, *arguments)
-    if torch.compiler.is_compiling():  # Dynamo refuses a Function that has a jvp of its own
+    if torch.compiler.is_compiling():
         return function.apply(*arguments)
     if torch.jit.is_tracing():
         raise NotImplementedError(
             f"torch.jit.trace cannot keep the gradient of the kernels of {name}: trace inside "
             f"torch.no_grad(); or {_WAY_OUT} can be traced"
         )
-    if forward_ad._current_level >= 0 or torch._C._are_functorch_transforms_active():
-        return _with_jvp(name, function).apply(*arguments)
+    if forward_ad._current_level >= 0:
+        # Not by a jvp of the Function's own: torch runs it without the tangents of what is around it.
+        reference = getattr(function, "reference", None)
+        if reference is None:
+            return _without_jvp(name, function).apply(*arguments)
+        return reference(*arguments[:-1])
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*arguments)
     return _reverse_only(function).apply(*arguments)
 
 
@@ -56,11 +62,13 @@ def over(memory: Tensor | None, name: str, operator: Callable, *arguments) -> Te
     compiled, recorded or watched.
 
     Args:
-        memory: of the result's shape and dtype, and contiguous, or it is not used.
+        memory: of the result's shape and dtype, on the device of the first argument, and contiguous, or it is
+            not used.
     """
     if (
         memory is None
         or type(memory) is not Tensor
+        or memory.device != arguments[0].device
         or not memory.is_contiguous()
         or not plain(arguments)
         or differentiated(arguments)
@@ -157,33 +165,12 @@ def _reverse_only(function: type[torch.autograd.Function]) -> type[torch.autogra
 
 
 @cache
-def _with_jvp(name: str, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
-    reference = getattr(function, "reference", None)
-
-    def setup_context(ctx, inputs, output):
-        function.setup_context(ctx, inputs, output)
-        if reference is not None:
-            ctx.save_for_forward(*(a for a in inputs if isinstance(a, Tensor)))
-            ctx.inputs = [None if isinstance(a, Tensor) else (a,) for a in inputs]
+def _without_jvp(name: str, function: type[torch.autograd.Function]) -> type[torch.autograd.Function]:
+    """The same with a forward mode that says that there is none."""
 
     def jvp(ctx, *tangents):
-        if reference is None:
-            raise NotImplementedError(
-                f"the kernels of {name} cannot be differentiated in forward mode: {_WAY_OUT} can be"
-            )
-        saved = iter(ctx.saved_tensors)
-        inputs = [next(saved) if a is None else a[0] for a in ctx.inputs]
-        moved = [i for i, t in enumerate(tangents) if t is not None]
+        raise NotImplementedError(
+            f"the kernels of {name} cannot be differentiated in forward mode: {_WAY_OUT} can be"
+        )
 
-        def along(*tensors):
-            filled = list(inputs)
-            for i, t in zip(moved, tensors, strict=True):
-                filled[i] = t
-            return reference(*filled[:-1])
-
-        # The transpose of the transpose: forward mode does not nest, and this may be inside of one.
-        y, transposed = torch.func.vjp(along, *(inputs[i] for i in moved))[:2]
-        return torch.func.vjp(transposed, y)[1](tuple(tangents[i] for i in moved))[0]
-
-    methods = {"jvp": staticmethod(jvp), "setup_context": staticmethod(setup_context)}
-    return type(function.__name__, (function,), methods)
+    return type(function.__name__, (function,), {"jvp": staticmethod(jvp)})

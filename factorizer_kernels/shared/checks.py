@@ -110,7 +110,10 @@ def number(name: str, value: Any) -> float:
     """``value`` as a float, if it is a real number."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(f"{name} must fit in 64 bits, got an integer beyond them") from None
 
 
 def one_of(name: str, value: Any, allowed: tuple) -> Any:
@@ -120,6 +123,11 @@ def one_of(name: str, value: Any, allowed: tuple) -> Any:
     if value not in allowed:
         raise ValueError(f"{name} must be one of {allowed}, got {value!r}")
     return value
+
+
+def _is_wrapped(a: Tensor) -> bool:
+    functorch = torch._C._functorch  # the second: of torch.autograd.grad with is_grads_batched
+    return functorch.is_functorch_wrapped_tensor(a) or functorch.is_legacy_batchedtensor(a)
 
 
 def plain(arguments: tuple) -> bool:
@@ -139,7 +147,7 @@ def plain(arguments: tuple) -> bool:
         # backward pass a tensor of a transform may come without the transform.
         kind = type(a)
         if kind in _PLAIN_TENSORS:
-            if a.is_neg() or a._is_zerotensor() or torch._C._functorch.is_functorch_wrapped_tensor(a):
+            if a.is_neg() or a._is_zerotensor() or _is_wrapped(a):
                 return False
         elif kind not in NO_TENSORS and isinstance(a, Tensor):
             return False

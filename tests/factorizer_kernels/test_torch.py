@@ -519,3 +519,123 @@ def test_subclass(wrap, name, backend_name):
             assert all(type(y) is torch.Tensor for y in outputs)
             for a, b in zip((*outputs, *ours), (*expected, *gradients), strict=True):
                 assert torch.equal(a.as_subclass(torch.Tensor), b)
+
+
+def _transformable():
+    """Every public operator as a function of one map (2, 8, 8), with a scalar result."""
+    generator = torch.Generator().manual_seed(3)
+    rand = partial(torch.rand, generator=generator, dtype=torch.float64)
+    u0, v0, m, w1, w2 = rand(4, 1), rand(4, 1), rand(8, 8), rand(6, 8), rand(8, 6)
+    ones, cut = torch.ones(8, 1, dtype=torch.float64), {"head_dim": 4, "patch_size": 4}
+    return {
+        "swin_nmf": lambda x: fk.swin_nmf(x, u0, v0, **cut),
+        "nmf": lambda x: fk.nmf(x.square(), ones, ones),
+        "nmf_factors": lambda x: fk.nmf_factors(x.square(), ones, ones)[0],
+        "depthwise_conv": lambda x: fk.depthwise_conv(x, w1[0].expand(8, 8)[:, :3]),
+        "sw_matricize": lambda x: fk.sw_matricize(x, **cut),
+        "layer_norm": lambda x: fk.layer_norm(x, m[0], m[1]),
+        "linear": lambda x: fk.linear(x, m),
+        "linear_norm_mlp": lambda x: fk.linear_norm_mlp(
+            x.sin(), x, m, None, m[0], m[1], w1, None, w2, None
+        ),
+        "patch_conv": lambda x: fk.patch_conv(x, m[:, :, None].expand(8, 8, 2)),
+        "norm_linear_swin_nmf": lambda x: fk.norm_linear_swin_nmf(x, m[0], m[1], m, None, u0, v0, **cut)[0],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("name", _transformable())
+def test_transforms_that_are_compiled(name):
+    function = _transformable()[name]
+    x = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def loss(x):
+        return function(x).square().sum()
+
+    expected = torch.func.grad(loss)(x)
+    assert expected.any()
+    compiled = partial(torch.compile, backend="eager")
+    torch.testing.assert_close(compiled(torch.func.grad(loss))(x), expected)
+    pulled = compiled(lambda x: torch.func.vjp(loss, x)[1](torch.ones((), dtype=x.dtype))[0])
+    torch.testing.assert_close(pulled(x), expected)
+    pushed = compiled(lambda x: torch.func.jvp(loss, (x,), (x.cos(),))[1])
+    torch.testing.assert_close(pushed(x), (expected * x.cos()).sum())
+
+
+def test_a_backend_that_a_compiled_transform_cannot_have_is_refused():
+    u0, v0 = torch.rand(4, 1), torch.rand(4, 1)
+
+    def loss(x):
+        return fk.swin_nmf(x, u0, v0, head_dim=4, patch_size=4).sum()
+
+    with fk.use_backend("cpu"), pytest.raises(Exception, match=r"compiled transform of torch\.func"):
+        torch.compile(torch.func.grad(loss), backend="eager", fullgraph=True)(torch.randn(2, 8, 8))
+
+
+@pytest.mark.parametrize("name", ["layer_norm", "linear", "linear_norm_mlp", "patch_conv"])
+def test_nested_forward_mode(name):
+    function = _transformable()[name]
+    x = torch.randn(2, 8, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    direction = x.cos()
+
+    def slope(x):
+        return torch.func.jvp(lambda x: function(x).square().sum(), (x,), (direction,))[1]
+
+    found = torch.func.jvp(slope, (x,), (direction,))[1]
+    mixed = torch.func.jvp(
+        torch.func.grad(lambda x: function(x).square().sum()), (x,), (direction,)
+    )[1]  # fmt: skip
+    with fk.use_backend("reference"):
+        expected = torch.func.jvp(slope, (x,), (direction,))[1]
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close((mixed * direction).sum(), expected)
+    small = x[:1]
+    hessian = torch.func.hessian(lambda x: function(x).square().sum())(small)
+    with fk.use_backend("reference"):
+        expected = torch.func.hessian(lambda x: function(x).square().sum())(small)
+    torch.testing.assert_close(hessian, expected)
+
+
+@pytest.mark.parametrize("name", _transformable())
+def test_batched_gradients(name):
+    function = _transformable()[name]
+    x = torch.randn(2, 8, 8, dtype=torch.float64, requires_grad=True)
+    y = function(x)
+    dys = torch.randn(3, *y.shape, dtype=torch.float64)
+    expected = torch.stack([torch.autograd.grad(y, x, dy, retain_graph=True)[0] for dy in dys])
+    (found,) = torch.autograd.grad(y, x, dys, is_grads_batched=True)
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["nmf", "nmf_factors", "swin_nmf"])
+@pytest.mark.parametrize("steps", [0, 1])
+def test_what_no_gradient_reaches_is_a_constant(name, steps):
+    x, u0, v0 = (t.requires_grad_() for t in (torch.rand(2, 4, 16), torch.rand(4, 1), torch.rand(16, 1)))
+    options = {"num_iters": 3, "num_grad_steps": steps}
+    if name == "swin_nmf":
+        options |= {"head_dim": 4, "patch_size": 16}
+
+    def run(x):
+        y = getattr(fk, name)(x, u0, v0, **options)
+        return y[0] if name == "nmf_factors" else y
+
+    for backend in ("cpu", "reference"):
+        with fk.use_backend(backend):
+            assert not run(x.detach()).requires_grad  # u0 and v0 alone
+            assert run(x).requires_grad == (steps > 0)
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)(x)
+    torch.testing.assert_close(compiled, run(x))
+    assert compiled.requires_grad == (steps > 0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_without_iterations_the_factors_have_memory_of_their_own(backend):
+    x, u0, v0 = torch.rand(2, 4, 16), torch.rand(4, 1), torch.rand(16, 1)
+    before = u0.clone(), v0.clone()
+    with fk.use_backend(backend):
+        for factor in fk.nmf_factors(x, u0, v0, num_iters=0):
+            factor.mul_(0)
+        fk.nmf(x, u0, v0, num_iters=0).mul_(0)
+        for factor in fk.nmf_factors(x[0], u0, v0, num_iters=0):
+            factor.mul_(0)
+    assert torch.equal(u0, before[0])
+    assert torch.equal(v0, before[1])

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from math import ceil
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import factorizer_kernels as fk
-from factorizer_kernels.shared.checks import integer, integers
+from factorizer_kernels.shared.checks import integer, integers, number
 from factorizer_kernels.shared.dtypes import autocast_disabled
 
 from .inits import DRAWS, FixedInit, make_init
@@ -51,7 +52,7 @@ class MatrixFactorization(nn.Module):
     ) -> None:
         super().__init__()
         m, n = integers("size", size, 1, (2,))
-        if not compression > 0:
+        if not number("compression", compression) > 0:
             raise ValueError(f"compression must be positive, got {compression!r}")
         if rank is None:
             rank = max(ceil(m * n / (compression * (m + n))), 1)
@@ -73,6 +74,9 @@ class MatrixFactorization(nn.Module):
             return None
         solver = self.solvers[0]
         if solver.kernel is None or solver.factor != (0, 1):
+            return None
+        kind: Any = next(kind for kind in type(solver).__mro__ if "kernel" in vars(kind))
+        if type(solver).update is not kind.update:  # another rule under an inherited name
             return None
         return {
             "num_iters": self.num_iters,
@@ -201,12 +205,13 @@ def set_rank(module: nn.Module, rank: int, seed: int = 0) -> None:
     working; it is at its best at the rank that it was trained with.
     """
     integer("rank", rank, 1)
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator("cpu").manual_seed(seed)
     for part in module.modules():
         if isinstance(part, MatrixFactorization) and isinstance(part.init, FixedInit):
             for name, draw in zip(("u0", "v0"), part.init.names, strict=True):
                 start = getattr(part.init, name)
-                more = DRAWS[draw](start.shape[0], max(rank - part.rank, 0), generator=generator)
+                with torch.device("cpu"):  # whatever the default is
+                    more = DRAWS[draw](start.shape[0], max(rank - part.rank, 0), generator=generator)
                 columns = torch.cat([start, more.to(start)], dim=1)[:, :rank]
                 setattr(part.init, name, columns.contiguous())
             part.rank = rank

@@ -49,10 +49,11 @@ def check_factorisation(
     return _options(num_iters, solver, num_grad_steps, eps, compute_dtype(x.dtype))
 
 
-def first_factors(x: Tensor, u0: Tensor, v0: Tensor) -> tuple[Tensor, Tensor]:
-    """u0 and v0 in the dtype of the arithmetic on x."""
+def first_factors(x: Tensor, u0: Tensor, v0: Tensor, options: Options) -> tuple[Tensor, Tensor]:
+    """u0 and v0 in the dtype of the arithmetic on x; constants where no gradient reaches them."""
     dtype = compute_dtype(x.dtype)
-    return plain_tensor(u0, dtype), plain_tensor(v0, dtype)
+    u0, v0 = plain_tensor(u0, dtype), plain_tensor(v0, dtype)
+    return (u0, v0) if options.grad_steps == options.num_iters else (u0.detach(), v0.detach())
 
 
 def _check_factors(u0, v0, matrices_shape, device: torch.device) -> None:

@@ -12,11 +12,9 @@ from factorizer_kernels.shared.autograd import once
 from factorizer_kernels.shared.registry import call
 
 
-def _save(ctx, inputs, *outputs: Tensor) -> None:
+def _save(ctx, inputs) -> None:
     x, u0, v0, ctx.options, ctx.backend = inputs
     ctx.save_for_backward(x, u0, v0)
-    if ctx.options.constant:
-        ctx.mark_non_differentiable(*outputs)
 
 
 def _backward(ctx, name, operator, *grads: Tensor):
@@ -37,7 +35,7 @@ class NMF(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save(ctx, inputs, output)
+        _save(ctx, inputs)
 
     @staticmethod
     def backward(ctx, dy):
@@ -55,7 +53,7 @@ class NMFFactors(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _save(ctx, inputs, *output)
+        _save(ctx, inputs)
 
     @staticmethod
     def backward(ctx, du, dv):

@@ -45,8 +45,8 @@ def nmf(
         ValueError: shapes, devices or options do not fit; the message names the argument.
     """
     options, sizes = _checked(x, u0, v0, num_iters, solver, num_grad_steps, eps)
-    x = plain_tensor(x)
-    u0, v0 = first_factors(x, u0, v0)
+    x = plain_tensor(x).detach() if options.constant else plain_tensor(x)
+    u0, v0 = first_factors(x, u0, v0, options)
     backend = choose("nmf", x, sizes)
     if backend == "reference":
         return reference.nmf(x, u0, v0, options)
@@ -65,8 +65,8 @@ def nmf_factors(
 ) -> tuple[Tensor, Tensor]:
     """The factors themselves: U (..., M, R) and V (..., N, R), in x's dtype. The arguments of `nmf`."""
     options, sizes = _checked(x, u0, v0, num_iters, solver, num_grad_steps, eps)
-    x = plain_tensor(x)
-    u0, v0 = first_factors(x, u0, v0)
+    x = plain_tensor(x).detach() if options.constant else plain_tensor(x)
+    u0, v0 = first_factors(x, u0, v0, options)
     backend = choose("nmf_factors", x, sizes)
     if backend == "reference":
         return reference.nmf_factors(x, u0, v0, options)

@@ -16,7 +16,8 @@ def nmf(x: Tensor, u0: Tensor, v0: Tensor, options: Options) -> Tensor:
     with autocast_disabled(x):
         u, v = _factors(x, u0, v0, options)
         y = (u @ v.transpose(-1, -2)).to(x.dtype)
-    return y.expand(x.shape)  # with num_iters = 0 shared factors have not been broadcast to the batch
+    # With num_iters = 0 shared factors have not been broadcast to the batch.
+    return y.expand(x.shape).contiguous()
 
 
 def nmf_factors(x: Tensor, u0: Tensor, v0: Tensor, options: Options) -> tuple[Tensor, Tensor]:
@@ -25,7 +26,8 @@ def nmf_factors(x: Tensor, u0: Tensor, v0: Tensor, options: Options) -> tuple[Te
         u, v = _factors(x, u0, v0, options)
     u = u.expand(*x.shape[:-2], *u.shape[-2:])
     v = v.expand(*x.shape[:-2], *v.shape[-2:])
-    return u.to(x.dtype), v.to(x.dtype)
+    own = options.num_iters == 0  # not the memory of u0 and v0
+    return u.to(x.dtype, copy=own), v.to(x.dtype, copy=own)
 
 
 def mu_update(factor: Tensor, projection: Tensor, gram: Tensor, eps: float) -> Tensor:

@@ -27,8 +27,6 @@ class SwinNMF(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         x, u0, v0, ctx.windows, ctx.relu, ctx.options, ctx.backend = inputs
         ctx.save_for_backward(x, u0, v0)
-        if ctx.options.constant:
-            ctx.mark_non_differentiable(output)
 
     @staticmethod
     def backward(ctx, dy):

@@ -63,7 +63,7 @@ def swin_nmf(
         x, u0, v0, num_heads=num_heads, head_dim=head_dim, grid_size=grid_size, patch_size=patch_size,
         shifts=shifts, act=act, num_iters=num_iters, solver=solver, num_grad_steps=num_grad_steps, eps=eps,
     )  # fmt: skip
-    x = plain_tensor(x)
+    x = plain_tensor(x).detach() if arguments.options.constant else plain_tensor(x)
     if arguments.backend == "reference":
         return reference.swin_nmf(x, *arguments[:-1])
     if overwrite is not None and not differentiated((x, *arguments)):
@@ -149,7 +149,7 @@ def _resolved(
         x, u0, v0, num_heads, head_dim, grid_size, patch_size, shifts, act, num_iters, solver, num_grad_steps,
         eps,
     )  # fmt: skip
-    u0, v0 = first_factors(x, u0, v0)
+    u0, v0 = first_factors(x, u0, v0, options)
     return _Arguments(u0, v0, windows, relu, options, choose("swin_nmf", x, sizes))
 
 

@@ -3,20 +3,24 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.nn.utils.prune
 from torch import nn
 
 from factorizer import (
+    MLP,
     NMF,
     DepthwiseConv,
     FactMixer,
     FactorizerBlock,
     FactorizerStage,
     LayerNorm,
+    Linear,
     Matricize,
     MatrixFactorization,
     PositionalEmbedding,
     SWMatricize,
 )
+from factorizer.layers.factorization.solvers import HALS
 
 SWIN = {"head_dim": 4, "patch_size": 4}
 
@@ -109,9 +113,7 @@ def test_parts_that_the_operator_does_not_know_run_unfused(parts, size):
 def test_hooks_of_all_parts_are_called():
     block = FactorizerBlock(8, (8, 8), reshape=(SWMatricize, SWIN))
     x = torch.randn(1, 8, 8, 8)
-    silent = {"fact.factorize.init", *(n for n, m in block.named_modules() if n.endswith("linear"))}
-    silent |= {n for n, m in block.named_modules() if n.endswith(".norm")}
-    silent |= {"fact.reshape"}  # only what it does is called: its inverse has no hook
+    silent = {"fact.reshape"}  # only what it does is called: its inverse has no hook
     for name, part in block.named_modules():
         if name in silent:
             continue
@@ -121,6 +123,88 @@ def test_hooks_of_all_parts_are_called():
         handle.remove()
         assert called, name
         torch.testing.assert_close(y, block(x))
+
+
+class Scaled(nn.Module):
+    """A layer in place of another, with the weight of that one, as adapters for fine-tuning are."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.scale = base, nn.Parameter(torch.tensor(3.0))
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    def forward(self, x):
+        return self.scale * self.base(x)
+
+
+def mine(kind):
+    """A subclass whose forward adds 1 to the result."""
+    return type("Mine", (kind,), {"forward": lambda self, *args: kind.forward(self, *args) + 1})
+
+
+def pruned(layer):
+    torch.nn.utils.prune.l1_unstructured(layer, "weight", 0.5)
+
+
+CHANGES = {
+    "linear in another": lambda b: setattr(b.fact.in_proj, "linear", Scaled(b.fact.in_proj.linear)),
+    "norm in another": lambda b: setattr(b.norm1, "norm", Scaled(b.norm1.norm)),
+    "filter in another": lambda b: setattr(b.local, "conv", Scaled(b.local.conv)),
+    "linear pruned": lambda b: pruned(b.mlp.block[0].linear),
+    "filter pruned": lambda b: pruned(b.local.conv),
+    "weight norm": lambda b: torch.nn.utils.parametrizations.weight_norm(b.fact.out_proj.linear),
+    "another GELU": lambda b: b.mlp.block.__setitem__(1, nn.GELU(approximate="tanh")),
+    "no GELU": lambda b: b.mlp.block.__delitem__(1),
+    "one more": lambda b: b.mlp.block.append(nn.GELU()),
+    "another mixer": lambda b: setattr(b.fact, "__class__", mine(FactMixer)),
+    "another MLP": lambda b: setattr(b.mlp, "__class__", mine(MLP)),
+    "another forward": lambda b: setattr(b.mlp, "forward", lambda x: 2 * b.mlp.block(x)),
+    "no mixer": lambda b: setattr(b, "fact", nn.Identity()),
+    "norms in a row": lambda b: setattr(b, "norm2", nn.Sequential(b.norm2, nn.ReLU())),
+    "three linear layers": lambda b: b.mlp.block.append(Linear(8, 8)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_part_that_was_changed_is_called(change):
+    """As if every part were called by itself, without and with the gradients that training has."""
+    torch.manual_seed(0)
+    block = FactorizerBlock(8, (8, 8), reshape=(SWMatricize, SWIN), local=3, mlp_ratio=1).double()
+    x = torch.randn(2, 8, 8, 8, dtype=torch.float64)
+    plain = block(x)
+    CHANGES[change](block)
+    block.double()
+    expected = x + block.local.conv(x)
+    expected = expected + block.fact(block.norm1(expected))
+    expected = expected + block.mlp(block.norm2(expected))
+    assert (expected - plain).abs().max() > 1e-6 or change == "weight norm"
+    torch.testing.assert_close(block(x), expected)
+    for _ in range(2):  # a pruned weight is made anew for each
+        block(x).square().sum().backward()
+    assert all(p.grad is not None for p in block.parameters())
+    with torch.no_grad():
+        torch.testing.assert_close(block(x.clone(), overwrite=True), expected)
+
+
+def test_another_rule_of_a_solver_is_used():
+    class Frozen(HALS):
+        def update(self, x, u, v, **kwargs):
+            return u if self.factor == (0,) else super().update(x, u, v, **kwargs)
+
+    changed, plain = NMF((8, 16), rank=1, solver=Frozen), NMF((8, 16), rank=1, solver=HALS)
+    assert plain.kernel_options is not None
+    assert changed.kernel_options is None
+
+
+def test_global_hooks_see_every_part():
+    block = FactorizerBlock(8, (8, 8), reshape=(SWMatricize, SWIN))
+    seen = set()
+    with nn.modules.module.register_module_forward_hook(lambda module, *_: seen.add(module)):
+        block(torch.randn(1, 8, 8, 8))
+    assert {block.norm1, block.norm1.norm, block.mlp, block.fact.in_proj.linear} <= seen
 
 
 def test_a_foreign_reshape_needs_no_spatial_size():

@@ -215,3 +215,12 @@ def test_set_rank_keeps_the_columns_that_are_there():
     assert layer(torch.rand(3, 8, 27)).shape == (3, 8, 27)
     with pytest.raises(ValueError, match="rank must be at least 1"):
         set_rank(layer, 0)
+
+
+def test_set_rank_draws_on_the_cpu_whatever_the_default_device_is():
+    layer, same = (NMF((8, 27), rank=2) for _ in range(2))
+    same.load_state_dict(layer.state_dict())
+    with torch.device("meta"):
+        set_rank(layer, 4)
+    set_rank(same, 4)
+    assert torch.equal(layer.init.v0, same.init.v0)

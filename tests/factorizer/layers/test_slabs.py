@@ -28,7 +28,7 @@ def thin(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("local", [None, 3])
+@pytest.mark.parametrize("local", [None, 1, 3])
 @pytest.mark.parametrize("reshape", RESHAPES)
 @pytest.mark.parametrize("size", [(40, 8, 12), (43, 9, 6)])
 def test_block_in_its_own_memory(thin, reshape, size, local):
@@ -45,7 +45,7 @@ def test_block_in_its_own_memory(thin, reshape, size, local):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("padding", [0, 1, 3])
+@pytest.mark.parametrize("padding", [0, 1, 2, 3])
 @pytest.mark.parametrize("conv", [Conv2d, Conv3d])
 def test_convolution(thin, conv, padding):
     torch.manual_seed(0)

@@ -173,3 +173,72 @@ def test_inference_writes_over_maps_of_its_own_alone(options):
     assert torch.equal(*seen)
     for result in results:
         assert all(map(torch.equal, result, expected))
+
+
+class Keeping(nn.Module):
+    """Keeps what it returns, and what that was."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__()
+        self.kept = []
+
+    def forward(self, x):
+        y = self.made(x)
+        self.kept.append((y, y.clone()))
+        return y
+
+
+class KeepingStem(Keeping):
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.register_buffer("returned", torch.randn(2, out_channels, 8, 12))
+
+    def made(self, x):
+        return self.returned
+
+
+class KeepingEmbedding(Keeping):
+    def made(self, x):
+        return x + 1
+
+
+class KeepingDown(Keeping):
+    def __init__(self, in_channels, out_channels, kernel_size, stride):
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, stride)
+
+    def made(self, x):
+        return self.conv(x)
+
+
+@pytest.mark.parametrize("local", [None, 3])
+@pytest.mark.parametrize(
+    "part",
+    [{"stem": KeepingStem}, {"pos_embed": KeepingEmbedding}, {"downsample": KeepingDown}],
+    ids=str,
+)
+def test_inference_leaves_what_parts_keep(part, local):
+    network = small((8, 12), **part, local=local).eval()
+    x = torch.randn(2, 2, 8, 12)
+    with torch.no_grad():
+        first = network(x)
+        torch.testing.assert_close(network(x), first)
+    kept = [pair for module in network.modules() if isinstance(module, Keeping) for pair in module.kept]
+    assert len(kept) > 1
+    assert all(torch.equal(now, then) for now, then in kept)
+
+
+def test_a_stage_with_a_forward_of_its_own_is_called_in_the_decoder():
+    class Mine(FactorizerStage):
+        calls = 0
+
+        def forward(self, x, overwrite=False):
+            Mine.calls += 1
+            return super().forward(x, overwrite)
+
+    network = small((8, 12))
+    for module in network.modules():
+        if type(module) is FactorizerStage:
+            module.__class__ = Mine
+    network(torch.randn(1, 2, 8, 12))
+    assert Mine.calls == sum(isinstance(m, Mine) for m in network.modules())
