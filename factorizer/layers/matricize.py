@@ -48,6 +48,8 @@ class SWMatricize(nn.Module):
         shifts: Any = None,
     ) -> None:
         super().__init__()
+        if not isinstance(input_size, Sequence) or isinstance(input_size, str):
+            raise TypeError(f"input_size must be a sequence (B or None, C, S1..Sp), got {input_size!r}")
         self.channels, *spatial_size = integers("input_size[1:]", input_size[1:], 1, (2, 3, 4))
         self.spatial_size = tuple(spatial_size)
         self.shifts = shifts

@@ -35,6 +35,8 @@ def preset(name: str, **overrides: Any) -> Factorizer:
     Raises:
         TypeError, ValueError: there is no such preset; or see `Factorizer`.
     """
+    if not isinstance(name, str):
+        raise TypeError(f"name must be a string, got {name!r}")
     if name not in PRESETS:
         raise ValueError(f"name must be one of {', '.join(PRESETS)}, got {name!r}")
     return Factorizer(**{**PRESETS[name], **overrides})

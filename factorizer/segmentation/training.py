@@ -264,7 +264,8 @@ class Trainer:
                 raise DataError(
                     f"{path}: belongs to a run with {_difference(name, before[name], value)}; {way_out}"
                 )
-        if missing := {"optimizer", "schedule", "losses", "scores", "seconds"}.difference(state):
+        wanted = {"optimizer", "schedule", "losses", "scores", "seconds"}
+        if missing := (wanted if self._mean is None else wanted | {"iterate"}).difference(state):
             raise DataError(
                 f"{path}: is no run to be continued: it has no {' and no '.join(sorted(missing))}; {way_out}"
             )

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from factorizer_kernels.ops.nmf.reference import hals_update, mu_update
-from factorizer_kernels.shared.checks import integer
+from factorizer_kernels.shared.checks import integer, number
 
 
 class Solver:
@@ -34,7 +34,7 @@ class Solver:
         self.factor = (factor,) if isinstance(factor, int) else tuple(factor)
         if not self.factor or any(f not in (0, 1) for f in self.factor):
             raise ValueError(f"factor must be 0, 1 or a sequence of them, got {factor!r}")
-        if not eps > 0:
+        if not number("eps", eps) > 0:
             raise ValueError(f"eps must be positive, got {eps!r}")
         self.eps = eps
 

@@ -18,7 +18,7 @@ from factorizer_kernels.ops.pointwise.autograd import (
 )
 from factorizer_kernels.ops.pointwise.spec import Sizes
 from factorizer_kernels.shared.autograd import call_function
-from factorizer_kernels.shared.checks import feature_map, number, plain_tensor, remembered, tensor
+from factorizer_kernels.shared.checks import feature_map, number, one_of, plain_tensor, remembered, tensor
 from factorizer_kernels.shared.dtypes import autocast_dtype, compute_dtype
 
 load_kernels(__package__)
@@ -113,6 +113,7 @@ def norm_linear(
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
     x = feature_map("x", x)
+    one_of("residual", residual, (False, True))
     arguments = norm_linear_arguments(x, norm_weight, norm_bias, weight, bias, eps)
     function: Any = ResidualNormLinear if residual else NormLinear
     if arguments.backend == "reference":

@@ -6,6 +6,7 @@ from torch import nn
 
 from factorizer import (
     MLP,
+    NMF,
     FactMixer,
     FactorizerBlock,
     FactorizerStage,
@@ -14,7 +15,9 @@ from factorizer import (
     Matricize,
     PositionalEmbedding,
     SWMatricize,
+    preset,
 )
+from factorizer.layers.factorization.solvers import HALS
 from factorizer.layers.parts import build
 from factorizer.layers.resize import crop_to, pad_to
 
@@ -117,6 +120,12 @@ SWIN_MIXER = (8, 8, (8, 8), (SWMatricize, SWIN))
             "must have 8 channels",
         ),
         (lambda: FactorizerStage(8, 8, (8, 8), depth=0), ValueError, "depth must be at least 1"),
+        (lambda: SWMatricize(None, **SWIN), TypeError, "input_size must be a sequence"),
+        (lambda: preset([]), TypeError, "name must be a string"),
+        (lambda: NMF((8, 16), compression="x"), TypeError, "compression must be a number"),
+        (lambda: NMF((8, 16), solver=(HALS, {"eps": "a"})), TypeError, "eps must be a number"),
+        (lambda: MLP(8, ratio=float("nan")), ValueError, "ratio must be positive"),
+        (lambda: MLP(8, hidden_channels=0), ValueError, "hidden_channels must be at least 1"),
     ],
 )
 def test_wrong_arguments_are_named(build_it, error, message):
