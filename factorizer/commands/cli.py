@@ -123,9 +123,11 @@ def train(
     config: Configs = None,
     steps: Annotated[int | None, typer.Option(help="Training steps, in place of a budget.")] = None,
     budget: Annotated[
-        str,
-        typer.Option(help="quick, standard or full: 5 minutes, 90 minutes, 8 hours on this machine."),
-    ] = "standard",
+        str | None,
+        typer.Option(
+            help="quick, standard or full: 5 minutes, 90 minutes, 8 hours on this machine. Default: standard."
+        ),
+    ] = None,
     init: Annotated[
         Path | None, typer.Option(help="Checkpoint or model file to start from, whatever its classes.")
     ] = None,
@@ -223,8 +225,8 @@ def train(
             flips=None if flips is None else tuple(flips),
         )
         if bundle is not None:
-            if every or init is not None or grid is not None:
-                _fail("fold all, init, grid: are not for a bundle", 2)
+            if every or init is not None or grid is not None or budget is not None:
+                _fail("fold all, init, grid, budget: are not for a bundle", 2)
 
             from factorizer.commands.bundle import train_bundle
 
@@ -249,7 +251,7 @@ def train(
             _fail("config: is a file of a bundle, so it needs --bundle", 2)
         options: dict[str, Any] = {
             "resample": resample,
-            "budget": budget,
+            "budget": budget or "standard",
             "init": init,
             "seed": seed,
             "validate_every": validate_every,

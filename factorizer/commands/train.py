@@ -53,7 +53,9 @@ def train(
     Writes plan.json, checkpoint.pt, TensorBoard's files under log/ and, where it validates, best.pt.
     Returns the checkpoint. Raises DataError before training for data or an `out` that cannot be used.
     """
-    check_counts(validate_every=(validate_every, 1), patience=(patience, 1), workers=(workers, 0))
+    check_counts(
+        validate_every=(validate_every, 1), patience=(patience, 1), workers=(workers, 0), seed=(seed, 0)
+    )
     if patience is not None and not validate_every:
         raise DataError("patience: counts validations, so it needs validate-every")
     if init is not None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 #: A class, or a pair (class, keywords) or (class, positional arguments). A pair may be a list, as
 #: configuration files have it.
@@ -41,13 +42,14 @@ def build(name: str, part: Part, *args: Any, **defaults: Any) -> Any:
 def has_hooks(module: nn.Module) -> bool:
     """Whether `module` has a hook, or all modules have one, or it was given another forward of its own: so
     that it must be called by itself."""
+    own = module.__dict__  # which takes a quarter of the time of the attributes
     return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in vars(module)
-        or nn.modules.module._has_any_global_hook()
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or _has_any_global_hook()
     )
 
 

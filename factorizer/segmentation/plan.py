@@ -312,7 +312,7 @@ def plan_run(
         crop = np.array(wishes.crop)
     else:
         crop = np.ceil(np.round(median / divisor, 6)).astype(int) * divisor
-        while crop.prod() > MAX_CROP_VOXELS:
+        while crop.prod() > MAX_CROP_VOXELS and (crop > divisor).any():
             longest = np.where(crop > divisor, crop * spacing, 0).argmax()
             crop[longest] -= divisor[longest]
     batch_size = wishes.batch_size or BATCH_SIZE

@@ -52,6 +52,8 @@ class Recipe:
         class_voxels: voxels of each class and volume, at most, that middles are drawn from.
         affine_prob: of an affine map by up to `rotation` degrees about each axis and up to the share
             `scaling` along it; outside the crop is `padding`, "border" or "zeros".
+        in_plane: where the longest side of the crop is more than so many times the shortest, in voxels, it is
+            turned about that axis alone: slices so thick cannot be turned into one another. 0: never.
         zoom_prob: of a magnification, the same along all axes, between the two of `zoom`.
         flip_prob: of a mirror image along each of the plan's `flips`.
         noise_prob: of Gaussian noise, its deviation up to `noise_std`.
@@ -61,6 +63,8 @@ class Recipe:
         contrast_prob: of distances from the mean times 1 ± up to `contrast`, within the old range.
         low_resolution_prob: of sampling down to a share of the voxels along each axis, between the two of
             `low_resolution`, and up again.
+        centred: whether magnified labels, and images that are sampled down, are sampled at the middles of
+            voxels. Otherwise both are moved against one another by half a voxel to one along each axis.
         gamma_prob: of intensities to a power between the two of `gamma`; mean and deviation are kept.
         inverted_gamma_prob: of the same for the negative of the image.
         squared_dice: whether the denominator of the Dice loss has squares.
@@ -83,6 +87,7 @@ class Recipe:
     rotation: float = 15.0
     scaling: float = 0.15
     padding: str = "border"
+    in_plane: float = 0.0
     zoom_prob: float = 0.0
     zoom: tuple[float, float] = (0.7, 1.4)
     flip_prob: float = 0.5
@@ -98,6 +103,7 @@ class Recipe:
     contrast: float = 0.25
     low_resolution_prob: float = 0.0
     low_resolution: tuple[float, float] = (0.5, 1.0)
+    centred: bool = False
     gamma_prob: float = 0.15
     gamma: tuple[float, float] = (0.7, 1.5)
     inverted_gamma_prob: float = 0.0
@@ -132,6 +138,7 @@ RECIPE = Recipe(
     rotation=30.0,
     scaling=0.0,
     padding="zeros",
+    in_plane=3.0,
     zoom_prob=0.2,
     noise_prob=0.1,
     noise_std=0.3,
@@ -141,6 +148,7 @@ RECIPE = Recipe(
     shift_prob=0.0,
     contrast_prob=0.15,
     low_resolution_prob=0.25,
+    centred=True,
     gamma_prob=0.3,
     inverted_gamma_prob=0.1,
     decay=0.4,

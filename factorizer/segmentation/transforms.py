@@ -237,6 +237,11 @@ def augmentation(plan: Plan) -> Compose:
     sigma = recipe.blur_sigma
     gamma: dict[str, Any] = {"gamma": recipe.gamma, "retain_stats": True}
     low, high = recipe.zoom
+    turned = [math.radians(recipe.rotation)] * 3
+    if recipe.in_plane and max(plan.crop) > recipe.in_plane * min(plan.crop):
+        turned = [angle if n == min(plan.crop) else 0.0 for angle, n in zip(turned, plan.crop, strict=True)]
+    # Both of MONAI's defaults take the voxel at or below a place.
+    magnified, sampled_down = ("nearest-exact", "area") if recipe.centred else ("nearest", "nearest")
     # Left out where they never act: so the draws of a plan that was made before them stay what they were.
     changes: list[tuple[float, Callable[..., Any]]] = [
         (
@@ -244,7 +249,7 @@ def augmentation(plan: Plan) -> Compose:
             partial(
                 RandAffined,
                 keys,
-                rotate_range=(math.radians(recipe.rotation),) * 3,
+                rotate_range=turned,
                 scale_range=(recipe.scaling,) * 3,
                 mode=modes,
                 padding_mode=recipe.padding,
@@ -257,7 +262,7 @@ def augmentation(plan: Plan) -> Compose:
                 keys,
                 min_zoom=low,
                 max_zoom=high,
-                mode=("trilinear", "nearest"),
+                mode=("trilinear", magnified),
                 padding_mode="edge" if recipe.padding == "border" else "constant",
             ),
         ),
@@ -271,7 +276,12 @@ def augmentation(plan: Plan) -> Compose:
         ),
         (
             recipe.low_resolution_prob,
-            partial(RandSimulateLowResolutiond, "image", zoom_range=recipe.low_resolution),
+            partial(
+                RandSimulateLowResolutiond,
+                "image",
+                zoom_range=recipe.low_resolution,
+                downsample_mode=sampled_down,
+            ),
         ),
         (recipe.gamma_prob, partial(RandAdjustContrastd, "image", **gamma)),
         (recipe.inverted_gamma_prob, partial(RandAdjustContrastd, "image", **gamma, invert_image=True)),

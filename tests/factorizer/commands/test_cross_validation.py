@@ -58,7 +58,10 @@ def test_fold_and_init_errors(synthetic, tmp_path):
     bundle = ["--bundle", tmp_path, "--fold", "all"]
     assert "are not for a bundle" in run_command(*options, *bundle, code=2)
     bundle = ["--bundle", tmp_path, "--grid", "half"]
-    assert "grid: are not for a bundle" in run_command(*options, *bundle, code=2)
+    assert "grid, budget: are not for a bundle" in run_command(*options, *bundle, code=2)
+    bundle = ["--bundle", tmp_path, "--budget", "quick"]
+    assert "budget: are not for a bundle" in run_command(*options, *bundle, code=2)
+    assert "seed: got -1" in run_command(*options, "--seed", -1, code=2)
     assert "grid: got 'coarse'" in run_command(*options, "--grid", "coarse", code=2)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 

@@ -1,6 +1,7 @@
 """Volumes as the network sees them, and the crops that training draws from them."""
 
 import shutil
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -12,10 +13,12 @@ from monai.transforms import Invertd
 
 from factorizer.segmentation.cases import Case, read_decathlon
 from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.recipe import RECIPE
 from factorizer.segmentation.survey import check_case
 from factorizer.segmentation.transforms import (
     CropBatches,
     PreparedCase,
+    augmentation,
     files_of,
     preprocessing,
     training_volumes,
@@ -109,6 +112,50 @@ def test_middles_are_drawn_from_as_many_voxels_as_the_recipe_says(synthetic):
     geometries = {case.name: check_case(task, case) for case in task.cases}
     few = training_volumes(plan_for(recipe={"class_voxels": 5}), task.cases, geometries)[0]
     assert max(map(len, few["label_cls_indices"])) == 5
+
+
+def ball(size, radius=6.0):
+    """A soft ball as image (1, X, Y, Z), and the labels of its inside."""
+    places = torch.stack(torch.meshgrid(*(torch.arange(n) - (n - 1) / 2 for n in size), indexing="ij"))
+    image = torch.sigmoid(3 * (radius - places.norm(dim=0)))[None]
+    return image, (image > 0.5).to(torch.uint8)
+
+
+def middle(mass):
+    places = torch.stack(torch.meshgrid(*map(torch.arange, mass.shape), indexing="ij")).double()
+    return (places * mass.double()).sum((1, 2, 3)) / mass.double().sum()
+
+
+@pytest.mark.parametrize("change", ["affine_prob", "zoom_prob", "low_resolution_prob", "flip_prob"])
+def test_image_and_label_stay_where_the_other_is(change):
+    size = (36, 44, 32)
+    recipe = replace(RECIPE, **{name: 0.0 for name in vars(RECIPE) if name.endswith("_prob")})
+    plan = plan_for(("A",), crop=size, flips=(0, 1, 2), recipe=replace(recipe, **{change: 1.0}))
+    image, label = ball(size)
+    augment = augmentation(plan)
+    shifts = []
+    for seed in range(20):
+        augment.set_random_state(seed)
+        drawn = augment({"image": image, "label": label})
+        drawn = drawn[0] if isinstance(drawn, list) else drawn
+        shifts.append(middle(drawn["image"][0]) - middle(drawn["label"][0]))
+    moved = torch.stack(shifts)
+    assert moved.mean(0).abs().max() < 0.06  # 0.4 and 0.65 voxels where the voxel below is taken
+    assert moved.abs().max() < 0.5
+
+
+def test_thick_slices_are_turned_in_their_plane():
+    size = (40, 40, 12)
+    quiet = {name: 0.0 for name in vars(RECIPE) if name.endswith("_prob")} | {"affine_prob": 1.0}
+    image = torch.zeros(1, *size)
+    image[..., 5:7] = 1
+    for in_plane, stays in ((RECIPE.in_plane, True), (0.0, False)):
+        plan = plan_for(("A",), crop=size, recipe=replace(RECIPE, **quiet, in_plane=in_plane))
+        augment = augmentation(plan)
+        augment.set_random_state(3)
+        drawn = augment({"image": image, "label": image.to(torch.uint8)})
+        drawn = drawn[0] if isinstance(drawn, list) else drawn
+        assert (float(drawn["image"][..., [2, 9]].abs().max()) < 1e-5) == stays
 
 
 def test_blur_changes_the_image_alone(volumes):
