@@ -36,6 +36,8 @@ def convert(
     the weights. In the names of the paper's time (`paper_weights`) the solvers get the eps of
     that time. Raises DataError where source or plan cannot be read, or the two do not fit.
     """
+    if out.exists():
+        raise DataError(f"output: {out} is there already; give another file, or delete that one")
     if (plan is None) == (bundle is None):
         raise DataError("plan, bundle: give one of them")
     found = _read_plan(plan) if plan is not None else bundle_plan(bundle, configs)  # type: ignore[arg-type]
@@ -80,7 +82,7 @@ def _read_weights(path: Path) -> dict[str, Any]:
     for holder in HOLDERS:
         if isinstance(content.get(holder), Mapping):
             content = content[holder]
-    stems = [m for name in content if (m := re.match(r"(.*?)stem\.", str(name)))]
+    stems = [m for name in content if (m := re.match(r"((?:.*?\.)?)stem\.", str(name)))]
     if not stems:
         raise DataError(f"{path}: holds no network of this family: no name has a part 'stem'")
     prefix = stems[0].group(1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,6 @@ from factorizer.segmentation.explanation import (
     case_components,
     clearest_channel,
     find_layers,
-    mixers,
     side_of,
 )
 from factorizer.segmentation.figures import component_row, draw_components, picture, told
@@ -29,11 +29,11 @@ from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.formats import save
 from factorizer.segmentation.inference import Predictor, check_finite, load_predictor
 from factorizer.segmentation.intensities import body
-from factorizer.segmentation.provenance import made, write_result
+from factorizer.segmentation.provenance import made, remove_result, results_of, write_result
 from factorizer.segmentation.screen import count, each_case, table, tell_warning
 from factorizer.segmentation.survey import doubts_of_files
 from factorizer.segmentation.transforms import PreparedCase
-from factorizer.segmentation.volumes import check_image, check_label, on_grid_of, write_maps
+from factorizer.segmentation.volumes import MAP_STEPS, check_image, check_label, maps_on_grid_of, on_grid_of
 
 EMPTY = {"label": "label is empty", "prediction": "prediction is empty"}
 
@@ -95,7 +95,8 @@ def explain(
         if labels is not None and case.label is None:
             raise DataError(f"{labels}: has no label for it")
         if not overwrite:
-            made(out / f"{case.name}_prediction.nii.gz", case, {})
+            for name in ("_prediction.nii.gz", ".png", *(f"_{layer}.nii.gz" for layer in chosen)):
+                made(out / f"{case.name}{name}", case, {})
         rows, doubts = _explain_case(predictor, chosen, case, out, channel)
         for doubt in doubts:
             tell_warning(console, f"{case.name}: {doubt}")
@@ -131,14 +132,17 @@ def _explain_case(
     volume = on_grid_of(prediction, case.image)
     # The first that is written, so that what comes after it never lies beside another input's.
     result = out / f"{case.name}_prediction.nii.gz"
-    write_result(result, case, {}, lambda temporary: save(volume, temporary))
-    for name in find_layers(network, plan, ["shallow", "deep", *mixers(network)]):  # of another network
-        (out / f"{case.name}_{name}.nii.gz").unlink(missing_ok=True)
+    write_result(result, case, {}, partial(save, volume))
+    files = {name: out / f"{case.name}_{name}.nii.gz" for name in layers}
+    figure = out / f"{case.name}.png"
+    for path in results_of(case, out):  # of other layers, maybe of another network
+        if path not in (result, figure, *files.values()):
+            remove_result(path)
     rows, shown = [], []
     maps = np.zeros((0, *labels.shape), np.float32)
     for name, layer in layers.items():
-        path = out / f"{case.name}_{name}.nii.gz"
-        maps = write_maps(components.on_grid(layer).numpy(), case.image, path)
+        volume, maps = maps_on_grid_of(components.on_grid(layer).numpy(), case.image)
+        write_result(files[name], case, {}, partial(save, volume))
         found = agreements(torch.from_numpy(maps), labels, signal, plan)
         for target, of_maps in found.items():
             rows += [Row(case.name, name, m, target, reference, a) for m, a in enumerate(of_maps)]
@@ -152,8 +156,9 @@ def _explain_case(
         f"{plan.task}: NMF components over {plan.modalities[channel]}, {case.name}; bright: much of it; "
         f"{'compared with the ' + compared if labels.any() else 'the ' + reference}"
     )
-    draw_components(
-        out / f"{case.name}.png", picture(prepared, prediction, truth), shown, plan.classes, title, channel
+    drawn = picture(prepared, prediction, truth)
+    write_result(
+        figure, case, {}, lambda path: draw_components(path, drawn, shown, plan.classes, title, channel)
     )
     return rows, prepared.doubts
 
@@ -198,8 +203,10 @@ def _write(path: Path, rows: list[Row]) -> None:
         )
         for r in sorted(rows, key=lambda r: (order[r.case, r.layer, r.target], -_rank(r.agreement.clarity))):
             auc, dice, threshold = r.agreement
-            numbers = (f"{auc:.4f}", f"{dice:.4f}", f"{threshold:.6g}")
             marks = r.agreement.marks
+            # One of a map's MAP_STEPS levels, which programs round differently: less than half a step on.
+            threshold *= 1 + 0.4 / MAP_STEPS if marks == "outside" else 1 - 0.4 / MAP_STEPS
+            numbers = (f"{auc:.4f}", f"{dice:.4f}", f"{threshold:.8g}")
             lines.writerow((r.case, r.layer, r.target, r.component, marks, *numbers, r.reference))
 
 

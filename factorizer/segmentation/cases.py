@@ -278,7 +278,13 @@ def _cases_in_folder(folder: Path) -> list[Case]:
         base, number = channel_number(volume.image)
         if number is None or f"{base}_0000" not in names:
             base, number = volume.name, 0
-        grouped.setdefault(base, {})[number] = volume.image
+        files = grouped.setdefault(base, {})
+        if number in files:
+            raise DataError(
+                f"input: {files[number]} and {volume.image} are both modality {number} of the case {base!r}; "
+                "rename one, or put them into folders of their own"
+            )
+        files[number] = volume.image
     if grouped and dicom_files(folder):
         raise DataError(f"input: {folder} holds volumes and a DICOM series; give a folder for each")
     return [Case(name, _numbered(files)) for name, files in grouped.items()]

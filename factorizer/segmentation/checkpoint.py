@@ -96,16 +96,6 @@ def network_of(plan: Plan, path: str | Path) -> nn.Module:
         raise DataError(f"{path}: its plan describes no network of this family ({error})") from error
 
 
-def load_weights(network: nn.Module, path: str | Path) -> nn.Module:
-    """The network with the weights of a checkpoint, in evaluation mode.
-
-    Raises FileNotFoundError where there is none, DataError where it is not one of ours, or one of
-    another network.
-    """
-    load_weights_into(network, read_checkpoint(path)[1]["network"], path)
-    return network.eval()
-
-
 def load_weights_into(network: nn.Module, state: Mapping[str, Any], path: str | Path) -> None:
     """Loads the weights that were read from `path`. Raises DataError where they are another network's."""
     try:

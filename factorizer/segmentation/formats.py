@@ -13,6 +13,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from factorizer.segmentation.affines import affine_of
 from factorizer.segmentation.dicom import LPS_TO_RAS, dicom_files, read_series, read_voxels
 from factorizer.segmentation.errors import DataError, needed
 from factorizer.segmentation.names import ITK_ENDINGS, PAIRED
@@ -53,7 +54,7 @@ def save(volume: nib.Nifti1Image, path: Path) -> None:
         nib.save(volume, path)
         return
     sitk = needed("SimpleITK", "io", path)
-    affine = LPS_TO_RAS @ volume.affine
+    affine = LPS_TO_RAS @ affine_of(volume)  # in mm, which the header of a NIfTI need not be in
     sizes = nib.affines.voxel_sizes(affine)
     image = sitk.GetImageFromArray(np.asarray(volume.dataobj).T)
     image.SetSpacing(sizes.tolist())

@@ -6,6 +6,7 @@ settings, and the digest of the result itself. A result counts as made only wher
 
 from __future__ import annotations
 
+import glob
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -68,6 +69,17 @@ def write_result(
         }
         with atomic(record) as path:
             path.write_text(json.dumps(content, indent=1), encoding="utf-8")
+
+
+def results_of(case: Case, folder: Path) -> list[Path]:
+    """The results NAME_*.nii.gz in a folder that are known to be made from the images of this case."""
+    images = [str(path.absolute()) for path in case.images]
+    found = []
+    for record in sorted((folder / FOLDER).glob(f"{glob.escape(case.name)}_*.json")):
+        known = read_json(record)
+        if isinstance(known, dict) and known.get("from") == images:
+            found.append(folder / f"{record.name.removesuffix('.json')}.nii.gz")
+    return found
 
 
 def remove_result(result: Path) -> None:

@@ -14,12 +14,13 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
+from factorizer.layers import set_num_iters
 from factorizer.segmentation.checkpoint import entries_of, network_of_entry, read_entry
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import load_tensors, save_tensors
@@ -61,6 +62,33 @@ def load_model(path: str | Path) -> TrainedModel:
         tuple(content.get("largest_component", ())),
         str(content.get("card", "")),
     )
+
+
+def bundle_members(path: str | Path, arguments: Mapping[str, Any]) -> tuple[tuple[nn.Module, Plan], ...]:
+    """The networks of a checkpoint, for a bundle whose configuration builds a network of these arguments, or
+    of a model file, whatever networks these are; with the configuration's iterations.
+
+    Raises DataError where the checkpoint's network is another: weights of one shape serve several networks.
+    """
+    try:
+        members = load_model(path).members
+    except FileNotFoundError as error:
+        raise DataError(f"checkpoint: there is no {path}") from error
+    plan = members[0][1]
+    own, wanted = plan.network, arguments
+    if len(members) == 1:
+        wanted = replace(plan, network=dict(arguments)).network  # in the plain values that a plan has
+        for name in sorted(own.keys() | wanted.keys()):
+            if name != "num_iters" and own.get(name) != wanted.get(name):
+                raise DataError(
+                    f"checkpoint: {path} has a network with {name} {own.get(name)!r}, and the bundle's "
+                    f"network_arguments have {wanted.get(name)!r}; give these as in the training, or use "
+                    "factorizer predict"
+                )
+    for network, _ in members:
+        if "num_iters" in wanted:
+            set_num_iters(network, wanted["num_iters"])
+    return members
 
 
 def united(models: Sequence[TrainedModel]) -> TrainedModel:

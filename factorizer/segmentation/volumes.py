@@ -287,16 +287,14 @@ def write_volume(voxels: np.ndarray, like: Path, path: Path) -> None:
         save(on_grid_of(voxels, like), temporary)
 
 
-def write_maps(maps: np.ndarray, like: Path, path: Path) -> np.ndarray:
-    """Write maps (n, X, Y, Z), none negative, on the grid of `like`, as (X, Y, Z, n) in steps of a 4095th of
-    the largest value: a quarter of the file that floats make. Returns them as the file has them."""
+def maps_on_grid_of(maps: np.ndarray, like: Path) -> tuple[nib.Nifti1Image, np.ndarray]:
+    """Maps (n, X, Y, Z), none negative, on the grid of `like`, as (X, Y, Z, n) in steps of a 4095th of the
+    largest value: a quarter of the file that floats make. And the maps as that has them."""
     slope = np.float32(float(maps.max()) / MAP_STEPS or 1.0)
     steps = np.rint(maps / slope).astype(np.uint16)
     volume = on_grid_of(np.moveaxis(steps, 0, -1), like)
     volume.header.set_slope_inter(slope, 0)
-    with atomic(path) as temporary:
-        save(volume, temporary)
-    return steps * slope
+    return volume, steps * slope
 
 
 def on_grid_of(voxels: np.ndarray, like: Path | nib.Nifti1Pair) -> nib.Nifti1Image:

@@ -11,10 +11,11 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-from factorizer_support import run_command
+from factorizer_support import checkpoint_for, plan_for, run_command, save_volume
 from monai.bundle import ConfigParser, run, verify_metadata, verify_net_in_out
 from typer.testing import CliRunner
 
+import factorizer
 from factorizer.commands.cli import app
 from factorizer.commands.demo import write_synthetic
 from factorizer.segmentation.checkpoint import read_checkpoint
@@ -153,6 +154,35 @@ def test_train_evaluate_and_infer(name, data, tmp_path):
     (again,) = plan.held_out
     before = (tmp_path / "predictions" / f"{again}.nii.gz").read_bytes()
     assert (tmp_path / "all" / f"{again}.nii.gz").read_bytes() == before
+
+
+def test_inference_refuses_the_weights_of_another_network(tmp_path):
+    """Whose shapes are the same: windows without their shifted copies have the same weights."""
+    bundle = "hippocampus_factorizer"
+    (arguments,) = (
+        json.loads(Path(f).read_text())["network_arguments"] for f in configs(bundle, "inference")
+    )
+    arguments |= {"spatial_size": (36, 52, 36), "reshape": ("Matricize", {"head_dim": 8, "patch_size": 4})}
+    plan = plan_for(("MRI",), network=arguments, crop=(36, 52, 36))
+    (tmp_path / "models").mkdir()
+    checkpoint_for(plan, tmp_path / "models" / "checkpoint.pt")
+    save_volume(tmp_path / "in.nii.gz", (36, 52, 36))
+    options = {"bundle_root": str(tmp_path), "input": str(tmp_path / "in.nii.gz"), "device": "cpu"}
+    with pytest.raises(RuntimeError) as error:
+        run(config_file=configs(bundle, "inference"), **options)
+    assert "has a network with reshape" in str(error.value.__cause__)
+
+
+def test_inference_takes_the_weights_of_the_package(tmp_path):
+    """Where nobody has trained, as the bundle's README says."""
+    rng = np.random.default_rng(0)
+    volume = nib.Nifti1Image(rng.gamma(2, 100, (36, 52, 36)).astype(np.float32), np.eye(4))
+    nib.save(volume, tmp_path / "in.nii.gz")
+    options = {"bundle_root": str(tmp_path), "input": str(tmp_path / "in.nii.gz"), "device": "cpu"}
+    run(config_file=configs("hippocampus_factorizer", "inference"), **options)
+    labels = np.asarray(nib.load(tmp_path / "predictions" / "in.nii.gz").dataobj)
+    expected = factorizer.segment(volume, "hippocampus", mirror=False)
+    np.testing.assert_array_equal(labels, np.asarray(expected.dataobj))
 
 
 def test_files_for_training_work_with_inference(name, tmp_path):

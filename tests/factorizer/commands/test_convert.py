@@ -62,7 +62,7 @@ def in_the_names_of_the_paper(state):
 
 @pytest.mark.parametrize("holder", [None, "state_dict", "model"])
 def test_names_of_today(network, plan, tmp_path, holder):
-    state = {f"net.{name}": value for name, value in network.state_dict().items()}
+    state = {f"system.net.{name}": value for name, value in network.state_dict().items()}
     torch.save({holder: state, "epoch": 3} if holder else state, tmp_path / "weights.pt")
     out = tmp_path / "made.pt"
     assert "names as today" in convert(tmp_path / "weights.pt", "--output", out, "--plan", plan)
@@ -71,6 +71,10 @@ def test_names_of_today(network, plan, tmp_path, holder):
     x = torch.randn(1, 2, 16, 16, 16)
     with torch.no_grad():
         assert torch.equal(loaded(x), network.eval()(x))
+    before = out.read_bytes()
+    told = convert(tmp_path / "weights.pt", "--output", out, "--plan", plan, code=2)
+    assert "is there already" in told
+    assert out.read_bytes() == before
 
 
 def test_names_of_the_paper(network, plan, tmp_path):

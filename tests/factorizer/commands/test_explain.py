@@ -7,7 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from factorizer_support import ODD, four_modalities, run_command
+from factorizer_support import ODD, REGIONS, four_modalities, run_command
 from matplotlib.image import imread
 
 from factorizer.segmentation.explanation import agreement
@@ -89,17 +89,73 @@ def test_explain_writes_over_no_other_case(tumour, tmp_path):
     four_modalities(tmp_path / "a", "scan")
     four_modalities(tmp_path / "b", "scan", seed=1)
     options = ["explain", "--checkpoint", tumour, "--layer", "deep", "--output", tmp_path / "out", "--input"]
-    run_command(*options, tmp_path / "a")
+    run_command(*options, tmp_path / "a", "--layer", "shallow")
     before = (tmp_path / "out" / "scan_deep.nii.gz").read_bytes()
     printed = run_command(*options, tmp_path / "b", code=1)
     assert "scan: failed:" in printed
     assert "was made from other inputs" in printed
     assert (tmp_path / "out" / "scan_deep.nii.gz").read_bytes() == before
     assert "scan,deep," in (tmp_path / "out" / "components.csv").read_text()
-    (tmp_path / "out" / "scan_shallow.nii.gz").touch()  # as another network's command would leave it
+    run_command(*options, tmp_path / "a")
+    assert not (tmp_path / "out" / "scan_shallow.nii.gz").exists()  # it might be of another network
     run_command(*options, tmp_path / "b", "--overwrite")
     assert (tmp_path / "out" / "scan_deep.nii.gz").read_bytes() != before
-    assert not (tmp_path / "out" / "scan_shallow.nii.gz").exists()
+
+
+@pytest.mark.parametrize("name", ["scan_deep.nii.gz", "scan.png"])
+def test_explain_leaves_what_it_did_not_make(tumour, tmp_path, name):
+    four_modalities(tmp_path / "in", "scan")
+    out = tmp_path / "out"
+    out.mkdir()
+    for file in (name, "scan_shallow.nii.gz", "scan_deep_more.nii.gz"):
+        (out / file).write_bytes(b"of another program")
+    options = [
+        "explain",
+        "--checkpoint",
+        tumour,
+        "--layer",
+        "deep",
+        "--output",
+        out,
+        "--input",
+        tmp_path / "in",
+    ]
+    assert f"{name}: is there, and nothing says what" in run_command(*options, code=1)
+    for file in (name, "scan_shallow.nii.gz", "scan_deep_more.nii.gz"):
+        assert (out / file).read_bytes() == b"of another program"
+    (out / name).unlink()
+    run_command(*options)
+    assert (out / "scan_shallow.nii.gz").read_bytes() == b"of another program"
+
+
+def test_the_threshold_makes_the_mask_of_the_best_dice(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "scan")
+    out = tmp_path / "out"
+    options = [
+        "explain",
+        "--checkpoint",
+        tumour,
+        "--layer",
+        "deep",
+        "--output",
+        out,
+        "--input",
+        tmp_path / "in",
+    ]
+    run_command(*options)
+    maps = np.asarray(nib.load(out / "scan_deep.nii.gz").dataobj)
+    assert maps.dtype == np.float64
+    prediction = np.asarray(nib.load(out / "scan_prediction.nii.gz").dataobj)
+    rows = [row for row in csv.DictReader((out / "components.csv").open()) if row["marks"]]
+    assert rows
+    for row in rows:
+        truth = np.isin(prediction, REGIONS[row["target"]])
+        map_, threshold = maps[..., int(row["component"])], float(row["threshold"])
+        mask = map_ >= threshold if row["marks"] == "label" else map_ <= threshold
+        signal = mask | truth  # the whole crop here: gamma noise has no air
+        dice = 2 * (mask & truth).sum() / (mask.sum() + truth.sum())
+        assert signal.any()
+        assert dice == pytest.approx(float(row["best_dice"]), abs=6e-5)
 
 
 def test_a_network_whose_output_is_not_finite_explains_nothing(tumour, tmp_path):

@@ -203,6 +203,11 @@ def test_names_of_cases(tmp_path):
     assert [case.name for case in find_cases([tmp_path / "p1"])] == ["scan"]
     with pytest.raises(DataError, match=r"holds no volume, but folders; name the cases in a data list"):
         find_cases([tmp_path])
+    (tmp_path / "q").mkdir()
+    for name in ("scan", "scan_0000"):
+        save_volume(tmp_path / "q" / f"{name}.nii.gz")
+    with pytest.raises(DataError, match=r"are both modality 0 of the case 'scan'"):
+        find_cases([tmp_path / "q"])
 
 
 def test_a_missing_modality_is_looked_for(tmp_path):

@@ -70,6 +70,16 @@ def test_itk_files_are_what_itk_says(tmp_path, ending):
     np.testing.assert_array_equal(voxels, np.stack([volume.dataobj, 2 * np.asarray(volume.dataobj)], axis=3))
 
 
+def test_itk_files_are_in_millimetres(tmp_path):
+    volume = volume_of()
+    expected = nib.affines.voxel_sizes(volume.affine)
+    for unit, length in (("micron", 1e-3), ("meter", 1e3)):
+        volume.header.set_xyzt_units(unit)
+        save(volume, tmp_path / "a.nrrd")
+        spacing = sitk.ReadImage(str(tmp_path / "a.nrrd")).GetSpacing()
+        np.testing.assert_allclose(spacing, expected * length, rtol=1e-6)
+
+
 def predicted(folder, model, files, *options):
     inputs = [part for file in files for part in ("--input", file)]
     run_command("predict", *model, *inputs, "--output", folder / "out", *options)
