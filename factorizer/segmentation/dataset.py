@@ -55,18 +55,19 @@ def read_labels_and_regions(path: Path, content: Mapping[str, Any]) -> tuple[dic
     found = content["labels"]
     if not isinstance(found, dict) or not found:
         raise DataError(f"{path}: 'labels' is {found!r}; it must be {wanted}")
+    by_value = all(_whole(value) is not None for value in found)
+    if any(str(name).lower() == "ignore" for name in (found.values() if by_value else found)):
+        raise DataError(
+            f"{path}: 'labels' has nnU-Net's 'ignore', voxels that are not to be learned from; that is "
+            "not supported. Leave the cases with such voxels out, or make them background"
+        )
     regions: Regions = {}
-    if all(_whole(value) is not None for value in found):
+    if by_value:
         labels = {_whole(value): str(name) for value, name in found.items()}
         if len(labels) < len(found):
             raise DataError(f"{path}: 'labels' is {found!r}; it must have each value once")
     else:
         united = {str(name): _values(path, name, value) for name, value in found.items()}
-        if "ignore" in united:
-            raise DataError(
-                f"{path}: 'labels' has nnU-Net's 'ignore', voxels that are not to be learned from; that is "
-                "not supported. Leave the cases with such voxels out, or make them background"
-            )
         if any(isinstance(value, list) for value in found.values()):
             regions = {name: values for name, values in united.items() if values != (0,)}
             labels = {0: next((name for name, values in united.items() if values == (0,)), "background")}

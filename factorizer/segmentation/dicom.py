@@ -24,6 +24,7 @@ SAME_AXES = 1e-3  # between direction cosines
 HEADER = (
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesDescription", "Rows", "Columns"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "NumberOfFrames", "SamplesPerPixel"),
+    "PhotometricInterpretation",
 )
 
 
@@ -156,7 +157,11 @@ def _in_order(folder: Path, members: Sequence[tuple[Path, Any]]) -> Series:
             f"{folder}: {members[0][0].name} holds several frames (enhanced DICOM), and one slice for each "
             "file is read. Convert it to NIfTI, by dcm2niix for example"
         )
-    if any(int(header.get("SamplesPerPixel") or 1) > 1 for _, header in members):
+    if any(
+        int(header.get("SamplesPerPixel") or 1) > 1
+        or str(header.get("PhotometricInterpretation", "")).startswith("PALETTE")
+        for _, header in members
+    ):
         raise DataError(f"{folder}: its images are in colour; they must hold one number for each voxel")
     axes = np.array([header.ImageOrientationPatient for _, header in members], float)
     if np.abs(axes - axes[0]).max() > SAME_AXES:

@@ -71,6 +71,7 @@ def test_labels_are_sorted_by_value(folder):
         ({"labels": {"0": "background", "1": "halo", "2": "halo"}}, "calls two values 'halo'"),
         ({"labels": {"0": "halo", "1": "background"}}, "calls 1 background"),
         ({"labels": {"background": 0, "halo": 1, "ignore": 2}}, "'ignore'"),
+        ({"labels": {"0": "background", "1": "halo", "2": "Ignore"}}, "'ignore'"),
         ({"labels": {"background": 0, "whole": [1, 2], "part": [2, 3]}}, "must lie in one another"),
         ({"labels": {"background": 0, "whole": [1, 2]}}, "exactly one value"),
         ({"regions": {"whole": [1, 2], "part": [3]}}, "there is no class for 3"),

@@ -190,6 +190,7 @@ def beside(folder, files):
         (edited(lambda image, k: setattr(image, "Rows", 7), 3), "different sizes: .*7.* and"),
         (without(*range(1, 9)), "holds one slice"),
         (edited(lambda image, k: setattr(image, "SamplesPerPixel", 3)), "in colour"),
+        (edited(lambda image, k: setattr(image, "PhotometricInterpretation", "PALETTE COLOR")), "in colour"),
         (edited(lambda image, k: setattr(image, "NumberOfFrames", 3)), "holds several frames"),
         (edited(lambda image, k: delattr(image, "PixelSpacing")), "headers lack what a volume needs"),
         (edited(lambda image, k: delattr(image, "ImagePositionPatient")), "holds no DICOM images"),
