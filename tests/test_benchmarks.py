@@ -245,6 +245,13 @@ def test_study(tmp_path):
     assert {path: path.stat().st_mtime_ns for path in before} == before  # what is done is not done again
     assert (out / "study.png").stat().st_size > 10_000
 
+    other = write_synthetic(tmp_path / "other", cases=7, shape=(18, 18, 18))
+    with pytest.raises(typer.BadParameter, match="holds records of other data"):
+        main(other, out, ["default", "UNet"], seeds=1, steps=5, jobs=1)
+    (out / "study.of").unlink()
+    with pytest.raises(typer.BadParameter, match="holds records of other data"):
+        main(data, out, ["default", "UNet"], seeds=1, steps=5, jobs=1)
+
     main(data, tmp_path / "timed", ["UNet"], seeds=1, minutes=0.01, jobs=1)
     (path,) = (tmp_path / "timed").glob("*.json")
     timed = json.loads(path.read_text())
