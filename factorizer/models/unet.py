@@ -279,7 +279,6 @@ class UNet(nn.Module):
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
             or torch._C._are_functorch_transforms_active()
-            or torch.nn.modules.module._has_any_global_hook()
             or any(map(has_hooks, self.modules()))
         )
 

@@ -102,24 +102,19 @@ def test_explain_writes_over_no_other_case(tumour, tmp_path):
     assert (tmp_path / "out" / "scan_deep.nii.gz").read_bytes() != before
 
 
+def deep_layer(network, folder):
+    """The command for one scan, and where it writes to."""
+    four_modalities(folder / "in", "scan")
+    files = ["--checkpoint", network, "--input", folder / "in", "--output", folder / "out"]
+    return ["explain", *files, "--layer", "deep"], folder / "out"
+
+
 @pytest.mark.parametrize("name", ["scan_deep.nii.gz", "scan.png"])
 def test_explain_leaves_what_it_did_not_make(tumour, tmp_path, name):
-    four_modalities(tmp_path / "in", "scan")
-    out = tmp_path / "out"
+    options, out = deep_layer(tumour, tmp_path)
     out.mkdir()
     for file in (name, "scan_shallow.nii.gz", "scan_deep_more.nii.gz"):
         (out / file).write_bytes(b"of another program")
-    options = [
-        "explain",
-        "--checkpoint",
-        tumour,
-        "--layer",
-        "deep",
-        "--output",
-        out,
-        "--input",
-        tmp_path / "in",
-    ]
     assert f"{name}: is there, and nothing says what" in run_command(*options, code=1)
     for file in (name, "scan_shallow.nii.gz", "scan_deep_more.nii.gz"):
         assert (out / file).read_bytes() == b"of another program"
@@ -129,22 +124,9 @@ def test_explain_leaves_what_it_did_not_make(tumour, tmp_path, name):
 
 
 def test_the_threshold_makes_the_mask_of_the_best_dice(tumour, tmp_path):
-    four_modalities(tmp_path / "in", "scan")
-    out = tmp_path / "out"
-    options = [
-        "explain",
-        "--checkpoint",
-        tumour,
-        "--layer",
-        "deep",
-        "--output",
-        out,
-        "--input",
-        tmp_path / "in",
-    ]
+    options, out = deep_layer(tumour, tmp_path)
     run_command(*options)
     maps = np.asarray(nib.load(out / "scan_deep.nii.gz").dataobj)
-    assert maps.dtype == np.float64
     prediction = np.asarray(nib.load(out / "scan_prediction.nii.gz").dataobj)
     rows = [row for row in csv.DictReader((out / "components.csv").open()) if row["marks"]]
     assert rows
@@ -152,9 +134,7 @@ def test_the_threshold_makes_the_mask_of_the_best_dice(tumour, tmp_path):
         truth = np.isin(prediction, REGIONS[row["target"]])
         map_, threshold = maps[..., int(row["component"])], float(row["threshold"])
         mask = map_ >= threshold if row["marks"] == "label" else map_ <= threshold
-        signal = mask | truth  # the whole crop here: gamma noise has no air
         dice = 2 * (mask & truth).sum() / (mask.sum() + truth.sum())
-        assert signal.any()
         assert dice == pytest.approx(float(row["best_dice"]), abs=6e-5)
 
 
