@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,16 +13,16 @@ from rich.console import Console
 
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import on_one_grid, read_decathlon, read_split, split_cases
-from factorizer.segmentation.checkpoint import read_first
+from factorizer.segmentation.checkpoint import read_checkpoint, read_first
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import MeanDice
 from factorizer.segmentation.files import atomic, digest_of, prepare_folder
 from factorizer.segmentation.plan import AS_PLANNED, Plan, Wishes, plan_run
 from factorizer.segmentation.processes import pick_device, process_group
+from factorizer.segmentation.recipe import BUDGETS
 from factorizer.segmentation.screen import duration, facts
 from factorizer.segmentation.survey import check_cases
-from factorizer.segmentation.training import BEST, Trainer, fit, start_from, step_seconds, within_budget
-from factorizer.segmentation.transforms import CropBatches, training_volumes
+from factorizer.segmentation.training import BEST, Trainer, fit, rehearse, start_from, steps_within
 
 
 def train(
@@ -47,8 +48,9 @@ def train(
     one; with `resample` modalities on other grids are brought to that of "first", or of the one named.
 
     Where the wishes name no steps they are as many as the `budget`, a name of `recipe.BUDGETS`, is enough for
-    by a step that is measured first; a run that is continued keeps its number. `init` is a checkpoint or a
-    model file of one network: the run's network is of its kind, and starts from its weights where they fit.
+    by a step with its crops, which is measured first; a run that is continued keeps its number. `init` is a
+    checkpoint or a model file of one network: the run's network is of its kind, and starts from its weights
+    where they fit.
 
     Writes plan.json, checkpoint.pt, TensorBoard's files under log/ and, where it validates, best.pt.
     Returns the checkpoint. Raises DataError before training for data or an `out` that cannot be used.
@@ -56,6 +58,8 @@ def train(
     check_counts(
         validate_every=(validate_every, 1), patience=(patience, 1), workers=(workers, 0), seed=(seed, 0)
     )
+    if budget not in BUDGETS:
+        raise DataError(f"budget: got {budget!r}; it must be one of {', '.join(BUDGETS)}")
     if patience is not None and not validate_every:
         raise DataError("patience: counts validations, so it needs validate-every")
     if init is not None:
@@ -78,14 +82,20 @@ def train(
     checkpoint = out / "checkpoint.pt"
     if init is not None:
         plan = _like(plan, init)
+    if workers is None:
+        workers = 4 if place.type == "cuda" else 0
     with process_group():
-        if wishes.steps is None:
-            with console.status("Measuring a training step"):
-                plan = within_budget(plan, budget, checkpoint, place)
         network = build_network(plan.network, plan.seed)
         if init is not None:
             copied, others = start_from(network, init)
             console.print(f"{init}: {copied} tensors start from it, {others} at random", soft_wrap=True)
+        rehearsal = partial(rehearse, console, plan, training, geometries, place, workers)
+        begun, crops, seconds = checkpoint.exists(), None, None
+        if not begun:
+            crops, seconds = rehearsal()
+        if wishes.steps is None:
+            steps = steps_within(budget, seconds) if seconds else read_checkpoint(checkpoint)[0].steps
+            plan = replace(plan, steps=steps)
         trainer = Trainer(
             plan,
             network,
@@ -94,17 +104,17 @@ def train(
             validate=MeanDice(plan, held_out, place) if validate_every else None,
             validate_every=validate_every or plan.steps,
             patience=patience,
-            workers=(4 if place.type == "cuda" else 0) if workers is None else workers,
+            workers=workers,
         )
-        if checkpoint.exists():
+        if begun:
             trainer.resume(checkpoint)
+            if not trainer.finished:
+                crops, seconds = rehearsal()
         elif trainer.process_index == 0:
             (out / BEST).unlink(missing_ok=True)  # of a run that was there before
-        announce(console, trainer, out, None if trainer.finished else step_seconds(plan, place))
-        if not trainer.finished:
-            with console.status(f"Loading {len(training)} volumes"):
-                volumes = training_volumes(plan, training, geometries)
-            fit(console, trainer, CropBatches(plan, volumes), checkpoint)
+        announce(console, trainer, out, seconds)
+        if crops is not None:
+            fit(console, trainer, crops, checkpoint)
     losses = trainer.losses[-20:]
     console.print(
         f"{trainer.step} steps in {duration(trainer.seconds)}; loss {sum(losses) / len(losses):.3f}; "

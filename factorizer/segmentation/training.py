@@ -6,11 +6,12 @@ import math
 import os
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from statistics import mean, median
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -25,18 +26,20 @@ from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader
 
 from factorizer.models.build import build_network
+from factorizer.segmentation.cases import Case
 from factorizer.segmentation.checkpoint import load_weights_into, read_checkpoint, read_first
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import save_tensors
-from factorizer.segmentation.measure import side_by_side
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import gather, group_position
 from factorizer.segmentation.recipe import BUDGETS, MAX_BUDGET_STEPS, MIN_STEPS, Recipe
 from factorizer.segmentation.screen import count, log_lines, progress
-from factorizer.segmentation.transforms import CropBatches
+from factorizer.segmentation.survey import Geometry
+from factorizer.segmentation.transforms import CropBatches, training_volumes
 
 BEST = "best.pt"  # beside the last checkpoint: the one with the best validation
 SAVE_EVERY, SAVE_SECONDS = 20, 30.0  # steps, or seconds and one step, that a killed run loses at most
+REHEARSED = 5  # steps that are measured
 
 
 class SegmentationLoss(nn.Module):
@@ -284,27 +287,40 @@ class Trainer:
         return self.scores[-1][1]
 
 
-def step_seconds(plan: Plan, device: torch.device | str = "cpu") -> float:
-    """Median seconds of a training step of a throw-away network, on this machine."""
-    trial = Trainer(plan, build_network(plan.network, plan.seed), device=device)
-    image = torch.ones(plan.batch_size, len(plan.modalities), *plan.crop)
-    label = torch.zeros(plan.batch_size, 1, *plan.crop)
-    return side_by_side({"step": lambda: trial.update(image, label)}, 3)["step"] / 1e3
+def rehearse(
+    console: Console,
+    plan: Plan,
+    training: Sequence[Case],
+    geometries: Mapping[str, Geometry],
+    device: torch.device | str = "cpu",
+    workers: int = 0,
+) -> tuple[CropBatches, float]:
+    """The crops that the plan draws of the `training` cases, and the seconds of a step with them.
 
-
-def within_budget(plan: Plan, budget: str, checkpoint: Path, device: torch.device | str = "cpu") -> Plan:
-    """The plan with as many steps as the budget is enough for, or with those of the run at `checkpoint`.
-
-    A step is measured first. Where a process group is there, all processes find the same.
-
-    Raises DataError where `budget` is none of `recipe.BUDGETS`, or the checkpoint cannot be read.
+    The step is that of a throw-away network, on this machine; where a process group is there, the slowest
+    process's. A step waits for its crops, or where `workers` prepare them for the slower of both.
     """
-    if budget not in BUDGETS:
-        raise DataError(f"budget: got {budget!r}; it must be one of {', '.join(BUDGETS)}")
-    if checkpoint.exists():
-        return replace(plan, steps=read_checkpoint(checkpoint)[0].steps)
-    seconds = max(gather([step_seconds(plan, device)]))
-    return replace(plan, steps=min(max(int(BUDGETS[budget] / seconds), MIN_STEPS), MAX_BUDGET_STEPS))
+    with console.status(f"Loading {len(training)} volumes"):
+        batches = CropBatches(plan, training_volumes(plan, training, geometries))
+    trial = Trainer(plan, build_network(plan.network, plan.seed), device=device, workers=workers)
+    crops, steps = [], []
+    with console.status("Measuring a training step"):
+        for index in range(REHEARSED + 1):  # the first warms caches and allocators up
+            start = time.perf_counter()
+            image, label = batches[index]
+            ready = time.perf_counter()
+            trial.update(image, label)
+            crops.append(ready - start)
+            steps.append(time.perf_counter() - ready)
+    # A crop takes long now and then, by its changes or by a volume that is read again; a step does not.
+    crop, step = mean(crops[1:]), median(steps[1:])
+    seconds = max(step, crop / trial.workers) if trial.workers else step + crop
+    return batches, max(gather([seconds]))
+
+
+def steps_within(budget: str, seconds: float) -> int:
+    """How many steps of so many seconds a budget is enough for."""
+    return min(max(int(BUDGETS[budget] / seconds), MIN_STEPS), MAX_BUDGET_STEPS)
 
 
 def start_from(network: nn.Module, path: str | Path) -> tuple[int, int]:

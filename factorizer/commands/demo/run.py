@@ -8,10 +8,9 @@ import math
 import platform
 import textwrap
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from factorizer.commands.demo.synthetic import NOTICE, write_synthetic
 from factorizer.commands.demo.timing import kernel_backend, time_networks
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import Case, Task, read_decathlon, split_cases
+from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import check_counts
 from factorizer.segmentation.evaluation import Score, evaluate_case, summarise
 from factorizer.segmentation.explanation import best_components, case_components
@@ -36,13 +36,13 @@ from factorizer.segmentation.figures import (
 )
 from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.inference import Predictor, load_predictor
-from factorizer.segmentation.measure import versions
+from factorizer.segmentation.measure import side_by_side, versions
 from factorizer.segmentation.plan import Plan, Wishes, plan_run
 from factorizer.segmentation.screen import progress
 from factorizer.segmentation.survey import Geometry, check_cases
 from factorizer.segmentation.trained import SHIPPED
-from factorizer.segmentation.training import Trainer, fit, within_budget
-from factorizer.segmentation.transforms import CropBatches, PreparedCase, training_volumes
+from factorizer.segmentation.training import Trainer, fit, rehearse, steps_within
+from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import check_label, read_volume, write_volume
 
 SEED = 0
@@ -81,12 +81,17 @@ def run_demo(
     shipped = segment_with_shipped(console, task, held_out, out / "shipped")
     plan = plan_run(task, geometries, training, held_out, Wishes(steps=steps), seed=SEED)
     checkpoint = out / "checkpoint.pt"
+    begun, crops, step_seconds = checkpoint.exists(), None, 0.0
+    if not begun:
+        crops, step_seconds = rehearse(console, plan, training, geometries)
     if steps is None:
-        with console.status("Measuring a training step"):
-            plan = within_budget(plan, "quick", checkpoint)
+        known = read_checkpoint(checkpoint)[0].steps if begun else steps_within("quick", step_seconds)
+        plan = replace(plan, steps=known)
     trainer = Trainer(plan, build_network(plan.network, plan.seed))
-    if checkpoint.exists():
+    if begun:
         trainer.resume(checkpoint)
+        if not trainer.finished:
+            crops, step_seconds = rehearse(console, plan, training, geometries)
     seconds_before = trainer.seconds
 
     screen.announce(
@@ -97,13 +102,12 @@ def run_demo(
         parameters=parameter_count(trainer.network),
         backend=kernel_backend(),
         steps_done=trainer.step,
-        seconds=_expected_seconds(plan, trainer.step, [geometries[c.name] for c in held_out]),
+        seconds=step_seconds * (plan.steps - trainer.step)
+        + _segmenting_seconds(plan, [geometries[c.name] for c in held_out]),
         out=out,
     )
-    if trainer.step < plan.steps:
-        with console.status(f"Loading {len(training)} volumes"):
-            volumes = training_volumes(plan, training, geometries)
-        fit(console, trainer, CropBatches(plan, volumes), checkpoint)
+    if crops is not None:
+        fit(console, trainer, crops, checkpoint)
     predictor = Predictor([(trainer.result, plan)])
     scores = _segment(console, predictor, held_out, out / "predictions")
     with console.status("Comparing components with the truth"):
@@ -175,29 +179,18 @@ def segment_with_shipped(
     return None
 
 
-def _expected_seconds(plan: Plan, steps_done: int, held_out: Sequence[Geometry]) -> float:
-    """How long training and segmenting will take, from three steps and forwards of a throw-away network."""
-
-    def seconds(call: Callable[[], object]) -> float:
-        times = []
-        for _ in range(3):
-            start = time.perf_counter()
-            call()
-            times.append(time.perf_counter() - start)
-        return median(times)
-
-    trial = Trainer(plan, build_network(plan.network, plan.seed))
-    image = torch.randn(plan.batch_size, len(plan.modalities), *plan.crop)
-    label = torch.zeros(plan.batch_size, 1, *plan.crop)
-    step = seconds(lambda: trial.update(image, label))
+def _segmenting_seconds(plan: Plan, held_out: Sequence[Geometry]) -> float:
+    """How long segmenting will take, from three forwards of a throw-away network."""
+    network = build_network(plan.network, plan.seed).eval()
+    image = torch.randn(1, len(plan.modalities), *plan.crop)
     with torch.no_grad():
-        forward = seconds(lambda: trial.network.eval()(image)) / plan.batch_size
+        forward = side_by_side({"forward": lambda: network(image)}, 3)["forward"] / 1e3
     windows = 0
     for geometry in held_out:
         length = np.array(geometry.shape) * geometry.spacing / plan.spacing
         size = np.maximum(np.rint(length).astype(int), plan.crop)
         windows += len(dense_patch_slices(size, plan.crop, [c // 2 for c in plan.crop]))
-    return step * (plan.steps - steps_done) + forward * windows
+    return forward * windows
 
 
 def _segment(

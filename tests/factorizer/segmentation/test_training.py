@@ -2,11 +2,13 @@
 
 import itertools
 from dataclasses import asdict, replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from factorizer_support import Batches, checkpoint_for, plan_for, planned, trainer_for
 from monai.optimizers import WarmupCosineSchedule
+from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -14,7 +16,14 @@ from factorizer.models.build import build_network
 from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.recipe import Recipe
-from factorizer.segmentation.training import SegmentationLoss, Trainer, rate_factor, start_from
+from factorizer.segmentation.training import (
+    SegmentationLoss,
+    Trainer,
+    rate_factor,
+    rehearse,
+    start_from,
+    steps_within,
+)
 
 
 def test_training_learns(tmp_path):
@@ -49,6 +58,29 @@ def test_a_run_that_was_stopped_ends_where_an_unbroken_one_does(tmp_path, monkey
     torch.testing.assert_close(resumed.losses, unbroken.losses, rtol=1e-5, atol=1e-6)
     for name, value in unbroken.network.state_dict().items():
         torch.testing.assert_close(resumed.network.state_dict()[name], value, rtol=1e-4, atol=1e-6)
+
+
+def test_the_measured_step_counts_its_crops(monkeypatch):
+    plan, now = planned(steps=1), [0.0]
+
+    def wait(seconds):
+        now[0] += seconds
+
+    class Slow(Batches):
+        def __getitem__(self, step):
+            wait(0.5 if step == 3 else 0.0)  # one of five that are measured
+            return super().__getitem__(step)
+
+    module = "factorizer.segmentation.training."
+    monkeypatch.setattr(module + "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(module + "training_volumes", lambda *_: [])
+    monkeypatch.setattr(module + "CropBatches", lambda plan, _: Slow(plan))
+    monkeypatch.setattr(module + "_cores", lambda: 4)
+    monkeypatch.setattr(Trainer, "update", lambda *_: wait(0.05))
+    for workers, seconds in ((0, 0.15), (1, 0.1), (4, 0.05)):
+        found = rehearse(Console(quiet=True), plan, [], {}, workers=workers)[1]
+        assert found == pytest.approx(seconds)
+    assert [steps_within("quick", seconds) for seconds in (0.15, 1e9, 1e-9)] == [2000, 300, 250_000]
 
 
 def test_the_result_is_the_mean_of_the_weights(tmp_path):
