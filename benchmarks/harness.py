@@ -149,15 +149,19 @@ def extent(side: int, axes: int = 3) -> str:
 def race(case: Case, effort: Effort) -> dict[str, Measurement | BaseException]:
     """Every contender's measurement, or the failure or skip that it ended with."""
     results = {contender.name: _enter(case, contender, effort) for contender in case.contenders}
-    running = [r for r in results.values() if isinstance(r, Measurement)]
+    running = {name: r for name, r in results.items() if isinstance(r, Measurement)}
     gc.collect()
     for round_ in range(effort.most_rounds):
-        for measurement in running:
+        for name, measurement in list(running.items()):
             # Two samples at least, and the fewest rounds unless those would take three shares.
             shares = measurement.spent / effort.seconds if effort.seconds else 0.0
             if round_ < 2 or shares < (3 if round_ < effort.fewest_rounds else 1):
-                measurement.sample()
-    for measurement in running:
+                try:
+                    measurement.sample()
+                except Exception as error:  # it ends here, the others go on
+                    results[name] = error.with_traceback(None)
+                    running.pop(name).call = _nothing
+    for measurement in running.values():
         measurement.call = _nothing  # and with it the contender's memory
     return results
 

@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -120,26 +121,43 @@ def test_gpu_says_that_there_is_none():
 
 def test_gpu_page(tmp_path):
     """Its parts that need no GPU: a race becomes records, and these a page."""
-    script = """
+    script = '''
 import sys
 from dataclasses import replace
 from pathlib import Path
 from benchmarks import gpu
 from benchmarks.harness import EFFORTS, cases
 
-contenders = (gpu.on("reference"), gpu.on("cuda"), gpu.RELU, gpu.COPY)
+def fragile(problem, effort):
+    calls = []
+    def call(x):
+        calls.append(x)
+        if len(calls) > 4:
+            raise MemoryError("no more")
+        return x
+    return call
+
+# With a worker, who has the output open too: who waits for its end waits for the worker.
+ENDLESS = """
+import subprocess
+print("[gw3] [ 50%] FAILED another_test ", flush=True)
+subprocess.run(["sleep", "600"])
+"""
+contenders = (
+    gpu.on("reference"), gpu.on("cuda"), gpu.RELU, gpu.COPY, gpu.Contender("fragile", fragile)
+)
 groups = cases("swin_nmf", [("8x8x8, rank 1", gpu.Windows((1, 8, 8, 8, 8)))], contenders)
 gpu.PREDICTED["swin_nmf, 8x8x8, rank 1, forward", "reference"] = 1e-6
 groups = list(groups)
 broken = replace(groups[0], problem=None, label="broken")
 parts = (
     gpu.Part("a part", ("-c", "print('well')"), 60),
-    gpu.Part("a failing part", ("-c", "print('FAILED a_test - why'); raise SystemExit('last words')"), 60),
-    gpu.Part("an endless part", ("-c", "while True: pass"), 0.5),
+    gpu.Part("a failing part", ("-c", "print('[gw3] [ 50%] FAILED a_test '); exit('last words')"), 60),
+    gpu.Part("an endless part", ("-c", ENDLESS), 5),
 )
 gpu.main([broken, *groups], EFFORTS["tiny"], Path(sys.argv[1]), parts)
 assert len({case.group for case in gpu.all_cases()}) == len(list(gpu.all_cases()))
-"""
+'''
     (tmp_path / "run_page.py").write_text(script)
     process = python("run_page", tmp_path, PYTHONPATH=f"{ROOT}{os.pathsep}{tmp_path}")
     assert process.returncode == 0, process.stderr
@@ -154,7 +172,22 @@ assert len({case.group for case in gpu.all_cases()}) == len(list(gpu.all_cases()
     assert "- a part: " in page
     assert "- a failing part: exit status 1, " in page
     assert "; last words; FAILED a_test" in page
-    assert "- an endless part: Command" in page
+    assert "- an endless part: stopped after 5 s, " in page
+    assert "FAILED another_test" in page
+    # What fails in a later round takes no other with it.
+    assert "- swin_nmf, 8x8x8, rank 1, forward, fragile: no more" in page
+
+
+def test_gpu_takes_the_tests_that_compile_little():
+    from benchmarks.gpu import TESTS
+
+    process = python("pytest", "--collect-only", "-q", "tests/factorizer_kernels/gpu", "-k", TESTS)
+    assert process.returncode == 0, process.stdout
+    assert {"test_float32", "test_sanitizer", "test_graph_and_stream"} <= {
+        name.split("[")[0] for name in re.findall(r"::(\S+)", process.stdout)
+    }
+    assert "test_nmf[" not in process.stdout
+    assert "fullgraph" not in process.stdout
 
 
 def test_accuracy_study(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from collections.abc import Callable
 
 import torch
 from rich.console import Console
@@ -14,7 +15,6 @@ import factorizer_kernels as fk
 from factorizer.segmentation.measure import side_by_side, versions
 from factorizer.segmentation.screen import facts, table
 
-WINDOWS = {"head_dim": 8, "patch_size": 8, "shifts": [None, 4]}
 ROUNDS, ENOUGH = 5, 2.0  # calls that are timed, and seconds after which fewer must do
 # Float32 sums over a window's 512 voxels, and the gradient of five iterations that amplifies their
 # errors: far above what a right kernel shows (about 1e-6), far below what a wrong one does.
@@ -60,7 +60,8 @@ def doctor(console: Console) -> bool:
         rows.add_row(backend.name, *errors, f"{milliseconds:.1f} ms", f"{relu:.1f} ms")
     console.print(rows)
     console.print(
-        "value, gradient: relative error of swin_nmf in float32, against the reference in float64.\n"
+        "value, gradient: relative error of swin_nmf in float32, against the reference in float64; of torch, "
+        "which has none, of linear_norm_mlp.\n"
         "forward: median time for x (1, 32, 64, 64, 64).\n"
         "a ReLU: the same for relu(x), in turn with it; slower into fresh memory."
     )
@@ -73,24 +74,42 @@ def _device_of(backend: str) -> str | None:
     """Where a backend can be tried here; None for Triton's interpreter, which is too slow for it."""
     if backend in ("cpu", "reference"):
         return "cpu"
-    return "cuda" if torch.cuda.is_available() else None
+    if backend == "torch" or torch.cuda.is_available():
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return None
 
 
-def _case(device: str, size: int) -> list[Tensor]:
+def _swin_nmf(x: Tensor, u0: Tensor, v0: Tensor) -> Tensor:
+    return fk.swin_nmf(x, u0, v0, head_dim=8, patch_size=8, shifts=[None, 4])
+
+
+def _linear_norm_mlp(x: Tensor, *weights: Tensor) -> Tensor:
+    return fk.linear_norm_mlp(x, x, *weights)
+
+
+def _problem(backend: str, device: str, size: int) -> tuple[Callable[..., Tensor], list[Tensor]]:
+    """What a backend is tried with, x and what belongs to it: swin_nmf, or what "torch" has in its place."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, 32, size, size, size, generator=generator)
-    u0, v0 = (torch.rand(n, 1, generator=generator) for n in (8, 512))
-    return [t.to(device) for t in (x, u0, v0)]
+    if backend == "torch":
+        function: Callable[..., Tensor] = _linear_norm_mlp
+        shapes = ((32, 32), (32,), (32,), (32,), (64, 32), (64,), (32, 64), (32,))
+        others = [torch.randn(shape, generator=generator) / 8 for shape in shapes]
+    else:
+        function = _swin_nmf
+        others = [torch.rand(n, 1, generator=generator) for n in (8, 512)]
+    return function, [t.to(device) for t in (x, *others)]
 
 
 def _errors(backend: str, device: str) -> tuple[float, float]:
     """Relative errors of value and gradient of a small case."""
     results = []
+    function, tensors = _problem(backend, device, 16)
     for name, dtype in ((backend, torch.float32), ("reference", torch.float64)):
-        x, u0, v0 = (t.to(dtype) for t in _case(device, 16))
-        x.requires_grad_()
+        x, *others = (t.to(dtype) for t in tensors)
+        x = x.detach().requires_grad_()
         with fk.use_backend(name):
-            y = fk.swin_nmf(x, u0, v0, **WINDOWS)  # type: ignore[arg-type]
+            y = function(x, *others)
             (gradient,) = torch.autograd.grad(y.square().sum(), x)
         results.append((y.detach().double(), gradient.double()))
     (value, exact_value), (gradient, exact_gradient) = zip(*results, strict=True)
@@ -101,15 +120,15 @@ def _errors(backend: str, device: str) -> tuple[float, float]:
 
 
 def _times(backend: str, device: str) -> tuple[float, float]:
-    """Median milliseconds of swin_nmf and of relu, each round one call of each."""
-    x, u0, v0 = _case(device, 64)
+    """Median milliseconds of the operator and of relu, each round one call of each."""
+    function, tensors = _problem(backend, device, 64)
 
-    def swin_nmf() -> None:
+    def ours() -> None:
         with fk.use_backend(backend):
-            fk.swin_nmf(x, u0, v0, **WINDOWS)  # type: ignore[arg-type]
+            function(*tensors)
 
     wait = torch.cuda.synchronize if device == "cuda" else lambda: None
     times = side_by_side(
-        {"swin_nmf": swin_nmf, "relu": lambda: torch.relu(x)}, ROUNDS, wait=wait, enough=ENOUGH
+        {"ours": ours, "relu": lambda: torch.relu(tensors[0])}, ROUNDS, wait=wait, enough=ENOUGH
     )
-    return times["swin_nmf"], times["relu"]
+    return times["ours"], times["relu"]

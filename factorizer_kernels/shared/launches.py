@@ -15,6 +15,9 @@ from torch import Tensor
 
 from factorizer_kernels.shared.checks import NO_TENSORS
 
+# So that the voxels of a block that begins at the last one are still numbers of 32 bits.
+MAX_VOXELS = 2**31 - 2**16
+
 
 def padded(extent: int) -> int:
     """The block that holds ``extent`` elements: Triton's blocks are powers of two.
@@ -36,11 +39,20 @@ def compute_type(x: Tensor) -> Any:
 
 
 def product_precision() -> str:
-    """The precision of ``tl.dot`` for float32, after ``torch.get_float32_matmul_precision()``.
+    """The precision of ``tl.dot`` for float32: TF32 where torch allows it to its own products.
 
-    Torch's "highest" is three products of TF32, as exact as one of float32.
+    Else three products of TF32, as exact as one of float32. From PyTorch 2.9 on there are two ways to allow
+    it, and ``torch.get_float32_matmul_precision()`` raises once both were taken; what holds is here.
     """
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    if setting is None:
+        setting = "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if setting == "tf32" else "tf32x3"
+
+
+def too_many(voxels: int) -> str | None:
+    """Why kernels that count a channel's voxels in 32 bits do not take so many, or None where they do."""
+    return f"it takes at most {MAX_VOXELS} voxels of a channel, got {voxels}" if voxels > MAX_VOXELS else None
 
 
 def launch(kernel: Any, programs: int | tuple[int, ...], x: Tensor, *args: Any, **constants: Any) -> None:

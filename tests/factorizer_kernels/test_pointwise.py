@@ -504,6 +504,15 @@ def test_empty(name, sizes, backend):
         assert torch.equal(gradient, torch.zeros_like(argument))
 
 
+@pytest.mark.parametrize("name", ["linear_norm_mlp", "join"])
+def test_a_map_without_channels(name, backend):
+    """Beside x, which has some."""
+    arguments, dy = _problem(name, _sizes(2, 3, (4, 2), 0, 5))
+    assert arguments[0].shape[1] == 0
+    found, wanted = (_outcome(kernels, name, arguments, dy) for kernels in (backend, "reference"))
+    torch.testing.assert_close(found, wanted)
+
+
 def test_empty_operators():
     """The operators themselves, which a graph that was traced with other sizes may call with none."""
     ops = torch.ops.factorizer_kernels

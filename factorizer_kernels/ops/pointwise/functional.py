@@ -256,7 +256,7 @@ def join(
     _checked_join(skip, x, weight_skip, weight_x, bias)
     weight_skip, bias = _linear_map(x, weight_skip, bias)
     arguments = (skip, x, weight_skip, *_converted(x, weight_x), bias)
-    sizes = Sizes(max(x.shape[1], *weight_skip.shape))
+    sizes = Sizes(max(x.shape[1], *weight_skip.shape), blocked=prod(skip.shape[2:]))
     return _call("join", reference.join, Join, x, arguments, sizes=sizes, overwrite=overwrite)
 
 
@@ -297,7 +297,7 @@ def patch_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     _checked_patch_conv(x, weight, bias)
     x = plain_tensor(x)
     arguments = (x, *_linear_map(x, weight, bias))
-    sizes = Sizes(max(weight.shape[:2]), _products(x, weight))
+    sizes = Sizes(max(weight.shape[:2]), _products(x, weight), prod(x.shape[2:]))
     return _call("patch_conv", reference.patch_conv, PatchConv, x, arguments, sizes=sizes)
 
 
@@ -332,7 +332,9 @@ def _call(
     overwrite: Tensor | None = None,
 ) -> Tensor:
     dtype = autocast_dtype(x) if dtype is None else dtype
-    backend = choose(name, x, sizes)
+    # The other map may have no channels, where x has some.
+    first = tensors[0]
+    backend = choose(name, x if first is None or first.numel() else first, sizes)
     if backend == "reference":
         return definition(*tensors, *options, dtype)
     return call_function(name, function, *tensors, *options, dtype, backend, overwrite=overwrite)

@@ -26,10 +26,12 @@ class Sizes(NamedTuple):
         widest: channels of the widest map that it holds: of x, and of what is computed beside it.
         products: multiplications for one item of the batch, where the reference is a single product or
             convolution of PyTorch; else None.
+        blocked: voxels of a channel of the finer map, where there are two grids; else 0.
     """
 
     widest: int
     products: int | None = None
+    blocked: int = 0
 
 
 # A single product of PyTorch starts some 30 us sooner than a kernel with its backward (docs/performance.md).

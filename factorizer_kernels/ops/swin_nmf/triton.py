@@ -20,7 +20,7 @@ from factorizer_kernels.ops.nmf.triton.problem import Problem, problem_of
 from factorizer_kernels.ops.windows.address import window_at
 from factorizer_kernels.ops.windows.geometry import Windows
 from factorizer_kernels.ops.windows.triton import blocks
-from factorizer_kernels.shared.launches import cdiv, launch
+from factorizer_kernels.shared.launches import cdiv, launch, too_many
 from factorizer_kernels.shared.maps import empty_map, spatial_3d
 from factorizer_kernels.shared.registry import kernel
 
@@ -114,7 +114,7 @@ def _planned(x: Tensor, u0: Tensor, head_dim, patch_size, shifts, relu, options)
     return _plan(windows, u0.shape[-1], relu, Options(*options))
 
 
-@kernel("swin_nmf", "triton")
+@kernel("swin_nmf", "triton", lambda x, _: too_many(prod(x.shape[2:])))
 def swin_nmf(x: Tensor, u0: Tensor, v0: Tensor, head_dim, patch_size, shifts, relu, *options) -> Tensor:
     plan = _planned(x, u0, head_dim, patch_size, shifts, relu, options)
     problem, batch_shape = plan.problem, plan.batch_shape

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from factorizer_kernels.ops.windows.address import column_offsets, row_offsets, window_at, window_of
 from factorizer_kernels.ops.windows.geometry import Windows
-from factorizer_kernels.shared.launches import cdiv, compute_type, launch, padded
+from factorizer_kernels.shared.launches import cdiv, compute_type, launch, padded, too_many
 from factorizer_kernels.shared.maps import spatial_3d
 from factorizer_kernels.shared.registry import kernel
 
@@ -85,7 +85,7 @@ def blocks(rows: int) -> tuple[int, int]:
     return m_block, BLOCK_ELEMENTS // m_block
 
 
-@kernel("sw_matricize", "triton")
+@kernel("sw_matricize", "triton", lambda x, _: too_many(prod(x.shape[2:])))
 def sw_matricize(x: Tensor, head_dim, patch_size, shifts, mean: bool) -> Tensor:
     windows = Windows(x.shape, head_dim, patch_size, shifts)
     z = x.new_empty(windows.matrices_shape)
@@ -104,7 +104,7 @@ def sw_matricize(x: Tensor, head_dim, patch_size, shifts, mean: bool) -> Tensor:
     return z
 
 
-@kernel("sw_dematricize", "triton")
+@kernel("sw_dematricize", "triton", lambda z, _: too_many(z.shape[1] * z.shape[3]))
 def sw_dematricize(z: Tensor, size, head_dim, patch_size, shifts, mean: bool) -> Tensor:
     windows = Windows(size, head_dim, patch_size, shifts)
     x = z.new_empty(size)

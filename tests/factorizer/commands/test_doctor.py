@@ -1,12 +1,18 @@
 """factorizer doctor: right, wrong and broken backends."""
 
+import torch
 from factorizer_support import run_command
+
+import factorizer_kernels as fk
+from factorizer.commands import doctor
 
 
 def test_doctor(monkeypatch):
     monkeypatch.setattr("factorizer.commands.doctor.ROUNDS", 1)
     printed = run_command("doctor")
     assert "All usable backends are right." in printed
+    tried = printed.split("Right, and how fast")[1]
+    assert all(backend.name in tried for backend in fk.backends() if backend.name in ("cpu", "torch"))
     monkeypatch.setattr("factorizer.commands.doctor.TOLERANCE", 0.0)
     assert "WRONG" in run_command("doctor", code=1)
 
@@ -15,3 +21,12 @@ def test_doctor(monkeypatch):
 
     monkeypatch.setattr("factorizer.commands.doctor._errors", broken)
     assert "FAILS" in run_command("doctor", code=1)
+
+
+def test_what_a_card_is_tried_with(monkeypatch):
+    """Each backend with an operator that it has; whether the card runs it is not for here."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    devices = {backend.name: doctor._device_of(backend.name) for backend in fk.backends()}
+    assert devices == {"cuda": "cuda", "triton": "cuda", "cpu": "cpu", "torch": "cuda", "reference": "cpu"}
+    for name in ("torch", "reference"):
+        assert max(doctor._errors(name, "cpu")) < doctor.TOLERANCE

@@ -3,8 +3,11 @@
 Triton binds and specialises as on a card; its compiler and its driver are stand-ins.
 """
 
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib import import_module
 from types import SimpleNamespace
 from typing import ClassVar
 
@@ -18,7 +21,9 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import CompiledKernel
 
+from factorizer_kernels.ops.pointwise.spec import Sizes
 from factorizer_kernels.shared import launches as loader
+from factorizer_kernels.shared import registry
 from factorizer_kernels.shared.triton import INTERPRETED
 
 pytestmark = pytest.mark.skipif(INTERPRETED, reason="the interpreter compiles nothing")
@@ -211,3 +216,53 @@ def test_what_is_remembered_is_bounded(monkeypatch):
     for count in range(20):
         assert started(first_kernel, {"count": count})[0][3][3] == count
         assert len(loader._LAUNCHES) <= 4
+
+
+PRECISIONS = {
+    "nothing": ("", "tf32x3"),
+    "high": ("torch.set_float32_matmul_precision('high')", "tf32"),
+    "highest": ("torch.set_float32_matmul_precision('highest')", "tf32x3"),
+    "allow_tf32": ("torch.backends.cuda.matmul.allow_tf32 = True", "tf32"),
+    "tf32": ("torch.backends.cuda.matmul.fp32_precision = 'tf32'", "tf32"),
+    "tf32 everywhere": ("torch.backends.fp32_precision = 'tf32'", "tf32"),
+    "of the CPU": ("torch.backends.mkldnn.matmul.fp32_precision = 'bf16'", "tf32x3"),
+    "ieee after all": (
+        "torch.backends.cuda.matmul.allow_tf32 = True; torch.backends.cuda.matmul.fp32_precision = 'ieee'",
+        "tf32x3",
+    ),
+}
+
+
+@pytest.mark.parametrize("setting", PRECISIONS)
+def test_products_are_as_precise_as_torch_s(setting):
+    """By either of torch's ways, in a process of its own: torch does not forget that both were taken."""
+    statement, wanted = PRECISIONS[setting]
+    if "fp32_precision" in statement and not hasattr(torch.backends.cuda.matmul, "fp32_precision"):
+        pytest.skip("this PyTorch has one way")
+    script = f"""
+import torch
+{statement}
+from factorizer_kernels.shared.launches import product_precision
+print(product_precision())
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == wanted
+
+
+def test_a_channel_of_more_voxels_than_32_bits_count():
+    """Nothing is allocated: the shapes alone."""
+    for family in ("pointwise", "swin_nmf", "windows"):
+        import_module(f"factorizer_kernels.ops.{family}.triton")
+    beside = Sizes(8, blocked=1300**3)
+    for operator, sizes in (
+        ("join", beside),
+        ("patch_conv", beside),
+        ("swin_nmf", None),
+        ("sw_matricize", None),
+    ):
+        x = torch.empty(1, 8, 1300, 1300, 1300, device="meta")
+        limit = registry.find(operator, "triton").limit
+        assert "2147418112 voxels of a channel, got 2197000000" in limit(x, sizes)
+        assert limit(x[..., :1200, :], sizes and Sizes(8, blocked=1200 * 1300**2)) is None
+    z = torch.empty(1, 1300**3 // 125, 8, 125, device="meta")
+    assert "got 2197000000" in registry.find("sw_dematricize", "triton").limit(z, None)

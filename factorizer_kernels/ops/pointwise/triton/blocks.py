@@ -164,13 +164,14 @@ def block_sums_kernel(
     PLACES: tl.constexpr = KERNEL[0] * KERNEL[1] * KERNEL[2]
     column_blocks: tl.constexpr = (C + C_BLOCK - 1) // C_BLOCK
     rows: tl.constexpr = PLACES // WIDTH
-    place = tl.program_id(1) % rows * WIDTH
-    d = tl.program_id(1) // rows // column_blocks * D_BLOCK + tl.arange(0, D_BLOCK)
-    c = tl.program_id(1) // rows % column_blocks * C_BLOCK + tl.arange(0, C_BLOCK)
+    # On the first axis, since a grid has 65535 on the second.
+    place = tl.program_id(0) % rows * WIDTH
+    d = tl.program_id(0) // rows // column_blocks * D_BLOCK + tl.arange(0, D_BLOCK)
+    c = tl.program_id(0) // rows % column_blocks * C_BLOCK + tl.arange(0, C_BLOCK)
     total = tl.zeros([D_BLOCK, C_BLOCK], tl.float32)
     other = tl.zeros([D_BLOCK, C_BLOCK], tl.float32)
     tiles = batch * sizes[0] * sizes[1] * tl.cdiv(sizes[2], VOXELS)
-    for at in range(tl.program_id(0), tiles, tl.num_programs(0)):
+    for at in range(tl.program_id(1), tiles, tl.num_programs(1)):
         item, i1, i2, i3 = _tile(at, sizes, VOXELS)
         v, near = _coarse(i1, i2, i3, sizes, VOXELS)
         fine, inside = _fine(i1, i2, i3, place, sizes, KERNEL, WIDTH, VOXELS)
@@ -180,7 +181,7 @@ def block_sums_kernel(
             second, odd = _halves(second, C_BLOCK, VOXELS)
             other = tl.dot(first, tl.trans(odd), other, input_precision=PRECISION)
         total = tl.dot(first, tl.trans(second), total, input_precision=PRECISION)
-    at = ((tl.program_id(0) * D + d)[:, None] * C + c[None, :]) * PLACES + place
+    at = ((tl.program_id(1) * D + d)[:, None] * C + c[None, :]) * PLACES + place
     inside = (d < D)[:, None] & (c < C)[None, :]
     tl.store(shares + at, total, mask=inside)
     if WIDTH == 2:
@@ -256,7 +257,7 @@ def _block_sums(
     programs = programs_of(tiles, blocks)
     (shares,) = empty_shares(coarse, programs, weight.shape)
     launch(
-        block_sums_kernel, (programs, blocks), coarse,
+        block_sums_kernel, (blocks, programs), coarse,
         coarse, coarse.stride()[:2], fine, fine.stride()[:2], shares, coarse.shape[0], three_axes(size, 1),
         D=rows, C=channels, **places, **products(dtype), D_BLOCK=row_block, C_BLOCK=column_block, **tile,
     )  # fmt: skip

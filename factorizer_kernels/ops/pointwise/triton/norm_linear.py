@@ -36,6 +36,7 @@ from factorizer_kernels.ops.pointwise.triton.tiles import (
     tile_of,
     tiles_of,
 )
+from factorizer_kernels.shared.dtypes import autocast_disabled
 from factorizer_kernels.shared.launches import cdiv, launch
 from factorizer_kernels.shared.registry import kernel
 
@@ -134,7 +135,8 @@ def weights_before(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of the norm's scale and shift, and of the weight behind it, from G and db."""
     dweight = torch.addcmul(dbias[:, None] * norm_bias, sums, norm_weight)
-    return (weight * sums).sum(0), dbias @ weight, dweight
+    with autocast_disabled(weight):
+        return (weight * sums).sum(0), dbias @ weight, dweight
 
 
 @kernel("norm_linear", "triton", limit(norm.MAX_CHANNELS))

@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from factorizer_kernels.ops.pointwise.spec import Sizes
-from factorizer_kernels.shared.launches import cdiv, padded, product_precision
+from factorizer_kernels.shared.launches import cdiv, padded, product_precision, too_many
 from factorizer_kernels.shared.triton import INTERPRETED
 
 # Voxels, warps and channels at a time are those that were fastest on an H100 (docs/performance.md).
@@ -35,7 +35,9 @@ def limit(most: int) -> Callable[[Tensor, Sizes], str | None]:
     def reason(x: Tensor, sizes: Sizes) -> str | None:
         if x.dtype == torch.float64:
             return "its products take no float64"
-        return f"it takes at most {most} channels, got {sizes.widest}" if sizes.widest > most else None
+        if sizes.widest > most:
+            return f"it takes at most {most} channels, got {sizes.widest}"
+        return too_many(sizes.blocked)
 
     return reason
 

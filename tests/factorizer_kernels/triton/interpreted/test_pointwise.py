@@ -151,3 +151,27 @@ def test_a_voxel_that_is_nan_spoils_itself_alone():
     reached[0, :, 2, 7] = True
     assert torch.equal(y.isnan(), reached)
     assert torch.equal(y[~reached], clean[~reached])
+
+
+def test_the_backward_inside_of_autocast():
+    """Sums beyond float16, which autocast would have the product of them in."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, 3, 70016, generator=generator)
+    weights = [torch.randn(shape, generator=generator) for shape in ((3,), (3,), (3, 3), (3,))]
+    found = []
+    for backend in ("triton", "reference"):
+        shift = weights[1].clone().requires_grad_()
+        with fk.use_backend(backend), torch.autocast("cpu", torch.float16):
+            fk.norm_linear(x, weights[0], shift, *weights[2:]).float().sum().backward()
+        found.append(shift.grad)
+    torch.testing.assert_close(*found, rtol=2e-3, atol=0)
+
+
+def test_kernels_of_many_voxels(monkeypatch):
+    """A grid has 65535 programs on its second axis."""
+    grids = []
+    monkeypatch.setattr(blocks, "launch", lambda kernel, grid, *_, **__: grids.append((kernel, grid)))
+    dy, x, weight = torch.empty(1, 2, 1, 1), torch.empty(1, 1, 256, 257), torch.empty(2, 1, 256, 257)
+    blocks.patch_conv_backward(dy, x, weight, torch.empty(2), torch.float32, True)
+    grid = dict(grids)[blocks.block_sums_kernel]
+    assert grid == (256 * 257, 1)
