@@ -80,7 +80,12 @@ def train_bundle(
     Raises DataError as `read_decathlon` and `read_bundle` do, and for a wish that the bundle's network
     cannot meet.
     """
-    check_counts(patience=(patience, 1), workers=(workers, 0))
+    check_counts(
+        patience=(patience, 1),
+        workers=(workers, 0),
+        validate_every=(changes.get("val_interval"), 1),
+        seed=(changes.get("seed"), 0),
+    )
     parser = read_bundle(folder, configs)
     for name, value in _wished(parser, wishes).items():
         parser[name] = value

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import sys
@@ -611,4 +612,7 @@ def main() -> None:
     # Read when torch is loaded. OpenMP's threads spin while they wait: beside another busy process that slows
     # both 2 to 4 times.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that a terminal cannot show ends no command
+            stream.reconfigure(errors="replace")
     app()

@@ -75,6 +75,8 @@ def _read_weights(path: Path) -> dict[str, Any]:
     """The tensors by name, without what all names begin with; nothing in the file is executed."""
     try:
         content = load_tensors(path)
+    except FileNotFoundError as error:
+        raise DataError(f"weights: there is no {path}") from error
     except DataError as error:
         raise DataError(
             f"{error}. Where it holds other objects, save its state_dict alone, with the program that made it"

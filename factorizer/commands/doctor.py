@@ -54,9 +54,9 @@ def doctor(console: Console) -> bool:
             right = False
             rows.add_row(backend.name, f"FAILS: {type(error).__name__}: {error}")
             continue
-        good = max(value, gradient) < TOLERANCE
-        right = right and good
-        errors = [f"{error:.0e}{'' if good else ' WRONG'}" for error in (value, gradient)]
+        # Not the larger of both: what is not a number is not the larger one.
+        right = right and value < TOLERANCE and gradient < TOLERANCE
+        errors = [f"{error:.0e}{'' if error < TOLERANCE else ' WRONG'}" for error in (value, gradient)]
         rows.add_row(backend.name, *errors, f"{milliseconds:.1f} ms", f"{relu:.1f} ms")
     console.print(rows)
     console.print(

@@ -72,14 +72,17 @@ def export(
 
     Raises DataError where one cannot be used, two do not segment the same, or `out` cannot be written.
     """
-    if any(out.resolve() == path.resolve() for path in checkpoints):
-        raise DataError(f"output: {out} is one of the checkpoints, which it would replace; give another file")
+    if out.exists():
+        raise DataError(f"output: {out} is there already; give another file, or delete that one")
     try:
         model = united([load_model(path) for path in checkpoints])
-        if card is not None:
-            model = replace(model, card=card.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise DataError(f"there is no {error.filename}") from error
+        raise DataError(f"checkpoint: there is no {error.filename}") from error
+    if card is not None:
+        try:
+            model = replace(model, card=card.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"card: {card} cannot be read as text ({error})") from error
     if mirror is not None:
         model = replace(model, mirror=mirror)
     Predictor(model.members)  # which refuses networks that do not segment the same

@@ -15,12 +15,19 @@ from rich.console import Console
 from factorizer.segmentation.cases import Case, find_cases, with_grid
 from factorizer.segmentation.dicom import write_segmentation
 from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.files import atomic, check_apart, digest_of, prepare_folder
+from factorizer.segmentation.files import (
+    atomic,
+    check_apart,
+    check_own,
+    digest_of,
+    prepare_folder,
+    read_json,
+)
 from factorizer.segmentation.formats import load, parts_of, save
 from factorizer.segmentation.inference import PROBABILITIES, Predictor, load_predictor, run_cases
 from factorizer.segmentation.measure import peak_memory, versions
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.preview import draw_preview, preview_of, write_statistics
+from factorizer.segmentation.preview import draw_preview, is_statistics, preview_of, write_statistics
 from factorizer.segmentation.processes import gather, group_position, part_of, process_group
 from factorizer.segmentation.provenance import made, remove_result, write_result
 from factorizer.segmentation.screen import Outcome, tell_failures, tell_warning
@@ -75,6 +82,9 @@ def predict(
     cases = cases[number - 1 :: parts]
     for doubt in doubts_of_files(cases):
         tell_warning(console, doubt)
+    check_own("output", out / f"report{suffix}.json", _is_report, "report of predict")
+    if statistics:
+        check_own("output", out / f"statistics{suffix}.csv", is_statistics, "file of statistics")
     previews = out / PREVIEWS
     if preview:
         prepare_folder("preview", previews)
@@ -88,10 +98,12 @@ def predict(
                 path.parent.mkdir(exist_ok=True)
                 write = partial(_write_also, name, load(result), case, predictor.plan)
                 write_result(path, case, settings, write)
-        if preview:
-            draw_preview(previews, case, result, targets, modalities=predictor.plan.modalities)
-        else:  # of another result
-            preview_of(previews, case.name).unlink(missing_ok=True)
+        picture = preview_of(previews, case.name)
+        if not preview:
+            remove_result(picture)
+        elif overwrite or not made(picture, case, settings):
+            draw = partial(draw_preview, modalities=predictor.plan.modalities)
+            write_result(picture, case, settings, lambda path: draw(path, case, result, targets))
 
     targets, settings = predictor.plan.targets, predictor.settings()
     with process_group():  # torchrun stops the other processes where one ends with an error
@@ -109,8 +121,9 @@ def predict(
     # Only the first process has a screen, and its own failures are told already.
     tell_failures(console, outcomes[len(own) :])
     if index == 0 and (statistics or any(o.result == "done" for o in outcomes)):
-        for name in {"statistics.csv", f"statistics{suffix}.csv"}:
-            (out / name).unlink(missing_ok=True)  # of other results
+        for path in {out / "statistics.csv", out / f"statistics{suffix}.csv"}:
+            if path.is_file() and is_statistics(path):  # of other results
+                path.unlink()
     if index == 0 and statistics:
         results = {o.name: out / f"{o.name}.nii.gz" for o in outcomes if not o.failed}
         write_statistics(out / f"statistics{suffix}.csv", results, targets)
@@ -148,6 +161,17 @@ def _write_also(name: str, labels: nib.Nifti1Image, case: Case, plan: Plan, path
         write_segmentation(labels, case.image, plan.labels, path)
     else:
         save(labels, path)
+
+
+REPORT = ("versions", "python", "machine", "device", "threads", "settings", "peak_gib", "cases")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        content = read_json(path)
+    except DataError:
+        return False
+    return isinstance(content, dict) and tuple(content) == REPORT
 
 
 def _write_report(

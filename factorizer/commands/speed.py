@@ -21,9 +21,9 @@ from factorizer.segmentation.cases import Case, find_cases
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import dice
 from factorizer.segmentation.files import atomic, prepare_folder
-from factorizer.segmentation.inference import Predictor, load_predictor
+from factorizer.segmentation.inference import Predictor, keep_largest, load_predictor
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.screen import count, each_case, table
+from factorizer.segmentation.screen import count, each_case, table, tell_warning
 from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import check_image, check_label
 
@@ -81,8 +81,12 @@ def speed(
         raise DataError("num-iters, ranks: give numbers for one of them at least")
     predictor = load_predictor([checkpoint], device=device, whole=whole)
     network, plan = predictor.models[0]
+    if len(predictor.models) > 1:
+        tell_warning(console, f"of the {len(predictor.models)} networks of {checkpoint} the first one is run")
     cases = find_cases(inputs, section, labelled=True)
     cases = (tuple(case for case in cases if case.name in plan.held_out) or cases)[:max_cases]
+    if seen := [case.name for case in cases if case.name in plan.training]:
+        tell_warning(console, f"the network was trained on cases of these names: {', '.join(seen)}")
     prepare_folder("output", out, (path for case in cases for path in case.images))
     settings = _settings(network, plan, num_iters, ranks)
     warmed = False
@@ -155,6 +159,7 @@ def _run_case(
         logits = predictor.run(setting.network, plan, prepared.image)
         seconds = time.perf_counter() - start
         labels = plan.decide(prepared.to_own_grid(logits)).numpy()
+        labels = keep_largest(labels, plan, predictor.largest_component)
         scores = [dice(np.isin(labels, v), np.isin(truth, v)) for v in plan.targets.values()]
         results.append((scores, seconds))
     return results

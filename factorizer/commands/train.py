@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -68,6 +69,10 @@ def train(
                 raise DataError(
                     f"{name}: got {wish}, and --init, whose network decides it; leave one of them out"
                 )
+        try:
+            start = read_first(init)[0]
+        except FileNotFoundError as error:
+            raise DataError(f"init: there is no {init}") from error
     place = pick_device(device)
     task = on_one_grid(read_decathlon(data), resample)
     if split is None:
@@ -81,7 +86,7 @@ def train(
     plan = plan_run(task, geometries, training, held_out, wishes, seed=seed, resample=resample)
     checkpoint = out / "checkpoint.pt"
     if init is not None:
-        plan = _like(plan, init)
+        plan = _like(plan, start, init)
     if workers is None:
         workers = 4 if place.type == "cuda" else 0
     with process_group():
@@ -92,6 +97,7 @@ def train(
         rehearsal = partial(rehearse, console, plan, training, geometries, place, workers)
         begun, crops, seconds = checkpoint.exists(), None, None
         if not begun:
+            _check_best(out / BEST, plan)
             crops, seconds = rehearsal()
         if wishes.steps is None:
             steps = steps_within(budget, seconds) if seconds else read_checkpoint(checkpoint)[0].steps
@@ -111,7 +117,7 @@ def train(
             if not trainer.finished:
                 crops, seconds = rehearsal()
         elif trainer.process_index == 0:
-            (out / BEST).unlink(missing_ok=True)  # of a run that was there before
+            (out / BEST).unlink(missing_ok=True)  # of this very run, killed before its first checkpoint
         announce(console, trainer, out, seconds)
         if crops is not None:
             fit(console, trainer, crops, checkpoint)
@@ -126,12 +132,21 @@ def train(
     return checkpoint
 
 
-def _like(plan: Plan, init: Path) -> Plan:
-    """The plan with the first network of the file `init`, for the channels and the size of the plan."""
-    try:
-        other = read_first(init)[0]
-    except FileNotFoundError as error:
-        raise DataError(f"init: there is no {init}") from error
+def _check_best(path: Path, plan: Plan) -> None:
+    """Raises DataError where the network there, beside which there is no checkpoint, is of another run."""
+    if not path.exists():
+        return
+    with suppress(DataError):
+        if replace(read_checkpoint(path)[0], steps=plan.steps, notes=plan.notes) == plan:
+            return
+    raise DataError(
+        f"out: {path} is there without a checkpoint.pt, and is of another run; move it away, or give another "
+        "folder"
+    )
+
+
+def _like(plan: Plan, other: Plan, init: Path) -> Plan:
+    """The plan with the network of another, which the file `init` has, for the plan's channels and size."""
     own = {name: plan.network[name] for name in ("in_channels", "out_channels", "spatial_size")}
     # By its content too: other weights of the same name are another start.
     return replace(plan, network={**other.network, **own}, init=f"{init} (SHA-256 {digest_of(init)[:16]})")

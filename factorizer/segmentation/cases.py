@@ -206,7 +206,9 @@ def split_cases(
         drawn = set(order[: min(max(1, round(HELD_OUT * len(cases))), MAX_HELD_OUT)].tolist())
     else:
         if not 0 <= fold < folds <= len(cases):
-            raise DataError(f"fold: got {fold} of {folds} folds of {len(cases)} cases; the first is 0")
+            raise DataError(
+                f"fold: got {fold} of {folds} folds of {len(cases)} cases; the first is 0, each needs a case"
+            )
         drawn = set(order[fold::folds].tolist())
     training = [case for index, case in enumerate(by_name) if index not in drawn]
     held_out = [case for index, case in enumerate(by_name) if index in drawn]

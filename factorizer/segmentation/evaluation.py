@@ -23,11 +23,16 @@ from factorizer.segmentation.cases import Case, find_cases, read_classes, volume
 from factorizer.segmentation.checkpoint import read_all, read_first
 from factorizer.segmentation.dataset import read_modalities
 from factorizer.segmentation.errors import DataError, FlatImageError
-from factorizer.segmentation.files import atomic, prepare_folder, read_json
+from factorizer.segmentation.files import atomic, check_own, first_line, prepare_folder, read_json
 from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.processes import group_position
-from factorizer.segmentation.provenance import made_from_others
+from factorizer.segmentation.provenance import (
+    is_result,
+    made_from_others,
+    remove_result,
+    write_result,
+)
 from factorizer.segmentation.screen import count, each_case, table, tell_warning
 from factorizer.segmentation.volumes import check_label, read_grid, read_labels
 
@@ -164,11 +169,14 @@ def summarise(scores: Iterable[Score]) -> list[Summary]:
     return summaries
 
 
+COLUMNS = ("case", "target", "dice", "hd95_mm", "surface_dice_1mm")
+
+
 def write_scores(path: Path, scores: Iterable[Score]) -> None:
     """One line for each case and target."""
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(("case", "target", "dice", "hd95_mm", "surface_dice_1mm"))
+        table.writerow(COLUMNS)
         for score in scores:
             values = f"{score.dice:.6f}", f"{score.hd95:.6g}", f"{score.surface_dice:.6f}"
             table.writerow((score.case, score.target, *values))
@@ -231,6 +239,7 @@ def evaluate(
     """
     if out.is_dir():
         raise DataError(f"output: {out} is a folder; it must be a file for the scores, such as scores.csv")
+    check_own("output", out, lambda path: first_line(path) == ",".join(COLUMNS), "file of scores")
     known, classes, regions = known_labels(labels)
     cases = [
         Case(case.name, case.images, known[case.name].label if case.name in known else None)
@@ -239,14 +248,25 @@ def evaluate(
     prepare_folder("output", out.resolve().parent)
     targets, values = _targets(console, cases, classes, regions, checkpoint)
     folder, volumes = (out.with_name(f"{out.stem}_{name}") for name in ("previews", "statistics.csv"))
-    volumes.unlink(missing_ok=True)
-    for case in cases:
-        (folder / f"{case.name}.png").unlink(missing_ok=True)
-    if preview or statistics:
-        from factorizer.segmentation.preview import draw_preview, write_statistics  # matplotlib: a second
+    from factorizer.segmentation.preview import (  # matplotlib takes a second
+        draw_preview,
+        is_statistics,
+        preview_of,
+        write_statistics,
+    )
+
+    pictures = {case.name: preview_of(folder, case.name) for case in cases}
+    if statistics:
+        check_own("statistics", volumes, is_statistics, "file of statistics")
     if preview:
         prepare_folder("preview", folder)
         modalities = _modalities(labels, checkpoint)
+        for path in pictures.values():
+            check_own("preview", path, is_result, "picture of an earlier evaluation")
+    if volumes.is_file() and is_statistics(volumes):
+        volumes.unlink()
+    for path in pictures.values():
+        remove_result(path)
 
     def compare(case: Case) -> list[Score]:
         scores = evaluate_case(case.image, case, values, targets)
@@ -258,7 +278,12 @@ def evaluate(
             dices = {score.target: f"Dice {score.dice:.3f}" for score in scores}
             try:
                 drawn = replace(known[case.name], resample=True)
-                draw_preview(folder, drawn, case.image, targets, dices, modalities)
+                write_result(
+                    pictures[case.name],
+                    case,
+                    {},
+                    lambda path: draw_preview(path, drawn, case.image, targets, dices, modalities),
+                )
             except DataError as error:
                 tell_warning(console, f"{case.name}: no picture: {error}")
         return scores
@@ -331,7 +356,10 @@ def _targets(
 ) -> tuple[Targets, list[int]]:
     """What is measured, and all the values that a label may have."""
     if checkpoint is not None:
-        plans = [plan for plan, _ in read_all(checkpoint)]
+        try:
+            plans = [plan for plan, _ in read_all(checkpoint)]
+        except FileNotFoundError as error:
+            raise DataError(f"checkpoint: there is no {checkpoint}") from error
         plan, known = plans[0], {name for plan in plans for name in plan.training}
         which = "network was" if len(plans) == 1 else "networks were"
         if seen := sorted({case.name for case in cases}.intersection(known)):

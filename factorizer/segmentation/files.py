@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,27 @@ def prepare_folder(name: str, folder: Path, inputs: Iterable[Path] = ()) -> Path
 def check_apart(name: str, folder: Path, inputs: Iterable[Path]) -> None:
     """Raises DataError where `folder` holds some of the files `inputs`; `name` is the argument's."""
     where = os.path.realpath(folder)  # not Path.resolve, which ends in an error on a loop of links
-    places = {os.path.realpath(path) for path in inputs}
-    if any(where in (place, os.path.dirname(place)) for place in places):  # a series is a folder itself
+    # Where an input is, itself a folder if it is a series, and where a link to it is, whose place a result
+    # would take.
+    places = {os.path.realpath(place) for path in inputs for place in (path, Path(path).parent)}
+    places |= {os.path.dirname(os.path.realpath(path)) for path in inputs}
+    if where in places:
         raise DataError(f"{name}: {folder} holds the inputs; give another folder")
+
+
+def first_line(path: Path) -> str:
+    """Of a file of text, without its end; of one of another kind something that no text begins with."""
+    with path.open(encoding="utf-8", errors="replace") as file:
+        return file.readline(1000).rstrip("\r\n")
+
+
+def check_own(name: str, path: Path, own: Callable[[Path], bool], what: str) -> None:
+    """Raises DataError where a file is there that a command would write over, and is none of its own kind.
+
+    `own`: whether it is, by its content; `what`: in words what it would be; `name` is the argument's.
+    """
+    if path.exists() and not (path.is_file() and own(path)):
+        raise DataError(f"{name}: {path} is there, and is no {what}; give another name, or delete it")
 
 
 def read_json(path: Path) -> Any:

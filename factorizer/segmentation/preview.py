@@ -14,11 +14,12 @@ from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.explanation import clearest_channel
 from factorizer.segmentation.figures import Picture, draw_planes
-from factorizer.segmentation.files import atomic
+from factorizer.segmentation.files import atomic, first_line
 from factorizer.segmentation.intensities import body
 from factorizer.segmentation.volumes import check_image, read_grid, read_labels, read_volume
 
 Targets = Mapping[str, Sequence[int]]
+BY, COLUMNS = ("case", "target"), ("voxels", "ml", "label_voxels", "label_ml")  # of the statistics
 MARGIN = 2  # voxels of air around the head or body that are drawn
 
 
@@ -28,14 +29,14 @@ def preview_of(folder: Path, name: str) -> Path:
 
 
 def draw_preview(
-    folder: Path,
+    path: Path,
     case: Case,
     prediction: Path,
     targets: Targets,
     words: Mapping[str, str] | None = None,
     modalities: Sequence[str] | None = None,
 ) -> None:
-    """Writes folder/NAME.png: three planes through the largest structure of the label, or else of the
+    """Writes a picture: three planes through the largest structure of the label, or else of the
     prediction, over the modality in which it stands out best, cut to the head or body and the labels;
     volumes, and `words` for each target.
 
@@ -76,7 +77,7 @@ def draw_preview(
     )
     over = f"{case.name}, {names[channel]}" if names else case.name
     captions = _captions(labels, affine, targets, words or {})
-    draw_planes(preview_of(folder, case.name), picture, list(targets), over, channel, captions)
+    draw_planes(path, picture, list(targets), over, channel, captions)
 
 
 def _box(filled: np.ndarray) -> tuple[slice, ...]:
@@ -117,15 +118,20 @@ def volumes(labels: np.ndarray, affine: np.ndarray, targets: Targets) -> dict[st
     return {name: voxel * int(np.isin(labels, list(values)).sum()) for name, values in targets.items()}
 
 
+def is_statistics(path: Path) -> bool:
+    """Whether a file is one that `write_statistics` writes."""
+    return first_line(path) in {",".join((*BY, *columns)) for columns in (COLUMNS[:2], COLUMNS)}
+
+
 def write_statistics(
     path: Path, results: Mapping[str, Path], targets: Targets, truths: Mapping[str, Path] | None = None
 ) -> None:
     """A CSV with the voxels and ml of each target in the label map of each case, by its name; with `truths`
     also those in its label, on the same grid."""
-    columns = ("voxels", "ml", "label_voxels", "label_ml")[: 2 if truths is None else 4]
+    columns = COLUMNS[: 2 if truths is None else 4]
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
-        table.writerow(("case", "target", *columns))
+        table.writerow((*BY, *columns))
         for name, result in results.items():
             affine = read_grid(result)[0]
             maps = [read_labels(file, None) for file in (result, *([truths[name]] if truths else []))]

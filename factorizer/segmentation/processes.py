@@ -75,6 +75,8 @@ def pick_device(name: str | None = None) -> torch.device:
         raise DataError(f"device: {name!r} is no device ({error})") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise DataError(f"device: {name!r} is not supported; give cpu, cuda or mps")
+    if device.type == "cpu" and device.index:
+        raise DataError(f"device: got {name!r}; there is one cpu")
     if device.type == "mps" and not torch.backends.mps.is_available():
         raise DataError(f"device: {name!r} is not here: torch sees no Apple GPU")
     if device.type == "cuda":

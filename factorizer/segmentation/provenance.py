@@ -82,14 +82,20 @@ def results_of(case: Case, folder: Path) -> list[Path]:
     return found
 
 
+def is_result(result: Path) -> bool:
+    """Whether a file is as `write_result` wrote it, whatever it was made from."""
+    record = _record_of(result)
+    if not (result.is_file() and record.is_file()):
+        return False
+    known = read_json(record)
+    return isinstance(known, dict) and known.get("result") == digest_of(result)
+
+
 def remove_result(result: Path) -> None:
     """Removes a result that `write_result` wrote, with its record; what others made or changed stays."""
-    record = _record_of(result)
-    if result.is_file() and record.is_file():
-        known = read_json(record)
-        if isinstance(known, dict) and known.get("result") == digest_of(result):
-            result.unlink()
-    record.unlink(missing_ok=True)
+    if is_result(result):
+        result.unlink()
+    _record_of(result).unlink(missing_ok=True)
 
 
 def made_from_others(result: Path, case: Case) -> bool:

@@ -254,7 +254,7 @@ class Trainer:
         """Continue from the checkpoint at `path`. Raises DataError where it is of another plan."""
         plan, state = read_checkpoint(path)
         before, now = (_flat(asdict(p)) for p in (plan, self.plan))
-        way_out = "give another output folder, or delete that file to start anew"
+        way_out = "give another output folder, or delete it to start anew"
         for name, value in now.items():
             if name == "notes" or (name == "data" and not (before[name] and value)):
                 continue

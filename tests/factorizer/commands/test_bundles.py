@@ -257,6 +257,10 @@ def test_the_command_line_follows_a_bundle(tmp_path):
         image = nib.load(data / case["image"])
         nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[..., 0], image.affine), data / case["image"])
     (data / "dataset.json").write_text(json.dumps(content))
+    wrong = [*options[:-4], "--device", "cpu", "--seed", 3, "--validate-every", 0]
+    result = CliRunner().invoke(app, list(map(str, wrong)))
+    assert result.exit_code == 2, result.output
+    assert "validate-every: got 0" in result.stderr
     for _ in range(2):  # the second time it is finished
         result = CliRunner().invoke(app, list(map(str, options)))
         assert result.exit_code == 0, (result.output, result.exception)

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import nibabel as nib
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -58,6 +60,27 @@ def test_an_error_of_a_worker_is_told_without_its_traceback(capsys):
         raise DataError(f"{text}factorizer.segmentation.errors.DataError: a.nii: not readable\n")
     assert end.value.exit_code == 2
     assert capsys.readouterr().err == "a.nii: not readable\n"
+
+
+def test_names_that_the_terminal_cannot_show(tmp_path):
+    """A case that fails is told, and the next is segmented."""
+    (tmp_path / "in").mkdir()
+    for name, voxels in (
+        ("Müller 日本", np.zeros((9, 9, 9))),
+        ("z", np.random.default_rng(0).random((9, 9, 9))),
+    ):
+        nib.save(nib.Nifti1Image(voxels.astype(np.float32), np.eye(4)), tmp_path / "in" / f"{name}.nii.gz")
+    options = ["predict", "--model", "hippocampus", "--input", tmp_path / "in", "--output", tmp_path / "out"]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(
+        [sys.executable, "-m", "factorizer", *map(str, options)],
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 1, done.stderr
+    assert "M?ller ??: failed:" in done.stdout
+    assert (tmp_path / "out" / "z.nii.gz").exists()
 
 
 def test_a_user_without_a_name():

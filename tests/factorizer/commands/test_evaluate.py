@@ -168,7 +168,38 @@ def test_evaluate_measures_volumes_of_prediction_and_label(tmp_path):
     assert {key: float(row[key]) for key in expected} == pytest.approx(expected)
     evaluate(tmp_path, truth, truth)  # without these, none of an earlier command's stay beside its scores
     assert not (tmp_path / "scores_statistics.csv").exists()
-    assert not list((tmp_path / "scores_previews").iterdir())
+    assert not list((tmp_path / "scores_previews").glob("*.png"))
+
+
+@pytest.mark.parametrize("options", [[], ["--statistics"], ["--preview"]], ids=str)
+def test_evaluate_leaves_what_it_did_not_make(tmp_path, options):
+    volume = np.zeros((8, 8, 8), np.uint8)
+    volume[2:5, 2:6, 2:5] = 1
+    evaluate(tmp_path, volume, volume)
+    files = [tmp_path / "scores_statistics.csv", tmp_path / "scores_previews" / "case.png"]
+    files[1].parent.mkdir()
+    for file in files:
+        file.write_text("case,p-value")
+    printed, _ = evaluate(tmp_path, volume, volume, *options, code=2 if options else 0)
+    assert not options or f"{options[0][2:]}: " in printed
+    assert [file.read_text() for file in files] == ["case,p-value"] * 2
+
+
+def test_evaluate_writes_over_scores_alone(tumour, tmp_path):
+    volume = np.zeros((8, 8, 8), np.uint8)
+    evaluate(tmp_path, volume, volume)
+    listing = tmp_path / "dataset.json"
+    listing.write_text("{}")
+    inputs = [tumour, listing, tmp_path / "p" / "case.nii.gz", tmp_path / "t" / "case.nii.gz"]
+    before = [file.read_bytes() for file in inputs]
+    options = ["evaluate", "--predictions", tmp_path / "p", "--labels", tmp_path / "t"]
+    for file in inputs:
+        printed = run_command(*options, "--output", file, code=2)
+        assert f"output: {file} is there, and is no file of scores" in printed
+    assert [file.read_bytes() for file in inputs] == before
+    assert "checkpoint: there is no" in run_command(
+        *options, "--output", tmp_path / "scores.csv", "--checkpoint", tmp_path / "nope.pt", code=2
+    )
 
 
 def test_evaluate_tells_of_a_segmentation_of_another_scan(tumour, tmp_path):

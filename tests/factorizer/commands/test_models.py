@@ -52,6 +52,7 @@ def test_export_keeps_what_the_models_say(tumour, tmp_path):
     def exported(*options):
         run_command("models", "export", "--output", out, *options)
         found = load_model(out)
+        out.unlink()
         return len(found.members), found.mirror, found.largest_component, found.card
 
     assert exported("--checkpoint", one) == (1, True, ("TC", "WT"), "# One\n")
@@ -76,8 +77,14 @@ def test_a_broken_model_does_not_hide_the_others(tumour, tmp_path):
 def test_export_errors(tumour, tmp_path):
     own = ["models", "export", "--checkpoint", tumour, "--output", tumour]
     before = tumour.read_bytes()
-    assert "is one of the checkpoints" in run_command(*own, code=2)
+    assert "is there already" in run_command(*own, code=2)
     assert tumour.read_bytes() == before
+    card = tmp_path / "card.md"
+    card.write_bytes("Größe".encode("latin-1"))
+    to_card = ["models", "export", "--checkpoint", tumour, "--card", card, "--output"]
+    assert "is there already" in run_command(*to_card, card, code=2)
+    assert card.read_bytes() == "Größe".encode("latin-1")
+    assert "card: " in run_command(*to_card, tmp_path / "mine.pt", code=2)
     options = ["models", "export", "--output", tmp_path / "mine.pt"]
     printed = run_command(*options, "--checkpoint", tmp_path / "absent.pt", code=2)
     assert "absent.pt" in printed

@@ -223,15 +223,23 @@ def test_predict_leaves_what_it_did_not_make(tumour, tmp_path, also):
     four_modalities(tmp_path / "in", "a")
     out = tmp_path / "out"
     bystanders = {}
-    for folder, ending in (("nrrd", "nrrd"), ("mha", "mha"), ("probabilities", "npz")):
-        file = out / folder / f"a.{ending}"
-        file.parent.mkdir(parents=True)
+    for name in ("nrrd/a.nrrd", "mha/a.mha", "probabilities/a.npz", "previews/a.png", "statistics.csv"):
+        file = out / name
+        file.parent.mkdir(parents=True, exist_ok=True)
         file.write_bytes(b"of another program")
         bystanders[file] = file.read_bytes()
     options = ["predict", "--checkpoint", tumour, "--input", tmp_path / "in", "--output", out]
     printed = run_command(*options, *also, code=1 if also else 0)
     assert not also or "a.nrrd: is there, and nothing says what it was made from" in printed
     assert {file: file.read_bytes() for file in bystanders} == bystanders
+    if not also:
+        printed = run_command(*options, "--preview", code=1)
+        assert "a.png: is there, and nothing says what it was made from" in printed
+        assert "statistics.csv is there, and is no file" in run_command(*options, "--statistics", code=2)
+        assert {file: file.read_bytes() for file in bystanders} == bystanders
+        (out / "report.json").write_text("{}")
+        assert "report.json is there, and is no report" in run_command(*options, code=2)
+        (out / "report.json").unlink()
     run_command(*options, "--also", "nrrd", "--overwrite")
     labels = sitk.GetArrayFromImage(sitk.ReadImage(str(out / "nrrd" / "a.nrrd")))
     np.testing.assert_array_equal(labels.T, np.asarray(nib.load(out / "a.nii.gz").dataobj))
@@ -249,6 +257,18 @@ def test_inputs_may_not_lie_where_results_go(tumour, tmp_path, folder):
     options = ["predict", "--checkpoint", tumour, "--input", tmp_path / folder, "--output", tmp_path]
     assert f"{folder} holds the inputs" in run_command(*options, code=2)
     assert {file: file.read_bytes() for file in (tmp_path / folder).iterdir()} == before
+
+
+def test_links_to_inputs_are_inputs(tumour, tmp_path):
+    """As data management makes them: a result would take a link's place."""
+    four_modalities(tmp_path / "data", "a")
+    links = tmp_path / "links"
+    links.mkdir()
+    for file in (tmp_path / "data").iterdir():
+        (links / file.name).symlink_to(file)
+    options = ["predict", "--checkpoint", tumour, "--input", links, "--output", links, "--overwrite"]
+    assert "links holds the inputs" in run_command(*options, code=2)
+    assert all(link.is_symlink() for link in links.iterdir())
 
 
 @pytest.mark.parametrize(("regions", "rotated"), [(None, False), (REGIONS, False), (None, True)])

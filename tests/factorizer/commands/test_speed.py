@@ -1,6 +1,7 @@
 """factorizer speed: the table and the plot."""
 
 import csv
+from dataclasses import replace
 
 from factorizer_support import checkpoint_for, four_modalities, plan_for, run_command
 from matplotlib.image import imread
@@ -12,12 +13,21 @@ def test_speed(synthetic, tmp_path):
     options = ["speed", "--checkpoint", checkpoint, "--output", tmp_path, "--input"]
     printed = run_command(*options, synthetic / "dataset.json", "--num-iters", "0,5", "--ranks", "1,2")
     assert "task: 1 case " in printed
+    assert "warning" not in printed
     with (tmp_path / "speed.csv").open() as file:
         rows = list(csv.DictReader(file))
     settings = [(int(row["num_iters"]), int(row["rank"])) for row in rows]
     assert settings == [(0, 1), (5, 1), (3, 1), (3, 2)]
     assert all(float(row["seconds"]) > 0 for row in rows)
     assert imread(tmp_path / "speed.png").std() > 0.05
+    (tmp_path / "both").mkdir()
+    seen = checkpoint_for(replace(plan, held_out=(), training=("synthetic_001",)), tmp_path / "seen.pt")
+    two = ["--checkpoint", seen, "--checkpoint", checkpoint]
+    run_command("models", "export", *two, "--output", tmp_path / "two.pt")
+    options[2] = tmp_path / "two.pt"
+    printed = run_command(*options, synthetic / "dataset.json", "--ranks", 1, "--num-iters", 1, "--cases", 1)
+    assert "of the 2 networks of" in printed
+    assert "trained on cases of these names: synthetic_001" in printed
     assert "'--ranks': got 'x'" in run_command(*options, synthetic / "dataset.json", "--ranks", "x", code=2)
     assert "ranks: got 0; it must be" in run_command(
         *options, synthetic / "dataset.json", "--ranks", "2,0", code=2

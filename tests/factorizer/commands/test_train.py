@@ -50,11 +50,13 @@ def test_train_predict_evaluate(synthetic, tmp_path, monkeypatch):
         (["--patience", 2], "needs validate-every"),
         (["--config", "four_shifts"], "needs --bundle"),
         (["--bundle", "nowhere"], "nowhere/configs/train.json is missing"),
-        (["--fold", 7], "fold: got 7"),
+        (["--fold", 7], "fold: got 7 of 5 folds"),
         (["--device", "cuda:9"], "device: 'cuda:9'"),
         (["--device", "abacus"], "device: 'abacus' is no device"),
         (["--device", "meta"], "device: 'meta' is not supported"),
         (["--workers", -1], "workers: got -1"),
+        (["--device", "cpu:5"], "device: got 'cpu:5'"),
+        (["--init", "nope.pt"], "init: there is no nope.pt"),
     ],
 )
 def test_train_errors(synthetic, tmp_path, options, words):
@@ -71,3 +73,14 @@ def test_best_network_is_of_this_run(synthetic, tmp_path, monkeypatch):
     (tmp_path / "checkpoint.pt").unlink()
     run_command(*options)
     assert not (tmp_path / "best.pt").exists()
+
+
+def test_the_best_network_of_another_run_stays(synthetic, tmp_path, monkeypatch):
+    monkeypatch.setattr(MeanDice, "__call__", lambda self, network: 0.5)
+    options = ["train", synthetic, "--out", tmp_path, "--steps", 1]
+    run_command(*options, "--validate-every", 1)
+    (tmp_path / "checkpoint.pt").unlink()
+    before = (tmp_path / "best.pt").read_bytes()
+    printed = run_command(*options, "--learning-rate", 1e-3, code=2)
+    assert "best.pt is there without a checkpoint.pt" in printed
+    assert (tmp_path / "best.pt").read_bytes() == before

@@ -43,7 +43,7 @@ def test_air_around_the_head_is_not_drawn(tmp_path):
     for seen in (image, image + 5000):  # the second has no air
         nib.save(nib.Nifti1Image(seen, ODD), tmp_path / "image.nii.gz")
         case = Case("case", (tmp_path / "image.nii.gz",))
-        draw_preview(tmp_path, case, tmp_path / "p.nii.gz", TARGETS, {}, ("T1",))
+        draw_preview(tmp_path / "case.png", case, tmp_path / "p.nii.gz", TARGETS, {}, ("T1",))
         pixels = imread(tmp_path / "case.png")[..., :3]
         panels = pixels[: len(pixels) * 17 // 20]  # above the legend
         shape.append((panels.max(-1) - panels.min(-1) > 0.3).mean())
@@ -59,12 +59,12 @@ def test_a_picture_lies_on_the_grid_of_the_prediction(tmp_path):
     for voxels, affine in ((image, np.eye(4)), (image[::-1], flipped)):
         nib.save(nib.Nifti1Image(voxels.astype(np.float32), affine), tmp_path / "image.nii.gz")
         case = Case("case", (tmp_path / "image.nii.gz",))
-        draw_preview(tmp_path, case, tmp_path / "p.nii.gz", TARGETS, {}, ("T1",))
+        draw_preview(tmp_path / "case.png", case, tmp_path / "p.nii.gz", TARGETS, {}, ("T1",))
         drawn.append(imread(tmp_path / "case.png"))
     np.testing.assert_array_equal(*drawn)
     nib.save(nib.Nifti1Image(image.astype(np.float32), flipped + 1), tmp_path / "image.nii.gz")
     with pytest.raises(DataError, match="lies on another grid than its image"):
-        draw_preview(tmp_path, case, tmp_path / "p.nii.gz", TARGETS, {}, ("T1",))
+        draw_preview(tmp_path / "case.png", case, tmp_path / "p.nii.gz", TARGETS, {}, ("T1",))
 
 
 @pytest.mark.parametrize("kind", ["with a label", "an empty prediction", "without an image"])
@@ -83,7 +83,7 @@ def test_a_picture_is_drawn(tmp_path, kind):
         () if kind == "without an image" else (tmp_path / "image.nii.gz",),
         None if kind == "an empty prediction" else tmp_path / "label.nii.gz",
     )
-    draw_preview(tmp_path, case, tmp_path / "p.nii.gz", TARGETS, {"TC": "Dice 1"}, ("T1", "T2"))
+    draw_preview(tmp_path / "case.png", case, tmp_path / "p.nii.gz", TARGETS, {"TC": "Dice 1"}, ("T1", "T2"))
     pixels = imread(tmp_path / "case.png")[..., :3]
     assert pixels.std() > 0.03
     panels = pixels[: len(pixels) * 17 // 20]  # above the legend
