@@ -244,6 +244,14 @@ def test_a_gpu_that_is_too_small(plan, tmp_path, room, whole, journey, words):
     assert all(word in told for word, told in zip(words, predictor.told, strict=True))
 
 
+def test_networks_whose_outputs_are_in_another_order_are_refused():
+    models = [(Thresholds(), plan_for(labels=TUMOUR, regions=REGIONS))]
+    turned = plan_for(labels=TUMOUR, regions=dict(reversed(REGIONS.items())))
+    with pytest.raises(DataError, match=r"checkpoint 2: regions = .* in another order"):
+        Predictor([*models, (Thresholds(), turned)])
+    assert Predictor(models * 2).plan.outputs == list(REGIONS)
+
+
 def test_a_cpu_that_is_too_small_is_an_error(plan, tmp_path):
     image = np.random.default_rng(0).gamma(2, 100, (20, 12, 21)).astype(np.float32)
     nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "image.nii.gz")
