@@ -172,9 +172,10 @@ class Predictor:
         for slab in slabs:
             total: Any = 0
             for grid, its_size, members_planes in parts:
-                begin, end = grid.planes(own, slab.start, slab.stop, its_size[axis])
+                # Along one axis for all: where the own grid is sheared each would call another the nearest.
+                begin, end = grid.planes(own, slab.start, slab.stop, axis, its_size[axis])
                 values: Any = sum(planes.take(begin, end) for planes in members_planes)
-                total = total + grid.bring(values, own, slab.start, slab.stop, begin)
+                total = total + grid.bring(values, own, slab.start, slab.stop, axis, begin)
             check_finite(total, case)
             place = (slice(None), *(slab if k == own else slice(None) for k in range(3)))
             seen = partial(_seen, parts, own, slab)
