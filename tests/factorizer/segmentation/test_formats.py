@@ -226,6 +226,20 @@ def beside(folder, files):
         (edited(lambda image, k: setattr(image, "PhotometricInterpretation", "PALETTE COLOR")), "in colour"),
         (edited(lambda image, k: setattr(image, "NumberOfFrames", 3)), "holds several frames"),
         (edited(lambda image, k: delattr(image, "PixelSpacing")), "headers lack what a volume needs"),
+        (
+            edited(lambda image, k: setattr(image, "ImagePositionPatient", None), 2),
+            "IM.*: its DICOM tag ImagePositionPatient is .*; it must be 3 numbers",
+        ),
+        (
+            edited(lambda image, k: setattr(image, "ImagePositionPatient", [1, 2]), 2),
+            "its DICOM tag ImagePositionPatient",
+        ),
+        (
+            edited(lambda image, k: setattr(image, "ImageOrientationPatient", [1, 0, 0])),
+            r"its DICOM tag ImageOrientationPatient is .*1.*0.*0.*; it must be 6 numbers",
+        ),
+        (edited(lambda image, k: setattr(image, "PixelSpacing", [1])), "its DICOM tag PixelSpacing"),
+        (edited(lambda image, k: setattr(image, "Rows", None)), "headers lack what a volume needs"),
         (edited(lambda image, k: delattr(image, "ImagePositionPatient")), "holds no DICOM images"),
         (edited(lambda image, k: setattr(image, "PixelData", b"12")), "IM.*: not readable as DICOM"),
         (lambda folder, files: [f.write_bytes(f.read_bytes()[:140]) for f in files], "not readable|no DICOM"),
