@@ -21,7 +21,9 @@ def affine_of(file: nib.Nifti1Pair) -> np.ndarray:
 def in_order_of(voxels: np.ndarray, affine: np.ndarray, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Voxels (X, Y, Z) or (X, Y, Z, n) and their affine, with the axes in the order and direction of those
     of the affine `wanted`. No value changes."""
-    turn = nib.orientations.ornt_transform(nib.io_orientation(affine), nib.io_orientation(wanted))
+    # Not by way of the scanner's axes: rounding would decide where both lie at 45 degrees to those.
+    mm = np.diag([*nib.affines.voxel_sizes(wanted), 1.0])
+    turn = nib.io_orientation(mm @ np.linalg.inv(wanted) @ affine)
     turned = affine @ nib.orientations.inv_ornt_aff(turn, voxels.shape[:3])
     return nib.apply_orientation(voxels, turn), turned
 

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from factorizer.segmentation.dataset import Regions, read_labels_and_regions, read_modalities
-from factorizer.segmentation.dicom import dicom_files
+from factorizer.segmentation.dicom import check_folder, dicom_files
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import read_json
 from factorizer.segmentation.names import (
@@ -155,6 +155,12 @@ def find_cases(
     """
     cases: list[Case] = []
     for given in inputs:
+        # A file's name may have commas, and Path("") would be the current folder.
+        if not all(part.strip() for part in str(given).split(",")) and not Path(given).is_file():
+            raise DataError(
+                f"input: got {str(given)!r}; it must name a file or folder, or several separated by commas "
+                "(is a variable unset?)"
+            )
         path = Path(given)
         if (path / "dataset.json").is_file():
             path = path / "dataset.json"
@@ -185,8 +191,14 @@ def find_cases(
 
 
 def volumes_in(folder: Path) -> tuple[Case, ...]:
-    """Every NIfTI file of a folder as a case, by its name. Raises DataError where two have the same."""
-    cases = [Case(stem(path), (path,)) for path in sorted(folder.iterdir()) if is_volume(path)]
+    """Every NIfTI file of a folder as a case, by its name.
+
+    Raises DataError where two have the same, or one is a folder.
+    """
+    files = [path for path in sorted(folder.iterdir()) if is_volume(path)]
+    for path in files:
+        check_folder(path)
+    cases = [Case(stem(path), (path,)) for path in files]
     check_names(str(folder), [case.name for case in cases])
     return tuple(cases)
 

@@ -61,6 +61,7 @@ def read_labels_and_regions(path: Path, content: Mapping[str, Any]) -> tuple[dic
             f"{path}: 'labels' has nnU-Net's 'ignore', voxels that are not to be learned from; that is "
             "not supported. Leave the cases with such voxels out, or make them background"
         )
+    _check_names(path, "labels", list(found.values()) if by_value else list(found))
     regions: Regions = {}
     if by_value:
         labels = {_whole(value): str(name) for value, name in found.items()}
@@ -77,8 +78,14 @@ def read_labels_and_regions(path: Path, content: Mapping[str, Any]) -> tuple[dic
             if len(labels) < len(found):
                 raise DataError(f"{path}: 'labels' is {found!r}; two names have one value")
     _check_classes(path, labels)
-    if isinstance(content.get("regions"), dict):
-        regions = {str(name): _values(path, name, value) for name, value in content["regions"].items()}
+    if (united_by := content.get("regions")) is not None:
+        if not isinstance(united_by, dict):
+            raise DataError(
+                f"{path}: 'regions' is {united_by!r}; it must be an object such as "
+                '{"whole": [1, 2], "core": [2]}'
+            )
+        _check_names(path, "regions", list(united_by))
+        regions = {name: _values(path, name, value) for name, value in united_by.items()}
         for name, values in regions.items():
             if unknown := set(values) - (set(labels) - {0}):
                 raise DataError(
@@ -115,6 +122,12 @@ def own_values(source: str, regions: Mapping[str, Sequence[int]]) -> dict[str, i
     return own
 
 
+def _check_names(path: Path, field: str, names: Sequence[Any]) -> None:
+    for name in names:
+        if not isinstance(name, str) or not name.strip():
+            raise DataError(f"{path}: {field!r} has the name {name!r}; names must be texts, and not empty")
+
+
 def _check_classes(path: Path, labels: Mapping[int | None, str]) -> None:
     values = [value for value in labels if value is not None]
     if 0 not in values or len(values) < 2 or not 0 <= min(values) <= max(values) <= 255:
@@ -138,10 +151,11 @@ def _check_order(path: Path, order: Any, regions: Regions) -> None:
     if order is None or not regions:
         return
     own = own_values(str(path), regions)
-    if list(order) != [own[name] for name in regions]:
+    wanted = [own[name] for name in regions]
+    if order != wanted:
         raise DataError(
             f"{path}: 'regions_class_order' is {order!r}; the values that are each region's own, in the "
-            f"order of the regions, are {[own[name] for name in regions]}"
+            f"order of the regions, are {wanted}"
         )
 
 

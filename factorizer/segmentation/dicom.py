@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 
 from factorizer.segmentation.errors import DataError, needed
+from factorizer.segmentation.names import is_volume
 from factorizer_kernels import __version__
 
 LPS_TO_RAS = np.diag([-1.0, -1.0, 1.0, 1.0])
@@ -26,6 +27,9 @@ HEADER = (
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "NumberOfFrames", "SamplesPerPixel"),
     "PhotometricInterpretation",
 )
+
+# How many numbers say where a slice lies.
+NUMBERS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,26 @@ def dicom_files(folder: Path) -> list[Path]:
     return [path for path in sorted(folder.iterdir()) if _is_dicom(path)] if folder.is_dir() else []
 
 
+def check_folder(path: Path) -> None:
+    """Raises DataError where a folder is called as a volume's file, and holds no DICOM."""
+    if path.is_dir() and is_volume(path) and not dicom_files(path):
+        inside = [file.name for file in sorted(path.iterdir())]
+        held = (
+            f"; it holds {', '.join(inside[:3])}{' and others' if len(inside) > 3 else ''}" if inside else ""
+        )
+        raise DataError(
+            f"{path}: is a folder that is called like a file, as some programs unpack archives{held}. Give "
+            "the file in it, or put that in the folder's place"
+        )
+
+
 def read_series(folder: Path) -> Series:
     """Which slices are in a folder, and where. Reads no voxels.
 
     Raises DataError where there is no series or more than one, or where its slices make no volume: other
     directions or sizes, slices twice, missing, at uneven distances or sheared (gantry tilt).
     """
+    check_folder(folder)
     pydicom = needed("pydicom", "io", folder)
     series: dict[str, list[tuple[Path, Any]]] = {}
     for path in dicom_files(folder):
@@ -77,7 +95,9 @@ def read_series(folder: Path) -> Series:
     (members,) = series.values()
     try:
         return _in_order(folder, members)
-    except (AttributeError, TypeError, KeyError) as error:
+    except DataError:
+        raise
+    except (AttributeError, TypeError, KeyError, ValueError) as error:
         raise DataError(f"{folder}: its DICOM headers lack what a volume needs ({error})") from error
 
 
@@ -163,6 +183,9 @@ def _in_order(folder: Path, members: Sequence[tuple[Path, Any]]) -> Series:
         for _, header in members
     ):
         raise DataError(f"{folder}: its images are in colour; they must hold one number for each voxel")
+    for path, header in members:
+        for tag, number in NUMBERS.items():
+            _check_numbers(path, header, tag, number)
     axes = np.array([header.ImageOrientationPatient for _, header in members], float)
     if np.abs(axes - axes[0]).max() > SAME_AXES:
         raise DataError(
@@ -197,6 +220,20 @@ def _in_order(folder: Path, members: Sequence[tuple[Path, Any]]) -> Series:
     affine[:3] = np.stack([along_row * columns, along_column * rows, step, places[0]], axis=1)
     files = tuple(members[k][0] for k in order)
     return Series(files, LPS_TO_RAS @ affine, (int(first.Columns), int(first.Rows), len(files)))
+
+
+def _check_numbers(path: Path, header: Any, tag: str, number: int) -> None:
+    """Raises DataError where the slice has the tag, with other than so many numbers."""
+    if tag not in header:
+        return
+    try:
+        # What is no number pydicom refuses only here, where it is asked for.
+        broken = len(list(map(float, header[tag].value or ()))) != number
+    except (TypeError, ValueError):
+        broken = True
+    if broken:
+        told = header.get_item(tag).value  # as the file has it
+        raise DataError(f"{path}: its DICOM tag {tag} is {told!r}; it must be {number} numbers")
 
 
 def _check_distances(folder: Path, heights: np.ndarray) -> None:

@@ -12,6 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_rgba
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.text import Text
 from scipy import ndimage
 from torch import Tensor
 
@@ -276,5 +277,7 @@ def _finish(figure: Figure, path: Path, title: str, classes: Sequence[str]) -> N
         frameon=False,
         labelcolor=TEXT,
     )
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)  # a name may have a $
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=140, facecolor=BACKGROUND)

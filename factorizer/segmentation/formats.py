@@ -6,6 +6,7 @@ MetaImage go through SimpleITK, DICOM series through pydicom: the extra `io`.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,14 @@ from factorizer.segmentation.affines import affine_of
 from factorizer.segmentation.dicom import LPS_TO_RAS, dicom_files, read_series, read_voxels
 from factorizer.segmentation.errors import DataError, needed
 from factorizer.segmentation.names import ITK_ENDINGS, PAIRED
+
+# What a header has where it says which side is left; without it ITK takes the axes to run to the left, to the
+# back and upwards.
+SIDES = {
+    ".nrrd": (rb"^space:\s*(left|right|las|ras|lps)", rb"^space directions:"),
+    ".mha": (rb"^(TransformMatrix|Rotation|Orientation)\s*=",),
+}
+MAX_HEADER = 2**16  # bytes that are searched for it
 
 
 class LateVoxels:
@@ -128,14 +137,23 @@ def _load_itk(path: Path) -> nib.Nifti1Image:
         return np.moveaxis(voxels, -1, 0).T if numbers > 1 else voxels.T
 
     whole = shape if numbers == 1 else (*shape, numbers)
-    return _image(LateVoxels(whole, dtype, read), LPS_TO_RAS @ affine)
+    return _image(LateVoxels(whole, dtype, read), LPS_TO_RAS @ affine, known=_says_sides(path))
 
 
-def _image(voxels: LateVoxels, affine: np.ndarray) -> nib.Nifti1Image:
-    """With a header that says what the affine is to: the scanner's axes, mm."""
+def _says_sides(path: Path) -> bool:
+    """Whether the header of an NRRD or MetaImage file says which side is left."""
+    with path.open("rb") as file:
+        text = re.split(rb"\n\r?\n|\nElementDataFile", file.read(MAX_HEADER), maxsplit=1)[0]
+    fields = SIDES[path.suffix.lower()]
+    return all(re.search(field, text, re.IGNORECASE | re.MULTILINE) for field in fields)
+
+
+def _image(voxels: LateVoxels, affine: np.ndarray, *, known: bool = True) -> nib.Nifti1Image:
+    """With a header that says what the affine is to: the scanner's axes, mm; or that this is not known."""
     image = nib.Nifti1Image(voxels, affine, dtype=voxels.dtype)
-    image.set_sform(affine, 1)
-    image.set_qform(affine, 1)
+    # Not updated: by codes of 0 nibabel would make up an affine of its own.
+    image.set_sform(affine, int(known), update_affine=False)
+    image.set_qform(affine, int(known), update_affine=False)
     image.header.set_xyzt_units("mm")
     return image
 

@@ -42,7 +42,9 @@ class OwnGrid:
         rest[self._axes, range(3)] = 0
         self._parallel = sorted(self._axes) == [0, 1, 2] and bool((np.abs(rest) < ON_THE_GRID).all())
         if not self._parallel:
-            self._axes = linear_sum_assignment(-np.abs(self._matrix[:3, :3].T))[1].tolist()
+            # By their angles alone: in voxels thick slices would look parallel to whatever is fine.
+            mm = np.abs(self._matrix[:3, :3]) * np.linalg.norm(network[:3, :3], axis=0)[:, None]
+            self._axes = linear_sum_assignment(-(mm / np.linalg.norm(affine[:3, :3], axis=0)).T)[1].tolist()
 
     def along(self, axis: int) -> int:
         """The own axis that runs along this axis of the network's grid, or nearly."""
@@ -52,27 +54,34 @@ class OwnGrid:
         """Whether the own axis runs against the network's."""
         return bool(self._matrix[self._axes[own], own] < 0)
 
-    def planes(self, own: int, begin: int, end: int, size: int) -> tuple[int, int]:
-        """The planes of a network's grid of that size which voxels begin to end of an own axis depend on; one
-        at least."""
+    def planes(self, own: int, begin: int, end: int, axis: int, size: int) -> tuple[int, int]:
+        """The planes along an axis of the network's grid, of that size, which voxels begin to end of an own
+        axis depend on; one at least."""
         ends = [(begin, min(end, n) - 1) if k == own else (0, n - 1) for k, n in enumerate(self.shape)]
         corners = np.stack(np.meshgrid(*ends, indexing="ij")).reshape(3, -1)
-        places = self._places(corners)[self._axes[own]]
+        places = self._places(corners)[axis]
         low, high = int(np.floor(places.min())), int(np.floor(places.max())) + 2
         low = min(max(low, 0), size - 1)
         return low, max(min(high, size), low + 1)
 
     def bring(
-        self, values: Tensor, own: int = 0, begin: int = 0, end: int | None = None, first: int = 0
+        self,
+        values: Tensor,
+        own: int = 0,
+        begin: int = 0,
+        end: int | None = None,
+        axis: int = 0,
+        first: int = 0,
     ) -> Tensor:
         """Values (n, X, Y, Z) on the network's grid to (n, X', Y', Z') on the own one, where only the voxels
         begin to end of axis `own` are wanted.
 
-        Interpolated linearly, 0 outside of the values. These begin with plane `first` along that axis.
+        Interpolated linearly, 0 outside of the values. These begin with plane `first` along `axis` of the
+        network's grid.
         """
         ranges = self._ranges(own, begin, end)
         start = np.zeros(3)
-        start[self._axes[own]] = first
+        start[axis] = first
         if not self._parallel:
             return _sampled(values, self._places(np.stack(np.meshgrid(*ranges, indexing="ij"))).T - start)
         for k, axis in enumerate(self._axes):

@@ -23,7 +23,7 @@ from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.files import atomic, read_json
 from factorizer.segmentation.formats import save
 from factorizer.segmentation.grids import OwnGrid
-from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.plan import Plan, same_value
 from factorizer.segmentation.processes import group_position, pick_device
 from factorizer.segmentation.provenance import differences, made, remove_result, write_result
 from factorizer.segmentation.screen import Outcome, each_case, tell_warning
@@ -55,7 +55,8 @@ class Predictor:
     """One or several trained networks, whose logits are averaged.
 
     Args:
-        models: networks with their plans. All must be of the same modalities, labels and regions.
+        models: networks with their plans. All must be of the same modalities, labels and regions, in one
+            order.
         device: where the networks run.
         whole: run over whole volumes at once, instead of windows of the plan's crop, overlapping by
             half, under Gaussian weights.
@@ -78,8 +79,11 @@ class Predictor:
         for number, (_, plan) in enumerate(models[1:], 2):
             for field in ("modalities", "labels", "regions"):
                 was, now = getattr(self.plan, field), getattr(plan, field)
-                if was != now:
-                    raise DataError(f"checkpoint {number}: {field} = {now!r}; the first one has {was!r}")
+                if not same_value(field, was, now):
+                    order = ", in another order: that of the network's outputs" if was == now else ""
+                    raise DataError(
+                        f"checkpoint {number}: {field} = {now!r}; the first one has {was!r}{order}"
+                    )
         self.models = [(network.to(device).eval(), plan) for network, plan in models]
         self.device, self.whole, self.mirror = torch.device(device), whole, mirror
         # A CPU gains nothing by a second window but its memory.
@@ -168,9 +172,10 @@ class Predictor:
         for slab in slabs:
             total: Any = 0
             for grid, its_size, members_planes in parts:
-                begin, end = grid.planes(own, slab.start, slab.stop, its_size[axis])
+                # Along one axis for all: where the own grid is sheared each would call another the nearest.
+                begin, end = grid.planes(own, slab.start, slab.stop, axis, its_size[axis])
                 values: Any = sum(planes.take(begin, end) for planes in members_planes)
-                total = total + grid.bring(values, own, slab.start, slab.stop, begin)
+                total = total + grid.bring(values, own, slab.start, slab.stop, axis, begin)
             check_finite(total, case)
             place = (slice(None), *(slab if k == own else slice(None) for k in range(3)))
             seen = partial(_seen, parts, own, slab)

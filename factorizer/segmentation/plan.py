@@ -267,6 +267,12 @@ class Wishes:
 AS_PLANNED = Wishes()
 
 
+def same_value(name: str, one: Any, other: Any) -> bool:
+    """Whether two plans say the same by their values of the field `name`: of labels and regions also in one
+    order, which is that of the network's outputs."""
+    return one == other and (name not in ("labels", "regions") or list(one) == list(other))
+
+
 def plan_run(
     task: Task,
     geometries: Mapping[str, Geometry],

@@ -221,9 +221,9 @@ def _doubts_of_headers(cases: Iterable[Case]) -> list[str]:
     found = []
     if silent:
         found.append(
-            f"the header does not say which side is left (sform_code and qform_code are 0) in "
-            f"{count(len(silent), 'case')}, and the first axis is taken to run from right to left: "
-            f"{_some(silent)}"
+            "the header does not say which side is left (NIfTI: sform_code and qform_code are 0; NRRD: no "
+            f"space or space directions; MHA: no TransformMatrix) in {count(len(silent), 'case')}, and the "
+            f"first axis is taken to run from right to left: {_some(silent)}"
         )
     if apart:
         found.append(

@@ -117,8 +117,9 @@ def save_model(model: TrainedModel, path: Path) -> None:
 
 
 def own_folder() -> Path:
-    """The folder of the user's own models; it need not exist."""
-    return Path(os.environ.get("FACTORIZER_MODELS") or Path.home() / ".factorizer" / "models")
+    """The folder of the user's own models; it need not exist. It begins with ~ where nobody knows the user's
+    home."""
+    return Path(os.environ.get("FACTORIZER_MODELS") or os.path.expanduser("~/.factorizer/models"))
 
 
 def known_models() -> dict[str, Path]:
@@ -151,6 +152,8 @@ def import_model(path: Path, name: str | None = None) -> Path:
     except FileNotFoundError as error:
         raise DataError(f"model: there is no {path}") from error
     target = own_folder() / f"{name}{SUFFIX}"
+    if target.parts[0] == "~":
+        raise DataError(f"model: {target} is nowhere, as this user has no home; set FACTORIZER_MODELS")
     if target.exists():
         raise DataError(f"name: {target} is there already; give another name, or delete that file")
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,7 @@ from factorizer.segmentation.cases import Case
 from factorizer.segmentation.checkpoint import load_weights_into, read_checkpoint, read_first
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.files import save_tensors
-from factorizer.segmentation.plan import Plan
+from factorizer.segmentation.plan import Plan, same_value
 from factorizer.segmentation.processes import gather, group_position
 from factorizer.segmentation.recipe import BUDGETS, MAX_BUDGET_STEPS, MIN_STEPS, Recipe
 from factorizer.segmentation.screen import count, log_lines, progress
@@ -263,7 +263,7 @@ class Trainer:
                     f"{path}: belongs to a run on other files: the contents of some have changed since; "
                     f"{way_out}"
                 )
-            if before[name] != value:
+            if not same_value(name, before[name], value):
                 raise DataError(
                     f"{path}: belongs to a run with {_difference(name, before[name], value)}; {way_out}"
                 )
@@ -393,7 +393,8 @@ def _difference(name: str, before: Any, now: Any) -> str:
         changed = " and ".join(parts) or "in another order"
         return f"other names in {name}: {len(before)} then, {len(now)} now, {changed}"
     texts = [textwrap.shorten(repr(value), 200, placeholder=" ...") for value in (before, now)]
-    return f"{name} = {texts[0]}, this one has {texts[1]}"
+    order = ", in another order: that of the network's outputs" if before == now else ""
+    return f"{name} = {texts[0]}, this one has {texts[1]}{order}"
 
 
 def _flat(plan: dict[str, Any]) -> dict[str, Any]:

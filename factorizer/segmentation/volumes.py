@@ -133,10 +133,10 @@ def read_labels(path: Path, values: Sequence[int] | None, *, grid_of: Path | Non
     """Read label values (X, Y, Z), whole numbers.
 
     Values that the file can only hold to within rounding (as float32, or as integers times a slope) are
-    the whole numbers that they stand for. A file that has the grid of the image `grid_of` with its axes in
-    another order or direction is brought to that one's.
+    the whole numbers that they stand for. A file that has the grid of `grid_of`, its image or a prediction,
+    with its axes in another order or direction is brought to that one's.
 
-    Raises DataError where the file cannot be read, lies on another grid than the image `grid_of`, or has
+    Raises DataError where the file cannot be read, lies on another grid than `grid_of`, or has
     other values than `values` (None: any whole number).
     """
     affine, voxels = read_volume(path)
@@ -150,13 +150,16 @@ def read_labels(path: Path, values: Sequence[int] | None, *, grid_of: Path | Non
         of_image, shape = read_grid(grid_of)
         check_affine(grid_of, of_image)
         labels, affine = in_order_of(labels, affine, of_image)
-        way_out = "Bring it to that grid (values of the nearest voxel), or mend the header that is wrong"
+        way_out = (
+            "The two must lie on one grid: bring the one that is off to the other's (values of the nearest "
+            "voxel), or mend the header that is wrong"
+        )
         if labels.shape != shape:
             raise DataError(
-                f"{path}: shape {labels.shape} does not match its image's {shape} ({grid_of}). {way_out}"
+                f"{path}: shape {labels.shape} does not match {shape}, that of {grid_of}. {way_out}"
             )
         if not same_grid(affine, of_image, shape):
-            raise DataError(f"{path}: its affine differs from its image's ({grid_of}). {way_out}")
+            raise DataError(f"{path}: its affine differs from that of {grid_of}. {way_out}")
     _check_finite(path, labels, "; a label must be a whole number")
     found, place = np.unique(labels, return_inverse=True)
     whole = np.rint(found.astype(np.float64))

@@ -79,6 +79,15 @@ def test_labels_are_sorted_by_value(folder):
             {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": [2, 1]},
             r"own, in the order of the regions, are \[1, 2\]",
         ),
+        (
+            {"labels": {"background": 0, "whole": [1, 2], "core": 2}, "regions_class_order": 1},
+            r"'regions_class_order' is 1; .* are \[1, 2\]",
+        ),
+        ({"regions": [[1, 2], [2]]}, r"'regions' is \[\[1, 2\], \[2\]\]; it must be an object"),
+        ({"regions": {"": [1, 2], "core": [2]}}, "'regions' has the name ''"),
+        ({"labels": {"0": "background", "1": "halo", "2": None}}, "'labels' has the name None"),
+        ({"labels": {"0": "background", "1": "halo", "2": " "}}, "'labels' has the name ' '"),
+        ({"labels": {"background": 0, "": 1}}, "'labels' has the name ''"),
         ({"modality": {"0": "A", "2": "B"}}, "its numbers must be 0, 1"),
         ({"modality": {"2": "A", "3": "B"}}, "its first number must be 0"),
         ({"labels": {"1": "halo", "2": "core"}}, "it needs 0, the background"),
@@ -243,6 +252,19 @@ def test_endings_of_files(tmp_path, ending):
         assert [case.name for case in find_cases([tmp_path])] == ["a", "b"]
 
 
+def test_a_folder_that_is_called_like_a_file(tmp_path):
+    (tmp_path / "images" / "a.nii").mkdir(parents=True)
+    file = save_volume(tmp_path / "images" / "a.nii" / "a.nii")
+    words = r"images/a\.nii: is a folder that is called like a file, .* holds a\.nii\. Give the file in it"
+    with pytest.raises(DataError, match=words):
+        find_cases([tmp_path / "images"])
+    (tmp_path / "list.json").write_text('["images/a.nii"]')
+    (listed,) = find_cases([tmp_path / "list.json"])
+    with pytest.raises(DataError, match=words):
+        check_image(listed, ("A",))
+    assert find_cases([file.parent])[0].images == (file,)
+
+
 def test_too_few_cases(folder):
     training = json.loads((folder / "dataset.json").read_text())["training"]
     edit(folder, training=training[:2])
@@ -302,6 +324,14 @@ def test_ways_to_name_cases(tmp_path):
     assert [case.name for case in listed] == ["a", "c"]
     assert listed[0].images == tuple(path.resolve() for path in a.images)
     assert listed[1].label == (tmp_path / "l.nii.gz").resolve()
+
+
+@pytest.mark.parametrize("given", ["", " ", "a.nii,", "a.nii,,a.nii"])
+def test_an_input_that_names_nothing_is_not_the_current_folder(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    save_volume(tmp_path / "a.nii")
+    with pytest.raises(DataError, match=f"input: got '{given}'"):
+        find_cases([given])
 
 
 def test_sections_of_a_data_list(tmp_path):

@@ -1,5 +1,6 @@
 """DICOM series, NRRD and MetaImage: the volumes and label maps of NIfTI, and errors in words."""
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ from scipy.spatial.transform import Rotation
 from factorizer.segmentation.cases import find_cases
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.formats import load, parts_of, save
-from factorizer.segmentation.volumes import read_volume
+from factorizer.segmentation.survey import doubts_of_files
+from factorizer.segmentation.volumes import read_volume, write_volume
 
 highdicom, pydicom, sitk = map(pytest.importorskip, ("highdicom", "pydicom", "SimpleITK"))  # the extra io
 
@@ -78,6 +80,37 @@ def test_itk_files_are_in_millimetres(tmp_path):
         save(volume, tmp_path / "a.nrrd")
         spacing = sitk.ReadImage(str(tmp_path / "a.nrrd")).GetSpacing()
         np.testing.assert_allclose(spacing, expected * length, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("ending", "silent", "telling"),
+    [
+        ("nrrd", "spacings: 1 2 3\n", "space: LPS\nspace directions: (1,0,0) (0,2,0) (0,0,3)\n"),
+        ("nrrd", "space dimension: 3\nspace directions: (1,0,0) (0,2,0) (0,0,3)\n", None),
+        ("mha", "ElementSpacing = 1 2 3\n", "TransformMatrix = 1 0 0 0 1 0 0 0 1\nElementSpacing = 1 2 3\n"),
+    ],
+)
+def test_itk_files_that_do_not_say_which_side_is_left(tmp_path, ending, silent, telling):
+    before, after = {
+        "nrrd": ("NRRD0004\ntype: float\ndimension: 3\nsizes: 4 5 6\nendian: little\nencoding: raw\n", "\n"),
+        "mha": (
+            "ObjectType = Image\nNDims = 3\nDimSize = 4 5 6\n",
+            "ElementType = MET_FLOAT\nElementDataFile = LOCAL\n",
+        ),
+    }[ending]
+    for name, fields in (("silent", silent), ("telling", telling or silent)):
+        content = f"{before}{fields}{after}".encode() + np.ones(120, "<f4").tobytes()
+        (tmp_path / f"{name}.{ending}").write_bytes(content)
+    cases = find_cases(sorted(tmp_path.iterdir()))
+    (doubt,) = doubts_of_files(cases)
+    assert re.search("does not say which side is left .* in 1 case" if telling else "in 2 cases", doubt)
+    assert doubt.endswith("silent" if telling else "silent, telling")
+    # And its results lie where programs that use ITK show it.
+    write_volume(np.ones((4, 5, 6), np.uint8), cases[0].image, tmp_path / "labels.nii.gz")
+    labels = nib.load(tmp_path / "labels.nii.gz")
+    np.testing.assert_array_equal(labels.affine, np.diag([-1.0, -2, 3, 1]))
+    np.testing.assert_array_equal(labels.affine, load(cases[0].image).affine)
+    np.testing.assert_allclose(labels.get_qform(), labels.affine, atol=1e-6)
 
 
 def predicted(folder, model, files, *options):
@@ -193,6 +226,20 @@ def beside(folder, files):
         (edited(lambda image, k: setattr(image, "PhotometricInterpretation", "PALETTE COLOR")), "in colour"),
         (edited(lambda image, k: setattr(image, "NumberOfFrames", 3)), "holds several frames"),
         (edited(lambda image, k: delattr(image, "PixelSpacing")), "headers lack what a volume needs"),
+        (
+            edited(lambda image, k: setattr(image, "ImagePositionPatient", None), 2),
+            "IM.*: its DICOM tag ImagePositionPatient is .*; it must be 3 numbers",
+        ),
+        (
+            edited(lambda image, k: setattr(image, "ImagePositionPatient", [1, 2]), 2),
+            "its DICOM tag ImagePositionPatient",
+        ),
+        (
+            edited(lambda image, k: setattr(image, "ImageOrientationPatient", [1, 0, 0])),
+            r"its DICOM tag ImageOrientationPatient is .*1.*0.*0.*; it must be 6 numbers",
+        ),
+        (edited(lambda image, k: setattr(image, "PixelSpacing", [1])), "its DICOM tag PixelSpacing"),
+        (edited(lambda image, k: setattr(image, "Rows", None)), "headers lack what a volume needs"),
         (edited(lambda image, k: delattr(image, "ImagePositionPatient")), "holds no DICOM images"),
         (edited(lambda image, k: setattr(image, "PixelData", b"12")), "IM.*: not readable as DICOM"),
         (lambda folder, files: [f.write_bytes(f.read_bytes()[:140]) for f in files], "not readable|no DICOM"),

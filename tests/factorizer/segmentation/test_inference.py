@@ -140,6 +140,23 @@ def test_an_ensemble_prepares_a_case_once_for_plans_that_agree(plan, tmp_path, m
     assert len(prepared) == times
 
 
+def test_an_ensemble_of_two_spacings_on_a_tilted_image_is_the_mean_of_its_members(
+    plan, tmp_path, monkeypatch
+):
+    # Of thick slices that are tilted backwards, which axis a slab is cut along depends on the spacing.
+    image = np.random.default_rng(0).gamma(2, 100, (20, 24, 10)).astype(np.float32)
+    tilt = np.radians(-25)
+    affine = np.diag([0.8, 0.8, 5, 1])
+    affine[1, 2], affine[2, 2] = 5 * np.sin(tilt), 5 * np.cos(tilt)
+    nib.save(nib.Nifti1Image(image, affine), tmp_path / "image.nii.gz")
+    case = Case("case", (tmp_path / "image.nii.gz",))
+    models = [(Thresholds(), plan), (Thresholds(), replace(plan, spacing=(1.0, 1.0, 4.0), crop=(16, 16, 8)))]
+    monkeypatch.setattr("factorizer.segmentation.inference.SLAB_ELEMENTS", 2**12)  # several slabs
+    expected = sum(Predictor([model]).logits(case) for model in models) / 2
+    for members in (models, models[::-1]):
+        torch.testing.assert_close(Predictor(members).logits(case), expected, rtol=1e-4, atol=1e-4)
+
+
 def test_a_checkpoint_is_read_once(plan, tmp_path, monkeypatch):
     Trainer(plan, build_network(plan.network, plan.seed)).save(tmp_path / "checkpoint.pt")
     read, load = [], load_tensors
@@ -242,6 +259,14 @@ def test_a_gpu_that_is_too_small(plan, tmp_path, room, whole, journey, words):
     assert network.journey == journey
     assert len(predictor.told) == len(words)
     assert all(word in told for word, told in zip(words, predictor.told, strict=True))
+
+
+def test_networks_whose_outputs_are_in_another_order_are_refused():
+    models = [(Thresholds(), plan_for(labels=TUMOUR, regions=REGIONS))]
+    turned = plan_for(labels=TUMOUR, regions=dict(reversed(REGIONS.items())))
+    with pytest.raises(DataError, match=r"checkpoint 2: regions = .* in another order"):
+        Predictor([*models, (Thresholds(), turned)])
+    assert Predictor(models * 2).plan.outputs == list(REGIONS)
 
 
 def test_a_cpu_that_is_too_small_is_an_error(plan, tmp_path):

@@ -1,5 +1,7 @@
 """Model files, and the models that have names."""
 
+import os
+
 import pytest
 import torch
 from factorizer_support import checkpoint_for, plan_for, trainer_for
@@ -76,6 +78,16 @@ def test_export_import_find(tmp_path):
     assert {"mine", "other"} <= known_models().keys()
     with pytest.raises(DataError, match=r"model: got 'another'; there are .*mine"):
         find_model("another")
+
+
+def test_a_user_without_a_home_has_the_shipped_models_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("FACTORIZER_MODELS")
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # as it does for a user without a name
+    monkeypatch.chdir(tmp_path)
+    assert known_models() == {path.stem: path for path in sorted(SHIPPED.glob("*.pt"))}
+    with pytest.raises(DataError, match=r"model: .* this user has no home; set FACTORIZER_MODELS"):
+        import_model(checkpoint_for(plan_for(), tmp_path / "mine.pt"))
+    assert not (tmp_path / "~").exists()
 
 
 @pytest.mark.parametrize("name", ["", "../up", "a b", ".hidden"])

@@ -235,6 +235,15 @@ def test_a_run_of_another_recipe_is_not_continued(tmp_path):
     trainer_for(plan_for()).resume(path)
 
 
+def test_a_run_whose_outputs_are_in_another_order_is_not_continued(tmp_path):
+    regions = {"WT": (1, 2), "ET": (2,)}
+    path = checkpoint_for(plan_for(regions=regions), tmp_path / "checkpoint.pt")
+    turned = plan_for(regions=dict(reversed(regions.items())))
+    with pytest.raises(DataError, match=r"belongs to a run with regions = .*, in another order"):
+        trainer_for(turned).resume(path)
+    trainer_for(plan_for(regions=regions)).resume(path)
+
+
 def test_a_run_of_version_0_1_0_is_continued_by_the_recipe_of_then(tmp_path):
     plan, path = plan_for(steps=2), tmp_path / "checkpoint.pt"
     trainer_for(plan).save(path)

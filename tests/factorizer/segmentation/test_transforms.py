@@ -261,7 +261,7 @@ def test_the_own_grid_is_reached_as_monai_inverts_the_preprocessing(tmp_path, sp
     for axis in range(3):  # slab by slab, from the planes that each needs
         own, slabs = grid.along(axis), []
         for begin in range(0, grid.shape[own], 3):
-            first, last = grid.planes(own, begin, begin + 3, values.shape[axis + 1])
+            first, last = grid.planes(own, begin, begin + 3, axis, values.shape[axis + 1])
             planes = values.narrow(axis + 1, first, last - first)
-            slabs.append(grid.bring(planes, own, begin, begin + 3, first))
+            slabs.append(grid.bring(planes, own, begin, begin + 3, axis, first))
         assert torch.equal(torch.cat(slabs, own + 1), prepared.to_own_grid(values))

@@ -7,6 +7,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 from factorizer_support import save_volume
+from scipy.spatial.transform import Rotation
 
 from factorizer.segmentation.cases import Case, Task, read_decathlon, with_grid
 from factorizer.segmentation.errors import DataError
@@ -95,7 +96,7 @@ def test_label_on_another_grid(folder):
     path = folder / "labelsTr" / "synthetic_001.nii.gz"
     label = nib.load(path)
     nib.save(nib.Nifti1Image(np.asarray(label.dataobj), np.diag([2.0, 2, 2, 1])), path)
-    with pytest.raises(DataError, match="its affine differs from its image's"):
+    with pytest.raises(DataError, match=r"its affine differs from that of .*imagesTr/.*The two must"):
         check_all(folder)
 
 
@@ -320,8 +321,24 @@ def test_axes_stored_in_another_order_or_direction(tmp_path):
     np.testing.assert_array_equal(check_image(case, ("A", "B"))[1], np.stack([voxels, voxels + 1], -1))
     np.testing.assert_array_equal(check_label(case, [0, 1]), labels)
     nib.save(nib.Nifti1Image(labels[::-1], np.diag([-2.0, 1, 3, 1])), tmp_path / "label.nii.gz")
-    with pytest.raises(DataError, match=r"its affine differs .* Bring it to that grid"):
+    with pytest.raises(DataError, match=r"its affine differs .* bring the one that is off to the other's"):
         check_label(case, [0, 1])
+
+
+@pytest.mark.parametrize("degrees", [45, 135, 225, -45])
+def test_a_label_whose_header_rounds_otherwise_at_45_degrees(tmp_path, degrees):
+    """sform and qform differ in the last digits, and the axes of both lie halfway between the scanner's."""
+    labels = np.random.default_rng(0).integers(0, 3, (6, 7, 8), dtype=np.uint8)
+    for axis in "xyz":
+        turned = Rotation.from_euler(axis, degrees, degrees=True).as_matrix()
+        affine = nib.affines.from_matvec(turned @ np.diag([1, 1, 2]), (3, -4, 5))
+        nib.save(nib.Nifti1Image(labels + 1.0, affine), tmp_path / "image.nii.gz")
+        label = nib.Nifti1Image(labels, affine)
+        label.set_qform(affine, 1)
+        label.set_sform(None, 0)
+        nib.save(label, tmp_path / "label.nii.gz")
+        case = Case("case", (tmp_path / "image.nii.gz",), tmp_path / "label.nii.gz")
+        np.testing.assert_array_equal(check_label(case, [0, 1, 2]), labels)
 
 
 def test_modalities_of_different_places(tmp_path):
