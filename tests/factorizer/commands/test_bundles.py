@@ -19,6 +19,7 @@ import factorizer
 from factorizer.commands.cli import app
 from factorizer.commands.demo import write_synthetic
 from factorizer.segmentation.checkpoint import read_checkpoint
+from factorizer.segmentation.recipe import RECIPE, Recipe
 
 BUNDLES = Path(__file__).parents[3] / "bundles"
 NAMES = sorted(path.name for path in BUNDLES.iterdir() if path.is_dir())
@@ -124,6 +125,11 @@ def test_networks_of_training_and_inference_are_the_same(name):
     train, inference = (json.loads(Path(file).read_text()) for file in configs(name, "train", "inference"))
     for key in ("crop", "network_arguments"):
         assert train[key] == inference[key]
+
+
+def test_the_hippocampus_has_the_recipe_of_the_command_line():
+    (train,) = configs("hippocampus_factorizer", "train")
+    assert Recipe(**json.loads(Path(train).read_text())["recipe"]) == RECIPE
 
 
 def test_train_evaluate_and_infer(name, data, tmp_path):
