@@ -169,7 +169,12 @@ def test_source_distribution_can_be_built_from(tree, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    # The tests read the documentation, the examples and the benchmarks too. Dotted files are git's and the like.
+        metadata = tar.extractfile(f"{archive.name.removesuffix('.tar.gz')}/PKG-INFO").read().decode()
+    assert "\nLicense-Expression: Apache-2.0 AND CC-BY-SA-4.0\n" in metadata
+    licences = re.findall(r"^License-File: (.+)$", metadata, re.MULTILINE)
+    assert licences == ["LICENSE", "NOTICE"]
+    assert {f"!{name}" for name in licences} <= set((ROOT / ".dockerignore").read_text().splitlines())
+    # The tests read the documentation, examples and benchmarks too. Dotted files are git's and the like.
     wanted = {name for name in files_of_a_clone() if not name.startswith(".")} - {"Dockerfile"}
     assert wanted <= names, sorted(wanted - names)
 
