@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -272,3 +273,25 @@ def test_error_in_the_sources_is_shown(tmp_path):
     assert done.returncode != 0
     assert "broken on purpose" in done.stdout
     assert "compiling the native module failed" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_refuses_a_python_that_is_too_old(tmp_path):
+    """Before it makes a .venv of it, which every later call would take."""
+    old = tmp_path / "old-python"
+    pretend = "import sys; sys.version_info = (3, 9, 18); exec(sys.argv[1])"
+    old.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "{pretend}" "$2"\n')
+    old.chmod(0o755)
+    tree = copy_tree(tmp_path / "tree")
+    done = run("make", f"PYTHON={old}", ".venv/.installed-build", cwd=tree)
+    assert done.returncode != 0
+    assert f"PYTHON: {old} is Python 3.9; it must be 3.10 or later" in done.stdout
+    assert not (tree / ".venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_works_in_a_folder_with_a_space(tmp_path):
+    tree = copy_tree(tmp_path / "a tree")
+    planned = run("make", "--dry-run", "sanitize-undefined", cwd=tree)
+    assert planned.returncode == 0, planned.stdout
+    assert f"-DCMAKE_MAKE_PROGRAM={tree}/.venv/bin/ninja" in shlex.split(planned.stdout, comments=True)
