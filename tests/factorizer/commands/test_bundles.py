@@ -180,15 +180,23 @@ def test_inference_refuses_the_weights_of_another_network(tmp_path):
 
 
 def test_inference_takes_the_weights_of_the_package(tmp_path):
-    """Where nobody has trained, as the bundle's README says."""
+    """Where nobody has trained, run as `factorizer predict` runs them, as the bundle's README says."""
     rng = np.random.default_rng(0)
     volume = nib.Nifti1Image(rng.gamma(2, 100, (36, 52, 36)).astype(np.float32), np.eye(4))
     nib.save(volume, tmp_path / "in.nii.gz")
     options = {"bundle_root": str(tmp_path), "input": str(tmp_path / "in.nii.gz"), "device": "cpu"}
     run(config_file=configs("hippocampus_factorizer", "inference"), **options)
     labels = np.asarray(nib.load(tmp_path / "predictions" / "in.nii.gz").dataobj)
-    expected = factorizer.segment(volume, "hippocampus", mirror=False)
+    expected = factorizer.segment(volume, "hippocampus")
     np.testing.assert_array_equal(labels, np.asarray(expected.dataobj))
+    settings = [tmp_path / folder / "settings.json" for folder in ("predictions", "command")]
+    inputs = ["--input", tmp_path / "in.nii.gz", "--device", "cpu"]
+    run_command("predict", "--model", "hippocampus", *inputs, "--output", tmp_path / "command")
+    assert settings[0].read_text() == settings[1].read_text()
+    assert json.loads(settings[0].read_text())["mirror"]
+    files = configs("hippocampus_factorizer", "inference")
+    run(config_file=files, **options, mirror=False, output_dir=str(tmp_path / "plain"))
+    assert not json.loads((tmp_path / "plain" / "settings.json").read_text())["mirror"]
 
 
 def test_files_for_training_work_with_inference(name, tmp_path):
