@@ -65,7 +65,7 @@ def total_stride(strides: Sequence[int | tuple[int, ...]]) -> np.ndarray:
 def in_words(
     spacing: Sequence[float], strides: Sequence[int | tuple[int, ...]], window: int | tuple[int, ...] | None
 ) -> str:
-    """What was decided, and why; empty where all axes are alike. `window` is None where it is the whole map."""
+    """What was decided, and why; empty where all axes are alike. `window`: None where it is the map."""
     if all(isinstance(stride, int) for stride in strides) and not isinstance(window, tuple):
         return ""
     ratio = max(spacing) / min(spacing)
