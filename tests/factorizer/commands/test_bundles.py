@@ -132,6 +132,17 @@ def test_the_hippocampus_has_the_recipe_of_the_command_line():
     assert Recipe(**json.loads(Path(train).read_text())["recipe"]) == RECIPE
 
 
+@pytest.mark.parametrize("name", ["brats_factorizer", "isles22_factorizer"])
+def test_recipes_of_the_paper_are_what_their_pages_say(name):
+    """What differs from `Recipe` stands in the file, and nothing else; intensities change with 0.15."""
+    (train,) = configs(name, "train")
+    given = json.loads(Path(train).read_text())["recipe"]
+    assert all(given[field] != getattr(Recipe(), field) for field in given)
+    recipe = Recipe(**given)
+    probabilities = (recipe.noise_prob, recipe.blur_prob, recipe.scale_prob, recipe.shift_prob)
+    assert {*probabilities, recipe.gamma_prob} == {0.15}
+
+
 def test_train_evaluate_and_infer(name, data, tmp_path):
     folders = {"dataset_dir": str(data), "bundle_root": str(tmp_path), "device": "cpu"}
     options = {**TINY, **folders, "steps": 2, "val_interval": 2, "workers": 0}
