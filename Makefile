@@ -79,7 +79,7 @@ format: .venv/.installed-dev
 
 sanitize: $(SANITIZERS:%=sanitize-%)
 sanitize-%: .venv/.installed-build
-	$(BIN)/cmake -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM=$(CURDIR)/$(BIN)/ninja \
+	$(BIN)/cmake -S . -B build/$* -G Ninja -DCMAKE_MAKE_PROGRAM="$(CURDIR)/$(BIN)/ninja" \
 	  -DCMAKE_BUILD_TYPE=Debug -DFACTORIZER_KERNELS_TESTS=ON -DFACTORIZER_KERNELS_SANITIZE=$*
 	$(BIN)/cmake --build build/$*
 	$(BIN)/ctest --test-dir build/$* --output-on-failure --no-tests=error
@@ -87,10 +87,14 @@ sanitize-%: .venv/.installed-build
 clean:
 	rm -rf .venv build dist *.egg-info factorizer_kernels/_native*.so
 
+# Asked before there is a .venv, which would keep a Python that is too old.
+CHECK_PYTHON = import sys; sys.version_info >= (3, 10) or sys.exit("PYTHON: $(PYTHON) is Python %d.%d; \
+  it must be 3.10 or later, as in make PYTHON=python3.12" % sys.version_info[:2])
+
 # The build requirements stand in .venv, so that a build folder is kept and only what changed is
 # compiled again.
 .venv/.installed-build: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/python || { $(PYTHON) -c '$(CHECK_PYTHON)' && $(PYTHON) -m venv .venv; }
 	$(PIP) setuptools pybind11 cmake ninja
 	touch $@
 

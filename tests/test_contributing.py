@@ -77,7 +77,7 @@ def package(tmp_path):
     )
     for path, text in files().items():
         file = tmp_path / path
-        if file.exists():  # the one line outside the folder
+        if file.exists():  # the one outside the folder
             text = f"{file.read_text()}\n{text}"
         file.parent.mkdir(exist_ok=True)
         (file.parent / "__init__.py").touch()

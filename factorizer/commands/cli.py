@@ -55,7 +55,6 @@ Iterations = Annotated[
 Whole = Annotated[
     bool, typer.Option("--whole", help="Whole volumes at once, no sliding window: no seams, more memory.")
 ]
-Steps = Annotated[int | None, typer.Option(help="Training steps. Default: derived from the data's size.")]
 Overwrite = Annotated[
     bool,
     typer.Option("--overwrite", help="Write over results that were made from other inputs or settings."),
@@ -103,7 +102,12 @@ def demo(
     out: Annotated[
         Path, typer.Option(help="Folder for the results; one with a checkpoint is continued.")
     ] = Path("runs/demo"),
-    steps: Steps = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(
+            help="Training steps. Default: as many as fit into five minutes here, by a step that is measured."
+        ),
+    ] = None,
 ) -> None:
     """Train a small Swin Factorizer, segment held-out volumes, compare speeds, and report."""
     with _errors():

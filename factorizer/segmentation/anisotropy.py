@@ -63,16 +63,19 @@ def total_stride(strides: Sequence[int | tuple[int, ...]]) -> np.ndarray:
 
 
 def in_words(
-    spacing: Sequence[float], strides: Sequence[int | tuple[int, ...]], window: int | tuple[int, ...]
+    spacing: Sequence[float], strides: Sequence[int | tuple[int, ...]], window: int | tuple[int, ...] | None
 ) -> str:
-    """What was decided, and why; empty where all axes are alike."""
-    if all(isinstance(stride, int) for stride in strides) and isinstance(window, int):
+    """What was decided, and why; empty where all axes are alike. `window`: None where it is the map."""
+    if all(isinstance(stride, int) for stride in strides) and not isinstance(window, tuple):
         return ""
     ratio = max(spacing) / min(spacing)
     axis = ("left-right", "front-back", "bottom-top")[int(np.argmax(spacing))]
     total = " x ".join(map(str, total_stride(strides).tolist()))
-    cut = " x ".join(map(str, window if isinstance(window, tuple) else (window,) * 3))
-    return (
+    told = (
         f"voxels are {ratio:.1f} times as long along {axis} as along the finest axis: the axes are made "
-        f"coarser {total} times in all, and windows have {cut} voxels"
+        f"coarser {total} times in all"
     )
+    if window is None:
+        return told
+    cut = " x ".join(map(str, window if isinstance(window, tuple) else (window,) * 3))
+    return f"{told}, and windows have {cut} voxels"

@@ -14,9 +14,11 @@ from factorizer.segmentation.affines import affine_of
 from factorizer.segmentation.cases import with_grid
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.inference import Predictor, load_predictor
+from factorizer.segmentation.processes import pick_device
 from factorizer.segmentation.survey import doubts_of_files
 from factorizer.segmentation.trained import find_model, known_models
 from factorizer.segmentation.volumes import LoadedCase, Volume, on_grid_of
+from factorizer_kernels.shared.checks import integer
 
 KINDS = "a NumPy array (X, Y, Z) or (X, Y, Z, modality), or a nibabel image"
 
@@ -64,6 +66,14 @@ def segment(
     Raises:
         DataError: an argument cannot be used; the message names it, what it got and what it needs.
     """
+    _check_truths(probabilities=probabilities, whole=whole, mirror=True if mirror is None else mirror)
+    if not isinstance(resample, str):
+        raise DataError(f"resample: got {resample!r}; it must be a modality's name, 'first' or ''")
+    if num_iters is not None:
+        try:
+            integer("num_iters", num_iters)
+        except (TypeError, ValueError) as error:
+            raise DataError(f"num_iters: got {num_iters!r}; it must be a whole number from 0 on") from error
     predictor = _predictor(model, num_iters=num_iters, whole=whole, mirror=mirror, device=device)
     names = predictor.plan.modalities
     given = _by_modality(image, names)
@@ -85,6 +95,13 @@ def segment(
     return _like(labels, like), {name: _like(values, like) for name, values in by_name}
 
 
+def _check_truths(**options: Any) -> None:
+    """Raises DataError for what is neither True nor False: "no" would count as True."""
+    for name, value in options.items():
+        if not isinstance(value, (bool, np.bool_)):
+            raise DataError(f"{name}: got {value!r}; it must be True or False")
+
+
 def _predictor(model: Any, **options: Any) -> Predictor:
     """The networks that `model` names, or is. Raises DataError for options of networks that are loaded."""
     if isinstance(model, Predictor):
@@ -101,14 +118,21 @@ def _predictor(model: Any, **options: Any) -> Predictor:
             f"model: got {type(model).__name__}; it must be a name of `factorizer models`, the path of a "
             "checkpoint, several paths, or what load_predictor returned"
         )
-    return load_predictor([_file_of(one) for one in model], **options)
+    files = [_file_of(one) for one in model]
+    options["device"] = str(pick_device(options["device"]))  # what is wrong after this is the files
+    try:
+        return load_predictor(files, **options)
+    except DataError as error:
+        raise DataError(f"model: {error}") from error
 
 
 def _file_of(model: str | Path) -> Path:
     """The file that a name or a path stands for. What has a folder is a path, or an ending and no model's
-    name."""
+    name. Raises DataError where there is none."""
     path = Path(model)
     if isinstance(model, Path) or len(path.parts) > 1 or (path.suffix and model not in known_models()):
+        if not path.exists():
+            raise DataError(f"model: there is no {path}")
         return path
     return find_model(model)
 

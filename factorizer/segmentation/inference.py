@@ -28,7 +28,7 @@ from factorizer.segmentation.processes import group_position, pick_device
 from factorizer.segmentation.provenance import differences, made, remove_result, write_result
 from factorizer.segmentation.screen import Outcome, each_case, tell_warning
 from factorizer.segmentation.sliding import Planes, mirrored, slide
-from factorizer.segmentation.trained import load_model, united
+from factorizer.segmentation.trained import TrainedModel, load_model, united
 from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import on_grid_of, read_grid
 from factorizer_kernels import give_back_freed_memory
@@ -295,13 +295,24 @@ def load_predictor(
         for model in models:
             for network, _ in model.members:
                 set_num_iters(network, num_iters)
-    model = united(models)
+    return predictor_of(united(models), device=pick_device(device), whole=whole, mirror=mirror)
+
+
+def predictor_of(
+    model: TrainedModel,
+    *,
+    device: torch.device | str = "cpu",
+    whole: bool = False,
+    mirror: bool | None = None,
+    largest_component: Sequence[str] | None = None,
+) -> Predictor:
+    """The networks of a model, run as it says where an argument is None."""
     return Predictor(
         model.members,
-        device=pick_device(device),
+        device=device,
         whole=whole,
         mirror=model.mirror if mirror is None else mirror,
-        largest_component=model.largest_component,
+        largest_component=model.largest_component if largest_component is None else largest_component,
     )
 
 

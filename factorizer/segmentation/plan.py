@@ -309,7 +309,8 @@ def plan_run(
     half = bool(wishes.half_grid)
     stem, *below = strides_for(spacing.tolist(), (1 + half, *_strides(wishes.width)[1:]))
     patch = window_for((spacing * stem).tolist(), PATCH)
-    if words := in_words(spacing.tolist(), (stem, *below), patch):
+    kind = wishes.network or "swin"
+    if words := in_words(spacing.tolist(), (stem, *below), None if kind == "global" else patch):
         notes.append(words)
     # A level that the crop does not fit is padded: on half a grid the coarsest one is, which is cheaper than
     # twice as coarse a choice of crops.
@@ -344,7 +345,7 @@ def plan_run(
         "spatial_size": size,
         **NETWORK,
         "strides": (1, *below),
-        "reshape": reshape_for(wishes.network or "swin", patch),
+        "reshape": reshape_for(kind, patch),
     }
     if half:
         network["stem_stride"] = stem

@@ -71,7 +71,7 @@ def pick_device(name: str | None = None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError) as error:
         raise DataError(f"device: {name!r} is no device ({error})") from error
     if device.type not in ("cpu", "cuda", "mps"):
         raise DataError(f"device: {name!r} is not supported; give cpu, cuda or mps")

@@ -64,19 +64,19 @@ def load_model(path: str | Path) -> TrainedModel:
     )
 
 
-def bundle_members(path: str | Path, arguments: Mapping[str, Any]) -> tuple[tuple[nn.Module, Plan], ...]:
-    """The networks of a checkpoint, for a bundle whose configuration builds a network of these arguments, or
-    of a model file, whatever networks these are; with the configuration's iterations.
+def bundle_model(path: str | Path, arguments: Mapping[str, Any]) -> TrainedModel:
+    """A checkpoint as a model, for a bundle whose configuration builds a network of these arguments, or a
+    model file, whatever networks it has; with the configuration's iterations.
 
     Raises DataError where the checkpoint's network is another: weights of one shape serve several networks.
     """
     try:
-        members = load_model(path).members
+        model = load_model(path)
     except FileNotFoundError as error:
         raise DataError(f"checkpoint: there is no {path}") from error
-    plan = members[0][1]
+    plan = model.members[0][1]
     own, wanted = plan.network, arguments
-    if len(members) == 1:
+    if len(model.members) == 1:
         wanted = replace(plan, network=dict(arguments)).network  # in the plain values that a plan has
         for name in sorted(own.keys() | wanted.keys()):
             if name != "num_iters" and own.get(name) != wanted.get(name):
@@ -85,10 +85,10 @@ def bundle_members(path: str | Path, arguments: Mapping[str, Any]) -> tuple[tupl
                     f"network_arguments have {wanted.get(name)!r}; give these as in the training, or use "
                     "factorizer predict"
                 )
-    for network, _ in members:
+    for network, _ in model.members:
         if "num_iters" in wanted:
             set_num_iters(network, wanted["num_iters"])
-    return members
+    return model
 
 
 def united(models: Sequence[TrainedModel]) -> TrainedModel:

@@ -4,6 +4,7 @@ import json
 import os
 import platform
 import re
+import shlex
 import shutil
 import site
 import subprocess
@@ -37,13 +38,17 @@ def run(*command, cwd=None, **env):
     )
 
 
-def copy_tree(to):
-    """The project as a clone would have it, with the changes not committed yet."""
+def files_of_a_clone():
+    """Their paths, with the changes not committed yet."""
     listed = run("git", "ls-files", "-co", "--exclude-standard", "-z", cwd=ROOT).stdout
-    for name in filter(None, listed.split("\0")):
-        if (ROOT / name).is_file():
-            (to / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, to / name)
+    return {name for name in listed.split("\0") if (ROOT / name).is_file()}
+
+
+def copy_tree(to):
+    """The project as a clone would have it."""
+    for name in files_of_a_clone():
+        (to / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, to / name)
     return to
 
 
@@ -165,9 +170,14 @@ def test_source_distribution_can_be_built_from(tree, tmp_path):
     (archive,) = tmp_path.glob("*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.partition("/")[2] for name in tar.getnames()}
-    sources = {p.relative_to(tree).as_posix() for p in (tree / "csrc").rglob("*") if p.is_file()}
-    needed = {"CMakeLists.txt", "setup.py", "pyproject.toml", "LICENSE", "README.md"}
-    assert sources | needed | python_files(tree) <= names
+        metadata = tar.extractfile(f"{archive.name.removesuffix('.tar.gz')}/PKG-INFO").read().decode()
+    assert "\nLicense-Expression: Apache-2.0 AND CC-BY-SA-4.0\n" in metadata
+    licences = re.findall(r"^License-File: (.+)$", metadata, re.MULTILINE)
+    assert licences == ["LICENSE", "NOTICE"]
+    assert {f"!{name}" for name in licences} <= set((ROOT / ".dockerignore").read_text().splitlines())
+    # The tests read the documentation, examples and benchmarks too. Dotted files are git's and the like.
+    wanted = {name for name in files_of_a_clone() if not name.startswith(".")} - {"Dockerfile"}
+    assert wanted <= names, sorted(wanted - names)
 
 
 def test_build_folder_of_tools_that_are_gone(installed, tree, tmp_path):
@@ -263,3 +273,25 @@ def test_error_in_the_sources_is_shown(tmp_path):
     assert done.returncode != 0
     assert "broken on purpose" in done.stdout
     assert "compiling the native module failed" in done.stdout
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_refuses_a_python_that_is_too_old(tmp_path):
+    """Before it makes a .venv of it, which every later call would take."""
+    old = tmp_path / "old-python"
+    pretend = "import sys; sys.version_info = (3, 9, 18); exec(sys.argv[1])"
+    old.write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -c "{pretend}" "$2"\n')
+    old.chmod(0o755)
+    tree = copy_tree(tmp_path / "tree")
+    done = run("make", f"PYTHON={old}", ".venv/.installed-build", cwd=tree)
+    assert done.returncode != 0
+    assert f"PYTHON: {old} is Python 3.9; it must be 3.10 or later" in done.stdout
+    assert not (tree / ".venv").exists()
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make here")
+def test_make_works_in_a_folder_with_a_space(tmp_path):
+    tree = copy_tree(tmp_path / "a tree")
+    planned = run("make", "--dry-run", "sanitize-undefined", cwd=tree)
+    assert planned.returncode == 0, planned.stdout
+    assert f"-DCMAKE_MAKE_PROGRAM={tree}/.venv/bin/ninja" in shlex.split(planned.stdout, comments=True)

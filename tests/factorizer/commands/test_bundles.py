@@ -19,6 +19,7 @@ import factorizer
 from factorizer.commands.cli import app
 from factorizer.commands.demo import write_synthetic
 from factorizer.segmentation.checkpoint import read_checkpoint
+from factorizer.segmentation.recipe import RECIPE, Recipe
 
 BUNDLES = Path(__file__).parents[3] / "bundles"
 NAMES = sorted(path.name for path in BUNDLES.iterdir() if path.is_dir())
@@ -126,6 +127,22 @@ def test_networks_of_training_and_inference_are_the_same(name):
         assert train[key] == inference[key]
 
 
+def test_the_hippocampus_has_the_recipe_of_the_command_line():
+    (train,) = configs("hippocampus_factorizer", "train")
+    assert Recipe(**json.loads(Path(train).read_text())["recipe"]) == RECIPE
+
+
+@pytest.mark.parametrize("name", ["brats_factorizer", "isles22_factorizer"])
+def test_recipes_of_the_paper_are_what_their_pages_say(name):
+    """What differs from `Recipe` stands in the file, and nothing else; intensities change with 0.15."""
+    (train,) = configs(name, "train")
+    given = json.loads(Path(train).read_text())["recipe"]
+    assert all(given[field] != getattr(Recipe(), field) for field in given)
+    recipe = Recipe(**given)
+    probabilities = (recipe.noise_prob, recipe.blur_prob, recipe.scale_prob, recipe.shift_prob)
+    assert {*probabilities, recipe.gamma_prob} == {0.15}
+
+
 def test_train_evaluate_and_infer(name, data, tmp_path):
     folders = {"dataset_dir": str(data), "bundle_root": str(tmp_path), "device": "cpu"}
     options = {**TINY, **folders, "steps": 2, "val_interval": 2, "workers": 0}
@@ -174,15 +191,23 @@ def test_inference_refuses_the_weights_of_another_network(tmp_path):
 
 
 def test_inference_takes_the_weights_of_the_package(tmp_path):
-    """Where nobody has trained, as the bundle's README says."""
+    """Where nobody has trained, run as `factorizer predict` runs them, as the bundle's README says."""
     rng = np.random.default_rng(0)
     volume = nib.Nifti1Image(rng.gamma(2, 100, (36, 52, 36)).astype(np.float32), np.eye(4))
     nib.save(volume, tmp_path / "in.nii.gz")
     options = {"bundle_root": str(tmp_path), "input": str(tmp_path / "in.nii.gz"), "device": "cpu"}
     run(config_file=configs("hippocampus_factorizer", "inference"), **options)
     labels = np.asarray(nib.load(tmp_path / "predictions" / "in.nii.gz").dataobj)
-    expected = factorizer.segment(volume, "hippocampus", mirror=False)
+    expected = factorizer.segment(volume, "hippocampus")
     np.testing.assert_array_equal(labels, np.asarray(expected.dataobj))
+    settings = [tmp_path / folder / "settings.json" for folder in ("predictions", "command")]
+    inputs = ["--input", tmp_path / "in.nii.gz", "--device", "cpu"]
+    run_command("predict", "--model", "hippocampus", *inputs, "--output", tmp_path / "command")
+    assert settings[0].read_text() == settings[1].read_text()
+    assert json.loads(settings[0].read_text())["mirror"]
+    files = configs("hippocampus_factorizer", "inference")
+    run(config_file=files, **options, mirror=False, output_dir=str(tmp_path / "plain"))
+    assert not json.loads((tmp_path / "plain" / "settings.json").read_text())["mirror"]
 
 
 def test_files_for_training_work_with_inference(name, tmp_path):

@@ -41,6 +41,13 @@ def test_the_plan_says_it_and_its_network_runs():
     assert len(planned((40, 40, 40)).notes) == 1  # about mirror images
 
 
+def test_a_global_network_is_told_no_window():
+    """It has one, the whole map, whatever the voxels."""
+    notes = planned((120, 120, 30), (1.7, 1.7, 5.0), network="global").notes
+    assert any("2.9 times as long" in note and "4 x 4 x 2 times" in note for note in notes), notes
+    assert not any("windows" in note for note in notes)
+
+
 def test_spacing_of_strongly_anisotropic_tasks():
     """Thick slices, few of them: a tenth of the volumes are as fine, or finer, along that axis."""
     spacings = np.array([(0.7, 0.7, z) for z in np.linspace(3, 7, 11)])

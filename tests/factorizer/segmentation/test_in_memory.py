@@ -149,17 +149,33 @@ def test_a_header_that_leaves_the_sides_open_is_a_warning(single, arrays, codes,
         ({"MRI": 3}, {"spacing": (1, 1, 1)}, r"image\['MRI'\]: got int"),
         (nib.Nifti1Image(np.ones(SHAPE), np.eye(4)), {"spacing": (1, 1, 1)}, "spacing: is given, and image"),
         (nib.Nifti1Image(np.ones(SHAPE), None), {}, "image: is a nibabel image without an affine"),
-        (nib.AnalyzeImage(np.ones(SHAPE, "f4"), np.eye(4)), {}, "AnalyzeImage, which does not say which"),
+        (nib.AnalyzeImage(np.ones(SHAPE, "f4"), np.eye(4)), {}, "image: is AnalyzeImage, which does not say"),
         (np.ones(SHAPE), {"spacing": (1, 1, 1), "resample": "CT"}, "resample: got 'CT'"),
         (np.ones(SHAPE), {"spacing": (1, 1, 1), "mirror": False}, "mirror: got False; the loaded model"),
         (np.ones(SHAPE), {"spacing": (1, 1, 1), "model": "absent"}, "model: got 'absent'; there are"),
-        (np.ones(SHAPE), {"spacing": (1, 1, 1), "model": "absent.pt"}, "there is no absent.pt"),
+        (np.ones(SHAPE), {"spacing": (1, 1, 1), "model": "absent.pt"}, "model: there is no absent.pt"),
         (np.ones(SHAPE), {"spacing": (1, 1, 1), "model": 3}, "model: got int"),
+        (np.ones(SHAPE), {"spacing": (1, 1, 1), "model": __file__}, "model: .*: not a checkpoint"),
+        (np.ones(SHAPE), {"model": "hippocampus", "num_iters": 1.5}, "num_iters: got 1.5; it must be a"),
+        (np.ones(SHAPE), {"model": "hippocampus", "num_iters": -1}, "num_iters: got -1; it must be a"),
+        (np.ones(SHAPE), {"model": "hippocampus", "num_iters": True}, "num_iters: got True; it must be a"),
+        (np.ones(SHAPE), {"model": "hippocampus", "mirror": "x"}, "mirror: got 'x'; it must be True"),
+        (np.ones(SHAPE), {"model": "hippocampus", "whole": "x"}, "whole: got 'x'; it must be True"),
+        (np.ones(SHAPE), {"model": "hippocampus", "whole": None}, "whole: got None; it must be True"),
+        (np.ones(SHAPE), {"model": "hippocampus", "device": "x"}, "device: 'x' is no device"),
+        (np.ones(SHAPE), {"model": "hippocampus", "device": 1.5}, "device: 1.5 is no device"),
+        (np.ones(SHAPE), {"probabilities": "x"}, "probabilities: got 'x'; it must be True"),
+        (np.ones(SHAPE), {"resample": 3}, "resample: got 3; it must be a modality's name"),
     ],
 )
 def test_errors_name_the_argument(single, image, options, words):
-    with pytest.raises(DataError, match=words):
+    with pytest.raises(DataError, match=f"^{words}"):
         factorizer.segment(image, **{"model": load_predictor([single]), **options})
+
+
+def test_networks_that_do_not_segment_the_same_are_the_models_fault(tumour, single, arrays):
+    with pytest.raises(DataError, match=r"^model: checkpoint 2: modalities"):
+        factorizer.segment(arrays["T2w"], [single, tumour], spacing=(1, 1, 1))
 
 
 def test_without_the_extra_it_is_named(monkeypatch):
