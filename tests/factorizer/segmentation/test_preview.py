@@ -94,5 +94,5 @@ def test_a_picture_is_drawn(tmp_path, kind):
 def test_dollars_in_names_are_no_mathematics(tmp_path):
     path = tmp_path / "p.nii.gz"
     nib.save(nib.Nifti1Image(np.ones((4, 5, 6), np.uint8), ODD), path)
-    draw_preview(tmp_path, Case("cost$_{1$", ()), path, {"$_{WT$": (1,)}, {})
-    assert imread(tmp_path / "cost$_{1$.png").std() > 0.03
+    draw_preview(tmp_path / "case.png", Case("cost$_{1$", ()), path, {"$_{WT$": (1,)}, {})
+    assert imread(tmp_path / "case.png").std() > 0.03
