@@ -28,9 +28,9 @@ from matplotlib.figure import Figure
 from monai.networks.nets import DynUNet, SegResNet, SwinUNETR, UNet
 from rich.console import Console
 from rich.progress import TaskID
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import nn
 
+from factorizer.layers.resize import Padded
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import Case, Task, read_decathlon, split_cases
 from factorizer.segmentation.checkpoint import load_network
@@ -51,19 +51,6 @@ from .report import table
 SPLIT_SEED = 0
 EXPLAINED = 8  # cases of each part that components are chosen and measured on
 SWIN_UNETR_DIVISOR, UNET_DIVISOR = 32, 4
-
-
-class Padded(nn.Module):
-    """A network that takes multiples of `divisor`, for any size: the volume is padded with zeros around."""
-
-    def __init__(self, network: nn.Module, divisor: int) -> None:
-        super().__init__()
-        self.network, self.divisor = network, divisor
-
-    def forward(self, x: Tensor) -> Tensor:
-        missing = [-size % self.divisor for size in x.shape[2:]]
-        y = self.network(pad(x, [n for m in reversed(missing) for n in (m // 2, m - m // 2)]))
-        return y[(..., *(slice(m // 2, m // 2 + n) for m, n in zip(missing, x.shape[2:], strict=True)))]
 
 
 # What stands in place of arguments of the plan's network: the parts that the paper has not are left out.

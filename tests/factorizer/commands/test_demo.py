@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from factorizer_support import MODALITIES, REGIONS, TUMOUR, plan_for, planned
 from matplotlib.image import imread
 from rich.console import Console
 from typer.testing import CliRunner
@@ -21,6 +22,7 @@ from typer.testing import CliRunner
 from factorizer.commands.cli import app
 from factorizer.commands.demo import run_demo, write_synthetic
 from factorizer.commands.demo.run import segment_with_shipped
+from factorizer.commands.demo.timing import time_networks
 from factorizer.segmentation.cases import read_decathlon, split_cases
 from factorizer.segmentation.checkpoint import load_network, read_checkpoint
 from factorizer.segmentation.errors import DataError
@@ -106,6 +108,20 @@ def test_report(finished):
         best = report["components"][depth]["best"]
         assert set(best) == {"halo", "core"}
         assert all(component["marks"] in ("label", "outside") for component in best.values())
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        plan_for(MODALITIES, TUMOUR, REGIONS, {"num_deep_supr": 1}),
+        planned(shape=(32, 32, 10), spacing=(1.0, 1.0, 4.0)),
+    ],
+    ids=["regions", "thick slices"],
+)
+def test_networks_are_timed_whatever_the_task_is(plan):
+    """SegResNet gives the outputs that the loss takes, and takes a crop that it cannot halve that often."""
+    names = [speed.name for speed in time_networks(plan)]
+    assert names[-1] == "SegResNet (MONAI)"
 
 
 def test_report_agrees_with_the_predictions_on_disk(finished):
