@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -249,6 +250,15 @@ def test_out_errors(data, tmp_path):
     (tmp_path / "checkpoint.pt").write_text("something else")
     with pytest.raises(DataError, match=r"checkpoint.pt: not a checkpoint"):
         run_demo(tmp_path, data, console=quiet())
+
+
+def test_data_of_others_are_not_called_synthetic(data, tmp_path):
+    content = json.loads((data / "dataset.json").read_text())
+    shutil.copytree(data, tmp_path / "data")
+    for other in ({**content, "description": "patients"}, [content]):
+        (tmp_path / "data" / "dataset.json").write_text(json.dumps(other))
+        with pytest.raises(DataError, match=r"out: .*data holds other data"):
+            run_demo(tmp_path, steps=1, console=quiet())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
