@@ -80,10 +80,17 @@ def test_a_shipped_model_that_fits_comes_first(finished, trained_on, tmp_path, m
     names = task.cases if trained_on == "all" else held_out
     assert found is not None
     assert (found["model"], found["cases"]) == ("lesions", len(names))
-    assert {path.name for path in (tmp_path / "shipped").iterdir()} == {f"{c.name}.nii.gz" for c in names}
+    written = {path.name for path in (tmp_path / "shipped").glob("*.nii.gz")}
+    assert written == {f"{case.name}.nii.gz" for case in names}
     assert f"{len(names)} case" in said
     assert ("that it was trained on" in said) == (trained_on == "all")
     assert found["trained_on_them"] == (trained_on == "all")
+    last = tmp_path / "shipped" / f"{names[-1].name}.nii.gz"
+    last.write_text("of others")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "shipped").iterdir()}
+    with pytest.raises(DataError, match=rf"{last.name}: is there, .*; give another --out"):
+        segment_with_shipped(quiet(), task, task.cases, tmp_path / "shipped")
+    assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
 def test_report(finished):
@@ -250,6 +257,60 @@ def test_out_errors(data, tmp_path):
     (tmp_path / "checkpoint.pt").write_text("something else")
     with pytest.raises(DataError, match=r"checkpoint.pt: not a checkpoint"):
         run_demo(tmp_path, data, console=quiet())
+
+
+@pytest.mark.parametrize("name", ["report.json", "components.png", "predictions/{}.nii.gz"])
+def test_files_of_others_are_kept(data, tmp_path, name):
+    held_out = split_cases(read_decathlon(data).cases, 0)[1]
+    other = tmp_path / name.format(held_out[0].name)
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("of others")
+    with pytest.raises(DataError, match=rf"out: .*{other.name} is there, and not of this run"):
+        run_demo(tmp_path, data, steps=1, console=quiet())
+    assert other.read_text() == "of others"
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_prediction_that_was_changed_is_kept(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    (prediction,) = (out / "predictions").glob("*.nii.gz")
+    prediction.write_text("of others")
+    with pytest.raises(DataError, match=rf"{prediction.name}: is there, and was changed"):
+        run_demo(out, steps=4, console=quiet())
+    assert prediction.read_text() == "of others"
+
+
+@pytest.mark.parametrize("part", ["", "imagesTr", "labelsTr"])
+def test_out_holds_no_data(data, part):
+    with pytest.raises(DataError, match=r"out: .* holds the inputs"):
+        run_demo(data / part, data, steps=1, console=quiet())
+
+
+def test_a_flat_held_out_volume_gets_an_empty_label_map(tmp_path, monkeypatch):
+    """It ends nothing, but where it is the only one: then it is told before the training."""
+    monkeypatch.setattr("factorizer.commands.demo.run.time_networks", lambda plan: [])
+    monkeypatch.setattr("factorizer.commands.demo.screen.conclude", lambda *args: None)
+    root, out = write_synthetic(tmp_path / "data", cases=10, shape=(18, 18, 18)), tmp_path / "out"
+    flat, other = split_cases(read_decathlon(root).cases, 0)[1]
+
+    def flatten(case):
+        volume = nib.load(case.image)
+        nib.save(nib.Nifti1Image(np.full(volume.shape, 3, np.float32), volume.affine), case.image)
+
+    flatten(flat)
+    with (tmp_path / "screen").open("w+") as screen:
+        report = run_demo(out, root, steps=1, console=Console(file=screen, width=200))
+        screen.seek(0)
+        assert re.search(rf"warning: {flat.name}: .*its label map is empty", screen.read())
+    assert list(report["dice_per_case"]) == [flat.name, other.name]
+    written = nib.load(out / "predictions" / f"{flat.name}.nii.gz")
+    assert written.shape == nib.load(flat.label).shape
+    assert not np.asarray(written.dataobj).any()
+    flatten(other)
+    with pytest.raises(DataError, match="data: the held-out images hold a single value each"):
+        run_demo(tmp_path / "none", root, steps=1, console=quiet())
+    assert not (tmp_path / "none" / "checkpoint.pt").exists()
 
 
 def test_data_of_others_are_not_called_synthetic(data, tmp_path):
