@@ -5,7 +5,7 @@ makes for it: the same crops in the same order, loss, optimiser and number of st
 held-out cases. Runs go side by side, each on one thread, which the cores do more with than with one run
 on all of them. A stopped command goes on where its runs were. At the end it times the networks side by
 side, on all threads, and writes accuracy.json, accuracy.md (the tables of docs/accuracy.md) and
-accuracy.png into the folder, for whatever runs are finished there.
+accuracy.png into the folder, for whatever runs are finished there. A folder is of one data set and recipe.
 """
 
 from __future__ import annotations
@@ -22,48 +22,37 @@ from pathlib import Path
 from statistics import mean
 from typing import Annotated, Any
 
+import nibabel as nib
 import torch
 import typer
 from matplotlib.figure import Figure
 from monai.networks.nets import DynUNet, SegResNet, SwinUNETR, UNet
 from rich.console import Console
 from rich.progress import TaskID
-from torch import Tensor, nn
-from torch.nn.functional import pad
+from torch import nn
 
+from factorizer.layers.resize import Padded
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import Case, Task, read_decathlon, split_cases
 from factorizer.segmentation.checkpoint import load_network
 from factorizer.segmentation.evaluation import Score, score_labels, summarise
 from factorizer.segmentation.explanation import best_components
-from factorizer.segmentation.files import atomic
+from factorizer.segmentation.files import atomic, read_json
 from factorizer.segmentation.inference import Predictor
 from factorizer.segmentation.measure import side_by_side
 from factorizer.segmentation.plan import Plan, plan_run
+from factorizer.segmentation.recipe import RECIPE
 from factorizer.segmentation.screen import log_lines, progress
 from factorizer.segmentation.survey import Geometry, check_cases
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import CropBatches, PreparedCase, training_volumes
-from factorizer.segmentation.volumes import check_label
+from factorizer.segmentation.volumes import check_label, read_grid
 
 from .report import table
 
 SPLIT_SEED = 0
 EXPLAINED = 8  # cases of each part that components are chosen and measured on
 SWIN_UNETR_DIVISOR, UNET_DIVISOR = 32, 4
-
-
-class Padded(nn.Module):
-    """A network that takes multiples of `divisor`, for any size: the volume is padded with zeros around."""
-
-    def __init__(self, network: nn.Module, divisor: int) -> None:
-        super().__init__()
-        self.network, self.divisor = network, divisor
-
-    def forward(self, x: Tensor) -> Tensor:
-        missing = [-size % self.divisor for size in x.shape[2:]]
-        y = self.network(pad(x, [n for m in reversed(missing) for n in (m // 2, m - m // 2)]))
-        return y[(..., *(slice(m // 2, m // 2 + n) for m, n in zip(missing, x.shape[2:], strict=True)))]
 
 
 # What stands in place of arguments of the plan's network: the parts that the paper has not are left out.
@@ -145,6 +134,23 @@ def read_data(console: Console, folder: Path) -> Data:
     return Data(task, geometries, training, held_out, plan_run(task, geometries, training, held_out))
 
 
+def bind(known: Path, task: Task, records: Iterable[Path]) -> None:
+    """Writes into the file `known` which data and recipe the records beside it are of, or checks that.
+
+    Raises typer.BadParameter for records of others, or of which that is not known.
+    """
+    names = sorted(case.name for case in task.cases)
+    now = json.loads(json.dumps({"task": task.name, "cases": names, "recipe": asdict(RECIPE)}))
+    before = read_json(known) if known.exists() else None
+    if before != now and (before is not None or any(records)):
+        raise typer.BadParameter(
+            f"out: {known.parent} holds records of other data or another recipe; give another folder"
+        )
+    known.parent.mkdir(parents=True, exist_ok=True)
+    with atomic(known) as temporary:
+        temporary.write_text(json.dumps(now, indent=1), encoding="utf-8")
+
+
 # --- one run, in a process of its own ------------------------------------------------------------
 
 
@@ -171,7 +177,8 @@ def execute(run: Run, data: Data, out: Path) -> None:
         trainer.run(batches, checkpoint, lambda step: _progress.put((run, "training", step)))
     predictor, scores = Predictor([(trainer.result, plan)]), []
     for number, case in enumerate(data.held_out, 1):
-        truth, spacing = check_label(case, list(plan.labels)), data.geometries[case.name].spacing
+        truth = check_label(case, list(plan.labels))
+        spacing = nib.affines.voxel_sizes(read_grid(case.image)[0]).tolist()  # along the file's axes
         scores += score_labels(predictor.segment(case), truth, plan.targets, spacing, case.name)
         _progress.put((run, "segmenting", number))
     record = {**asdict(run), "scores": [asdict(score) for score in scores]}
@@ -385,6 +392,7 @@ def main(
             raise typer.BadParameter(f"{name!r} is none of {', '.join(NETWORKS)}", param_hint="--network")
     console = Console()
     studied = read_data(console, data)
+    bind(out / "accuracy.of", studied.task, out.glob("*/scores.json"))
     runs = [Run(name, seed, steps, rate) for seed in range(seeds) for name in names]
     left = [run for run in runs if not (out / run.folder / "scores.json").exists()]
     console.print(

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import median
 from typing import Annotated, Any
@@ -27,6 +27,8 @@ from rich.table import Table
 ROOT = Path(__file__).parents[1]
 HOME = ROOT / "build" / "revisions"
 SAME = 1e-3  # relative difference of results that are called the same; single precision
+# What is compared, without the backward and with it.
+RESULTS = {False: ("the results",), True: ("the gradients of x", "the gradients of the parameters")}
 HERE = "."  # the files as they are
 RUN = "import runpy, sys; runpy.run_path(sys.argv[1])['work'](int(sys.argv[2]))"
 
@@ -78,7 +80,7 @@ CASES: dict[str, Callable[[], tuple[Callable[..., Any], list[torch.Tensor]]]] = 
 
 
 def work(threads: int) -> None:
-    """Answers lines of (case, backward) with lines of (seconds, two sums of the result), or the error."""
+    """Answers lines of (case, backward) with lines of (seconds, two sums of each result), or the error."""
     torch.set_num_threads(threads)
     prepared: dict[str, Any] = {}
     for line in sys.stdin:
@@ -97,18 +99,23 @@ def work(threads: int) -> None:
 
 def _timed(
     call: Callable[..., Any], x: torch.Tensor, parameters: list[torch.Tensor], backward: bool
-) -> list[float]:
+) -> list[Any]:
+    """Seconds, and two sums of each of RESULTS: the parameters' gradients count as one."""
     start = time.perf_counter()
     if backward:
         x.requires_grad_()
-        results = torch.autograd.grad(call(x).square().mean(), [x, *parameters])
+        own, *others = torch.autograd.grad(call(x).square().mean(), [x, *parameters])
+        results = [[own], others] if others else [[own]]
     else:
         with torch.no_grad():
-            results = (call(x.detach()),)
+            results = [[call(x.detach())]]
     seconds = time.perf_counter() - start
-    flat = [result.flatten().double() for result in results]
+    return [seconds, *map(_sums, results)]
+
+
+def _sums(tensors: Sequence[torch.Tensor]) -> list[float]:
+    flat = [tensor.flatten().double() for tensor in tensors]
     return [
-        seconds,
         sum(float(f.square().sum()) for f in flat) ** 0.5,
         sum(float(f @ torch.linspace(-1, 1, len(f), dtype=f.dtype)) for f in flat),
     ]
@@ -156,7 +163,7 @@ class Worker:
         )
 
     def ask(self, name: str, backward: bool) -> Any:
-        """Seconds and two sums of the result, or what went wrong."""
+        """Seconds and two sums of each result, or what went wrong."""
         assert self._process.stdin
         assert self._process.stdout
         self._process.stdin.write(json.dumps([name, backward]) + "\n")
@@ -176,9 +183,12 @@ def compare(workers: tuple[Worker, Worker], name: str, backward: bool, rounds: i
     for which, answer in zip(("old", "new"), warm, strict=True):
         if isinstance(answer, str):
             return ["", "", f"{which}: {answer.splitlines()[0][:60]}"]
-    scale = max(abs(value) for answer in warm for value in answer[1:])
-    if any(not abs(a - b) <= SAME * scale for a, b in zip(warm[0][1:], warm[1][1:], strict=True)):
-        return ["", "", f"the results differ: {warm[0][1]:.6g}, {warm[1][1]:.6g}"]
+    # Each on a scale of its own: x's gradient is small beside the parameters'.
+    for what, *pair in zip(RESULTS[backward], warm[0][1:], warm[1][1:], strict=False):
+        scale = max(abs(value) for sums in pair for value in sums)
+        for old, new in zip(*pair, strict=True):
+            if not abs(old - new) <= SAME * scale:
+                return ["", "", f"{what} differ: {old:.6g}, {new:.6g}"]
     seconds: tuple[list[float], list[float]] = ([], [])
     for number in range(rounds):
         for k in (0, 1) if number % 2 else (1, 0):

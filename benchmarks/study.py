@@ -41,12 +41,12 @@ from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.files import atomic
 from factorizer.segmentation.inference import FinestHead
 from factorizer.segmentation.plan import Plan, plan_run
-from factorizer.segmentation.recipe import LEARNING_RATE, RECIPE
+from factorizer.segmentation.recipe import LEARNING_RATE
 from factorizer.segmentation.survey import check_cases
 from factorizer.segmentation.training import Trainer
 from factorizer.segmentation.transforms import CropBatches, training_volumes
 
-from .accuracy import OTHERS, PUBLISHED, SPLIT_SEED
+from .accuracy import OTHERS, PUBLISHED, SPLIT_SEED, bind
 from .report import table
 
 INNER_SEED = 1
@@ -289,8 +289,7 @@ def main(
         for deviation in noise or (0.0,)
         for seed in range(seeds)
     ]
-    out.mkdir(parents=True, exist_ok=True)
-    _bind(out, data)
+    bind(out / "study.of", read_decathlon(data), out.glob("*.json"))
     os.environ["OMP_NUM_THREADS"] = "1"
     left = [run for run in runs if not (out / f"{run.file}.json").exists()]
     with ProcessPoolExecutor(jobs, get_context("spawn")) as pool:
@@ -302,24 +301,6 @@ def main(
     with atomic(out / "study.md") as temporary:
         temporary.write_text("\n".join(tabulate(records)) + "\n", encoding="utf-8")
     print("\n".join(tabulate(records)))
-
-
-def _bind(out: Path, data: Path) -> None:
-    """Writes into the folder of the records which data and recipe they are of, or checks that.
-
-    Raises typer.BadParameter for records of others, or of which that is not known.
-    """
-    task = read_decathlon(data)
-    names = sorted(case.name for case in task.cases)
-    now = json.loads(json.dumps({"task": task.name, "cases": names, "recipe": asdict(RECIPE)}))
-    known = out / "study.of"
-    before = json.loads(known.read_text(encoding="utf-8")) if known.exists() else None
-    if before != now and (before is not None or any(out.glob("*.json"))):
-        raise typer.BadParameter(
-            f"out: {out} holds records of other data or another recipe; give another folder"
-        )
-    with atomic(known) as temporary:
-        temporary.write_text(json.dumps(now, indent=1), encoding="utf-8")
 
 
 if __name__ == "__main__":

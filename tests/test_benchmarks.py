@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -215,10 +216,44 @@ def test_accuracy_study(tmp_path):
     assert f"{sum(scores) / len(scores):.3f}" in row
     assert (out / "accuracy.png").stat().st_size > 10_000
 
+    other = write_synthetic(tmp_path / "other", cases=6, shape=(20, 20, 20))
+    with pytest.raises(typer.BadParameter, match="holds records of other data"):
+        main(other, out, networks, steps=1, seeds=1)
+    (out / "accuracy.of").unlink()
+    with pytest.raises(typer.BadParameter, match="holds records of other data"):
+        main(data, out, networks, steps=1, seeds=1)
     with pytest.raises(typer.BadParameter, match="no finished run"):
         main(data, tmp_path / "none", seeds=0)
     with pytest.raises(typer.BadParameter, match="UNet"):
         main(data, out, ["VNet"])
+
+
+def test_distances_are_measured_along_the_axes_of_the_file(tmp_path, monkeypatch):
+    """Which are in another order than those of a network."""
+    pytest.importorskip("monai")
+    import nibabel as nib
+    import numpy as np
+    from rich.console import Console
+
+    from benchmarks import accuracy
+    from factorizer.commands.demo import write_synthetic
+
+    root, lengths = write_synthetic(tmp_path, cases=5, shape=(20, 20, 20)), (3.0, 1.0, 2.0)
+    turned = np.eye(4)[[1, 2, 0, 3]] @ np.diag([*lengths, 1])
+    for path in root.glob("*/*.nii.gz"):
+        nib.save(nib.Nifti1Image(np.asarray(nib.load(path).dataobj), turned), path)
+    asked, score_labels = [], accuracy.score_labels
+
+    def score(prediction, truth, targets, spacing, case):
+        asked.append(tuple(spacing))
+        return score_labels(prediction, truth, targets, spacing, case)
+
+    monkeypatch.setattr(accuracy, "score_labels", score)
+    monkeypatch.setattr(accuracy, "_progress", queue.SimpleQueue())
+    data = accuracy.read_data(Console(quiet=True), root)
+    accuracy.execute(accuracy.Run("UNet", 0, 1, 1e-3), data, tmp_path / "out")
+    assert asked == [lengths] * len(data.held_out)
+    assert data.geometries[data.held_out[0].name].spacing != lengths
 
 
 def test_peers_take_volumes_of_any_size():
@@ -308,15 +343,41 @@ def test_revisions_are_compared_in_turn_and_only_where_they_agree(monkeypatch):
             order.append(self)
             return self.answers[min(order.count(self), len(self.answers)) - 1]
 
-    old, new = Worker([9, 5.0, 1.0], [3e-3, 5.0, 1.0]), Worker([9, 5.0, 1.0], [2e-3, 5.0, 1.0])
+    old, new = (Worker([9, [5.0, 1.0]], [seconds, [5.0, 1.0]]) for seconds in (3e-3, 2e-3))
     assert revisions.compare((old, new), "case", False, 3) == ["3.0", "2.0", "1.50 (1.50)"]
     assert order == [old, new, new, old, old, new, new, old]
     for other, told in (
         (Worker("AttributeError: no such\nline"), "new: AttributeError: no such"),
-        (Worker([9, 5.0, 1.1]), "the results differ: 5, 5"),
-        (Worker([9, float("nan"), 1.0]), "the results differ: 5, nan"),
+        (Worker([9, [5.0, 1.1]]), "the results differ: 1, 1.1"),
+        (Worker([9, [float("nan"), 1.0]]), "the results differ: 5, nan"),
     ):
         assert revisions.compare((old, other), "case", False, 3) == ["", "", told]
+
+
+def test_revisions_compare_each_gradient_on_its_own_scale(monkeypatch):
+    """That of x is small beside those of a network's parameters, and may be as wrong."""
+    monkeypatch.syspath_prepend(Path(__file__).parents[1])
+    revisions = importlib.import_module("benchmarks.revisions")
+
+    class Worker:
+        def __init__(self, factors):
+            self.factors = factors
+
+        def ask(self, name, backward):
+            grad = torch.autograd.grad
+
+            def wrong(*args):
+                return [f * g for f, g in zip(self.factors, grad(*args), strict=True)]
+
+            weight, x = 1e-4 * torch.linspace(1, 2, 5), torch.linspace(1, 3, 5)
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.autograd, "grad", wrong)
+                return revisions._timed(lambda x: x * weight, x, [weight.requires_grad_()], backward)
+
+    right = Worker((1, 1))
+    assert revisions.compare((right, Worker((1, 1))), "case", True, 1)[0]
+    for factors, told in (((1.05, 1), "the gradients of x differ"), ((1, 1.05), "of the parameters differ")):
+        assert told in revisions.compare((right, Worker(factors)), "case", True, 1)[2]
 
 
 def test_a_runtime_that_computes_something_else_is_refused(monkeypatch):

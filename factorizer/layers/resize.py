@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 _LINEAR = {1: "linear", 2: "bilinear", 3: "trilinear"}
 
@@ -30,6 +30,24 @@ def crop_to(x: Tensor, size: Sequence[int]) -> Tensor:
     for axis, extent in enumerate(size, start=2):
         x = x.narrow(axis, 0, extent)
     return x
+
+
+class Padded(nn.Module):
+    """A network that takes multiples of `divisor`, for any size: the volume is padded with zeros around."""
+
+    def __init__(self, network: nn.Module, divisor: int) -> None:
+        super().__init__()
+        self.network, self.divisor = network, divisor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, C, S1..Sp) to what the network makes of it, on the same voxels."""
+        missing = [-size % self.divisor for size in x.shape[2:]]
+        if not any(missing):
+            return self.network(x)
+        y = self.network(F.pad(x, [n for m in reversed(missing) for n in (m // 2, m - m // 2)]))
+        own = (slice(m // 2, m // 2 + n) for m, n in zip(missing, x.shape[2:], strict=True))
+        place = (..., *own)
+        return y[place]
 
 
 def resample(x: Tensor, size: Sequence[int]) -> Tensor:

@@ -20,15 +20,20 @@ from factorizer.segmentation.formats import parts_of
 FOLDER = "made_from"
 
 
-def made(result: Path, case: Case, settings: Mapping[str, Any]) -> bool:
+def made(
+    result: Path,
+    case: Case,
+    settings: Mapping[str, Any],
+    *,
+    way_out: str = "give another folder, delete it, or give --overwrite",
+) -> bool:
     """Whether `result` is there, made from these very inputs with these settings.
 
-    Raises DataError where something else is there under its name.
+    Raises DataError where something else is there under its name; `way_out` says what to do then.
     """
     if not result.exists():
         return False
     record = _record_of(result)
-    way_out = "give another folder, delete it, or give --overwrite"
     if not record.is_file():
         raise DataError(f"{result}: is there, and nothing says what it was made from; {way_out}")
     known = read_json(record)

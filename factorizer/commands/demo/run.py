@@ -8,8 +8,10 @@ import math
 import platform
 import textwrap
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from factorizer.commands.demo.timing import kernel_backend, time_networks
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import Case, Task, read_decathlon, split_cases
 from factorizer.segmentation.checkpoint import read_checkpoint
-from factorizer.segmentation.errors import check_counts
+from factorizer.segmentation.errors import DataError, FlatImageError, check_counts
 from factorizer.segmentation.evaluation import Score, evaluate_case, summarise
 from factorizer.segmentation.explanation import best_components, case_components
 from factorizer.segmentation.figures import (
@@ -34,18 +36,22 @@ from factorizer.segmentation.figures import (
     picture,
     told,
 )
-from factorizer.segmentation.files import atomic, prepare_folder
+from factorizer.segmentation.files import atomic, check_apart, prepare_folder
+from factorizer.segmentation.formats import save
 from factorizer.segmentation.inference import Predictor, load_predictor
 from factorizer.segmentation.measure import side_by_side, versions
 from factorizer.segmentation.plan import Plan, Wishes, plan_run
-from factorizer.segmentation.screen import progress
+from factorizer.segmentation.provenance import made, write_result
+from factorizer.segmentation.screen import progress, tell_warning
 from factorizer.segmentation.survey import Geometry, check_cases
 from factorizer.segmentation.trained import SHIPPED
 from factorizer.segmentation.training import Trainer, fit, rehearse, steps_within
 from factorizer.segmentation.transforms import PreparedCase
-from factorizer.segmentation.volumes import check_label, read_volume, write_volume
+from factorizer.segmentation.volumes import check_label, on_grid_of, read_grid, read_volume
 
 SEED = 0
+WRITTEN = ("report.json", "segmentation.png", "components.png")  # at the end of a run
+WAY_OUT = "give another --out, or delete it"
 EXPLAINED = 4  # cases of each part, at most, that components are compared with the truth on
 
 
@@ -63,25 +69,33 @@ def run_demo(
     data has labels of, it does so with the held-out cases first.
 
     Writes report.json, segmentation.png, components.png, checkpoint.pt, predictions/NAME.nii.gz,
-    shipped/NAME.nii.gz where a shipped model fits, and, without `data`, the volumes themselves under
-    data/. Returns the report.
+    shipped/NAME.nii.gz where a shipped model fits, with what they were made from (`provenance`), and,
+    without `data`, the volumes themselves under data/. Returns the report. A flat held-out volume gets an
+    empty label map.
 
-    Raises DataError, before training, for data or an `out` that cannot be used.
+    Raises DataError, before training, for data or an `out` that cannot be used, which is also one that holds
+    the data, or results of something else under the names of these.
     """
     start, out, console = time.perf_counter(), Path(out), console or Console(markup=False)
     check_counts(steps=(steps, 1))
     task = None if data is None else read_decathlon(data)
+    inputs = () if task is None else [Path(str(data)) / "dataset.json", *_files(task)]
     for folder in (out, out / "predictions"):
-        prepare_folder("out", folder)
+        prepare_folder("out", folder, inputs)
+    check_apart("out", out / "shipped", inputs)
     if task is None:
         with console.status("Drawing synthetic volumes"):
             task = read_decathlon(write_synthetic(out / "data", seed=SEED))
     geometries = check_cases(console, task)
     training, held_out = split_cases(task.cases, SEED)
-    shipped = segment_with_shipped(console, task, held_out, out / "shipped")
-    plan = plan_run(task, geometries, training, held_out, Wishes(steps=steps), seed=SEED)
     checkpoint = out / "checkpoint.pt"
     begun, crops, step_seconds = checkpoint.exists(), None, 0.0
+    if not begun:
+        _check_vacant(out, held_out)
+    plan = plan_run(task, geometries, training, held_out, Wishes(steps=steps), seed=SEED)
+    for part, cases in (("training", training), ("held-out", held_out)):
+        if not any(_seen(plan, cases)):
+            raise DataError(f"data: the {part} images hold a single value each: there is nothing to be seen")
     if not begun:
         crops, step_seconds = rehearse(console, plan, training, geometries)
     if steps is None:
@@ -91,9 +105,11 @@ def run_demo(
     if begun:
         trainer.resume(checkpoint)
         if not trainer.finished:
+            _check_vacant(out, held_out)
             crops, step_seconds = rehearse(console, plan, training, geometries)
     seconds_before = trainer.seconds
 
+    shipped = segment_with_shipped(console, task, held_out, out / "shipped")
     screen.announce(
         console,
         plan,
@@ -109,14 +125,14 @@ def run_demo(
     if crops is not None:
         fit(console, trainer, crops, checkpoint)
     predictor = Predictor([(trainer.result, plan)])
-    scores = _segment(console, predictor, held_out, out / "predictions")
+    scores, seen = _segment(console, predictor, held_out, out / "predictions")
     with console.status("Comparing components with the truth"):
-        components = _explain(predictor, training, held_out)
+        components = _explain(predictor, training, seen)
     with console.status("Timing the networks side by side"):
         speeds = time_networks(plan)
     with console.status("Drawing"):
         notice = f"\n{NOTICE}" if data is None else ""
-        _draw(out, predictor, held_out, scores, components, notice)
+        _draw(out, predictor, seen, scores, components, notice)
 
     report = {
         "task": task.name,
@@ -154,7 +170,7 @@ def segment_with_shipped(
     """Segments the cases with the shipped model for what the task labels: its name, time and Dice.
 
     Cases that the model was trained on are left out, unless it was trained on all, which is said then. None
-    where no model fits.
+    where no model fits. Raises DataError where something else is there under a result's name.
     """
     for path in sorted(SHIPPED.glob("*.pt")):
         predictor = load_predictor([path], device="cpu")
@@ -166,7 +182,7 @@ def segment_with_shipped(
         shown = unseen or cases
         start = time.perf_counter()
         prepare_folder("out", folder)
-        scores = _segment(console, predictor, shown, folder)
+        scores, _ = _segment(console, predictor, shown, folder)
         found = {
             "model": path.stem,
             "cases": len(shown),
@@ -195,20 +211,53 @@ def _segmenting_seconds(plan: Plan, held_out: Sequence[Geometry]) -> float:
 
 def _segment(
     console: Console, predictor: Predictor, cases: Sequence[Case], folder: Path
-) -> dict[str, list[Score]]:
-    """Segment the cases into `folder`; returns their scores, on the cases' own grids."""
-    plan, scores = predictor.plan, {}
+) -> tuple[dict[str, list[Score]], list[Case]]:
+    """Segment the cases into `folder`; returns their scores, on the cases' own grids, and those in which
+    there is something to be seen. Raises DataError where something else is there under a result's name."""
+    plan, scores, seen = predictor.plan, {}, []
+    settings, results = predictor.settings(), {case: folder / f"{case.name}.nii.gz" for case in cases}
+    for case, path in results.items():  # all, before the first is written
+        made(path, case, settings, way_out=WAY_OUT)
     with progress(console) as bar:
-        for case in bar.track(cases, description="Segmenting"):
-            path = folder / f"{case.name}.nii.gz"
-            write_volume(predictor.segment(case), case.image, path)
+        for case, path in bar.track(list(results.items()), description="Segmenting"):
+            try:
+                values = predictor.segment(case)
+                seen.append(case)
+            except FlatImageError as error:
+                tell_warning(console, f"{case.name}: {error}; its label map is empty")
+                values = np.zeros(read_grid(case.image)[1], np.uint8)
+            write_result(path, case, settings, partial(save, on_grid_of(values, case.image)))
             scores[case.name] = evaluate_case(path, case, list(plan.labels), plan.targets)
-    return scores
+    return scores, seen
+
+
+def _files(task: Task) -> Iterator[Path]:
+    for case in task.cases:
+        yield from case.images
+        if case.label is not None:
+            yield case.label
+
+
+def _seen(plan: Plan, cases: Iterable[Case]) -> Iterator[Case]:
+    """Those in whose image there is something to be seen."""
+    for case in cases:
+        with suppress(FlatImageError):
+            PreparedCase(plan, case)
+            yield case
+
+
+def _check_vacant(out: Path, held_out: Sequence[Case]) -> None:
+    """Raises DataError where a file is there that only a run whose training has ended leaves."""
+    results = [out / "predictions" / f"{case.name}.nii.gz" for case in held_out]
+    for path in (*(out / name for name in WRITTEN), *results):
+        if path.exists():
+            raise DataError(f"out: {path} is there, and not of this run, which is not trained; {WAY_OUT}")
 
 
 def _explain(predictor: Predictor, training: Sequence[Case], held_out: Sequence[Case]) -> dict[str, Any]:
     """`best_components` for the report; AUC is None where no case has the class."""
-    found = best_components(predictor, training[:EXPLAINED], held_out[:EXPLAINED])
+    chosen_on = list(itertools.islice(_seen(predictor.plan, training), EXPLAINED))
+    found = best_components(predictor, chosen_on, held_out[:EXPLAINED])
     return {
         depth: {
             "layer": best.layer,

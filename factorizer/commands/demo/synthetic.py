@@ -18,7 +18,8 @@ import torch
 from monai.networks.layers import GaussianFilter
 from torch.nn.functional import interpolate
 
-from factorizer.segmentation.files import atomic
+from factorizer.segmentation.errors import DataError
+from factorizer.segmentation.files import atomic, read_json
 from factorizer.segmentation.formats import save
 
 CASES = 30
@@ -34,8 +35,16 @@ def write_synthetic(
     Volumes of two contrasts, each axis within 3 voxels of `shape`, 1 mm apart; labels
     0 background, 1 halo, 2 core. dataset.json comes last, so a folder that has one is whole, and
     is left as it is.
+
+    Raises DataError where that one is of other data, which nobody may take for synthetic.
     """
-    if (root / "dataset.json").is_file():
+    known = root / "dataset.json"
+    if known.exists():
+        content = read_json(known)
+        if not isinstance(content, dict) or content.get("description") != NOTICE:
+            raise DataError(
+                f"out: {root} holds other data; give another folder, or --data {root} to train on it"
+            )
         return root
     drawn = (synthetic_case(np.random.default_rng([seed, index]), shape) for index in range(cases))
     return write_task(

@@ -11,6 +11,7 @@ from monai.networks.nets import SegResNet
 from torch import nn
 
 import factorizer_kernels as fk
+from factorizer.layers.resize import Padded
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.measure import side_by_side
 from factorizer.segmentation.plan import Plan
@@ -68,19 +69,25 @@ def time_networks(plan: Plan) -> list[Speed]:
     ]
 
 
-def like_segresnet(network: nn.Module, plan: Plan) -> SegResNet:
+def like_segresnet(network: nn.Module, plan: Plan) -> nn.Module:
     """MONAI's SegResNet with the stages of the plan's network, one block in each, and the number of
-    filters that brings its parameters closest to the network's."""
+    filters that brings its parameters closest to the network's.
+
+    It halves every axis at each stage, which the plan's network does not where voxels are long: there the
+    crop is padded."""
     levels = len(plan.network["encoder_width"])
     wanted = parameter_count(network)
     candidates = [
-        SegResNet(
-            spatial_dims=3,
-            init_filters=filters,
-            in_channels=len(plan.modalities),
-            out_channels=len(plan.labels),
-            blocks_down=(1,) * levels,
-            blocks_up=(1,) * (levels - 1),
+        Padded(
+            SegResNet(
+                spatial_dims=3,
+                init_filters=filters,
+                in_channels=plan.network["in_channels"],
+                out_channels=plan.network["out_channels"],
+                blocks_down=(1,) * levels,
+                blocks_up=(1,) * (levels - 1),
+            ),
+            2 ** (levels - 1),
         )
         for filters in (8, 16, 24, 32)  # its group normalisation wants multiples of 8
     ]

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from factorizer_support import MODALITIES, REGIONS, TUMOUR, plan_for, planned
 from matplotlib.image import imread
 from rich.console import Console
 from typer.testing import CliRunner
@@ -21,6 +23,7 @@ from typer.testing import CliRunner
 from factorizer.commands.cli import app
 from factorizer.commands.demo import run_demo, write_synthetic
 from factorizer.commands.demo.run import segment_with_shipped
+from factorizer.commands.demo.timing import time_networks
 from factorizer.segmentation.cases import read_decathlon, split_cases
 from factorizer.segmentation.checkpoint import load_network, read_checkpoint
 from factorizer.segmentation.errors import DataError
@@ -77,10 +80,17 @@ def test_a_shipped_model_that_fits_comes_first(finished, trained_on, tmp_path, m
     names = task.cases if trained_on == "all" else held_out
     assert found is not None
     assert (found["model"], found["cases"]) == ("lesions", len(names))
-    assert {path.name for path in (tmp_path / "shipped").iterdir()} == {f"{c.name}.nii.gz" for c in names}
+    written = {path.name for path in (tmp_path / "shipped").glob("*.nii.gz")}
+    assert written == {f"{case.name}.nii.gz" for case in names}
     assert f"{len(names)} case" in said
     assert ("that it was trained on" in said) == (trained_on == "all")
     assert found["trained_on_them"] == (trained_on == "all")
+    last = tmp_path / "shipped" / f"{names[-1].name}.nii.gz"
+    last.write_text("of others")
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "shipped").iterdir()}
+    with pytest.raises(DataError, match=rf"{last.name}: is there, .*; give another --out"):
+        segment_with_shipped(quiet(), task, task.cases, tmp_path / "shipped")
+    assert times == {path: path.stat().st_mtime_ns for path in times}
 
 
 def test_report(finished):
@@ -106,6 +116,20 @@ def test_report(finished):
         best = report["components"][depth]["best"]
         assert set(best) == {"halo", "core"}
         assert all(component["marks"] in ("label", "outside") for component in best.values())
+
+
+@pytest.mark.parametrize(
+    "plan",
+    [
+        plan_for(MODALITIES, TUMOUR, REGIONS, {"num_deep_supr": 1}),
+        planned(shape=(32, 32, 10), spacing=(1.0, 1.0, 4.0)),
+    ],
+    ids=["regions", "thick slices"],
+)
+def test_networks_are_timed_whatever_the_task_is(plan):
+    """SegResNet gives the outputs that the loss takes, and takes a crop that it cannot halve that often."""
+    names = [speed.name for speed in time_networks(plan)]
+    assert names[-1] == "SegResNet (MONAI)"
 
 
 def test_report_agrees_with_the_predictions_on_disk(finished):
@@ -233,6 +257,69 @@ def test_out_errors(data, tmp_path):
     (tmp_path / "checkpoint.pt").write_text("something else")
     with pytest.raises(DataError, match=r"checkpoint.pt: not a checkpoint"):
         run_demo(tmp_path, data, console=quiet())
+
+
+@pytest.mark.parametrize("name", ["report.json", "components.png", "predictions/{}.nii.gz"])
+def test_files_of_others_are_kept(data, tmp_path, name):
+    held_out = split_cases(read_decathlon(data).cases, 0)[1]
+    other = tmp_path / name.format(held_out[0].name)
+    other.parent.mkdir(exist_ok=True)
+    other.write_text("of others")
+    with pytest.raises(DataError, match=rf"out: .*{other.name} is there, and not of this run"):
+        run_demo(tmp_path, data, steps=1, console=quiet())
+    assert other.read_text() == "of others"
+    assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def test_a_prediction_that_was_changed_is_kept(finished, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(finished[0], out)
+    (prediction,) = (out / "predictions").glob("*.nii.gz")
+    prediction.write_text("of others")
+    with pytest.raises(DataError, match=rf"{prediction.name}: is there, and was changed"):
+        run_demo(out, steps=4, console=quiet())
+    assert prediction.read_text() == "of others"
+
+
+@pytest.mark.parametrize("part", ["", "imagesTr", "labelsTr"])
+def test_out_holds_no_data(data, part):
+    with pytest.raises(DataError, match=r"out: .* holds the inputs"):
+        run_demo(data / part, data, steps=1, console=quiet())
+
+
+def test_a_flat_held_out_volume_gets_an_empty_label_map(tmp_path, monkeypatch):
+    """It ends nothing, but where it is the only one: then it is told before the training."""
+    monkeypatch.setattr("factorizer.commands.demo.run.time_networks", lambda plan: [])
+    monkeypatch.setattr("factorizer.commands.demo.screen.conclude", lambda *args: None)
+    root, out = write_synthetic(tmp_path / "data", cases=10, shape=(18, 18, 18)), tmp_path / "out"
+    flat, other = split_cases(read_decathlon(root).cases, 0)[1]
+
+    def flatten(case):
+        volume = nib.load(case.image)
+        nib.save(nib.Nifti1Image(np.full(volume.shape, 3, np.float32), volume.affine), case.image)
+
+    flatten(flat)
+    with (tmp_path / "screen").open("w+") as screen:
+        report = run_demo(out, root, steps=1, console=Console(file=screen, width=200))
+        screen.seek(0)
+        assert re.search(rf"warning: {flat.name}: .*its label map is empty", screen.read())
+    assert list(report["dice_per_case"]) == [flat.name, other.name]
+    written = nib.load(out / "predictions" / f"{flat.name}.nii.gz")
+    assert written.shape == nib.load(flat.label).shape
+    assert not np.asarray(written.dataobj).any()
+    flatten(other)
+    with pytest.raises(DataError, match="data: the held-out images hold a single value each"):
+        run_demo(tmp_path / "none", root, steps=1, console=quiet())
+    assert not (tmp_path / "none" / "checkpoint.pt").exists()
+
+
+def test_data_of_others_are_not_called_synthetic(data, tmp_path):
+    content = json.loads((data / "dataset.json").read_text())
+    shutil.copytree(data, tmp_path / "data")
+    for other in ({**content, "description": "patients"}, [content]):
+        (tmp_path / "data" / "dataset.json").write_text(json.dumps(other))
+        with pytest.raises(DataError, match=r"out: .*data holds other data"):
+            run_demo(tmp_path, steps=1, console=quiet())
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
