@@ -193,6 +193,12 @@ def tensor(
     return plain_tensor(value)
 
 
+def check_overwrite(value: object) -> None:
+    """Checks the ``overwrite`` of a public function; a tensor that does not fit is no mistake."""
+    if not (value is None or isinstance(value, Tensor)):
+        raise TypeError(f"overwrite must be a torch.Tensor or None, got {type(value).__name__}")
+
+
 def feature_map(
     name: str, value: object, channels: int | None = None, spatial_dims: int | None = None
 ) -> Tensor:
