@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from factorizer_kernels.shared import cuda, native, registry, triton
+from factorizer_kernels.shared.checks import dispatches_itself
 from factorizer_kernels.shared.dynamo import constant_while_compiling
 
 
@@ -140,7 +141,8 @@ def choose(operator: str, x: Tensor, sizes: Any = None) -> str:
     """The backend that runs ``operator`` on x: that of `use_backend`, else the first that can and does
     not yield to those after it.
 
-    On an empty x there is nothing to launch: plain PyTorch gives the empty result.
+    On an empty x there is nothing to launch: plain PyTorch gives the empty result. So it does, where no
+    backend is named, for a subclass of Tensor with a dispatch of its own: that need not know the kernels.
 
     Args:
         sizes: what the operator's kernels are asked about, see ``registry.kernel``.
@@ -168,6 +170,8 @@ def choose(operator: str, x: Tensor, sizes: Any = None) -> str:
         return "reference"
     if name is not None:
         return name
+    if dispatches_itself(x):
+        return "reference"
     if native.missing is not None and x.device.type == "cpu":
         native.warn_once()
     device = x.device.type

@@ -15,7 +15,7 @@ from factorizer_kernels.shared.dtypes import autocast_disabled
 from .checks import check_dtype
 from .linear import Linear
 from .norm import LayerNorm
-from .parts import has_hooks
+from .parts import untouched
 from .slabs import convolve, plain_on_cpu
 
 
@@ -86,11 +86,11 @@ def _takes_blocks(conv: Any) -> bool:
 def can_join(upsample: Any, adapter: Any) -> bool:
     """Whether `join` does what the two do: a transposed convolution by blocks, and a linear layer."""
     return (
-        type(upsample) in CONV_TRANSPOSE.values()
-        and type(adapter) is Linear
+        untouched(upsample, *CONV_TRANSPOSE.values())
+        and untouched(adapter, Linear)
+        and untouched(adapter.linear, nn.Conv1d)
         and _takes_blocks(upsample)
         and not any(upsample.output_padding)
-        and not any(map(has_hooks, (upsample, adapter, adapter.linear)))
     )
 
 

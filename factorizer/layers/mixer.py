@@ -81,6 +81,7 @@ class FactMixer(nn.Module):
         """
         return (
             untouched(self.reshape, Matricize, SWMatricize)
+            and "inverse_forward" not in vars(self.reshape)
             and untouched(self.act, nn.ReLU, nn.Identity)
             and untouched(self.factorize, NMF, MatrixFactorization)
             and untouched(self.factorize.init, FixedInit)

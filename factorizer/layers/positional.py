@@ -32,6 +32,10 @@ class PositionalEmbedding(nn.Module):
         self.channels = integer("channels", channels, 1)
         size = integers("spatial_size", spatial_size, 1, (1, 2, 3))
         self.pos = nn.Parameter(torch.empty(1, channels, *size))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws the embedding anew: for memory that holds nothing yet, as after `to_empty`."""
         nn.init.trunc_normal_(self.pos, std=0.02)
 
     def forward(self, x: Tensor) -> Tensor:

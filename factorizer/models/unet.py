@@ -257,7 +257,8 @@ class UNet(nn.Module):
     def forward(self, x: Tensor) -> Tensor | list[Tensor]:
         """x (B, in_channels, S1..Sp) to logits (B, out_channels, S1..Sp), or a list of those of each head."""
         check_features(type(self).__name__, x, self.in_channels, self.spatial_dims)
-        check_dtype(x, next(self.parameters()))
+        if untouched(self.stem, *CONV.values()):  # one that is sharded by itself converts x on its own
+            check_dtype(x, self.stem.weight)
         x = plain_tensor(x)
         size = x.shape[2:]
         # Without a name of their own here, maps are freed after their last use.
@@ -274,10 +275,12 @@ class UNet(nn.Module):
         return logits if self.num_deep_supr else logits[0]
 
     def _unwatched(self) -> bool:
-        """Whether nobody sees the maps between: nothing is differentiated or compiled, no part has a hook."""
+        """Whether nobody sees the maps between: nothing is differentiated, compiled or traced, no part has a
+        hook."""
         return not (
             torch.is_grad_enabled()
             or torch.compiler.is_compiling()
+            or torch.jit.is_tracing()  # one graph, with gradients and without
             or torch._C._are_functorch_transforms_active()
             or any(map(has_hooks, self.modules()))
         )

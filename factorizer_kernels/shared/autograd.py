@@ -62,16 +62,18 @@ def over(memory: Tensor | None, name: str, operator: Callable, *arguments) -> Te
     compiled, recorded or watched.
 
     Args:
-        memory: of the result's shape and dtype, on the device of the first argument, and contiguous, or it is
-            not used.
+        memory: of the result's shape and dtype, on the device of the first argument, contiguous, without a
+            gradient, and read through no other layout by any argument, or it is not used.
     """
     if (
         memory is None
         or type(memory) is not Tensor
+        or memory.requires_grad
         or memory.device != arguments[0].device
         or not memory.is_contiguous()
         or not plain(arguments)
         or differentiated(arguments)
+        or _read_otherwise(memory, arguments)
     ):
         return operator(*arguments)
     kernel = registry.find(name, arguments[-1])
@@ -81,6 +83,19 @@ def over(memory: Tensor | None, name: str, operator: Callable, *arguments) -> Te
     if y is memory:
         increment_version(memory)  # so that a backward pass which needed the old values says so
     return y
+
+
+def _read_otherwise(memory: Tensor, arguments: tuple) -> bool:
+    """Whether one of the arguments has a place of the memory for another voxel than the result has there."""
+    storage = memory.untyped_storage()._cdata
+    return any(
+        a is not memory
+        and type(a) not in NO_TENSORS
+        and isinstance(a, Tensor)
+        and a.untyped_storage()._cdata == storage
+        and not a.is_set_to(memory)
+        for a in arguments
+    )
 
 
 def once(name: str, operator: torch._ops.OpOverload, fallback: Callable | None = None) -> Callable:

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 from torch.autograd import forward_ad
 
 from factorizer_kernels.shared.dtypes import DTYPES
@@ -165,6 +167,19 @@ def plain_tensor(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return x if dtype is None or x.dtype == dtype else x.to(dtype)
 
 
+def dispatches_itself(x: Tensor) -> bool:
+    """Whether x is of a subclass that runs torch's operators its own way and knows no others, as a DTensor.
+
+    Tracers' own do: what they see of an operator is its fake.
+    """
+    kind = type(x)
+    return (
+        kind not in _PLAIN_TENSORS
+        and kind.__torch_dispatch__ is not Tensor.__torch_dispatch__
+        and not issubclass(kind, (FakeTensor, FunctionalTensor))
+    )
+
+
 def tensor(
     name: str,
     value: object,
@@ -191,6 +206,12 @@ def tensor(
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on the device of x ({device}), got {value.device}")
     return plain_tensor(value)
+
+
+def check_overwrite(value: object) -> None:
+    """Checks the ``overwrite`` of a public function; a tensor that does not fit is no mistake."""
+    if not (value is None or isinstance(value, Tensor)):
+        raise TypeError(f"overwrite must be a torch.Tensor or None, got {type(value).__name__}")
 
 
 def feature_map(

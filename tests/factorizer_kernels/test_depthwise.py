@@ -217,6 +217,9 @@ def test_empty(size, backend):
     gradients = torch.autograd.grad(y, leaves, dy)
     for leaf, gradient in zip(leaves, gradients, strict=True):
         assert torch.equal(gradient, torch.zeros_like(leaf))
+    for dtype in DTYPES:
+        for offset in (bias, None):
+            assert fk.depthwise_conv(x.to(dtype), weight, offset).dtype == dtype
 
 
 def test_empty_operators():

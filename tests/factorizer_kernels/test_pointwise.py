@@ -754,3 +754,55 @@ def test_a_result_may_lie_in_a_map_that_is_not_read_any_more(backend, name, dtyp
         kept = memory.clone()
         assert torch.equal(call(y, x, memory), expected)
         assert torch.equal(memory, kept)
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no compiled kernels here")
+@pytest.mark.parametrize("name", ["linear_norm_mlp", "join", "norm_linear_swin_nmf", "swin_nmf"])
+def test_memory_that_is_read_in_another_layout_is_left_alone(name):
+    """As is memory that requires a gradient, which would be another tensor's then."""
+    torch.manual_seed(0)
+    norm, square, wide = torch.rand(8), torch.randn(8, 8), torch.randn(12, 8)
+    factors = torch.rand(4, 1), torch.rand(8, 1)
+    windows = {"head_dim": 4, "patch_size": (2, 1, 4), "shifts": (None, (1, 0, 2))}
+    coarse = torch.randn(8, 16, 3, 5, 4)
+
+    def call(x: Tensor, y: Tensor, memory: Tensor | None = None) -> Tensor:
+        if name == "linear_norm_mlp":
+            weights = square, None, norm, norm, wide, None, wide.mT, None
+            return fk.linear_norm_mlp(y, x, *weights, overwrite=memory)
+        if name == "join":
+            return fk.join(x, coarse, square, torch.ones(16, 8, 2, 1, 2), norm, overwrite=memory)
+        if name == "swin_nmf":
+            return fk.swin_nmf(x, *factors, **windows, overwrite=memory)
+        weights = norm, norm, square, None, *factors
+        return fk.norm_linear_swin_nmf(x, *weights, **windows, overwrite=memory)[0]
+
+    whole, other = torch.randn(9, 8, 6, 5, 8), torch.randn(8, 8, 6, 5, 8)
+    memory = whole[1:]
+    kept = memory.clone()
+    for x in (memory.transpose(0, 1), memory[:1].expand(8, -1, -1, -1, -1), whole[:-1]):
+        for maps in ((x, other), (other, x)) if name == "linear_norm_mlp" else ((x, other),):
+            expected = call(*(t.clone() for t in maps))
+            torch.testing.assert_close(call(*maps, memory), expected)
+            assert torch.equal(memory, kept)
+    leaf = kept.clone().requires_grad_()
+    for required in (leaf, leaf * 1):
+        assert not call(other, other, required).requires_grad
+        assert torch.equal(required, kept)
+    for x in (memory, memory.view_as(memory)):  # the same layout
+        assert call(x, other, memory).data_ptr() == memory.data_ptr()
+
+
+def test_memory_of_another_type_is_refused(backend):
+    x, norm, square = torch.rand(1, 8, 4, 4), torch.rand(8), torch.rand(8, 8)
+    factors, windows = (torch.rand(4, 1), torch.rand(4, 1)), {"head_dim": 4, "patch_size": 2}
+    chain = square, None, norm, norm, square, None, square, None
+    for wrong, got in (("x", "str"), (1, "int"), ([x], "list"), (x.numpy(), "ndarray")):
+        for call in (
+            partial(fk.linear_norm_mlp, x, x, *chain),
+            partial(fk.join, x, x[..., ::2, ::2], square, torch.rand(8, 8, 2, 2)),
+            partial(fk.swin_nmf, x, *factors, **windows),
+            partial(fk.norm_linear_swin_nmf, x, norm, norm, square, None, *factors, **windows),
+        ):
+            with pytest.raises(TypeError, match=rf"overwrite must be a torch.Tensor or None, got {got}"):
+                call(overwrite=wrong)

@@ -30,8 +30,15 @@ class FixedInit(nn.Module):
     def __init__(self, size: tuple[int, int], rank: int, names: tuple[str, str]) -> None:
         super().__init__()
         self.names = names
-        self.register_buffer("u0", DRAWS[names[0]](size[0], rank))
-        self.register_buffer("v0", DRAWS[names[1]](size[1], rank))
+        self.register_buffer("u0", torch.empty(size[0], rank))
+        self.register_buffer("v0", torch.empty(size[1], rank))
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Draws u0, then v0, anew: for memory that holds nothing yet, as after `to_empty`."""
+        for start, name in zip((self.u0, self.v0), self.names, strict=True):
+            start.copy_(DRAWS[name](start.shape, dtype=start.dtype, device=start.device))
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """u0 (M, R) and v0 (N, R), whatever x (..., M, N) holds."""

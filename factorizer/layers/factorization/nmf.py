@@ -76,7 +76,10 @@ class MatrixFactorization(nn.Module):
         if solver.kernel is None or solver.factor != (0, 1):
             return None
         kind: Any = next(kind for kind in type(solver).__mro__ if "kernel" in vars(kind))
-        if type(solver).update is not kind.update:  # another rule under an inherited name
+        # Another rule under an inherited name, or another product.
+        if not _keeps(solver, kind, "__call__", "update") or not _keeps(
+            self, MatrixFactorization, "reconstruct"
+        ):
             return None
         return {
             "num_iters": self.num_iters,
@@ -181,6 +184,12 @@ class NMF(MatrixFactorization):
         verbose: bool = False,
     ) -> None:
         super().__init__(size, rank, compression, num_iters, num_grad_steps, init, solver, verbose)
+
+
+def _keeps(part: Any, kind: type, *methods: str) -> bool:
+    """Whether these methods of `part` are those of `kind`, neither overridden nor set on the instance."""
+    own, cls = vars(part), type(part)
+    return all(name not in own and getattr(cls, name) is getattr(kind, name) for name in methods)
 
 
 def set_num_iters(module: nn.Module, num_iters: int) -> None:

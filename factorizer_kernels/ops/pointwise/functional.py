@@ -18,7 +18,15 @@ from factorizer_kernels.ops.pointwise.autograd import (
 )
 from factorizer_kernels.ops.pointwise.spec import Sizes
 from factorizer_kernels.shared.autograd import call_function
-from factorizer_kernels.shared.checks import feature_map, number, one_of, plain_tensor, remembered, tensor
+from factorizer_kernels.shared.checks import (
+    check_overwrite,
+    feature_map,
+    number,
+    one_of,
+    plain_tensor,
+    remembered,
+    tensor,
+)
 from factorizer_kernels.shared.dtypes import autocast_dtype, compute_dtype
 
 load_kernels(__package__)
@@ -188,6 +196,7 @@ def linear_norm_mlp(
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
     x = feature_map("x", x)
+    check_overwrite(overwrite)
     y = _beside("y", y, x)
     if y.shape[0] != x.shape[0] or y.shape[2:] != x.shape[2:]:
         raise ValueError(
@@ -252,6 +261,7 @@ def join(
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
     x = feature_map("x", x)
+    check_overwrite(overwrite)
     skip = _beside("skip", skip, x)
     _checked_join(skip, x, weight_skip, weight_x, bias)
     weight_skip, bias = _linear_map(x, weight_skip, bias)

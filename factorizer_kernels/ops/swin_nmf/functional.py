@@ -14,7 +14,7 @@ from factorizer_kernels.ops.swin_nmf.autograd import NormLinearSwinNMF, SwinNMF
 from factorizer_kernels.ops.swin_nmf.autograd import norm_linear_swin_nmf as run_both
 from factorizer_kernels.ops.windows.geometry import Shift, Windows, resolve
 from factorizer_kernels.shared.autograd import call_function, differentiated, over
-from factorizer_kernels.shared.checks import feature_map, one_of, plain_tensor, remembered
+from factorizer_kernels.shared.checks import check_overwrite, feature_map, one_of, plain_tensor, remembered
 
 load_kernels(__package__)
 
@@ -59,6 +59,7 @@ def swin_nmf(
     Raises:
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
+    check_overwrite(overwrite)
     arguments = _resolved(
         x, u0, v0, num_heads=num_heads, head_dim=head_dim, grid_size=grid_size, patch_size=patch_size,
         shifts=shifts, act=act, num_iters=num_iters, solver=solver, num_grad_steps=num_grad_steps, eps=eps,
@@ -108,6 +109,7 @@ def norm_linear_swin_nmf(
         TypeError, ValueError: the message names the argument, what it got and what it needs.
     """
     x = feature_map("x", x)
+    check_overwrite(overwrite)
     chain = norm_linear_arguments(x, norm_weight, norm_bias, weight, bias, norm_eps)
     between = x.new_empty((), dtype=chain.dtype).expand(x.shape[0], chain.weight.shape[0], *x.shape[2:])
     arguments = _resolved(between, u0, v0, **options)

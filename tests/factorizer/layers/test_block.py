@@ -199,6 +199,44 @@ def test_another_rule_of_a_solver_is_used():
     assert changed.kernel_options is None
 
 
+def test_methods_that_the_kernel_does_not_know_are_called():
+    """Those of a solver and of a factorisation, of a class or of one object."""
+
+    class Halved(HALS):
+        def __call__(self, x, u, v, w):
+            u, v = super().__call__(x, u, v, w)
+            return u / 2, v
+
+    class HalfProduct(NMF):
+        def reconstruct(self, u, v):
+            return super().reconstruct(u, v) / 2
+
+    torch.manual_seed(0)
+    start = torch.rand(8, 2), torch.rand(16, 2)
+    x = torch.rand(3, 8, 16)
+    plain = NMF((8, 16), rank=2, num_iters=1)
+    solver, product = (NMF((8, 16), rank=2, num_iters=1) for _ in range(2))
+    rule = solver.solvers[0].update
+    solver.solvers[0].update = lambda *arguments: rule(*arguments) / 2**0.5
+    product.reconstruct = lambda u, v: u @ v.mT / 2
+    changed = (
+        NMF((8, 16), rank=2, num_iters=1, solver=Halved), HalfProduct((8, 16), rank=2, num_iters=1), product,
+    )  # fmt: skip
+    for module in changed:
+        torch.testing.assert_close(module(x, start=start), plain(x, start=start) / 2)
+    u = plain.solvers[0].update(x, *start, None) / 2**0.5
+    v = plain.solvers[0].update(x.mT, start[1], u, None) / 2**0.5
+    torch.testing.assert_close(solver(x, start=start), u @ v.mT)
+
+
+def test_another_inverse_of_the_windows_is_called():
+    mixer = FactMixer(8, 8, (8, 8), (SWMatricize, SWIN))
+    x = torch.randn(1, 8, 8, 8)
+    plain, inverse = mixer.mix(x), mixer.reshape.inverse_forward
+    mixer.reshape.inverse_forward = lambda *arguments: 2 * inverse(*arguments)
+    torch.testing.assert_close(mixer.mix(x), 2 * plain)
+
+
 def test_global_hooks_see_every_part():
     block = FactorizerBlock(8, (8, 8), reshape=(SWMatricize, SWIN))
     seen = set()

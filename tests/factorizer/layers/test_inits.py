@@ -71,3 +71,22 @@ def test_inits_from_the_matrices(init, backend):
     # They are made for each matrix, so other sizes do as well.
     assert module(torch.rand(2, 6, 7)).shape == (2, 6, 7)
     assert module.half()(torch.rand(2, 4, 5).half()).isfinite().all()
+
+
+def test_draws_are_made_anew_in_memory_that_holds_nothing():
+    """Those of a module that is built there: as after `to_empty`, of any dtype."""
+    torch.manual_seed(0)
+    made = NMF((50, 60), 4, init=("normal", "uniform")).init
+    torch.manual_seed(0)
+    u0, v0 = torch.randn(50, 4), torch.rand(60, 4)
+    assert torch.equal(made.u0, u0)
+    assert torch.equal(made.v0, v0)
+    with torch.device("meta"):
+        empty = NMF((50, 60), 4, init=("normal", "uniform")).init
+    empty.to_empty(device="cpu")
+    torch.manual_seed(0)
+    empty.reset_parameters()
+    assert torch.equal(empty.u0, u0)
+    assert torch.equal(empty.v0, v0)
+    empty.bfloat16().reset_parameters()
+    assert empty.u0.dtype == torch.bfloat16

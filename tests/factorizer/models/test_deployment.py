@@ -127,3 +127,83 @@ def test_state_dicts_move_between_backends_and_dtypes(network, dtype, tmp_path):
             # Weights and some ten layers' activations, each rounded to the dtype.
             tolerance = 20 * torch.finfo(dtype).eps + 1e-5
             assert (result - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+def test_memory_that_holds_nothing_is_filled(network):
+    """Every module that holds a parameter or a buffer draws it: built without memory, then `to_empty`."""
+    empty = copy.deepcopy(network).to("meta")
+    empty.to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in empty.state_dict().values():
+            tensor.fill_(float("nan"))
+    for module in empty.modules():
+        if hasattr(module, "reset_parameters"):
+            module.reset_parameters()
+    assert all(tensor.isfinite().all() for tensor in empty.state_dict().values())
+    assert empty(X).isfinite().all()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_jit_trace_with_gradients(network):
+    """torch's own check runs the network again, without gradients: the graph must be the same."""
+    traced = torch.jit.trace(network, X)
+    torch.testing.assert_close(traced(X), network(X))
+
+
+@pytest.mark.parametrize("stem_stride", [1, 2])
+def test_no_items_under_autocast(stem_stride):
+    torch.manual_seed(0)
+    network = Factorizer(
+        2, 3, (16, 16), encoder_depth=(1,), encoder_width=(8,), strides=(1,), decoder_depth=(),
+        reshape=(SWMatricize, {"head_dim": 8, "patch_size": 4}), local=3, stem_stride=stem_stride,
+    )  # fmt: skip
+    with torch.autocast("cpu", torch.bfloat16):
+        assert network(X[:0]).dtype == network(X).dtype
+    assert network.bfloat16()(X[:0].bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.fixture
+def mesh():
+    """Of this process alone."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        yield torch.distributed.init_device_mesh("cpu", (1,))
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_fsdp_with_a_stem_of_its_own(network, mesh):
+    """The network's input is converted before the stem's weights are."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    expected = network(X)
+    for part in (network.stem, network):
+        fully_shard(part, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+    y = network(X)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.float(), expected, rtol=0.1, atol=0.1)
+    y.float().square().mean().backward()
+    assert all(p.grad.full_tensor().isfinite().all() for p in network.parameters())
+
+
+def test_x_of_another_dtype_is_refused(network):
+    with pytest.raises(TypeError, match=r"x must be torch.float32, as the weights are, got torch.float64"):
+        network(X.double())
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_distributed_tensors(network, mesh):
+    """They know torch's operators alone: plain PyTorch, by itself."""
+    from torch.distributed.tensor import Shard, distribute_module, distribute_tensor
+
+    expected = network(X)
+    expected.square().sum().backward()
+    gradients = [p.grad for p in network.parameters()]
+    network.zero_grad()
+    distributed = distribute_module(network, mesh)
+    y = distributed(distribute_tensor(X, mesh, [Shard(0)]))
+    torch.testing.assert_close(y.full_tensor(), expected)
+    y.square().sum().backward()
+    for parameter, gradient in zip(distributed.parameters(), gradients, strict=True):
+        torch.testing.assert_close(parameter.grad.full_tensor(), gradient, rtol=1e-3, atol=1e-4)

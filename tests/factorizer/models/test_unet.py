@@ -242,3 +242,39 @@ def test_a_stage_with_a_forward_of_its_own_is_called_in_the_decoder():
             module.__class__ = Mine
     network(torch.randn(1, 2, 8, 12))
     assert Mine.calls == sum(isinstance(m, Mine) for m in network.modules())
+
+
+class KeepingTripled(Keeping):
+    """Three times another layer, with that one's weight and bias, as adapters for fine-tuning are."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.scale = base, nn.Parameter(torch.tensor(3.0))
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def made(self, x):
+        return self.scale * self.base(x)
+
+
+def test_an_adapters_linear_in_another_is_called():
+    """Without and with gradients, and what it returned is left as it was."""
+    network, expected = small((8, 12)), small((8, 12))
+    for block, theirs in zip(network.decoder.blocks, expected.decoder.blocks, strict=True):
+        theirs.block.adapter.linear.weight.data *= 3
+        block.block.adapter.linear = KeepingTripled(block.block.adapter.linear)
+    x = torch.randn(2, 2, 8, 12)
+    y = network(x)
+    torch.testing.assert_close(y, expected(x))
+    y.square().sum().backward()
+    with torch.no_grad():
+        torch.testing.assert_close(network(x), y)
+    for block in network.decoder.blocks:
+        assert block.block.adapter.linear.scale.grad is not None
+        assert all(torch.equal(now, then) for now, then in block.block.adapter.linear.kept)
