@@ -144,7 +144,8 @@ def bind(known: Path, task: Task, records: Iterable[Path]) -> None:
     before = read_json(known) if known.exists() else None
     if before != now and (before is not None or any(records)):
         raise typer.BadParameter(
-            f"out: {known.parent} holds records of other data or another recipe; give another folder"
+            f"out: {known.parent} holds records of other data or another recipe, or does not say of which; "
+            "give another folder"
         )
     known.parent.mkdir(parents=True, exist_ok=True)
     with atomic(known) as temporary:

@@ -115,6 +115,9 @@ def ran(part: Part, scratch: Path) -> tuple[bool, str]:
         os.killpg(running.pid, signal.SIGKILL)  # with its workers, which hold the card
         output = running.communicate()[0]
         state = f"stopped after {part.seconds:g} s, "
+    except BaseException:  # it has a terminal's Ctrl-C to itself
+        os.killpg(running.pid, signal.SIGKILL)
+        raise
     if running.returncode and not state:
         state = f"exit status {running.returncode}, "
     lines = [line.strip() for line in output.splitlines() if line.strip()]

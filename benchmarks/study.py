@@ -43,7 +43,7 @@ from factorizer.segmentation.inference import FinestHead
 from factorizer.segmentation.plan import Plan, plan_run
 from factorizer.segmentation.recipe import LEARNING_RATE
 from factorizer.segmentation.survey import check_cases
-from factorizer.segmentation.training import Trainer
+from factorizer.segmentation.training import REHEARSED, Trainer
 from factorizer.segmentation.transforms import CropBatches, training_volumes
 
 from .accuracy import OTHERS, PUBLISHED, SPLIT_SEED, bind
@@ -171,7 +171,7 @@ def _step_seconds(trial: Trainer, batches: CropBatches) -> float:
     """Median seconds of the processor, so that what else the machine does counts little, of a step and its
     crops. The first step is not counted."""
     seconds = []
-    for index in range(6):
+    for index in range(REHEARSED + 1):
         start = time.thread_time()
         trial.update(*batches[index])
         seconds.append(time.thread_time() - start)

@@ -17,7 +17,7 @@ from factorizer.segmentation.plan import AS_PLANNED, Plan, Wishes, reshape_for
 from factorizer.segmentation.processes import pick_device, process_group
 from factorizer.segmentation.recipe import PATCH
 from factorizer.segmentation.survey import check_cases
-from factorizer.segmentation.training import fit
+from factorizer.segmentation.training import BEST, check_best, fit
 
 
 def read_bundle(folder: Path, configs: Sequence[str] = (), **changes: Any) -> ConfigParser:
@@ -113,6 +113,7 @@ def train_bundle(
             if list(task.labels) != list(plan.labels):
                 raise DataError(f"data: labels {task.labels}; the bundle needs {plan.labels}")
             if not checkpoint.exists():
+                check_best(out / BEST, plan)
                 learned = [case for case in task.cases if case.name in plan.training]
                 parser["geometries"] = check_cases(console, task, learned)
             trainer = parser.get_parsed_content("train#trainer")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -27,10 +28,11 @@ from factorizer.segmentation.formats import load, parts_of, save
 from factorizer.segmentation.inference import PROBABILITIES, Predictor, load_predictor, run_cases
 from factorizer.segmentation.measure import peak_memory, versions
 from factorizer.segmentation.plan import Plan
-from factorizer.segmentation.preview import draw_preview, is_statistics, preview_of, write_statistics
+from factorizer.segmentation.preview import draw_preview
 from factorizer.segmentation.processes import gather, group_position, part_of, process_group
-from factorizer.segmentation.provenance import made, remove_result, write_result
+from factorizer.segmentation.provenance import is_result, made, remove_result, write_result
 from factorizer.segmentation.screen import Outcome, tell_failures, tell_warning
+from factorizer.segmentation.statistics import is_statistics, write_statistics
 from factorizer.segmentation.survey import doubts_of_files
 
 PREVIEWS = "previews"  # a folder in that of the results
@@ -98,10 +100,12 @@ def predict(
                 path.parent.mkdir(exist_ok=True)
                 write = partial(_write_also, name, load(result), case, predictor.plan)
                 write_result(path, case, settings, write)
-        picture = preview_of(previews, case.name)
+        picture = previews / f"{case.name}.png"
         if not preview:
             remove_result(picture)
-        elif overwrite or not made(picture, case, settings):
+        else:  # anew each time: it shows the label too
+            if not overwrite:
+                check_own("output", picture, is_result, "picture of predict")
             draw = partial(draw_preview, modalities=predictor.plan.modalities)
             write_result(picture, case, settings, lambda path: draw(path, case, result, targets))
 
@@ -122,8 +126,9 @@ def predict(
     tell_failures(console, outcomes[len(own) :])
     if index == 0 and (statistics or any(o.result == "done" for o in outcomes)):
         for path in {out / "statistics.csv", out / f"statistics{suffix}.csv"}:
-            if path.is_file() and is_statistics(path):  # of other results
-                path.unlink()
+            with suppress(FileNotFoundError):  # another part may remove it
+                if is_statistics(path):  # of other results
+                    path.unlink()
     if index == 0 and statistics:
         results = {o.name: out / f"{o.name}.nii.gz" for o in outcomes if not o.failed}
         write_statistics(out / f"statistics{suffix}.csv", results, targets)
@@ -163,15 +168,12 @@ def _write_also(name: str, labels: nib.Nifti1Image, case: Case, plan: Plan, path
         save(labels, path)
 
 
-REPORT = ("versions", "python", "machine", "device", "threads", "settings", "peak_gib", "cases")
-
-
 def _is_report(path: Path) -> bool:
     try:
         content = read_json(path)
     except DataError:
         return False
-    return isinstance(content, dict) and tuple(content) == REPORT
+    return isinstance(content, dict) and {"versions", "settings", "cases"} <= content.keys()
 
 
 def _write_report(

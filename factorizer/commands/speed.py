@@ -20,6 +20,7 @@ from factorizer.layers import MatrixFactorization, set_num_iters, set_rank
 from factorizer.segmentation.cases import Case, find_cases
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import dice
+from factorizer.segmentation.figures import no_mathematics
 from factorizer.segmentation.files import atomic, prepare_folder
 from factorizer.segmentation.inference import Predictor, keep_largest, load_predictor
 from factorizer.segmentation.plan import Plan
@@ -196,5 +197,6 @@ def _draw(path: Path, results: Sequence[Result], trained: dict[str, int], title:
         times.set(ylabel="seconds a case (dashed)", ylim=(0, 1.2 * max(r.seconds for r in group)))
     axes[0].legend(loc="lower right", frameon=False)
     figure.suptitle(title)
+    no_mathematics(figure)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=140)

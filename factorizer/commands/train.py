@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import on_one_grid, read_decathlon, read_split, split_cases
-from factorizer.segmentation.checkpoint import read_checkpoint, read_first
+from factorizer.segmentation.checkpoint import read_first
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import MeanDice
 from factorizer.segmentation.files import atomic, digest_of, prepare_folder
@@ -23,7 +22,15 @@ from factorizer.segmentation.processes import pick_device, process_group
 from factorizer.segmentation.recipe import BUDGETS
 from factorizer.segmentation.screen import duration, facts
 from factorizer.segmentation.survey import check_cases
-from factorizer.segmentation.training import BEST, Trainer, fit, rehearse, start_from, steps_within
+from factorizer.segmentation.training import (
+    BEST,
+    Trainer,
+    check_best,
+    fit,
+    prepare,
+    rehearse,
+    start_from,
+)
 
 
 def train(
@@ -94,29 +101,29 @@ def train(
         if init is not None:
             copied, others = start_from(network, init)
             console.print(f"{init}: {copied} tensors start from it, {others} at random", soft_wrap=True)
-        rehearsal = partial(rehearse, console, plan, training, geometries, place, workers)
-        begun, crops, seconds = checkpoint.exists(), None, None
-        if not begun:
-            _check_best(out / BEST, plan)
-            crops, seconds = rehearsal()
-        if wishes.steps is None:
-            steps = steps_within(budget, seconds) if seconds else read_checkpoint(checkpoint)[0].steps
-            plan = replace(plan, steps=steps)
-        trainer = Trainer(
+        if not checkpoint.exists():
+            check_best(out / BEST, plan)
+
+        def make_trainer(plan: Plan) -> Trainer:
+            return Trainer(
+                plan,
+                network,
+                device=place,
+                log=out / "log",
+                validate=MeanDice(plan, held_out, place) if validate_every else None,
+                validate_every=validate_every or plan.steps,
+                patience=patience,
+                workers=workers,
+            )
+
+        trainer, crops, seconds = prepare(
             plan,
-            network,
-            device=place,
-            log=out / "log",
-            validate=MeanDice(plan, held_out, place) if validate_every else None,
-            validate_every=validate_every or plan.steps,
-            patience=patience,
-            workers=workers,
+            checkpoint,
+            make_trainer,
+            partial(rehearse, console, plan, training, geometries, place, workers),
+            budget if wishes.steps is None else None,
         )
-        if begun:
-            trainer.resume(checkpoint)
-            if not trainer.finished:
-                crops, seconds = rehearsal()
-        elif trainer.process_index == 0:
+        if trainer.step == 0 and trainer.process_index == 0:
             (out / BEST).unlink(missing_ok=True)  # of this very run, killed before its first checkpoint
         announce(console, trainer, out, seconds)
         if crops is not None:
@@ -130,19 +137,6 @@ def train(
         step, best = max(trainer.scores, key=lambda pair: (pair[1], pair[0]))  # of equals the last is kept
         console.print(f"best mean Dice of the held-out cases: {best:.3f} after step {step}, in {BEST}")
     return checkpoint
-
-
-def _check_best(path: Path, plan: Plan) -> None:
-    """Raises DataError where the network there, beside which there is no checkpoint, is of another run."""
-    if not path.exists():
-        return
-    with suppress(DataError):
-        if replace(read_checkpoint(path)[0], steps=plan.steps, notes=plan.notes) == plan:
-            return
-    raise DataError(
-        f"out: {path} is there without a checkpoint.pt, and is of another run; move it away, or give another "
-        "folder"
-    )
 
 
 def _like(plan: Plan, other: Plan, init: Path) -> Plan:

@@ -34,6 +34,7 @@ from factorizer.segmentation.provenance import (
     write_result,
 )
 from factorizer.segmentation.screen import count, each_case, table, tell_warning
+from factorizer.segmentation.statistics import is_statistics, write_statistics
 from factorizer.segmentation.volumes import check_label, read_grid, read_labels
 
 SURFACE_TOLERANCE = 1.0  # mm
@@ -248,21 +249,16 @@ def evaluate(
     prepare_folder("output", out.resolve().parent)
     targets, values = _targets(console, cases, classes, regions, checkpoint)
     folder, volumes = (out.with_name(f"{out.stem}_{name}") for name in ("previews", "statistics.csv"))
-    from factorizer.segmentation.preview import (  # matplotlib takes a second
-        draw_preview,
-        is_statistics,
-        preview_of,
-        write_statistics,
-    )
-
-    pictures = {case.name: preview_of(folder, case.name) for case in cases}
+    pictures = {case.name: folder / f"{case.name}.png" for case in cases}
     if statistics:
-        check_own("statistics", volumes, is_statistics, "file of statistics")
+        check_own("output", volumes, is_statistics, "file of statistics")
     if preview:
-        prepare_folder("preview", folder)
+        from factorizer.segmentation.preview import draw_preview  # matplotlib takes a second
+
+        prepare_folder("output", folder)
         modalities = _modalities(labels, checkpoint)
         for path in pictures.values():
-            check_own("preview", path, is_result, "picture of an earlier evaluation")
+            check_own("output", path, is_result, "picture of an evaluation")
     if volumes.is_file() and is_statistics(volumes):
         volumes.unlink()
     for path in pictures.values():

@@ -265,6 +265,12 @@ def _overlay(ax: Axes, plane: np.ndarray, num_classes: int, fill: float) -> None
     ax.set(xlim=limits[0], ylim=limits[1])
 
 
+def no_mathematics(figure: Figure) -> None:
+    """Takes all texts of a figure as they are: a name may have a $."""
+    for text in figure.findobj(Text):
+        text.set_parse_math(False)
+
+
 def _finish(figure: Figure, path: Path, title: str, classes: Sequence[str]) -> None:
     # A narrow figure's title takes several lines: some 11 characters of this size are an inch wide.
     lines = textwrap.fill(title, int(11 * figure.get_figwidth()))
@@ -277,7 +283,6 @@ def _finish(figure: Figure, path: Path, title: str, classes: Sequence[str]) -> N
         frameon=False,
         labelcolor=TEXT,
     )
-    for text in figure.findobj(Text):
-        text.set_parse_math(False)  # a name may have a $
+    no_mathematics(figure)
     with atomic(path) as temporary:
         figure.savefig(temporary, dpi=140, facecolor=BACKGROUND)

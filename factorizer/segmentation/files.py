@@ -65,9 +65,10 @@ def check_apart(name: str, folder: Path, inputs: Iterable[Path]) -> None:
     where = os.path.realpath(folder)  # not Path.resolve, which ends in an error on a loop of links
     # Where an input is, itself a folder if it is a series, and where a link to it is, whose place a result
     # would take.
-    places = {os.path.realpath(place) for path in inputs for place in (path, Path(path).parent)}
-    places |= {os.path.dirname(os.path.realpath(path)) for path in inputs}
-    if where in places:
+    inputs = list(inputs)
+    own = {os.path.realpath(path) for path in inputs}
+    folders = {os.path.realpath(parent) for parent in {Path(path).parent for path in inputs}}
+    if where in own | folders | {os.path.dirname(place) for place in own}:
         raise DataError(f"{name}: {folder} holds the inputs; give another folder")
 
 
@@ -78,12 +79,13 @@ def first_line(path: Path) -> str:
 
 
 def check_own(name: str, path: Path, own: Callable[[Path], bool], what: str) -> None:
-    """Raises DataError where a file is there that a command would write over, and is none of its own kind.
+    """Raises DataError where a file is there that a command would write over, and is neither empty nor of
+    its own kind.
 
     `own`: whether it is, by its content; `what`: in words what it would be; `name` is the argument's.
     """
-    if path.exists() and not (path.is_file() and own(path)):
-        raise DataError(f"{name}: {path} is there, and is no {what}; give another name, or delete it")
+    if path.exists() and not (path.is_file() and (path.stat().st_size == 0 or own(path))):
+        raise DataError(f"{name}: {path} is there, and is no {what}; give another {name}, or delete that")
 
 
 def read_json(path: Path) -> Any:

@@ -84,9 +84,9 @@ class OwnGrid:
         start[axis] = first
         if not self._parallel:
             return _sampled(values, self._places(np.stack(np.meshgrid(*ranges, indexing="ij"))).T - start)
-        for k, axis in enumerate(self._axes):
-            values = _interpolated(values, axis + 1, self._places_along(k, ranges[k]) - start[axis])
-        return values.permute(0, *(axis + 1 for axis in self._axes))
+        for k, theirs in enumerate(self._axes):
+            values = _interpolated(values, theirs + 1, self._places_along(k, ranges[k]) - start[theirs])
+        return values.permute(0, *(theirs + 1 for theirs in self._axes))
 
     def inside(self, size: Sequence[int], own: int = 0, begin: int = 0, end: int | None = None) -> Tensor:
         """Which voxels (X', Y', Z') of the own grid, begin to end of axis `own`, values (n, *size) on the

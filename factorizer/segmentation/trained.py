@@ -119,7 +119,7 @@ def save_model(model: TrainedModel, path: Path) -> None:
 def own_folder() -> Path:
     """The folder of the user's own models; it need not exist. It begins with ~ where nobody knows the user's
     home."""
-    return Path(os.environ.get("FACTORIZER_MODELS") or os.path.expanduser("~/.factorizer/models"))
+    return Path(os.path.expanduser(os.environ.get("FACTORIZER_MODELS") or "~/.factorizer/models"))
 
 
 def known_models() -> dict[str, Path]:

@@ -7,12 +7,12 @@ import os
 import textwrap
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from statistics import mean, median
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 import torch.distributed as dist
@@ -254,7 +254,7 @@ class Trainer:
         """Continue from the checkpoint at `path`. Raises DataError where it is of another plan."""
         plan, state = read_checkpoint(path)
         before, now = (_flat(asdict(p)) for p in (plan, self.plan))
-        way_out = "give another output folder, or delete it to start anew"
+        way_out = "give another output folder, or delete the files of the run there to start anew"
         for name, value in now.items():
             if name == "notes" or (name == "data" and not (before[name] and value)):
                 continue
@@ -298,7 +298,8 @@ def rehearse(
     """The crops that the plan draws of the `training` cases, and the seconds of a step with them.
 
     The step is that of a throw-away network, on this machine; where a process group is there, the slowest
-    process's. A step waits for its crops, or where `workers` prepare them for the slower of both.
+    process's, for which the others wait. A step waits for its crops, or where `workers` prepare them for the
+    slower of both.
     """
     with console.status(f"Loading {len(training)} volumes"):
         batches = CropBatches(plan, training_volumes(plan, training, geometries))
@@ -321,6 +322,55 @@ def rehearse(
 def steps_within(budget: str, seconds: float) -> int:
     """How many steps of so many seconds a budget is enough for."""
     return min(max(int(BUDGETS[budget] / seconds), MIN_STEPS), MAX_BUDGET_STEPS)
+
+
+class Prepared(NamedTuple):
+    """A run that can go on: its trainer, and unless it is finished the crops and the seconds of a step."""
+
+    trainer: Trainer
+    crops: CropBatches | None
+    seconds: float | None
+
+
+def prepare(
+    plan: Plan,
+    checkpoint: Path,
+    make_trainer: Callable[[Plan], Trainer],
+    rehearsal: Callable[[], tuple[CropBatches, float]],
+    budget: str | None,
+) -> Prepared:
+    """The run of a plan, from its start or from its checkpoint.
+
+    Its steps are the plan's or, where there is a budget, as many as that is enough for by the rehearsal
+    (`rehearse`), and those of the checkpoint if there is one. Raises DataError as `Trainer.resume` does.
+    """
+    begun = gather([checkpoint.exists()])[0]  # by the first process's view of a disk that several share
+    crops, seconds = (None, None) if begun else rehearsal()
+    if budget is not None:
+        steps = read_checkpoint(checkpoint)[0].steps if seconds is None else steps_within(budget, seconds)
+        plan = replace(plan, steps=steps)
+    trainer = make_trainer(plan)
+    if begun:
+        trainer.resume(checkpoint)
+        if not trainer.finished:
+            crops, seconds = rehearsal()
+    return Prepared(trainer, crops, seconds)
+
+
+def check_best(path: Path, plan: Plan) -> None:
+    """Raises DataError where the best network there, beside which there is no checkpoint, is not of this run.
+
+    That of this run is there where it was killed before its first checkpoint.
+    """
+    if not path.exists():
+        return
+    with suppress(DataError):
+        if replace(read_checkpoint(path)[0], steps=plan.steps, notes=plan.notes) == plan:
+            return
+    raise DataError(
+        f"out: {path} is there without a checkpoint.pt, and is of another run; move it away, or give another "
+        "folder"
+    )
 
 
 def start_from(network: nn.Module, path: str | Path) -> tuple[int, int]:

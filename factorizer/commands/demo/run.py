@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,6 @@ from factorizer.commands.demo.synthetic import NOTICE, write_synthetic
 from factorizer.commands.demo.timing import kernel_backend, time_networks
 from factorizer.models.build import build_network, parameter_count
 from factorizer.segmentation.cases import Case, Task, read_decathlon, split_cases
-from factorizer.segmentation.checkpoint import read_checkpoint
 from factorizer.segmentation.errors import DataError, FlatImageError, check_counts
 from factorizer.segmentation.evaluation import Score, evaluate_case, summarise
 from factorizer.segmentation.explanation import best_components, case_components
@@ -45,13 +44,13 @@ from factorizer.segmentation.provenance import made, write_result
 from factorizer.segmentation.screen import progress, tell_warning
 from factorizer.segmentation.survey import Geometry, check_cases
 from factorizer.segmentation.trained import SHIPPED
-from factorizer.segmentation.training import Trainer, fit, rehearse, steps_within
+from factorizer.segmentation.training import Trainer, fit, prepare, rehearse
 from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import check_label, on_grid_of, read_grid, read_volume
 
 SEED = 0
 WRITTEN = ("report.json", "segmentation.png", "components.png")  # at the end of a run
-WAY_OUT = "give another --out, or delete it"
+WAY_OUT = "give another --out, or delete that file"
 EXPLAINED = 4  # cases of each part, at most, that components are compared with the truth on
 
 
@@ -89,24 +88,22 @@ def run_demo(
     geometries = check_cases(console, task)
     training, held_out = split_cases(task.cases, SEED)
     checkpoint = out / "checkpoint.pt"
-    begun, crops, step_seconds = checkpoint.exists(), None, 0.0
-    if not begun:
+    if not checkpoint.exists():
         _check_vacant(out, held_out)
     plan = plan_run(task, geometries, training, held_out, Wishes(steps=steps), seed=SEED)
     for part, cases in (("training", training), ("held-out", held_out)):
         if not any(_seen(plan, cases)):
             raise DataError(f"data: the {part} images hold a single value each: there is nothing to be seen")
-    if not begun:
-        crops, step_seconds = rehearse(console, plan, training, geometries)
-    if steps is None:
-        known = read_checkpoint(checkpoint)[0].steps if begun else steps_within("quick", step_seconds)
-        plan = replace(plan, steps=known)
-    trainer = Trainer(plan, build_network(plan.network, plan.seed))
-    if begun:
-        trainer.resume(checkpoint)
-        if not trainer.finished:
-            _check_vacant(out, held_out)
-            crops, step_seconds = rehearse(console, plan, training, geometries)
+    trainer, crops, step_seconds = prepare(
+        plan,
+        checkpoint,
+        lambda plan: Trainer(plan, build_network(plan.network, plan.seed)),
+        partial(rehearse, console, plan, training, geometries),
+        "quick" if steps is None else None,
+    )
+    plan = trainer.plan
+    if not trainer.finished:
+        _check_vacant(out, held_out)
     seconds_before = trainer.seconds
 
     shipped = segment_with_shipped(console, task, held_out, out / "shipped")
@@ -118,7 +115,7 @@ def run_demo(
         parameters=parameter_count(trainer.network),
         backend=kernel_backend(),
         steps_done=trainer.step,
-        seconds=step_seconds * (plan.steps - trainer.step)
+        seconds=(step_seconds or 0.0) * (plan.steps - trainer.step)
         + _segmenting_seconds(plan, [geometries[c.name] for c in held_out]),
         out=out,
     )
@@ -251,7 +248,7 @@ def _check_vacant(out: Path, held_out: Sequence[Case]) -> None:
     results = [out / "predictions" / f"{case.name}.nii.gz" for case in held_out]
     for path in (*(out / name for name in WRITTEN), *results):
         if path.exists():
-            raise DataError(f"out: {path} is there, and not of this run, which is not trained; {WAY_OUT}")
+            raise DataError(f"out: {path} is there, and this run's training has not ended; {WAY_OUT}")
 
 
 def _explain(predictor: Predictor, training: Sequence[Case], held_out: Sequence[Case]) -> dict[str, Any]:

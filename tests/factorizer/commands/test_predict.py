@@ -234,7 +234,7 @@ def test_predict_leaves_what_it_did_not_make(tumour, tmp_path, also):
     assert {file: file.read_bytes() for file in bystanders} == bystanders
     if not also:
         printed = run_command(*options, "--preview", code=1)
-        assert "a.png: is there, and nothing says what it was made from" in printed
+        assert "a.png is there, and is no picture of predict" in printed
         assert "statistics.csv is there, and is no file" in run_command(*options, "--statistics", code=2)
         assert {file: file.read_bytes() for file in bystanders} == bystanders
         (out / "report.json").write_text("{}")
@@ -266,9 +266,13 @@ def test_links_to_inputs_are_inputs(tumour, tmp_path):
     links.mkdir()
     for file in (tmp_path / "data").iterdir():
         (links / file.name).symlink_to(file)
-    options = ["predict", "--checkpoint", tumour, "--input", links, "--output", links, "--overwrite"]
-    assert "links holds the inputs" in run_command(*options, code=2)
+    before = {file: file.read_bytes() for file in (tmp_path / "data").iterdir()}
+    options = ["--checkpoint", tumour, "--input", links, "--output"]
+    for command in (["predict", "--overwrite"], ["explain"]):
+        for folder in (links, tmp_path / "data"):
+            assert f"{folder.name} holds the inputs" in run_command(*command, *options, folder, code=2)
     assert all(link.is_symlink() for link in links.iterdir())
+    assert {file: file.read_bytes() for file in (tmp_path / "data").iterdir()} == before
 
 
 @pytest.mark.parametrize(("regions", "rotated"), [(None, False), (REGIONS, False), (None, True)])

@@ -6,6 +6,17 @@ from dataclasses import replace
 from factorizer_support import checkpoint_for, four_modalities, plan_for, run_command
 from matplotlib.image import imread
 
+from factorizer.commands.speed import Result, Setting, _draw
+from factorizer.models.build import build_network
+
+
+def test_dollars_in_names_are_no_mathematics(tmp_path):
+    plan = plan_for(labels={0: "background", 1: "$_{WT$"}, network={"rank": 1, "num_iters": 3})
+    setting = Setting("rank", 3, 1, build_network(plan.network, 0))
+    trained = {"num_iters": 3, "rank": 1}
+    _draw(tmp_path / "speed.png", [Result(setting, 0.5, {"$_{WT$": 0.5}, 1.0)], trained, "$_{task$")
+    assert imread(tmp_path / "speed.png").std() > 0.05
+
 
 def test_speed(synthetic, tmp_path):
     plan = plan_for(held_out=("synthetic_002",), network={"rank": 1, "num_iters": 3})

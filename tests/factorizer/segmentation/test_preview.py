@@ -10,7 +10,8 @@ from matplotlib.image import imread
 
 from factorizer.segmentation.cases import Case
 from factorizer.segmentation.errors import DataError
-from factorizer.segmentation.preview import class_indices, draw_preview, volumes, write_statistics
+from factorizer.segmentation.preview import class_indices, draw_preview
+from factorizer.segmentation.statistics import volumes, write_statistics
 
 TARGETS = {"WT": (1, 2, 4), "TC": (1, 4), "ET": (4,)}
 
