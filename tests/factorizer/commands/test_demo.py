@@ -265,7 +265,9 @@ def test_files_of_others_are_kept(data, tmp_path, name):
     other = tmp_path / name.format(held_out[0].name)
     other.parent.mkdir(exist_ok=True)
     other.write_text("of others")
-    with pytest.raises(DataError, match=rf"out: .*{other.name} is there, and this run.s training has not ended"):
+    with pytest.raises(
+        DataError, match=rf"out: .*{other.name} is there, and this run.s training has not ended"
+    ):
         run_demo(tmp_path, data, steps=1, console=quiet())
     assert other.read_text() == "of others"
     assert not (tmp_path / "checkpoint.pt").exists()
