@@ -198,7 +198,7 @@ void def_nmf(py::module_& m) {
       "one for each, transposed and contiguous. Addresses are kept, the memory is the caller's.")
       .def(py::init<int, std::shared_ptr<WindowsArgs>, const VolumeArgs&, const MemoryArgs&,
                     const MemoryArgs&, bool, const NMFOptions&>(),
-           py::arg("dtype"), py::arg("windows"), py::arg("x"), py::arg("u0"), py::arg("v0"),
+           py::arg("dtype"), py::arg("windows").none(false), py::arg("x"), py::arg("u0"), py::arg("v0"),
            py::arg("shared"), py::arg("options"));
 
   m.def(

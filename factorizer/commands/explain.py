@@ -87,7 +87,7 @@ def explain(
         known = known_labels(labels)[0]
         unknown = Case("", ())
         cases = tuple(replace(case, label=known.get(case.name, unknown).label) for case in cases)
-    prepare_folder("output", out, (path for case in cases for path in case.images))
+    prepare_folder("output", out, (path for case in cases for path in case.files))
     for doubt in doubts_of_files(cases):
         tell_warning(console, doubt)
 

@@ -76,10 +76,10 @@ def predict(
     suffix = "" if parts == 1 else f"-{number}-of-{parts}"  # of what is about the cases of this command
     predictor = load_predictor(checkpoints, device=device, num_iters=num_iters, whole=whole, mirror=mirror)
     cases = with_grid(find_cases(inputs, section), predictor.plan.modalities, resample)
-    images = [path for case in cases for path in case.images]
-    prepare_folder("output", out, images)
+    inputs_of_cases = [path for case in cases for path in case.files]
+    prepare_folder("output", out, inputs_of_cases)
     for name in (*ALSO, PROBABILITIES, PREVIEWS):  # whether they are wanted or not: old ones are removed
-        check_apart("output", out / name, images)
+        check_apart("output", out / name, inputs_of_cases)
     _check_also(also, cases)
     cases = cases[number - 1 :: parts]
     for doubt in doubts_of_files(cases):

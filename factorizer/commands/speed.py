@@ -88,7 +88,7 @@ def speed(
     cases = (tuple(case for case in cases if case.name in plan.held_out) or cases)[:max_cases]
     if seen := [case.name for case in cases if case.name in plan.training]:
         tell_warning(console, f"the network was trained on cases of these names: {', '.join(seen)}")
-    prepare_folder("output", out, (path for case in cases for path in case.images))
+    prepare_folder("output", out, (path for case in cases for path in case.files))
     settings = _settings(network, plan, num_iters, ranks)
     warmed = False
 

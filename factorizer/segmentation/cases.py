@@ -54,6 +54,11 @@ class Case:
         """The file whose grid is the case's."""
         return self.images[self.grid if len(self.images) > 1 else 0]
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """Those of its image, and its label."""
+        return self.images if self.label is None else (*self.images, self.label)
+
 
 AnyCase = TypeVar("AnyCase", bound=Case)
 
@@ -369,6 +374,12 @@ def _lists(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
             entries.append(entry if label is None else entry | {"label": str(label.absolute())})
         if section == "training" and (lost := sorted(known.keys() - {case.name for case in numbered})):
             raise DataError(f"{path}: {folder}/{lost[0]}_0000{ending} is missing; there is a label for it")
+        other = [case for case in found if channel_number(case.image)[1] != 0]
+        if other and (numbered or lists):  # none is left out
+            raise DataError(
+                f"{path}: {other[0].image} is no first modality of a case; that must end in _0000{ending}, the "
+                "others in the numbers after it"
+            )
         if entries:
             lists[section] = entries
     return lists

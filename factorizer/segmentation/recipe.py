@@ -53,7 +53,7 @@ class Recipe:
         affine_prob: of an affine map by up to `rotation` degrees about each axis and up to the share
             `scaling` along it; outside the crop is `padding`, "border" or "zeros".
         in_plane: where the longest side of the crop is more than so many times the shortest, in voxels, it is
-            turned about that axis alone: slices so thick cannot be turned into one another. 0: never.
+            turned in its squarest plane alone: slices so thick cannot be turned into one another. 0: never.
         zoom_prob: of a magnification, the same along all axes, between the two of `zoom`.
         flip_prob: of a mirror image along each of the plan's `flips`.
         noise_prob: of Gaussian noise, its deviation up to `noise_std`.

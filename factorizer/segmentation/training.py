@@ -360,12 +360,14 @@ def prepare(
 def check_best(path: Path, plan: Plan) -> None:
     """Raises DataError where the best network there, beside which there is no checkpoint, is not of this run.
 
-    That of this run is there where it was killed before its first checkpoint.
+    That of this run is there where it was killed before its first checkpoint, after one validation.
     """
     if not path.exists():
         return
     with suppress(DataError):
-        if replace(read_checkpoint(path)[0], steps=plan.steps, notes=plan.notes) == plan:
+        other, state = read_checkpoint(path)
+        same = replace(other, steps=plan.steps, notes=plan.notes) == plan
+        if same and len(state.get("scores", ())) == 1:
             return
     raise DataError(
         f"out: {path} is there without a checkpoint.pt, and is of another run; move it away, or give another "

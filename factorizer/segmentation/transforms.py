@@ -237,9 +237,13 @@ def augmentation(plan: Plan) -> Compose:
     sigma = recipe.blur_sigma
     gamma: dict[str, Any] = {"gamma": recipe.gamma, "retain_stats": True}
     low, high = recipe.zoom
+    if 1 in plan.crop:
+        low = max(low, 1.0)  # of one slice nothing would be left
     turned = [math.radians(recipe.rotation)] * 3
     if recipe.in_plane and max(plan.crop) > recipe.in_plane * min(plan.crop):
-        turned = [angle if n == min(plan.crop) else 0.0 for angle, n in zip(turned, plan.crop, strict=True)]
+        planes = [[n for k, n in enumerate(plan.crop) if k != axis] for axis in range(3)]
+        squarest = min(range(3), key=lambda axis: max(planes[axis]) / min(planes[axis]))
+        turned = [angle if axis == squarest else 0.0 for axis, angle in enumerate(turned)]
     # Both of MONAI's defaults take the voxel at or below a place.
     magnified, sampled_down = ("nearest-exact", "area") if recipe.centred else ("nearest", "nearest")
     # Left out where they never act: so the draws of a plan that was made before them stay what they were.
@@ -346,7 +350,7 @@ class CachedVolumes(Dataset):
 
     def __getitem__(self, index: int) -> Mapping[str, Any]:
         plan, case = self.plan, self.cases[index]
-        files = [str(path.resolve()) for path in (*case.images, case.label) if path is not None]
+        files = [str(path.resolve()) for path in case.files]
         states = [Path(file).stat() for path in files for file in parts_of(Path(path))]
         times = [(s.st_size, s.st_ino, s.st_mtime_ns, s.st_ctime_ns) for s in states]
         kept = (

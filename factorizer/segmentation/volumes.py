@@ -312,7 +312,7 @@ def on_grid_of(voxels: np.ndarray, like: Path | nib.Nifti1Pair) -> nib.Nifti1Ima
 
 def digest_of_case(case: Case) -> str:
     """Of the contents of a case's files, in their order."""
-    files = [path for path in (*case.images, case.label) if path is not None]
+    files = case.files
     return hashlib.sha256(
         " ".join(digest_of(file) for path in files for file in parts_of(path)).encode()
     ).hexdigest()

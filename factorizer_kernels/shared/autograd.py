@@ -93,7 +93,7 @@ def _read_otherwise(memory: Tensor, arguments: tuple) -> bool:
         and type(a) not in NO_TENSORS
         and isinstance(a, Tensor)
         and a.untyped_storage()._cdata == storage
-        and not a.is_set_to(memory)
+        and not (a.dtype == memory.dtype and a.is_set_to(memory))
         for a in arguments
     )
 

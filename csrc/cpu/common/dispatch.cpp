@@ -33,7 +33,7 @@ namespace {
 
 bool wanted(const char* isa) {
   const char* name = std::getenv("FACTORIZER_KERNELS_ISA");
-  return name == nullptr || std::strcmp(name, isa) == 0;
+  return name == nullptr || *name == '\0' || std::strcmp(name, isa) == 0;
 }
 
 const CpuKernels* choose() {

@@ -13,8 +13,8 @@
 
 #include <atomic>
 #include <cstdint>
+#include <exception>
 #include <new>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -66,8 +66,8 @@ void launch_own_threads(Region& region, int threads) {
   for (int t = 1; t < threads; ++t) {
     try {
       team.emplace_back(Region::run, &region);
-    } catch (const std::system_error&) {
-      break;  // The system has no more threads: those that there are do the work.
+    } catch (const std::exception&) {
+      break;  // The system has no more threads, or memory for one: those that there are do the work.
     }
   }
   region.work();

@@ -151,6 +151,8 @@ struct Backward {
     }
     standardise_backward<T>(p.channels, dn, z, scales, length, d, true);
     if (weights) {
+      // Without eps the scale of a padding column is infinite, and its d not a number.
+      clear_padding<T>(p.channels, d, tile.count, length);
       add_rows<T>(p.channels, d, length, shares.of(dbias, group)[0], add);
       multiply_by_transpose<T>(p.channels, d, p.in_channels, y, length, shares.of(dweight, group), add);
     }

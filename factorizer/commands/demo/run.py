@@ -78,7 +78,9 @@ def run_demo(
     start, out, console = time.perf_counter(), Path(out), console or Console(markup=False)
     check_counts(steps=(steps, 1))
     task = None if data is None else read_decathlon(data)
-    inputs = () if task is None else [Path(str(data)) / "dataset.json", *_files(task)]
+    inputs: list[Path] = []
+    if task is not None:
+        inputs = [Path(str(data)) / "dataset.json", *(file for case in task.cases for file in case.files)]
     for folder in (out, out / "predictions"):
         prepare_folder("out", folder, inputs)
     check_apart("out", out / "shipped", inputs)
@@ -226,13 +228,6 @@ def _segment(
             write_result(path, case, settings, partial(save, on_grid_of(values, case.image)))
             scores[case.name] = evaluate_case(path, case, list(plan.labels), plan.targets)
     return scores, seen
-
-
-def _files(task: Task) -> Iterator[Path]:
-    for case in task.cases:
-        yield from case.images
-        if case.label is not None:
-            yield case.label
 
 
 def _seen(plan: Plan, cases: Iterable[Case]) -> Iterator[Case]:

@@ -275,6 +275,19 @@ def test_links_to_inputs_are_inputs(tumour, tmp_path):
     assert {file: file.read_bytes() for file in (tmp_path / "data").iterdir()} == before
 
 
+def test_labels_of_a_list_are_inputs(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "a")
+    images = [str(file) for file in sorted((tmp_path / "in").iterdir())]
+    label = tmp_path / "labels" / "a.nii.gz"
+    label.parent.mkdir()
+    nib.save(nib.Nifti1Image(np.zeros(nib.load(images[0]).shape[:3], np.uint8), np.eye(4)), label)
+    before = label.read_bytes()
+    (tmp_path / "list.json").write_text(json.dumps([{"image": images, "label": str(label)}]))
+    options = ["predict", "--checkpoint", tumour, "--input", tmp_path / "list.json", "--overwrite"]
+    assert "labels holds the inputs" in run_command(*options, "--output", label.parent, code=2)
+    assert label.read_bytes() == before
+
+
 @pytest.mark.parametrize(("regions", "rotated"), [(None, False), (REGIONS, False), (None, True)])
 def test_where_no_network_looked_all_is_background(tmp_path, regions, rotated):
     labels = TUMOUR if regions else {0: "background", 1: "thing"}

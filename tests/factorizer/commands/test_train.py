@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from factorizer_support import run_command
 
 from factorizer.segmentation.checkpoint import load_network, read_checkpoint
 from factorizer.segmentation.evaluation import MeanDice
+from factorizer.segmentation.files import save_tensors
 
 
 def test_train_predict_evaluate(synthetic, tmp_path, monkeypatch):
@@ -71,6 +73,12 @@ def test_best_network_is_of_this_run(synthetic, tmp_path, monkeypatch):
     assert "0.500 after step 2, in best.pt" in printed
     assert read_checkpoint(tmp_path / "best.pt")[1]["losses"][1:]  # of two equals the second
     (tmp_path / "checkpoint.pt").unlink()
+    before = (tmp_path / "best.pt").read_bytes()
+    assert "best.pt is there without a checkpoint.pt" in run_command(*options, code=2)
+    assert (tmp_path / "best.pt").read_bytes() == before
+    plan, state = read_checkpoint(tmp_path / "best.pt")
+    # As of a run that was killed before its first checkpoint.
+    save_tensors({**state, "plan": asdict(plan), "scores": state["scores"][:1]}, tmp_path / "best.pt")
     run_command(*options)
     assert not (tmp_path / "best.pt").exists()
 

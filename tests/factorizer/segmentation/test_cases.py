@@ -177,6 +177,11 @@ def test_raw_folders_of_nnunet(folder):
     for channel in range(2):
         save_volume(folder / f"imagesTs/new_000{channel}.nii.gz")
     assert [case.name for case in find_cases([folder])] == ["new"]
+    for other in ("other.nii.gz", "other_0001.nii.gz"):  # that would be left out
+        save_volume(folder / "imagesTs" / other)
+        with pytest.raises(DataError, match=rf"{other} is no first modality of a case"):
+            find_cases([folder])
+        (folder / "imagesTs" / other).unlink()
     (folder / "imagesTr/synthetic_002_0001.nii.gz").rename(folder / "imagesTr/synthetic_002_0002.nii.gz")
     with pytest.raises(DataError, match=r"missing: .*synthetic_002_0001\.nii\.gz"):
         read_decathlon(folder)

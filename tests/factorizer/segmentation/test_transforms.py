@@ -158,6 +158,32 @@ def test_thick_slices_are_turned_in_their_plane():
         assert (float(drawn["image"][..., [2, 9]].abs().max()) < 1e-5) == stays
 
 
+def test_long_volumes_are_turned_about_their_length():
+    """About another axis most of such a crop would become zeros."""
+    quiet = {name: 0.0 for name in vars(RECIPE) if name.endswith("_prob")} | {"affine_prob": 1.0}
+    image = torch.ones(1, 16, 16, 160)
+    augment = augmentation(plan_for(("A",), crop=(16, 16, 160), recipe=replace(RECIPE, **quiet)))
+    kept = []
+    for seed in range(10):
+        augment.set_random_state(seed)
+        drawn = augment({"image": image, "label": image.to(torch.uint8)})
+        drawn = drawn[0] if isinstance(drawn, list) else drawn
+        kept.append(float(drawn["image"].mean()))
+    assert 0.8 < min(kept) < max(kept)  # about the others a third at least
+
+
+def test_one_slice_is_not_made_smaller():
+    crop = (12, 12, 1)
+    quiet = {name: 0.0 for name in vars(RECIPE) if name.endswith("_prob")} | {"zoom_prob": 1.0}
+    augment = augmentation(plan_for(("A",), crop=crop, recipe=replace(RECIPE, **quiet)))
+    image = torch.rand(1, *crop)
+    for seed in range(20):
+        augment.set_random_state(seed)
+        drawn = augment({"image": image, "label": (image > 0.5).to(torch.uint8)})
+        drawn = drawn[0] if isinstance(drawn, list) else drawn
+        assert drawn["image"].shape == (1, *crop)
+
+
 def test_blur_changes_the_image_alone(volumes):
     plain, blurred = (CropBatches(plan_for(recipe={"blur_prob": p}), volumes)[0] for p in (0, 1))
     assert plain[0].shape == blurred[0].shape
