@@ -72,6 +72,12 @@ def test_gradients_of_the_first_factors_may_be_left_out():
     assert call.written() == {"dx"}
 
 
+def test_windows_must_be_there():
+    options = native.native.NMFOptions(rank=1, num_iters=1, solver="mu", grad_steps=1, relu=False, eps=1e-8)
+    with pytest.raises(TypeError, match="incompatible"):
+        native.native.NMFProblem(0, None, (0, 0, (1, 1, 1)), NONE, NONE, True, options)
+
+
 def test_windows_outlive_their_name():
     """The problem keeps what it points to: the shifts are the windows'."""
     call, module = Call(), native.native

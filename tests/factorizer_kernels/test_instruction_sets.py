@@ -47,3 +47,10 @@ def test_kernels_of(name):
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     assert int(re.search(r"(\d+) passed", done.stdout)[1]) > 300
+
+
+def test_an_empty_name_is_none():
+    script = "import factorizer_kernels as fk; print({b.name: b.available for b in fk.backends()}['cpu'])"
+    environment = {**os.environ, "FACTORIZER_KERNELS_ISA": ""}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout == "True\n", done.stderr

@@ -552,6 +552,20 @@ def test_threads(name, dtype):
 # --- Values that are not ordinary --------------------------------------------------------------
 
 
+@pytest.mark.parametrize("voxels", [7, 64, 100])
+def test_an_mlp_without_eps(voxels, backend):
+    """Where the tile has more columns than voxels the norm divides by zero there."""
+    arguments, dy = _problem("linear_norm_mlp", _sizes(1, 8, (voxels,), 5, 12), torch.float32)
+    arguments[3] = torch.zeros_like(arguments[3])  # a padding column is this bias, alike in all channels
+    function = partial(fk.linear_norm_mlp, eps=0.0)
+    found, wanted = (
+        grads_of(kernels, function, [t.to(dtype) for t in arguments], (dy.to(dtype),), {})
+        for kernels, dtype in ((backend, torch.float32), ("reference", torch.float64))
+    )
+    for mine, exact in zip(found.gradients, wanted.gradients, strict=True):
+        torch.testing.assert_close(mine.double(), exact, rtol=1e-3, atol=1e-3 * exact.abs().max().item())
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("name", OPERATORS)
 def test_spoiled_voxel(name, value, backend):
