@@ -74,9 +74,12 @@ class Batches:
         return image, (image[:, :1] > 0.5).float()
 
 
-def save_volume(path, shape=(4, 5, 6), affine=None, fill=1.0):
-    """Writes a volume of one value, 1 mm apart; returns its path."""
+def save_volume(path, shape=(4, 5, 6), affine=None, fill=1.0, varied=False):
+    """Writes a volume of one value, or of `varied` ones, 1 mm apart; returns its path."""
     voxels = np.full(shape, fill, dtype=np.float32)
+    if varied:
+        voxels = np.random.default_rng(0).gamma(2, 100, shape).astype(np.float32)
+    path.parent.mkdir(parents=True, exist_ok=True)
     nib.save(nib.Nifti1Image(voxels, np.eye(4) if affine is None else affine), path)
     return path
 

@@ -9,7 +9,7 @@ from typing import Any
 from monai.bundle import ConfigParser
 from rich.console import Console
 
-from factorizer.commands.train import announce
+from factorizer.commands.train import announce, check_plan
 from factorizer.segmentation.cases import on_one_grid, read_split
 from factorizer.segmentation.errors import DataError, check_counts, data_error
 from factorizer.segmentation.files import prepare_folder
@@ -105,6 +105,7 @@ def train_bundle(
                     "order"
                 )
             prepare_folder("out", out)
+            check_plan(out)
             parser["task"] = task
             parser["plan#resample"] = resample
             if split is not None:

@@ -48,7 +48,9 @@ def convert(
             state = convert_paper_checkpoint(state)
         except (TypeError, ValueError) as error:
             raise DataError(f"{source}: {error}") from error
-        network["solver"] = (network.get("solver", "hals"), {"eps": PAPER_EPS})
+        solver = network.get("solver", "hals")
+        name, options = (solver, {}) if isinstance(solver, str) else solver  # a plan may have either
+        network["solver"] = (name, {**options, "eps": PAPER_EPS})
     heads = {name.split(".")[1] for name in state if name.startswith("heads.")}
     network["num_deep_supr"] = len(heads)
     found = replace(found, network=network)

@@ -16,27 +16,29 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from factorizer.commands.train import train
+from factorizer.commands.train import check_plan, train
 from factorizer.segmentation.cases import Case, on_one_grid, read_decathlon, split_cases
 from factorizer.segmentation.checkpoint import load_network
 from factorizer.segmentation.errors import DataError, FlatImageError
 from factorizer.segmentation.evaluation import (
     Score,
+    is_scores,
     score_labels,
     summarise,
     summary_table,
     write_scores,
 )
-from factorizer.segmentation.files import atomic, prepare_folder
+from factorizer.segmentation.files import atomic, check_own, prepare_folder, read_json
 from factorizer.segmentation.inference import Predictor, keep_largest
 from factorizer.segmentation.plan import AS_PLANNED, Plan, Wishes
 from factorizer.segmentation.processes import pick_device, world_size
 from factorizer.segmentation.screen import count, progress
-from factorizer.segmentation.trained import TrainedModel, save_model
+from factorizer.segmentation.trained import TrainedModel, load_model, save_model
 from factorizer.segmentation.volumes import check_label, read_grid
 
 FOLDS = 5
 ENSEMBLE, SCORES = "ensemble.pt", "cross_validation.csv"
+FOLD_SCORES = "scores.json"  # in the folder of each fold
 Variant = tuple[bool, bool]  # mirror images, largest components alone
 VARIANTS: tuple[Variant, ...] = ((False, False), (False, True), (True, False), (True, True))
 
@@ -73,6 +75,7 @@ def cross_validate(
     task = on_one_grid(read_decathlon(data), resample)
     splits = [split_cases(task.cases, seed, fold)[1] for fold in range(FOLDS)]
     prepare_folder("out", out)
+    _check_results(out)
     device = pick_device(options.get("device"))
     members: list[tuple[nn.Module, Plan]] = []
     scores: dict[Variant, list[Score]] = {variant: [] for variant in VARIANTS}
@@ -80,7 +83,7 @@ def cross_validate(
         folder = out / f"fold-{fold}"
         checkpoint = train(console, data, folder, wishes, resample=resample, seed=seed, fold=fold, **options)
         members.append(load_network(checkpoint))
-        found = _scores(console, members[-1:], device, held_out, folder / "scores.json")
+        found = _scores(console, members[-1:], device, held_out, folder / FOLD_SCORES)
         for variant in VARIANTS:
             scores[variant] += found[variant]
     mirror, largest = choose(scores)
@@ -104,6 +107,34 @@ def choose(scores: Mapping[Variant, list[Score]]) -> Variant:
     return mirror, max((False, True), key=lambda largest: _mean_dice(scores[mirror, largest]))
 
 
+def _check_results(out: Path) -> None:
+    """Raises DataError where a file of another kind is where a result goes, in a fold's folder too: the
+    last fold would be refused after hours."""
+    check_own("out", out / SCORES, is_scores, "file of scores")
+    check_own("out", out / ENSEMBLE, _is_model, "model")
+    for fold in range(FOLDS):
+        folder = out / f"fold-{fold}"
+        check_plan(folder)
+        check_own("out", folder / FOLD_SCORES, lambda path: bool(_kept(path)), "file of a fold's scores")
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        load_model(path)
+    except DataError:
+        return False
+    return True
+
+
+def _kept(path: Path) -> dict[str, Any]:
+    """What `_scores` wrote to a file; empty where there is none, or one of another kind."""
+    try:
+        content = read_json(path)
+    except DataError:
+        return {}
+    return content if isinstance(content, dict) and {"settings", "scores"} <= content.keys() else {}
+
+
 def _scores(
     console: Console,
     models: Sequence[tuple[nn.Module, Plan]],
@@ -114,7 +145,7 @@ def _scores(
     """The scores of the cases in all variants, from `path` where they are there of the same network."""
     predictors = [Predictor(models, device=device, mirror=mirror) for mirror in (False, True)]
     settings = predictors[0].settings()
-    if path.exists() and (kept := json.loads(path.read_text(encoding="utf-8")))["settings"] == settings:
+    if (kept := _kept(path)) and kept["settings"] == settings:
         return {variant: [Score(**s) for s in kept["scores"][str(variant)]] for variant in VARIANTS}
     plan = predictors[0].plan
     scores: dict[Variant, list[Score]] = {variant: [] for variant in VARIANTS}

@@ -25,7 +25,7 @@ from factorizer.segmentation.explanation import (
     side_of,
 )
 from factorizer.segmentation.figures import component_row, draw_components, picture, told
-from factorizer.segmentation.files import atomic, prepare_folder
+from factorizer.segmentation.files import atomic, check_own, first_line, prepare_folder
 from factorizer.segmentation.formats import save
 from factorizer.segmentation.inference import Predictor, check_finite, load_predictor
 from factorizer.segmentation.intensities import body
@@ -35,6 +35,17 @@ from factorizer.segmentation.survey import doubts_of_files
 from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import MAP_STEPS, check_image, check_label, maps_on_grid_of, on_grid_of
 
+COLUMNS = (
+    "case",
+    "layer",
+    "target",
+    "component",
+    "marks",
+    "auc",
+    "best_dice",
+    "threshold",
+    "compared_with",
+)
 EMPTY = {"label": "label is empty", "prediction": "prediction is empty"}
 
 
@@ -88,6 +99,12 @@ def explain(
         unknown = Case("", ())
         cases = tuple(replace(case, label=known.get(case.name, unknown).label) for case in cases)
     prepare_folder("output", out, (path for case in cases for path in case.files))
+    check_own(
+        "output",
+        out / "components.csv",
+        lambda path: first_line(path) == ",".join(COLUMNS),
+        "table of components",
+    )
     for doubt in doubts_of_files(cases):
         tell_warning(console, doubt)
 
@@ -188,19 +205,7 @@ def _write(path: Path, rows: list[Row]) -> None:
     order = {key: place for place, key in enumerate(dict.fromkeys((r.case, r.layer, r.target) for r in rows))}
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
-        lines.writerow(
-            (
-                "case",
-                "layer",
-                "target",
-                "component",
-                "marks",
-                "auc",
-                "best_dice",
-                "threshold",
-                "compared_with",
-            )
-        )
+        lines.writerow(COLUMNS)
         for r in sorted(rows, key=lambda r: (order[r.case, r.layer, r.target], -_rank(r.agreement.clarity))):
             auc, dice, threshold = r.agreement
             marks = r.agreement.marks

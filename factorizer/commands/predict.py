@@ -107,7 +107,11 @@ def predict(
             if not overwrite:
                 check_own("output", picture, is_result, "picture of predict")
             draw = partial(draw_preview, modalities=predictor.plan.modalities)
-            write_result(picture, case, settings, lambda path: draw(path, case, result, targets))
+            try:
+                write_result(picture, case, settings, lambda path: draw(path, case, result, targets))
+            except DataError as error:  # about the label, seldom another: the label map is there and good
+                remove_result(picture)  # of another result
+                tell_warning(console, f"{case.name}: no picture: {error}")
 
     targets, settings = predictor.plan.targets, predictor.settings()
     with process_group():  # torchrun stops the other processes where one ends with an error
@@ -129,6 +133,8 @@ def predict(
             with suppress(FileNotFoundError):  # another part may remove it
                 if is_statistics(path):  # of other results
                     path.unlink()
+    if index == 0 and parts == 1 and any(o.result == "done" for o in outcomes):
+        _remove_parts(out)
     if index == 0 and statistics:
         results = {o.name: out / f"{o.name}.nii.gz" for o in outcomes if not o.failed}
         write_statistics(out / f"statistics{suffix}.csv", results, targets)
@@ -174,6 +180,14 @@ def _is_report(path: Path) -> bool:
     except DataError:
         return False
     return isinstance(content, dict) and {"versions", "settings", "cases"} <= content.keys()
+
+
+def _remove_parts(out: Path) -> None:
+    """Removes what parts of a job array told of results that are others by now; files of others stay."""
+    for pattern, own in (("statistics-*-of-*.csv", is_statistics), ("report-*-of-*.json", _is_report)):
+        for path in out.glob(pattern):
+            if own(path):
+                path.unlink(missing_ok=True)
 
 
 def _write_report(

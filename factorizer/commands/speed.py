@@ -21,12 +21,14 @@ from factorizer.segmentation.cases import Case, find_cases
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import dice
 from factorizer.segmentation.figures import no_mathematics
-from factorizer.segmentation.files import atomic, prepare_folder
+from factorizer.segmentation.files import atomic, check_own, first_line, prepare_folder
 from factorizer.segmentation.inference import Predictor, keep_largest, load_predictor
 from factorizer.segmentation.plan import Plan
 from factorizer.segmentation.screen import count, each_case, table, tell_warning
 from factorizer.segmentation.transforms import PreparedCase
 from factorizer.segmentation.volumes import check_image, check_label
+
+COLUMNS = ("varies", "num_iters", "rank", "mean_dice")  # those that a table for any classes begins with
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ def speed(
     if seen := [case.name for case in cases if case.name in plan.training]:
         tell_warning(console, f"the network was trained on cases of these names: {', '.join(seen)}")
     prepare_folder("output", out, (path for case in cases for path in case.files))
+    lines, plot = out / "speed.csv", out / "speed.png"
+    check_own("output", lines, _is_table, "table of speed")
+    # A picture does not tell whose it is: the table, which is written before it, does.
+    check_own("output", plot, lambda path: lines.is_file() and _is_table(lines), "picture of speed")
     settings = _settings(network, plan, num_iters, ranks)
     warmed = False
 
@@ -109,10 +115,10 @@ def speed(
         means = np.mean(scores, axis=0).tolist()
         per_target = dict(zip(plan.targets, means, strict=True))
         results.append(Result(setting, float(np.mean(means)), per_target, median(seconds)))
-    _write(out / "speed.csv", results)
+    _write(lines, results)
     trained = {"num_iters": plan.network.get("num_iters", 5), "rank": _rank(network)}
     title = f"{plan.task}: {count(len(runs), 'case')}"
-    _draw(out / "speed.png", results, trained, title)
+    _draw(plot, results, trained, title)
     shown = table(title, "varies", "value", "mean Dice", "seconds a case")
     for result in results:
         setting = result.setting
@@ -166,13 +172,15 @@ def _run_case(
     return results
 
 
+def _is_table(path: Path) -> bool:
+    return first_line(path).startswith(",".join((*COLUMNS, "")))
+
+
 def _write(path: Path, results: Sequence[Result]) -> None:
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         lines = csv.writer(file)
         targets = list(results[0].per_target)
-        lines.writerow(
-            ("varies", "num_iters", "rank", "mean_dice", *(f"dice {t}" for t in targets), "seconds")
-        )
+        lines.writerow((*COLUMNS, *(f"dice {t}" for t in targets), "seconds"))
         for r in results:
             values = (f"{r.dice:.6f}", *(f"{r.per_target[t]:.6f}" for t in targets), f"{r.seconds:.6f}")
             lines.writerow((r.setting.varies, r.setting.num_iters, r.setting.rank, *values))

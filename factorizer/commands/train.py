@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
+from dataclasses import MISSING, asdict, fields, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from factorizer.segmentation.cases import on_one_grid, read_decathlon, read_spli
 from factorizer.segmentation.checkpoint import read_first
 from factorizer.segmentation.errors import DataError, check_counts
 from factorizer.segmentation.evaluation import MeanDice
-from factorizer.segmentation.files import atomic, digest_of, prepare_folder
+from factorizer.segmentation.files import atomic, check_own, digest_of, prepare_folder, read_json
 from factorizer.segmentation.plan import AS_PLANNED, Plan, Wishes, plan_run
 from factorizer.segmentation.processes import pick_device, process_group
 from factorizer.segmentation.recipe import BUDGETS
@@ -31,6 +31,10 @@ from factorizer.segmentation.training import (
     rehearse,
     start_from,
 )
+
+PLAN = "plan.json"
+# The keys that every plan has, of whatever version.
+REQUIRED = {f.name for f in fields(Plan) if f.default is MISSING and f.default_factory is MISSING}
 
 
 def train(
@@ -88,6 +92,7 @@ def train(
         training, held_out = read_split(split, task.cases, fold)
         task = replace(task, cases=(*training, *held_out))
     prepare_folder("out", out)
+    check_plan(out)
     geometries = check_cases(console, task, training)
     wishes = wishes if init else wishes.within(budget, place)
     plan = plan_run(task, geometries, training, held_out, wishes, seed=seed, resample=resample)
@@ -146,11 +151,24 @@ def _like(plan: Plan, other: Plan, init: Path) -> Plan:
     return replace(plan, network={**other.network, **own}, init=f"{init} (SHA-256 {digest_of(init)[:16]})")
 
 
+def check_plan(out: Path) -> None:
+    """Raises DataError where out/plan.json, which `announce` writes, is there and no plan."""
+
+    def own(path: Path) -> bool:
+        try:
+            content = read_json(path)
+        except DataError:
+            return False
+        return isinstance(content, dict) and content.keys() >= REQUIRED
+
+    check_own("out", out / PLAN, own, "plan of a training")
+
+
 def announce(console: Console, trainer: Trainer, out: Path, seconds: float | None = None) -> None:
     """Writes out/plan.json, and shows what the plan decided; `seconds`: of a step, where it was measured."""
     plan = trainer.plan
     if trainer.process_index == 0:
-        with atomic(out / "plan.json") as temporary:
+        with atomic(out / PLAN) as temporary:
             temporary.write_text(json.dumps(asdict(plan), indent=1), encoding="utf-8")
     size = " x ".join(str(length) for length in plan.crop)
     spacing = " x ".join(f"{length:.3g}" for length in plan.spacing)

@@ -377,8 +377,8 @@ def _lists(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         other = [case for case in found if channel_number(case.image)[1] != 0]
         if other and (numbered or lists):  # none is left out
             raise DataError(
-                f"{path}: {other[0].image} is no first modality of a case; that must end in _0000{ending}, the "
-                "others in the numbers after it"
+                f"{path}: {other[0].image} is no first modality of a case; that must end in _0000{ending}, "
+                "the others in the numbers after it"
             )
         if entries:
             lists[section] = entries

@@ -173,6 +173,11 @@ def summarise(scores: Iterable[Score]) -> list[Summary]:
 COLUMNS = ("case", "target", "dice", "hd95_mm", "surface_dice_1mm")
 
 
+def is_scores(path: Path) -> bool:
+    """Whether a file is one that `write_scores` writes."""
+    return first_line(path) == ",".join(COLUMNS)
+
+
 def write_scores(path: Path, scores: Iterable[Score]) -> None:
     """One line for each case and target."""
     with atomic(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
@@ -240,7 +245,7 @@ def evaluate(
     """
     if out.is_dir():
         raise DataError(f"output: {out} is a folder; it must be a file for the scores, such as scores.csv")
-    check_own("output", out, lambda path: first_line(path) == ",".join(COLUMNS), "file of scores")
+    check_own("output", out, is_scores, "file of scores")
     known, classes, regions = known_labels(labels)
     cases = [
         Case(case.name, case.images, known[case.name].label if case.name in known else None)

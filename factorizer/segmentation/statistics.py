@@ -23,7 +23,10 @@ def volumes(labels: np.ndarray, affine: np.ndarray, targets: Targets) -> dict[st
 
 def is_statistics(path: Path) -> bool:
     """Whether a file is one that `write_statistics` writes."""
-    return first_line(path) in {",".join((*BY, *columns)) for columns in (COLUMNS[:2], COLUMNS)}
+    # A folder of the name is somebody's own.
+    return not path.is_dir() and first_line(path) in {
+        ",".join((*BY, *columns)) for columns in (COLUMNS[:2], COLUMNS)
+    }
 
 
 def write_statistics(

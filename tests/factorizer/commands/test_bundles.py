@@ -190,6 +190,14 @@ def test_inference_refuses_the_weights_of_another_network(tmp_path):
     assert "has a network with reshape" in str(error.value.__cause__)
 
 
+def test_inference_keeps_results_from_the_inputs(name, tmp_path):
+    save_volume(tmp_path / "in.nii.gz", (36, 52, 36))
+    options = {"bundle_root": str(tmp_path), "input": str(tmp_path / "in.nii.gz"), "device": "cpu"}
+    with pytest.raises(RuntimeError) as error:
+        run(config_file=configs(name, "inference"), **options, output_dir=str(tmp_path))
+    assert f"output_dir: {tmp_path} holds the inputs" in str(error.value.__cause__)
+
+
 def test_inference_takes_the_weights_of_the_package(tmp_path):
     """Where nobody has trained, run as `factorizer predict` runs them, as the bundle's README says."""
     rng = np.random.default_rng(0)

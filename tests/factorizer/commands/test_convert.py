@@ -117,3 +117,14 @@ def test_what_cannot_be_converted(network, plan, tmp_path):
     assert "weights do not fit" in convert(tmp_path / "weights.pt", *options, wide, code=2)
     assert "give one of them" in convert(tmp_path / "weights.pt", *options[:2], code=2)
     assert not (tmp_path / "made.pt").exists()
+
+
+@pytest.mark.parametrize("solver", ["hals", ("hals", {"eps": 1e-8}), ("mu", {})])
+def test_weights_of_the_paper_for_any_solver_of_a_plan(tmp_path, solver):
+    wanted = plan_for(network={"solver": solver})
+    (tmp_path / "plan.json").write_text(json.dumps(asdict(wanted)))
+    state = trainer_for(wanted).network.state_dict()
+    torch.save(in_the_names_of_the_paper(state), tmp_path / "weights.pt")
+    convert(tmp_path / "weights.pt", "--output", tmp_path / "made.pt", "--plan", tmp_path / "plan.json")
+    name = solver if isinstance(solver, str) else solver[0]
+    assert load_network(tmp_path / "made.pt")[1].network["solver"] == (name, {"eps": PAPER_EPS})

@@ -122,3 +122,24 @@ def test_budget_and_init(synthetic, tmp_path, monkeypatch):
             assert torch.allclose(value, start[name], atol=1.1 * rate, rtol=0.01)
     shutil.copy(tmp_path / "b" / "checkpoint.pt", tmp_path / "a" / "checkpoint.pt")
     assert "belongs to a run with init" in run_command(*second, code=2)  # of the same name, other weights
+
+
+@pytest.mark.parametrize(
+    ("name", "what"),
+    [
+        ("cross_validation.csv", "file of scores"),
+        ("ensemble.pt", "model"),
+        ("fold-4/plan.json", "plan of a training"),
+        ("fold-0/scores.json", "file of a fold's scores"),
+    ],
+)
+@pytest.mark.parametrize("content", ["of others", '{"mine": 1}'])
+def test_files_of_others_stay(synthetic, tmp_path, name, what, content):
+    file = tmp_path / "folds" / name
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    options = ["--out", tmp_path / "folds", "--fold", "all", "--steps", 1]
+    printed = run_command("train", synthetic, *options, code=2)
+    assert f"{name} is there, and is no {what}; give another out" in printed
+    assert file.read_text() == content
+    assert not list((tmp_path / "folds").rglob("checkpoint.pt"))

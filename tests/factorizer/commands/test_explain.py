@@ -44,6 +44,9 @@ def test_explain_writes_components_and_ranks_them(tumour, tmp_path, monkeypatch)
     assert found.auc == pytest.approx(float(of_deep[0]["auc"]), abs=1e-4)
     assert found.dice == pytest.approx(float(of_deep[0]["best_dice"]), abs=1e-4)
     assert {row["auc"] for row in rows if row["target"] == "ET"} == {"nan"}  # an empty region
+    before = (out / "components.csv").read_text()
+    run_command(*options, "--labels", tmp_path / "labels", "--output", out)  # its own are written anew
+    assert (out / "components.csv").read_text() == before
     pixels = imread(out / "odd.png")
     assert pixels[..., :3].std() > 0.05
     prepared = []
@@ -146,3 +149,16 @@ def test_a_network_whose_output_is_not_finite_explains_nothing(tumour, tmp_path)
     options = ["--checkpoint", tmp_path / "nan.pt", "--input", tmp_path / "in", "--output", tmp_path / "out"]
     assert "output for it is not finite" in run_command("explain", *options, "--layer", "deep", code=1)
     assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_table_of_others_stays(tumour, tmp_path):
+    four_modalities(tmp_path / "in", "a")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "components.csv").write_text("my,own,table\n")
+    options = ["--checkpoint", tumour, "--input", tmp_path / "in", "--output", out]
+    printed = run_command("explain", *options, code=2)
+    assert "output: " in printed
+    assert "components.csv is there, and is no table of components" in printed
+    assert [path.name for path in out.iterdir()] == ["components.csv"]
+    assert (out / "components.csv").read_text() == "my,own,table\n"

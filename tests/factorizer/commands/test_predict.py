@@ -383,3 +383,61 @@ def test_parts_of_a_job_array_share_the_cases(tumour, tmp_path, monkeypatch):
     assert "0 segmented, 0 were there" in run_command(*options, "--part", "7/9")
     for part in ("0/3", "4/3", "3", "a/3", "1/"):
         assert f"part: got '{part}'; it must be such as 3/16" in run_command(*options, "--part", part, code=2)
+
+
+def test_a_bad_label_costs_the_picture_alone(tmp_path):
+    checkpoint = checkpoint_for(plan_for(modalities=("A",)), tmp_path / "c.pt")
+    entries = []
+    for name, depth in (("good", 16), ("other", 15), ("missing", None)):
+        save_volume(tmp_path / "in" / f"{name}.nii.gz", (16, 18, 16), varied=True)
+        if depth:
+            save_volume(tmp_path / "labels" / f"{name}.nii.gz", (16, 18, depth))
+        entries.append({"image": f"in/{name}.nii.gz", "label": f"labels/{name}.nii.gz"})
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
+    out = tmp_path / "out"
+    options = ["--checkpoint", checkpoint, "--input", tmp_path / "list.json", "--output", out, "--preview"]
+    printed = run_command("predict", *options)
+    assert "3 segmented" in printed
+    assert ", 0 failed" in printed
+    assert "warning: other: no picture: " in printed
+    assert "warning: missing: no picture: " in printed
+    assert {path.name for path in (out / "previews").glob("*.png")} == {"good.png"}
+    save_volume(tmp_path / "labels" / "good.nii.gz", (16, 18, 15))
+    assert "warning: good: no picture: " in run_command("predict", *options)
+    assert not list((out / "previews").glob("*.png"))  # it showed another label
+
+
+def test_what_parts_told_of_other_results_is_removed(tmp_path):
+    save_volume(tmp_path / "in" / "a.nii.gz", (16, 16, 16), varied=True)
+    save_volume(tmp_path / "in" / "b.nii.gz", (16, 16, 16), varied=True)
+    networks = [
+        checkpoint_for(plan_for(modalities=("A",), seed=seed), tmp_path / f"{seed}.pt") for seed in (0, 1)
+    ]
+    out = tmp_path / "out"
+    options = ["predict", "--input", tmp_path / "in", "--output", out, "--statistics", "--checkpoint"]
+    for part in ("1/2", "2/2"):
+        run_command(*options, networks[0], "--part", part)
+    of_parts = {
+        f"{name}-{k}-of-2.{end}" for k in (1, 2) for name, end in (("statistics", "csv"), ("report", "json"))
+    }
+    (out / "report-of-my-own-of-3.json").write_text("{}")
+    (out / "statistics-1-of-3.csv").mkdir()
+    run_command(*options, networks[0])  # nothing is made: they still hold
+    assert of_parts <= {path.name for path in out.iterdir()}
+    run_command(*options, networks[1], "--overwrite")
+    names = {path.name for path in out.iterdir()}
+    assert not of_parts & names
+    assert {"statistics.csv", "report.json", "report-of-my-own-of-3.json", "statistics-1-of-3.csv"} <= names
+
+
+def test_a_folder_in_the_place_of_the_statistics(tmp_path):
+    save_volume(tmp_path / "in" / "a.nii.gz", (16, 16, 16), varied=True)
+    checkpoint = checkpoint_for(plan_for(modalities=("A",)), tmp_path / "c.pt")
+    out = tmp_path / "out"
+    (out / "statistics.csv").mkdir(parents=True)
+    options = ["predict", "--checkpoint", checkpoint, "--input", tmp_path / "in", "--output", out]
+    assert "statistics.csv is there, and is no file" in run_command(*options, "--statistics", code=2)
+    assert not (out / "a.nii.gz").exists()
+    assert "1 segmented" in run_command(*options)
+    assert (out / "statistics.csv").is_dir()
+    assert (out / "report.json").is_file()

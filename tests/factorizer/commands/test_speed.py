@@ -45,3 +45,20 @@ def test_speed(synthetic, tmp_path):
     )
     four_modalities(tmp_path / "in", "case")
     assert "no case has a label" in run_command(*options, tmp_path / "in", code=2)
+
+
+def test_files_of_others_stay(synthetic, tmp_path):
+    plan = plan_for(network={"rank": 1, "num_iters": 1})
+    checkpoint = checkpoint_for(plan, tmp_path / "checkpoint.pt")
+    out = tmp_path / "out"
+    out.mkdir()
+    options = ["speed", "--checkpoint", checkpoint, "--output", out, "--input", synthetic / "dataset.json"]
+    options += ["--num-iters", 1, "--ranks", 1, "--cases", 1]
+    for name, what in (("speed.csv", "table"), ("speed.png", "picture")):
+        (out / name).write_text("my,own,table\n")
+        assert f"{name} is there, and is no {what} of speed" in run_command(*options, code=2)
+        assert [path.read_text() for path in out.iterdir()] == ["my,own,table\n"]
+        (out / name).unlink()
+    for _ in range(2):  # its own are written anew
+        run_command(*options)
+        assert imread(out / "speed.png").std() > 0.05

@@ -3,10 +3,11 @@
 import json
 import re
 from dataclasses import asdict
+from pathlib import Path
 
 import numpy as np
 import pytest
-from factorizer_support import run_command
+from factorizer_support import run_command, save_volume
 
 from factorizer.segmentation.checkpoint import load_network, read_checkpoint
 from factorizer.segmentation.evaluation import MeanDice
@@ -64,6 +65,31 @@ def test_train_predict_evaluate(synthetic, tmp_path, monkeypatch):
 def test_train_errors(synthetic, tmp_path, options, words):
     assert words in run_command("train", synthetic, "--out", tmp_path / "run", *options, code=2)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
+
+
+def test_a_plan_of_others_stays(synthetic, tmp_path):
+    (tmp_path / "plan.json").write_text('{"task": "mine"}')
+    bundle = Path(__file__).parents[3] / "bundles" / "hippocampus_factorizer"
+    for options in ([], ["--bundle", bundle]):
+        data = hippocampus(tmp_path / "data") if options else synthetic
+        printed = run_command("train", data, "--out", tmp_path, "--steps", 1, *options, code=2)
+        assert "plan.json is there, and is no plan of a training; give another out" in printed
+        assert (tmp_path / "plan.json").read_text() == '{"task": "mine"}'
+        assert not (tmp_path / "checkpoint.pt").exists()
+
+
+def hippocampus(folder):
+    """Without volumes: enough for what comes before they are read."""
+    for name in ("imagesTr", "labelsTr"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+    entries = [{"image": f"./imagesTr/{i}.nii.gz", "label": f"./labelsTr/{i}.nii.gz"} for i in range(5)]
+    for entry in entries:
+        for file in entry.values():
+            save_volume(folder / file, (8, 8, 8), varied=True)
+    labels = {"0": "background", "1": "Anterior", "2": "Posterior"}
+    content = {"name": "h", "modality": {"0": "MRI"}, "labels": labels, "training": entries}
+    (folder / "dataset.json").write_text(json.dumps(content))
+    return folder
 
 
 def test_best_network_is_of_this_run(synthetic, tmp_path, monkeypatch):
