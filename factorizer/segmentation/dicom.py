@@ -115,35 +115,36 @@ def read_voxels(series: Series) -> np.ndarray:
     return voxels
 
 
-def write_segmentation(labels: nib.Nifti1Image, folder: Path, classes: Mapping[int, str], path: Path) -> None:
+def write_segmentation(
+    labels: nib.Nifti1Image, folder: Path, targets: Mapping[str, Sequence[int]], path: Path
+) -> None:
     """Writes a label map on the grid of the series in `folder` as a DICOM-SEG with a binary segment for each
-    class: those of `classes`, label values and names, 0 apart, numbered from 1 in their order.
+    of `targets`, names and the label values that make them up, numbered from 1 in their order.
+
+    Targets may share values, as nested regions do: their segments overlap.
 
     Raises DataError where the series lacks what such a file needs.
     """
     series = read_series(folder)
     highdicom, pydicom = needed("highdicom", "io", path), needed("pydicom", "io", path)
     codes = needed("pydicom.sr.codedict", "io", path).codes
-    values = [value for value in classes if value]
-    numbers = np.zeros(256, np.uint8)
-    numbers[values] = range(1, len(values) + 1)
-    segments = np.ascontiguousarray(numbers[np.asarray(labels.dataobj)].T)  # (slices, rows, columns)
+    segments = _segments(np.asarray(labels.dataobj).T, list(targets.values()))
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name="factorizer", version=__version__, family=codes.DCM.ArtificialIntelligence
     )
     descriptions = [
         highdicom.seg.SegmentDescription(
             segment_number=number,
-            segment_label=classes[value][:64],
+            segment_label=name[:64],
             segmented_property_category=codes.SCT.AnatomicalStructure,
             # A network's classes have names, and no codes of a terminology.
             segmented_property_type=highdicom.sr.CodedConcept(
-                str(value), "99FACTORIZER", classes[value][:64]
+                "+".join(map(str, values)), "99FACTORIZER", name[:64]
             ),
             algorithm_type="AUTOMATIC",
             algorithm_identification=algorithm,
         )
-        for number, value in enumerate(values, 1)
+        for number, (name, values) in enumerate(targets.items(), 1)
     ]
     try:
         images = [pydicom.dcmread(file, stop_before_pixels=True) for file in series.files]
@@ -168,6 +169,19 @@ def write_segmentation(labels: nib.Nifti1Image, folder: Path, classes: Mapping[i
             f"{folder}: no DICOM-SEG can be made for it ({str(error) or type(error).__name__})"
         ) from error
     segmentation.save_as(path)
+
+
+def _segments(labels: np.ndarray, targets: Sequence[Sequence[int]]) -> np.ndarray:
+    """Of a label map (slices, rows, columns) the numbers of the targets, or their masks (slices, rows, columns,
+    targets) where they share values."""
+    values = [value for united in targets for value in united]
+    if len(set(values)) < len(values):
+        return np.stack([np.isin(labels, list(united)) for united in targets], axis=-1).astype(np.uint8)
+    # Masks of a hundred classes would fill the memory.
+    numbers = np.zeros(256, np.uint8)
+    for number, united in enumerate(targets, 1):
+        numbers[list(united)] = number
+    return np.ascontiguousarray(numbers[labels])
 
 
 def _in_order(folder: Path, members: Sequence[tuple[Path, Any]]) -> Series:

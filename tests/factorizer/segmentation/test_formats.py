@@ -11,11 +11,12 @@ import pytest
 from factorizer_support import checkpoint_for, plan_for, run_command, write_series
 from scipy.spatial.transform import Rotation
 
+from factorizer.commands.predict import _write_also
 from factorizer.segmentation.cases import find_cases
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.formats import load, parts_of, save
 from factorizer.segmentation.survey import doubts_of_files
-from factorizer.segmentation.volumes import read_volume, write_volume
+from factorizer.segmentation.volumes import on_grid_of, read_volume, write_volume
 
 highdicom, pydicom, sitk = map(pytest.importorskip, ("highdicom", "pydicom", "SimpleITK"))  # the extra io
 
@@ -165,6 +166,35 @@ def test_all_formats_give_one_label_map(tmp_path):
     names = ("plain.nii.gz", "CAPITALS.NII.GZ", "pair.hdr", "by_nrrd.nrrd", "by_mha.mha")
     model = ("--checkpoint", checkpoint_for(plan, tmp_path / "checkpoint.pt"))
     check_formats(tmp_path, volume, model, names)
+
+
+def segments_of(path):
+    """The names of a DICOM-SEG's segments, their types and the number of their voxels."""
+    segmentation = highdicom.seg.segread(path)
+    found = {}
+    for number in segmentation.segment_numbers:
+        told = segmentation.get_segment_description(number)
+        mask = segmentation.get_volume(segment_numbers=[number]).array
+        found[told.segment_label] = (told.segmented_property_type.value, int(mask.sum()))
+    return found
+
+
+def test_segments_of_nested_regions_overlap(tmp_path):
+    series = write_series(tmp_path / "series", volume_of())
+    regions = {"whole": (1, 2, 3), "core": (2, 3), "enhancing": (3,)}
+    labels = {0: "background", 1: "edema", 2: "necrosis", 3: "enhancing"}
+    plan = plan_for(("T1",), labels, regions)
+    voxels = np.zeros((12, 14, 9), np.uint8)
+    voxels[1:9, 1:9, 1:7], voxels[2:6, 2:6, 2:5], voxels[3:5, 3:5, 3] = 1, 2, 3
+    case = find_cases([series])[0]
+    _write_also("dicom-seg", on_grid_of(voxels, series), case, plan, tmp_path / "a.dcm")
+    assert segments_of(tmp_path / "a.dcm") == {
+        "whole": ("1+2+3", 384),
+        "core": ("2+3", 48),
+        "enhancing": ("3", 4),
+    }
+    _write_also("dicom-seg", on_grid_of(voxels * 0, series), case, plan, tmp_path / "none.dcm")
+    assert [count for _, count in segments_of(tmp_path / "none.dcm").values()] == [0, 0, 0]
 
 
 @pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="the Decathlon's hippocampus is not here")
