@@ -28,6 +28,12 @@ HEADER = (
     "PhotometricInterpretation",
 )
 
+# What a DICOM-SEG repeats of its series, and the standard lets be empty (type 2): anonymised series lack it.
+MAY_BE_EMPTY = (
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID"),
+    *("AccessionNumber", "ReferringPhysicianName"),
+)
+
 # How many numbers say where a slice lies.
 NUMBERS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
 
@@ -148,6 +154,16 @@ def write_segmentation(
     ]
     try:
         images = [pydicom.dcmread(file, stop_before_pixels=True) for file in series.files]
+        thickness = f"{np.linalg.norm(series.affine[:3, 2]):.6g}"
+        for image in images:
+            # Of the source's characters highdicom takes few, and classes may have any.
+            image.decode()
+            image.SpecificCharacterSet = "ISO_IR 192"
+            for tag in MAY_BE_EMPTY:
+                if tag not in image:
+                    setattr(image, tag, "")
+            if not image.get("SliceThickness"):
+                image.SliceThickness = thickness
         segmentation = highdicom.seg.Segmentation(
             source_images=images,
             pixel_array=segments,
@@ -172,8 +188,8 @@ def write_segmentation(
 
 
 def _segments(labels: np.ndarray, targets: Sequence[Sequence[int]]) -> np.ndarray:
-    """Of a label map (slices, rows, columns) the numbers of the targets, or their masks (slices, rows, columns,
-    targets) where they share values."""
+    """Of a label map (slices, rows, columns) the numbers of the targets, or their masks, on a fourth axis, where
+    they share values."""
     values = [value for united in targets for value in united]
     if len(set(values)) < len(values):
         return np.stack([np.isin(labels, list(united)) for united in targets], axis=-1).astype(np.uint8)

@@ -13,6 +13,7 @@ from scipy.spatial.transform import Rotation
 
 from factorizer.commands.predict import _write_also
 from factorizer.segmentation.cases import find_cases
+from factorizer.segmentation.dicom import write_segmentation
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.formats import load, parts_of, save
 from factorizer.segmentation.survey import doubts_of_files
@@ -195,6 +196,42 @@ def test_segments_of_nested_regions_overlap(tmp_path):
     }
     _write_also("dicom-seg", on_grid_of(voxels * 0, series), case, plan, tmp_path / "none.dcm")
     assert [count for _, count in segments_of(tmp_path / "none.dcm").values()] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("characters", [None, "ISO_IR 6", "ISO_IR 100", ["", "ISO 2022 IR 87"]])
+def test_segmentations_of_series_in_any_characters(tmp_path, characters):
+    patient = "Yamada^Tarou=山田^太郎" if isinstance(characters, list) else "A^B"
+    tags = {} if characters is None else {"SpecificCharacterSet": characters}
+    series = write_series(tmp_path / "series", volume_of(), **tags, PatientName=patient)
+    labels = on_grid_of(np.ones((12, 14, 9), np.uint8), series)
+    write_segmentation(labels, series, {"Läsion": (1,), "腫瘍": (2,)}, tmp_path / "a.dcm")
+    written = pydicom.dcmread(tmp_path / "a.dcm")
+    assert [segment.SegmentLabel for segment in written.SegmentSequence] == ["Läsion", "腫瘍"]
+    assert str(written.PatientName) == patient
+
+
+ANONYMISED = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+)
+ANONYMISED += ("AccessionNumber", "ReferringPhysicianName", "SliceThickness")
+
+
+def test_segmentations_of_anonymised_series(tmp_path):
+    series = write_series(tmp_path / "series", volume_of())
+    edited(lambda image, k: [delattr(image, tag) for tag in ANONYMISED])(series, parts_of(series))
+    labels = on_grid_of(np.ones((12, 14, 9), np.uint8), series)
+    write_segmentation(labels, series, {"all": (1,)}, tmp_path / "a.dcm")
+    assert segments_of(tmp_path / "a.dcm") == {"all": ("1", 12 * 14 * 9)}
+    written = pydicom.dcmread(tmp_path / "a.dcm")
+    assert not any(written[tag].value for tag in ANONYMISED[:-1])
+    (measures,) = written.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    assert measures.SliceThickness == 2.5  # the distance of slices
 
 
 @pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="the Decathlon's hippocampus is not here")
