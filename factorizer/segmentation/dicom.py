@@ -25,7 +25,7 @@ SAME_AXES = 1e-3  # between direction cosines
 HEADER = (
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesDescription", "Rows", "Columns"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "NumberOfFrames", "SamplesPerPixel"),
-    "PhotometricInterpretation",
+    *("PhotometricInterpretation", "RescaleSlope", "RescaleIntercept"),
 )
 
 # What a DICOM-SEG repeats of its series, and the standard lets be empty (type 2): anonymised series lack it.
@@ -34,8 +34,9 @@ MAY_BE_EMPTY = (
     *("AccessionNumber", "ReferringPhysicianName"),
 )
 
-# How many numbers say where a slice lies.
+# How many numbers say where a slice lies, and on which scale its values are.
 NUMBERS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
+NUMBERS |= {"RescaleSlope": 1, "RescaleIntercept": 1}
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,8 @@ def write_segmentation(
 
 
 def _segments(labels: np.ndarray, targets: Sequence[Sequence[int]]) -> np.ndarray:
-    """Of a label map (slices, rows, columns) the numbers of the targets, or their masks, on a fourth axis, where
-    they share values."""
+    """Of a label map (slices, rows, columns) the numbers of the targets; where they share values their masks,
+    on a fourth axis."""
     values = [value for united in targets for value in united]
     if len(set(values)) < len(values):
         return np.stack([np.isin(labels, list(united)) for united in targets], axis=-1).astype(np.uint8)
@@ -258,12 +259,15 @@ def _check_numbers(path: Path, header: Any, tag: str, number: int) -> None:
         return
     try:
         # What is no number pydicom refuses only here, where it is asked for.
-        broken = len(list(map(float, header[tag].value or ()))) != number
+        value = header[tag].value
+        broken = len(list(map(float, [value] if number == 1 else value or ()))) != number
     except (TypeError, ValueError):
         broken = True
     if broken:
         told = header.get_item(tag).value  # as the file has it
-        raise DataError(f"{path}: its DICOM tag {tag} is {told!r}; it must be {number} numbers")
+        raise DataError(
+            f"{path}: its DICOM tag {tag} is {told!r}; it must be {number} number{'s' * (number > 1)}"
+        )
 
 
 def _check_distances(folder: Path, heights: np.ndarray) -> None:

@@ -306,6 +306,12 @@ def beside(folder, files):
             r"its DICOM tag ImageOrientationPatient is .*1.*0.*0.*; it must be 6 numbers",
         ),
         (edited(lambda image, k: setattr(image, "PixelSpacing", [1])), "its DICOM tag PixelSpacing"),
+        (
+            edited(
+                lambda image, k: [setattr(image, f"Rescale{tag}", "") for tag in ("Slope", "Intercept")], 2
+            ),
+            "IM.*: its DICOM tag RescaleSlope is .*; it must be 1 number$",
+        ),
         (edited(lambda image, k: setattr(image, "Rows", None)), "headers lack what a volume needs"),
         (edited(lambda image, k: delattr(image, "ImagePositionPatient")), "holds no DICOM images"),
         (edited(lambda image, k: setattr(image, "PixelData", b"12")), "IM.*: not readable as DICOM"),
