@@ -5,6 +5,8 @@ DICOM's axes run left, posterior, superior; everything else here has right, ante
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +83,7 @@ def read_series(folder: Path) -> Series:
     check_folder(folder)
     pydicom = needed("pydicom", "io", folder)
     series: dict[str, list[tuple[Path, Any]]] = {}
+    unplaced: list[tuple[Path, Any]] = []
     for path in dicom_files(folder):
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER))
@@ -88,8 +91,14 @@ def read_series(folder: Path) -> Series:
             image = image or int(header.get("NumberOfFrames") or 1) > 1
         except Exception as error:  # a broken file makes pydicom raise one of a dozen
             raise _unreadable(path, error) from error
-        if image and "Rows" in header:  # no report, no contours, no picture of a screen
+        kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+        if "Rows" not in header:  # a report, contours, DICOMDIR
+            if not kind or " Image Storage" in getattr(kind, "name", ""):
+                raise _unreadable(path, ValueError("it has no tag Rows: is it cut off?"))
+        elif image:
             series.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
+        else:
+            unplaced.append((path, header))
     if len(series) != 1:
         found = ", ".join(
             f"{str(members[0][1].get('SeriesDescription', '')) or uid!r} ({len(members)} images)"
@@ -99,7 +108,8 @@ def read_series(folder: Path) -> Series:
             f"{folder}: holds {f'{len(series)} DICOM series: {found}' if series else 'no DICOM images'}; a "
             "volume is one series in a folder of its own"
         )
-    (members,) = series.values()
+    ((uid, members),) = series.items()
+    _check_whole(folder, uid, members, unplaced)
     try:
         return _in_order(folder, members)
     except DataError:
@@ -251,6 +261,39 @@ def _in_order(folder: Path, members: Sequence[tuple[Path, Any]]) -> Series:
     affine[:3] = np.stack([along_row * columns, along_column * rows, step, places[0]], axis=1)
     files = tuple(members[k][0] for k in order)
     return Series(files, LPS_TO_RAS @ affine, (int(first.Columns), int(first.Rows), len(files)))
+
+
+def _check_whole(
+    folder: Path, uid: str, members: Sequence[tuple[Path, Any]], unplaced: Sequence[tuple[Path, Any]]
+) -> None:
+    """Raises DataError where a slice of the series seems to be among what is left out: without it the volume
+    would be shorter, and nobody would know."""
+    classes = [*(header.get("SOPClassUID") for _, header in members), None, ""]
+    for path, header in unplaced:
+        # Pictures of a screen have a series or a class of their own.
+        if str(header.get("SeriesInstanceUID", "")) == uid and header.get("SOPClassUID") in classes:
+            absent = [tag for tag in ("ImagePositionPatient", "ImageOrientationPatient") if tag not in header]
+            raise DataError(
+                f"{path}: is an image of the series without the DICOM tag {' and '.join(absent)}; each slice "
+                "needs it. Where it is no slice, take it out of the folder"
+            )
+    named = {_pattern(path) for path, _ in members}
+    for path in sorted(folder.iterdir()):
+        if _pattern(path) in named and not path.is_dir() and not _is_dicom(path):
+            if not os.access(path, os.R_OK):  # a link to nowhere too
+                held = "cannot be opened"
+            else:
+                held = "has no DICM after its first 128 bytes" if path.stat().st_size else "is empty"
+            raise DataError(
+                f"{path}: is called like the slices beside it and is not readable as DICOM: it {held}. Give "
+                "the whole slice in its place, or take it out of the folder where it is none"
+            )
+
+
+def _pattern(path: Path) -> str:
+    """What the names of a series have in common: all but numbers, hexadecimal ones too, and UIDs."""
+    number = "[0-9a-f]*[0-9][0-9a-f]*"
+    return re.sub(rf"{number}([.-]{number})*", "#", path.name.lower())
 
 
 def _check_numbers(path: Path, header: Any, tag: str, number: int) -> None:

@@ -326,6 +326,81 @@ def test_a_series_that_is_no_volume(tmp_path, change, words):
         read_volume(series)
 
 
+def cut(size, start=0):
+    """A change of the last file by name: it is left with its bytes from `start` to `size`."""
+
+    def change(files):
+        files[-1].write_bytes(files[-1].read_bytes()[start:size])
+
+    return change
+
+
+def linked_to_nowhere(files):
+    files[-1].unlink()
+    files[-1].symlink_to("nowhere")
+
+
+def lacking(*tags):
+    def change(files):
+        image = pydicom.dcmread(files[-1])
+        for tag in tags:
+            delattr(image, tag)
+        image.save_as(files[-1])
+
+    return change
+
+
+@pytest.mark.parametrize("names", ["IM{:04d}", "1.2.840.{}.dcm", "{:08x}", "MR.1.{}.7"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (cut(0), "called like the slices .*: it is empty"),
+        (cut(100), "called like the slices .*: it has no DICM after its first 128 bytes"),
+        (cut(None, start=132), "called like the slices .*: it has no DICM"),
+        (linked_to_nowhere, "called like the slices .*: it cannot be opened"),
+        (cut(140), "not readable as DICOM"),
+        (cut(400), "not readable as DICOM"),
+        (cut(-200), "not readable as DICOM"),
+        (lacking("Rows"), "not readable as DICOM .*no tag Rows"),
+        (lacking("ImagePositionPatient"), "without the DICOM tag ImagePositionPatient; each slice"),
+        (lacking("ImageOrientationPatient", "SOPClassUID"), "without the DICOM tag ImageOrientationPatient"),
+    ],
+)
+def test_a_broken_slice_at_the_end_is_not_left_out(tmp_path, names, change, words):
+    series = write_series(tmp_path / "series", volume_of((6, 7, 5)))
+    heights = {float(pydicom.dcmread(file).ImagePositionPatient[2]): file for file in parts_of(series)}
+    files = [heights[z].rename(series / names.format(k + 9)) for k, z in enumerate(sorted(heights))]
+    change(files)
+    with pytest.raises(DataError, match=f"{re.escape(str(files[-1]))}: .*{words}"):
+        read_volume(series)
+
+
+def test_other_files_beside_the_slices(tmp_path):
+    volume = volume_of((6, 7, 5))
+    series = write_series(tmp_path / "series", volume)
+    for name in ("README.txt", "LICENSE", "DICOMDIR", "IM0007.json", "._IM0007", ".DS_Store", "VERSION2"):
+        (series / name).write_bytes(b"")
+    for name, kind, gone in (
+        ("report", "1.2.840.10008.5.1.4.1.1.88.11", ("Rows", "PixelData")),  # Basic Text SR, of another class
+        ("screen", pydicom.uid.SecondaryCaptureImageStorage, ("ImagePositionPatient",)),
+        ("directory", None, ("Rows", "PixelData")),
+    ):
+        other = pydicom.dcmread(series / "IM0007")
+        for tag in ("ImageOrientationPatient", *gone):
+            delattr(other, tag)
+        if kind:
+            other.SOPClassUID = other.file_meta.MediaStorageSOPClassUID = pydicom.uid.UID(kind)
+        else:
+            del other.SOPClassUID
+            other.file_meta.MediaStorageSOPClassUID = pydicom.uid.MediaStorageDirectoryStorage
+        other.save_as(series / name)
+    other = pydicom.dcmread(series / "IM0007")  # of another series
+    other.SeriesInstanceUID = pydicom.uid.generate_uid()
+    del other.ImagePositionPatient
+    other.save_as(series / "IM0100")
+    assert_same(load(series), volume)
+
+
 def test_positions_rounded_to_a_tenth_of_a_millimetre_are_even(tmp_path):
     volume = volume_of((6, 6, 40), np.diag([-1, -1, 0.625, 1]))
     series = write_series(tmp_path / "series", volume)
