@@ -169,7 +169,7 @@ def _check_also(also: Sequence[str], cases: Sequence[Case]) -> None:
 
 def _write_also(name: str, labels: nib.Nifti1Image, case: Case, plan: Plan, path: Path) -> None:
     if name == "dicom-seg":
-        write_segmentation(labels, case.image, plan.labels, path)
+        write_segmentation(labels, case.image, plan.targets, path)
     else:
         save(labels, path)
 

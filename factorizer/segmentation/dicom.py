@@ -5,6 +5,8 @@ DICOM's axes run left, posterior, superior; everything else here has right, ante
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +27,18 @@ SAME_AXES = 1e-3  # between direction cosines
 HEADER = (
     *("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "SeriesDescription", "Rows", "Columns"),
     *("ImagePositionPatient", "ImageOrientationPatient", "PixelSpacing", "NumberOfFrames", "SamplesPerPixel"),
-    "PhotometricInterpretation",
+    *("PhotometricInterpretation", "RescaleSlope", "RescaleIntercept"),
 )
 
-# How many numbers say where a slice lies.
+# What a DICOM-SEG repeats of its series, and the standard lets be empty (type 2): anonymised series lack it.
+MAY_BE_EMPTY = (
+    *("PatientName", "PatientID", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "StudyID"),
+    *("AccessionNumber", "ReferringPhysicianName"),
+)
+
+# How many numbers say where a slice lies, and on which scale its values are.
 NUMBERS = {"ImagePositionPatient": 3, "ImageOrientationPatient": 6, "PixelSpacing": 2}
+NUMBERS |= {"RescaleSlope": 1, "RescaleIntercept": 1}
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,7 @@ def read_series(folder: Path) -> Series:
     check_folder(folder)
     pydicom = needed("pydicom", "io", folder)
     series: dict[str, list[tuple[Path, Any]]] = {}
+    unplaced: list[tuple[Path, Any]] = []
     for path in dicom_files(folder):
         try:
             header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(HEADER))
@@ -81,8 +91,14 @@ def read_series(folder: Path) -> Series:
             image = image or int(header.get("NumberOfFrames") or 1) > 1
         except Exception as error:  # a broken file makes pydicom raise one of a dozen
             raise _unreadable(path, error) from error
-        if image and "Rows" in header:  # no report, no contours, no picture of a screen
+        kind = header.get("SOPClassUID") or header.file_meta.get("MediaStorageSOPClassUID")
+        if "Rows" not in header:  # a report, contours, DICOMDIR
+            if not kind or " Image Storage" in getattr(kind, "name", ""):
+                raise _unreadable(path, ValueError("it has no tag Rows: is it cut off?"))
+        elif image:
             series.setdefault(str(header.get("SeriesInstanceUID", "")), []).append((path, header))
+        else:
+            unplaced.append((path, header))
     if len(series) != 1:
         found = ", ".join(
             f"{str(members[0][1].get('SeriesDescription', '')) or uid!r} ({len(members)} images)"
@@ -92,7 +108,8 @@ def read_series(folder: Path) -> Series:
             f"{folder}: holds {f'{len(series)} DICOM series: {found}' if series else 'no DICOM images'}; a "
             "volume is one series in a folder of its own"
         )
-    (members,) = series.values()
+    ((uid, members),) = series.items()
+    _check_whole(folder, uid, members, unplaced)
     try:
         return _in_order(folder, members)
     except DataError:
@@ -115,38 +132,49 @@ def read_voxels(series: Series) -> np.ndarray:
     return voxels
 
 
-def write_segmentation(labels: nib.Nifti1Image, folder: Path, classes: Mapping[int, str], path: Path) -> None:
+def write_segmentation(
+    labels: nib.Nifti1Image, folder: Path, targets: Mapping[str, Sequence[int]], path: Path
+) -> None:
     """Writes a label map on the grid of the series in `folder` as a DICOM-SEG with a binary segment for each
-    class: those of `classes`, label values and names, 0 apart, numbered from 1 in their order.
+    of `targets`, names and the label values that make them up, numbered from 1 in their order.
+
+    Targets may share values, as nested regions do: their segments overlap.
 
     Raises DataError where the series lacks what such a file needs.
     """
     series = read_series(folder)
     highdicom, pydicom = needed("highdicom", "io", path), needed("pydicom", "io", path)
     codes = needed("pydicom.sr.codedict", "io", path).codes
-    values = [value for value in classes if value]
-    numbers = np.zeros(256, np.uint8)
-    numbers[values] = range(1, len(values) + 1)
-    segments = np.ascontiguousarray(numbers[np.asarray(labels.dataobj)].T)  # (slices, rows, columns)
+    segments = _segments(np.asarray(labels.dataobj).T, list(targets.values()))
     algorithm = highdicom.AlgorithmIdentificationSequence(
         name="factorizer", version=__version__, family=codes.DCM.ArtificialIntelligence
     )
     descriptions = [
         highdicom.seg.SegmentDescription(
             segment_number=number,
-            segment_label=classes[value][:64],
+            segment_label=name[:64],
             segmented_property_category=codes.SCT.AnatomicalStructure,
             # A network's classes have names, and no codes of a terminology.
             segmented_property_type=highdicom.sr.CodedConcept(
-                str(value), "99FACTORIZER", classes[value][:64]
+                "+".join(map(str, values)), "99FACTORIZER", name[:64]
             ),
             algorithm_type="AUTOMATIC",
             algorithm_identification=algorithm,
         )
-        for number, value in enumerate(values, 1)
+        for number, (name, values) in enumerate(targets.items(), 1)
     ]
     try:
         images = [pydicom.dcmread(file, stop_before_pixels=True) for file in series.files]
+        thickness = f"{np.linalg.norm(series.affine[:3, 2]):.6g}"
+        for image in images:
+            # Of the source's characters highdicom takes few, and classes may have any.
+            image.decode()
+            image.SpecificCharacterSet = "ISO_IR 192"
+            for tag in MAY_BE_EMPTY:
+                if tag not in image:
+                    setattr(image, tag, "")
+            if not image.get("SliceThickness"):
+                image.SliceThickness = thickness
         segmentation = highdicom.seg.Segmentation(
             source_images=images,
             pixel_array=segments,
@@ -168,6 +196,19 @@ def write_segmentation(labels: nib.Nifti1Image, folder: Path, classes: Mapping[i
             f"{folder}: no DICOM-SEG can be made for it ({str(error) or type(error).__name__})"
         ) from error
     segmentation.save_as(path)
+
+
+def _segments(labels: np.ndarray, targets: Sequence[Sequence[int]]) -> np.ndarray:
+    """Of a label map (slices, rows, columns) the numbers of the targets; where they share values their masks,
+    on a fourth axis."""
+    values = [value for united in targets for value in united]
+    if len(set(values)) < len(values):
+        return np.stack([np.isin(labels, list(united)) for united in targets], axis=-1).astype(np.uint8)
+    # Masks of a hundred classes would fill the memory.
+    numbers = np.zeros(256, np.uint8)
+    for number, united in enumerate(targets, 1):
+        numbers[list(united)] = number
+    return np.ascontiguousarray(numbers[labels])
 
 
 def _in_order(folder: Path, members: Sequence[tuple[Path, Any]]) -> Series:
@@ -222,18 +263,54 @@ def _in_order(folder: Path, members: Sequence[tuple[Path, Any]]) -> Series:
     return Series(files, LPS_TO_RAS @ affine, (int(first.Columns), int(first.Rows), len(files)))
 
 
+def _check_whole(
+    folder: Path, uid: str, members: Sequence[tuple[Path, Any]], unplaced: Sequence[tuple[Path, Any]]
+) -> None:
+    """Raises DataError where a slice of the series seems to be among what is left out: without it the volume
+    would be shorter, and nobody would know."""
+    classes = [*(header.get("SOPClassUID") for _, header in members), None, ""]
+    for path, header in unplaced:
+        # Pictures of a screen have a series or a class of their own.
+        if str(header.get("SeriesInstanceUID", "")) == uid and header.get("SOPClassUID") in classes:
+            absent = [tag for tag in ("ImagePositionPatient", "ImageOrientationPatient") if tag not in header]
+            raise DataError(
+                f"{path}: is an image of the series without the DICOM tag {' and '.join(absent)}; each slice "
+                "needs it. Where it is no slice, take it out of the folder"
+            )
+    named = {_pattern(path) for path, _ in members}
+    for path in sorted(folder.iterdir()):
+        if _pattern(path) in named and not path.is_dir() and not _is_dicom(path):
+            if not os.access(path, os.R_OK):  # a link to nowhere too
+                held = "cannot be opened"
+            else:
+                held = "has no DICM after its first 128 bytes" if path.stat().st_size else "is empty"
+            raise DataError(
+                f"{path}: is called like the slices beside it and is not readable as DICOM: it {held}. Give "
+                "the whole slice in its place, or take it out of the folder where it is none"
+            )
+
+
+def _pattern(path: Path) -> str:
+    """What the names of a series have in common: all but numbers, hexadecimal ones too, and UIDs."""
+    number = "[0-9a-f]*[0-9][0-9a-f]*"
+    return re.sub(rf"{number}([.-]{number})*", "#", path.name.lower())
+
+
 def _check_numbers(path: Path, header: Any, tag: str, number: int) -> None:
     """Raises DataError where the slice has the tag, with other than so many numbers."""
     if tag not in header:
         return
     try:
         # What is no number pydicom refuses only here, where it is asked for.
-        broken = len(list(map(float, header[tag].value or ()))) != number
+        value = header[tag].value
+        broken = len(list(map(float, [value] if number == 1 else value or ()))) != number
     except (TypeError, ValueError):
         broken = True
     if broken:
         told = header.get_item(tag).value  # as the file has it
-        raise DataError(f"{path}: its DICOM tag {tag} is {told!r}; it must be {number} numbers")
+        raise DataError(
+            f"{path}: its DICOM tag {tag} is {told!r}; it must be {number} number{'s' * (number > 1)}"
+        )
 
 
 def _check_distances(folder: Path, heights: np.ndarray) -> None:

@@ -11,11 +11,13 @@ import pytest
 from factorizer_support import checkpoint_for, plan_for, run_command, write_series
 from scipy.spatial.transform import Rotation
 
+from factorizer.commands.predict import _write_also
 from factorizer.segmentation.cases import find_cases
+from factorizer.segmentation.dicom import write_segmentation
 from factorizer.segmentation.errors import DataError
 from factorizer.segmentation.formats import load, parts_of, save
 from factorizer.segmentation.survey import doubts_of_files
-from factorizer.segmentation.volumes import read_volume, write_volume
+from factorizer.segmentation.volumes import on_grid_of, read_volume, write_volume
 
 highdicom, pydicom, sitk = map(pytest.importorskip, ("highdicom", "pydicom", "SimpleITK"))  # the extra io
 
@@ -167,6 +169,71 @@ def test_all_formats_give_one_label_map(tmp_path):
     check_formats(tmp_path, volume, model, names)
 
 
+def segments_of(path):
+    """The names of a DICOM-SEG's segments, their types and the number of their voxels."""
+    segmentation = highdicom.seg.segread(path)
+    found = {}
+    for number in segmentation.segment_numbers:
+        told = segmentation.get_segment_description(number)
+        mask = segmentation.get_volume(segment_numbers=[number]).array
+        found[told.segment_label] = (told.segmented_property_type.value, int(mask.sum()))
+    return found
+
+
+def test_segments_of_nested_regions_overlap(tmp_path):
+    series = write_series(tmp_path / "series", volume_of())
+    regions = {"whole": (1, 2, 3), "core": (2, 3), "enhancing": (3,)}
+    labels = {0: "background", 1: "edema", 2: "necrosis", 3: "enhancing"}
+    plan = plan_for(("T1",), labels, regions)
+    voxels = np.zeros((12, 14, 9), np.uint8)
+    voxels[1:9, 1:9, 1:7], voxels[2:6, 2:6, 2:5], voxels[3:5, 3:5, 3] = 1, 2, 3
+    case = find_cases([series])[0]
+    _write_also("dicom-seg", on_grid_of(voxels, series), case, plan, tmp_path / "a.dcm")
+    assert segments_of(tmp_path / "a.dcm") == {
+        "whole": ("1+2+3", 384),
+        "core": ("2+3", 48),
+        "enhancing": ("3", 4),
+    }
+    _write_also("dicom-seg", on_grid_of(voxels * 0, series), case, plan, tmp_path / "none.dcm")
+    assert [count for _, count in segments_of(tmp_path / "none.dcm").values()] == [0, 0, 0]
+
+
+@pytest.mark.parametrize("characters", [None, "ISO_IR 6", "ISO_IR 100", ["", "ISO 2022 IR 87"]])
+def test_segmentations_of_series_in_any_characters(tmp_path, characters):
+    patient = "Yamada^Tarou=山田^太郎" if isinstance(characters, list) else "A^B"
+    tags = {} if characters is None else {"SpecificCharacterSet": characters}
+    series = write_series(tmp_path / "series", volume_of(), **tags, PatientName=patient)
+    labels = on_grid_of(np.ones((12, 14, 9), np.uint8), series)
+    write_segmentation(labels, series, {"Läsion": (1,), "腫瘍": (2,)}, tmp_path / "a.dcm")
+    written = pydicom.dcmread(tmp_path / "a.dcm")
+    assert [segment.SegmentLabel for segment in written.SegmentSequence] == ["Läsion", "腫瘍"]
+    assert str(written.PatientName) == patient
+
+
+ANONYMISED = (
+    "PatientName",
+    "PatientID",
+    "PatientBirthDate",
+    "PatientSex",
+    "StudyDate",
+    "StudyTime",
+    "StudyID",
+)
+ANONYMISED += ("AccessionNumber", "ReferringPhysicianName", "SliceThickness")
+
+
+def test_segmentations_of_anonymised_series(tmp_path):
+    series = write_series(tmp_path / "series", volume_of())
+    edited(lambda image, k: [delattr(image, tag) for tag in ANONYMISED])(series, parts_of(series))
+    labels = on_grid_of(np.ones((12, 14, 9), np.uint8), series)
+    write_segmentation(labels, series, {"all": (1,)}, tmp_path / "a.dcm")
+    assert segments_of(tmp_path / "a.dcm") == {"all": ("1", 12 * 14 * 9)}
+    written = pydicom.dcmread(tmp_path / "a.dcm")
+    assert not any(written[tag].value for tag in ANONYMISED[:-1])
+    (measures,) = written.SharedFunctionalGroupsSequence[0].PixelMeasuresSequence
+    assert measures.SliceThickness == 2.5  # the distance of slices
+
+
 @pytest.mark.skipif(not HIPPOCAMPUS.is_dir(), reason="the Decathlon's hippocampus is not here")
 def test_an_mri_gives_one_label_map(tmp_path):
     volume = nib.load(min(HIPPOCAMPUS.glob("*.nii.gz")))
@@ -239,6 +306,12 @@ def beside(folder, files):
             r"its DICOM tag ImageOrientationPatient is .*1.*0.*0.*; it must be 6 numbers",
         ),
         (edited(lambda image, k: setattr(image, "PixelSpacing", [1])), "its DICOM tag PixelSpacing"),
+        (
+            edited(
+                lambda image, k: [setattr(image, f"Rescale{tag}", "") for tag in ("Slope", "Intercept")], 2
+            ),
+            "IM.*: its DICOM tag RescaleSlope is .*; it must be 1 number$",
+        ),
         (edited(lambda image, k: setattr(image, "Rows", None)), "headers lack what a volume needs"),
         (edited(lambda image, k: delattr(image, "ImagePositionPatient")), "holds no DICOM images"),
         (edited(lambda image, k: setattr(image, "PixelData", b"12")), "IM.*: not readable as DICOM"),
@@ -251,6 +324,81 @@ def test_a_series_that_is_no_volume(tmp_path, change, words):
     change(series, [places[height] for height in sorted(places)])
     with pytest.raises(DataError, match=words):
         read_volume(series)
+
+
+def cut(size, start=0):
+    """A change of the last file by name: it is left with its bytes from `start` to `size`."""
+
+    def change(files):
+        files[-1].write_bytes(files[-1].read_bytes()[start:size])
+
+    return change
+
+
+def linked_to_nowhere(files):
+    files[-1].unlink()
+    files[-1].symlink_to("nowhere")
+
+
+def lacking(*tags):
+    def change(files):
+        image = pydicom.dcmread(files[-1])
+        for tag in tags:
+            delattr(image, tag)
+        image.save_as(files[-1])
+
+    return change
+
+
+@pytest.mark.parametrize("names", ["IM{:04d}", "1.2.840.{}.dcm", "{:08x}", "MR.1.{}.7"])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (cut(0), "called like the slices .*: it is empty"),
+        (cut(100), "called like the slices .*: it has no DICM after its first 128 bytes"),
+        (cut(None, start=132), "called like the slices .*: it has no DICM"),
+        (linked_to_nowhere, "called like the slices .*: it cannot be opened"),
+        (cut(140), "not readable as DICOM"),
+        (cut(400), "not readable as DICOM"),
+        (cut(-200), "not readable as DICOM"),
+        (lacking("Rows"), "not readable as DICOM .*no tag Rows"),
+        (lacking("ImagePositionPatient"), "without the DICOM tag ImagePositionPatient; each slice"),
+        (lacking("ImageOrientationPatient", "SOPClassUID"), "without the DICOM tag ImageOrientationPatient"),
+    ],
+)
+def test_a_broken_slice_at_the_end_is_not_left_out(tmp_path, names, change, words):
+    series = write_series(tmp_path / "series", volume_of((6, 7, 5)))
+    heights = {float(pydicom.dcmread(file).ImagePositionPatient[2]): file for file in parts_of(series)}
+    files = [heights[z].rename(series / names.format(k + 9)) for k, z in enumerate(sorted(heights))]
+    change(files)
+    with pytest.raises(DataError, match=f"{re.escape(str(files[-1]))}: .*{words}"):
+        read_volume(series)
+
+
+def test_other_files_beside_the_slices(tmp_path):
+    volume = volume_of((6, 7, 5))
+    series = write_series(tmp_path / "series", volume)
+    for name in ("README.txt", "LICENSE", "DICOMDIR", "IM0007.json", "._IM0007", ".DS_Store", "VERSION2"):
+        (series / name).write_bytes(b"")
+    for name, kind, gone in (
+        ("report", "1.2.840.10008.5.1.4.1.1.88.11", ("Rows", "PixelData")),  # Basic Text SR, of another class
+        ("screen", pydicom.uid.SecondaryCaptureImageStorage, ("ImagePositionPatient",)),
+        ("directory", None, ("Rows", "PixelData")),
+    ):
+        other = pydicom.dcmread(series / "IM0007")
+        for tag in ("ImageOrientationPatient", *gone):
+            delattr(other, tag)
+        if kind:
+            other.SOPClassUID = other.file_meta.MediaStorageSOPClassUID = pydicom.uid.UID(kind)
+        else:
+            del other.SOPClassUID
+            other.file_meta.MediaStorageSOPClassUID = pydicom.uid.MediaStorageDirectoryStorage
+        other.save_as(series / name)
+    other = pydicom.dcmread(series / "IM0007")  # of another series
+    other.SeriesInstanceUID = pydicom.uid.generate_uid()
+    del other.ImagePositionPatient
+    other.save_as(series / "IM0100")
+    assert_same(load(series), volume)
 
 
 def test_positions_rounded_to_a_tenth_of_a_millimetre_are_even(tmp_path):
