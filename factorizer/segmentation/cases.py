@@ -375,7 +375,7 @@ def _lists(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
         if section == "training" and (lost := sorted(known.keys() - {case.name for case in numbered})):
             raise DataError(f"{path}: {folder}/{lost[0]}_0000{ending} is missing; there is a label for it")
         other = [case for case in found if channel_number(case.image)[1] != 0]
-        if other and (numbered or lists):  # none is left out
+        if other and (numbered or any(lists.values())):  # none is left out
             raise DataError(
                 f"{path}: {other[0].image} is no first modality of a case; that must end in _0000{ending}, "
                 "the others in the numbers after it"
