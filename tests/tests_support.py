@@ -188,3 +188,22 @@ NATIVE_OPERATORS = {
     "sw_matricize": (["x"], ["z"]),
     "sw_dematricize": (["z"], ["x"]),
 }
+
+
+class Scaled(torch.nn.Module):
+    """Three times another layer, with that one's weight and bias, as adapters for fine-tuning are."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.scale = base, torch.nn.Parameter(torch.tensor(3.0))
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def forward(self, x):
+        return self.scale * self.base(x)

@@ -732,6 +732,26 @@ def test_a_graph_for_maps_of_any_size_keeps_the_kernels(strict):
     torch.testing.assert_close(program.module()(large, weight, filters), Network()(large, weight, filters))
 
 
+def _overwriting(name: str, coarse: Tensor) -> Callable[..., Tensor]:
+    """A call with a map (B, 8, 6, 5, 8), a second one beside it where there are two, and the memory."""
+    norm, square, wide = torch.rand(8), torch.randn(8, 8), torch.randn(12, 8)
+    factors = torch.rand(4, 1), torch.rand(8, 1)
+    windows = {"head_dim": 4, "patch_size": (2, 1, 4), "shifts": (None, (1, 0, 2))}
+
+    def call(x: Tensor, beside: Tensor, memory: Tensor | None = None) -> Tensor:
+        if name == "linear_norm_mlp":
+            weights = square, None, norm, norm, wide, None, wide.mT, None
+            return fk.linear_norm_mlp(x, beside, *weights, overwrite=memory)
+        if name == "join":
+            return fk.join(x, coarse, square, torch.ones(16, 8, 2, 1, 2), norm, overwrite=memory)
+        if name == "swin_nmf":
+            return fk.swin_nmf(x, *factors, **windows, overwrite=memory)
+        weights = norm, norm, square, None, *factors
+        return fk.norm_linear_swin_nmf(x, *weights, **windows, overwrite=memory)[0]
+
+    return call
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["linear_norm_mlp", "join", "norm_linear_swin_nmf"])
 def test_a_result_may_lie_in_a_map_that_is_not_read_any_more(backend, name, dtype):
@@ -739,19 +759,7 @@ def test_a_result_may_lie_in_a_map_that_is_not_read_any_more(backend, name, dtyp
         pytest.skip("the backend torch has no swin_nmf")
     torch.manual_seed(0)
     y, x, coarse = (torch.randn(2, c, *s).to(dtype) for c, s in ((8, (6, 5, 8)),) * 2 + ((16, (3, 5, 4)),))
-    norm, square, wide = torch.rand(8), torch.randn(8, 8), torch.randn(12, 8)
-    factors = torch.rand(4, 1), torch.rand(8, 1)
-    windows = {"head_dim": 4, "patch_size": (2, 1, 4), "shifts": (None, (1, 0, 2))}
-
-    def call(y: Tensor, x: Tensor, memory: Tensor | None = None) -> Tensor:
-        if name == "linear_norm_mlp":
-            weights = square, None, norm, norm, wide, None, wide.mT, None
-            return fk.linear_norm_mlp(y, x, *weights, overwrite=memory)
-        if name == "join":
-            return fk.join(y, coarse, square, torch.ones(16, 8, 2, 1, 2), norm, overwrite=memory)
-        weights = norm, norm, square, None, *factors
-        return fk.norm_linear_swin_nmf(x, *weights, **windows, overwrite=memory)[0]
-
+    call = _overwriting(name, coarse)
     expected = call(y, x)
     memory, other = y.clone(), x.clone()
     result = call(memory, other, memory)
@@ -775,22 +783,7 @@ def test_a_result_may_lie_in_a_map_that_is_not_read_any_more(backend, name, dtyp
 def test_memory_that_is_read_in_another_layout_is_left_alone(name):
     """As is memory that requires a gradient, which would be another tensor's then."""
     torch.manual_seed(0)
-    norm, square, wide = torch.rand(8), torch.randn(8, 8), torch.randn(12, 8)
-    factors = torch.rand(4, 1), torch.rand(8, 1)
-    windows = {"head_dim": 4, "patch_size": (2, 1, 4), "shifts": (None, (1, 0, 2))}
-    coarse = torch.randn(8, 16, 3, 5, 4)
-
-    def call(x: Tensor, y: Tensor, memory: Tensor | None = None) -> Tensor:
-        if name == "linear_norm_mlp":
-            weights = square, None, norm, norm, wide, None, wide.mT, None
-            return fk.linear_norm_mlp(y, x, *weights, overwrite=memory)
-        if name == "join":
-            return fk.join(x, coarse, square, torch.ones(16, 8, 2, 1, 2), norm, overwrite=memory)
-        if name == "swin_nmf":
-            return fk.swin_nmf(x, *factors, **windows, overwrite=memory)
-        weights = norm, norm, square, None, *factors
-        return fk.norm_linear_swin_nmf(x, *weights, **windows, overwrite=memory)[0]
-
+    call = _overwriting(name, torch.randn(8, 16, 3, 5, 4))
     whole, other = torch.randn(9, 8, 6, 5, 8), torch.randn(8, 8, 6, 5, 8)
     memory = whole[1:]
     kept = memory.clone()

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torch.nn.utils.prune
+from tests_support import Scaled
 from torch import nn
 
 from factorizer import (
@@ -123,21 +124,6 @@ def test_hooks_of_all_parts_are_called():
         handle.remove()
         assert called, name
         torch.testing.assert_close(y, block(x))
-
-
-class Scaled(nn.Module):
-    """A layer in place of another, with the weight of that one, as adapters for fine-tuning are."""
-
-    def __init__(self, base):
-        super().__init__()
-        self.base, self.scale = base, nn.Parameter(torch.tensor(3.0))
-
-    @property
-    def weight(self):
-        return self.base.weight
-
-    def forward(self, x):
-        return self.scale * self.base(x)
 
 
 def mine(kind):

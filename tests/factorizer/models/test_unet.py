@@ -4,6 +4,7 @@ import weakref
 
 import pytest
 import torch
+from tests_support import Scaled
 from torch import nn
 
 from factorizer import (
@@ -244,23 +245,12 @@ def test_a_stage_with_a_forward_of_its_own_is_called_in_the_decoder():
     assert Mine.calls == sum(isinstance(m, Mine) for m in network.modules())
 
 
-class KeepingTripled(Keeping):
-    """Three times another layer, with that one's weight and bias, as adapters for fine-tuning are."""
-
+class KeepingScaled(Keeping, Scaled):
     def __init__(self, base):
-        super().__init__()
-        self.base, self.scale = base, nn.Parameter(torch.tensor(3.0))
+        Scaled.__init__(self, base)
+        self.kept = []
 
-    @property
-    def weight(self):
-        return self.base.weight
-
-    @property
-    def bias(self):
-        return self.base.bias
-
-    def made(self, x):
-        return self.scale * self.base(x)
+    made = Scaled.forward
 
 
 def test_an_adapters_linear_in_another_is_called():
@@ -268,7 +258,7 @@ def test_an_adapters_linear_in_another_is_called():
     network, expected = small((8, 12)), small((8, 12))
     for block, theirs in zip(network.decoder.blocks, expected.decoder.blocks, strict=True):
         theirs.block.adapter.linear.weight.data *= 3
-        block.block.adapter.linear = KeepingTripled(block.block.adapter.linear)
+        block.block.adapter.linear = KeepingScaled(block.block.adapter.linear)
     x = torch.randn(2, 2, 8, 12)
     y = network(x)
     torch.testing.assert_close(y, expected(x))
