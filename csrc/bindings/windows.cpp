@@ -22,6 +22,7 @@ WindowsArgs::WindowsArgs(i64 batch, i64 heads, i64 head_dim, std::array<i64, 3> 
     }
     windows.size[axis] = size[axis];
     windows.patch[axis] = patch[axis];
+    windows.grid[axis] = size[axis] / patch[axis];
   }
   for (std::size_t i = 0; i < shifts.size(); ++i) {
     if (shifts[i] < 0 || (shifts[i] > 0 && shifts[i] >= size[i % 3])) {

@@ -18,12 +18,11 @@ struct Volume {
 // k = ((shift * batch + b) * heads + h) * grid + g; its columns run over the window, last axis fastest.
 struct Windows {
   i64 batch, heads, head_dim;
-  i64 size[3], patch[3];
+  i64 size[3], patch[3], grid[3];  // of the map, of a window, and of the map in windows: size / patch
   i64 num_shifts;
   const i64* shifts;  // num_shifts x 3, each in [0, size)
 
-  i64 grid(int axis) const { return size[axis] / patch[axis]; }
-  i64 num_windows() const { return grid(0) * grid(1) * grid(2); }
+  i64 num_windows() const { return grid[0] * grid[1] * grid[2]; }
   i64 columns() const { return patch[0] * patch[1] * patch[2]; }
   i64 voxels() const { return size[0] * size[1] * size[2]; }
   i64 num_matrices() const { return num_shifts * batch * heads * num_windows(); }

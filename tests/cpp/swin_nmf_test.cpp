@@ -31,6 +31,7 @@ fk::Windows windows_of(const Case& c) {
   for (int axis = 0; axis < 3; ++axis) {
     w.size[axis] = c.size[axis];
     w.patch[axis] = c.patch[axis];
+    w.grid[axis] = c.size[axis] / c.patch[axis];
   }
   w.num_shifts = static_cast<i64>(c.shifts.size()) / 3;
   w.shifts = c.shifts.data();
@@ -98,7 +99,7 @@ Numbers naive(const Case& c, const Numbers& x, const Numbers& u0, const Numbers&
   for (i64 s = 0; s < w.num_shifts; ++s) {
     for (i64 bh = 0; bh < w.batch * w.heads; ++bh) {
       for (i64 g = 0; g < w.num_windows(); ++g) {
-        const i64 grid[3] = {g / w.grid(2) / w.grid(1), g / w.grid(2) % w.grid(1), g % w.grid(2)};
+        const i64 grid[3] = {g / w.grid[2] / w.grid[1], g / w.grid[2] % w.grid[1], g % w.grid[2]};
         for (i64 m = 0; m < rows; ++m) {
           for (i64 n = 0; n < columns; ++n) {
             const i64 p[3] = {n / w.patch[2] / w.patch[1], n / w.patch[2] % w.patch[1], n % w.patch[2]};

@@ -15,6 +15,7 @@ fk::cuda::DeviceWindows windows_of(const i64* numbers) {
   for (int axis = 0; axis < 3; ++axis) {
     w.size[axis] = numbers[3 + axis];
     w.patch[axis] = numbers[6 + axis];
+    w.grid[axis] = w.size[axis] / w.patch[axis];
   }
   w.num_shifts = numbers[9];
   w.shifts = numbers + 10;

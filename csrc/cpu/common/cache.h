@@ -11,6 +11,14 @@ constexpr i64 first_level_bytes = 32 << 10;    // of data, one core's
 constexpr i64 second_level_bytes = 256 << 10;  // one core's
 constexpr i64 last_level_bytes = 8 << 20;      // shared by the cores
 
+// Of the second level, for the tiles of products. No processor with AVX-512 has less than 512 KiB; windows
+// and filters gain nothing by it.
+#if defined(__AVX512F__)
+constexpr i64 product_bytes = 2 * second_level_bytes;
+#else
+constexpr i64 product_bytes = second_level_bytes;
+#endif
+
 // Whether a result is better written past the caches: it would evict what they hold, and itself.
 constexpr bool outgrows_caches(i64 bytes) { return bytes > last_level_bytes; }
 

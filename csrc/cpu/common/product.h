@@ -95,30 +95,43 @@ constexpr i64 short_depth = 64;
 constexpr i64 most_sums = 2 * max_height;
 constexpr i64 short_sums = 2 * short_height < most_sums ? 2 * short_height + 1 : most_sums;
 
-// Columns of W that one go of the microkernel takes: what it reads of `in`, at most depth_block x two vectors
-// or slice_bytes, stays in the first-level cache while the panels of W pass.
+// Columns of W that one go of the microkernel takes, and bytes of `in`: a panel of W stays in the first-level
+// cache while columns of `in` pass, which come from the second-level cache, where they stay for all the
+// panels.
 constexpr i64 depth_block = 256;
-constexpr i64 slice_bytes = first_level_bytes / 2;
+constexpr i64 slice_bytes = product_bytes / 4;
 
 // Panels of W that stay in the second-level cache while the columns of a tile pass.
 template <class T>
-constexpr i64 panel_group = second_level_bytes / 2 / (depth_block * max_height * i64(sizeof(T)));
+constexpr i64 panel_group = product_bytes / 2 / (depth_block * max_height * i64(sizeof(T)));
 
 // A cut into as few parts of at most `largest` as there can be, at least one; their sizes differ by one at
 // most.
-struct Parts {
-  i64 total, count;
+class Parts {
+ public:
+  i64 count = 1;
 
+  Parts() = default;  // of nothing
+  static Parts whole(i64 total) { return {1, total, 0}; }
   static Parts of(i64 total, i64 largest) {
-    return {total, total > largest ? (total + largest - 1) / largest : 1};
+    if (total <= largest) return whole(total);  // divisions cost as much as a small product
+    i64 count = total + largest - 1;
+    split(count, largest);
+    return into(total, count);
   }
-  i64 begin(i64 i) const {
-    if (i == 0) return 0;  // divisions cost as much as a small product
-    const i64 size = total / count, longer = total % count;
-    return i * size + (i < longer ? i : longer);
+  static Parts into(i64 total, i64 count) {
+    i64 least = total;
+    const i64 longer = split(least, count);
+    return {count, least, longer};
   }
-  i64 size(i64 i) const { return count == 1 ? total : total / count + (i < total % count ? 1 : 0); }
-  i64 largest() const { return count == 1 ? total : (total + count - 1) / count; }
+  i64 begin(i64 i) const { return i * least_ + (i < longer_ ? i : longer_); }
+  i64 size(i64 i) const { return least_ + (i < longer_ ? 1 : 0); }
+  i64 largest() const { return size(0); }
+
+ private:
+  Parts(i64 count, i64 least, i64 longer) : count(count), least_(least), longer_(longer) {}
+
+  i64 least_ = 0, longer_ = 0;  // of a part; so many of the first ones have one more
 };
 
 // The panels of rows that W is cut into.
@@ -221,13 +234,15 @@ struct Start {
   const T* bias = nullptr;
 };
 
-// H rows of W by `length` columns, V vectors of them at a time; length is a multiple of that.
-template <int H, int V, class T>
+// H rows of W by `length` columns, V vectors of them at a time; length is a multiple of that. Packed
+// coefficients follow one another, so that one pointer finds them: a loop of fewer instructions.
+template <int H, int V, bool Packed, class T>
 void multiply_panel(const typename Weights<T>::Panel& w, i64 depth, Rows<const T> in, Rows<T> out, i64 length,
                     bool accumulate, const T* bias) {
   constexpr i64 width = Simd<T>::width;
   // One pointer for three rows: x86 addresses take a register times 0, 1 and 2.
-  constexpr int pointers = (H + 2) / 3;
+  constexpr int pointers = Packed ? 1 : (H + 2) / 3;
+  const i64 row = w.row, column = Packed ? H : w.column;
   for (i64 n = 0; n < length; n += V * width) {
     Vec<T> sums[H][V];
     if (accumulate) {
@@ -252,7 +267,7 @@ void multiply_panel(const typename Weights<T>::Panel& w, i64 depth, Rows<const T
     }
     const T* coefficients[pointers];
 #pragma GCC unroll 16
-    for (int i = 0; i < pointers; ++i) coefficients[i] = w.data + 3 * i * w.row;
+    for (int i = 0; i < pointers; ++i) coefficients[i] = w.data + 3 * i * row;
     const T* x = in.data + n;
 #pragma GCC unroll 1
     for (i64 k = 0; k < depth; ++k) {
@@ -261,13 +276,13 @@ void multiply_panel(const typename Weights<T>::Panel& w, i64 depth, Rows<const T
       for (int v = 0; v < V; ++v) xs[v] = load(x + v * width);
 #pragma GCC unroll 16
       for (int p = 0; p < H; ++p) {
-        const T coefficient = coefficients[p / 3][p % 3 * w.row];
+        const T coefficient = Packed ? coefficients[0][p] : coefficients[p / 3 % pointers][p % 3 * row];
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) sums[p][v] += coefficient * xs[v];
       }
       x += in.stride;
 #pragma GCC unroll 16
-      for (int i = 0; i < pointers; ++i) coefficients[i] += w.column;
+      for (int i = 0; i < pointers; ++i) coefficients[i] += column;
     }
 #pragma GCC unroll 16
     for (int p = 0; p < H; ++p) {
@@ -278,26 +293,29 @@ void multiply_panel(const typename Weights<T>::Panel& w, i64 depth, Rows<const T
 }
 
 // The same for a height that is known at run time only.
-template <int V, class T, int H = max_height>
+template <int V, bool Packed, class T, int H = max_height>
 FK_INLINE void multiply_panel_of(i64 height, const typename Weights<T>::Panel& w, i64 depth, Rows<const T> in,
                                  Rows<T> out, i64 length, bool accumulate, const T* bias) {
   if constexpr (H > 0) {
     if (height != H)
-      return multiply_panel_of<V, T, H - 1>(height, w, depth, in, out, length, accumulate, bias);
-    if constexpr (H * V <= most_sums) multiply_panel<H, V, T>(w, depth, in, out, length, accumulate, bias);
+      return multiply_panel_of<V, Packed, T, H - 1>(height, w, depth, in, out, length, accumulate, bias);
+    if constexpr (H * V <= most_sums)
+      multiply_panel<H, V, Packed, T>(w, depth, in, out, length, accumulate, bias);
   }
 }
 
 // --- W times a tile --------------------------------------------------------------------------
 
-template <int V, class T>
+template <int V, bool Packed, class T>
 void multiply_columns(const Weights<T>& w, Parts panels, Rows<const T> in, Rows<T> out, i64 length,
                       Start<T> start) {
   constexpr i64 step = V * Simd<T>::width;
   const Parts blocks = Parts::of(w.depth, depth_block);
   const i64 whole = length / step * step;
-  const i64 block_bytes = (blocks.largest() + 1) * step * i64(sizeof(T));
-  const i64 chunk = whole > step && block_bytes < slice_bytes ? slice_bytes / block_bytes * step : step;
+  const i64 step_bytes = blocks.largest() * step * i64(sizeof(T));
+  i64 chunk = whole;
+  if (whole / step * step_bytes > slice_bytes)
+    chunk = step_bytes < slice_bytes ? slice_bytes / step_bytes * step : step;
   for (i64 block = 0; block < blocks.count; ++block) {
     const i64 first_k = blocks.begin(block), depth = blocks.size(block);
     const bool accumulate = start.accumulate || block > 0;
@@ -307,7 +325,7 @@ void multiply_columns(const Weights<T>& w, Parts panels, Rows<const T> in, Rows<
       const auto columns = [&](i64 n, i64 count, auto vectors) {
         for (i64 i = first; i < last; ++i) {
           const i64 row = panels.begin(i), height = panels.size(i);
-          multiply_panel_of<decltype(vectors)::value, T>(
+          multiply_panel_of<decltype(vectors)::value, Packed, T>(
               height, w.panel(row, height, first_k, depth), depth, {in[first_k] + n, in.stride},
               {out[row] + n, out.stride}, count, accumulate, bias == nullptr ? nullptr : bias + row);
         }
@@ -325,9 +343,14 @@ void multiply(const Weights<T>& w, Rows<const T> in, Rows<T> out, i64 length, St
   if (w.rows == 0) return;
   const Parts panels = panels_of(w.rows, w.depth);
   const i64 sums = w.depth < short_depth ? short_sums : most_sums, height = panels.largest();
-  if (4 * height <= sums) return multiply_columns<4>(w, panels, in, out, length, start);
-  if (3 * height <= sums) return multiply_columns<3>(w, panels, in, out, length, start);
-  multiply_columns<2>(w, panels, in, out, length, start);
+  const auto columns = [&](auto vectors) {
+    constexpr int V = decltype(vectors)::value;
+    if (w.packed) return multiply_columns<V, true>(w, panels, in, out, length, start);
+    multiply_columns<V, false>(w, panels, in, out, length, start);
+  };
+  if (4 * height <= sums) return columns(std::integral_constant<int, 4>{});
+  if (3 * height <= sums) return columns(std::integral_constant<int, 3>{});
+  columns(std::integral_constant<int, 2>{});
 }
 
 // --- Sums over lanes -------------------------------------------------------------------------

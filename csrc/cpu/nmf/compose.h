@@ -37,32 +37,44 @@ template <class F>
 FK_INLINE void each_run(const Windows& w, i64 shift, i64 bh, i64 num_bh, i64 i1, i64 i2, i64 begin,
                         i64 length, F&& f) {
   const i64* by = w.shifts + 3 * shift;
-  const i64 q1 = (i1 + by[0]) % w.size[0], q2 = (i2 + by[1]) % w.size[1];
-  const i64 first =
-      (((shift * num_bh + bh) * w.grid(0) + q1 / w.patch[0]) * w.grid(1) + q2 / w.patch[1]) * w.grid(2);
-  const i64 place = (begin + by[2]) % w.size[2];
-  i64 window = place / w.patch[2], left = w.patch[2] - place % w.patch[2];
+  i64 cell[3] = {i1, i2, begin};
+  i64 left = 0;
+  for (int axis = 0; axis < 3; ++axis) {
+    cell[axis] = wrap(cell[axis] + by[axis] - w.size[axis], w.size[axis]);
+    left = w.patch[axis] - split(cell[axis], w.patch[axis]);
+  }
+  const i64 first = (((shift * num_bh + bh) * w.grid[0] + cell[0]) * w.grid[1] + cell[1]) * w.grid[2];
+  i64 window = cell[2];
   for (i64 n = 0; n < length;) {
     const i64 run = left < length - n ? left : length - n;
     f(first + window, n, run);
     n += run;
     left = w.patch[2];
-    if (++window == w.grid(2)) window = 0;
+    if (++window == w.grid[2]) window = 0;
   }
 }
 
 // Whether a piece of a line lies in one window of every copy.
 inline bool within_windows(const Windows& w, i64 begin, i64 length) {
   for (i64 shift = 0; shift < w.num_shifts; ++shift) {
-    if ((begin + w.shifts[3 * shift + 2]) % w.size[2] % w.patch[2] + length > w.patch[2]) return false;
+    i64 window = begin + w.shifts[3 * shift + 2];  // of a map that has whole ones, so it need not be wrapped
+    if (split(window, w.patch[2]) + length > w.patch[2]) return false;
   }
   return true;
 }
 
+// to[k] = scale * u[k] at each of `length` voxels, k < rows.
+template <class Length, class T>
+FK_INLINE void spread_along(Length length, T scale, const T* u, Rows<T> to, i64 rows) {
+  for (i64 k = 0; k < rows; ++k) {
+    const T value = scale * u[k];
+    each_block<T>(length, [&](auto voxels, i64 i) { voxels.store(to[k] + i, voxels.fill(value)); });
+  }
+}
+
 // out[c] (+)= sum_k u(k, c) v[k] along a line, for k < terms <= most_terms.
 template <class Terms, class T, class U>
-void compose_line(Terms terms, i64 rows, i64 length, const U& u, Rows<const T> v, Rows<T> out,
-                  bool accumulate) {
+void compose_line(Terms terms, i64 rows, i64 length, U u, Rows<const T> v, Rows<T> out, bool accumulate) {
   each_block<T>(length, [&](auto voxels, i64 i) {
     decltype(voxels.load(out.data)) vs[most_terms];
     for (i64 k = 0; k < terms; ++k) vs[k] = voxels.load(v[k] + i);
@@ -95,11 +107,8 @@ void compose_chunk(const SwinNMF& p, const Chunk& chunk, int threads, const Fact
   const i64 spread_size = terms * rows * stride, buffer_size = spread_size + rows * stride;
   const Scratch scratch(threads * buffer_size * sizeof(T));
   parallel_for(chunk.count * segments * w.size[0] * blocks, threads, [&](i64 task, int worker) {
-    const i64 block = task % blocks * lines;
-    task /= blocks;
-    const i64 i1 = task % w.size[0];
-    task /= w.size[0];
-    const i64 begin = task % segments * segment, bh = task / segments;
+    const i64 block = split(task, blocks) * lines, i1 = split(task, w.size[0]);
+    const i64 begin = split(task, segments) * segment, bh = task;
     const i64 length = w.size[2] - begin < segment ? w.size[2] - begin : segment;
     T* const spread = static_cast<T*>(scratch.data()) + worker * buffer_size;  // (term, row, voxel)
     const Rows<T> line{spread + spread_size, stride};
@@ -107,16 +116,14 @@ void compose_chunk(const SwinNMF& p, const Chunk& chunk, int threads, const Fact
     for (i64 i2 = block; i2 < block + lines && i2 < w.size[1]; ++i2) {
       in_one_window = i2 > block ? in_one_window : within_windows(w, begin, length);
       for (i64 shift = 0; shift < w.num_shifts; ++shift) {
-        const bool same_windows = i2 > block && (i2 + w.shifts[3 * shift + 1]) % w.patch[1] != 0;
+        i64 window = i2 + w.shifts[3 * shift + 1];
+        const bool same_windows = split(window, w.patch[1]) != 0 && i2 > block;
         if (same_windows) continue;
         each_run(w, shift, bh, chunk.count, i1, i2, begin, length, [&](i64 matrix, i64 n, i64 run) {
-          for (i64 k = 0; k < rank * rows; ++k) {
-            const T u = scale * factors.u[matrix * rank * rows + k];
-            T* to = spread + (shift * rank * rows + k) * stride + n;
-            with_length(in_one_window ? 1 : run, [&](auto count) {
-              each_block<T>(count, [&](auto voxels, i64 i) { voxels.store(to + i, voxels.fill(u)); });
-            });
-          }
+          with_length(in_one_window ? 1 : run, [&](auto count) {
+            spread_along(count, scale, factors.u + matrix * rank * rows,
+                         {spread + shift * rank * rows * stride + n, stride}, rank * rows);
+          });
         });
       }
       const i64 place = (i1 * w.size[1] + i2) * w.size[2] + begin;
@@ -127,12 +134,12 @@ void compose_chunk(const SwinNMF& p, const Chunk& chunk, int threads, const Fact
           const T* us = spread + first * rows * stride;
           with_small(count, [&](auto count) {
             if (in_one_window) {
-              auto u = [&](auto voxels, i64 k, i64 c, i64) {
+              auto u = [=](auto voxels, i64 k, i64 c, i64) {
                 return voxels.fill(us[(k * rows + c) * stride]);
               };
               compose_line(count, rows, length, u, v, out, first > 0);
             } else {
-              auto u = [&](auto voxels, i64 k, i64 c, i64 i) {
+              auto u = [=](auto voxels, i64 k, i64 c, i64 i) {
                 return voxels.load(us + (k * rows + c) * stride + i);
               };
               compose_line(count, rows, length, u, v, out, first > 0);

@@ -25,25 +25,22 @@ struct StripPlan {
     StripPlan plan;
     const i64 bytes = w.head_dim * row_stride<T>(w.columns()) * i64(sizeof(T));
     plan.per_strip = strip_bytes / bytes < 1           ? 1
-                     : strip_bytes / bytes < w.grid(2) ? strip_bytes / bytes
-                                                       : w.grid(2);
-    plan.strips_per_row = (w.grid(2) + plan.per_strip - 1) / plan.per_strip;
-    plan.count = heads * w.grid(0) * w.grid(1) * plan.strips_per_row * shifts;
+                     : strip_bytes / bytes < w.grid[2] ? strip_bytes / bytes
+                                                       : w.grid[2];
+    plan.strips_per_row = (w.grid[2] + plan.per_strip - 1) / plan.per_strip;
+    plan.count = heads * w.grid[0] * w.grid[1] * plan.strips_per_row * shifts;
     return plan;
   }
 
   // The shift runs fastest, so that the copies of a place are read while it is in cache.
   Strip strip(const Windows& w, i64 task, i64 bh_begin, i64 shifts, i64 first_shift) const {
     Strip s{};
-    s.shift = first_shift + task % shifts;
-    task /= shifts;
-    s.window = task % strips_per_row * per_strip;
-    task /= strips_per_row;
-    s.grid[1] = task % w.grid(1);
-    task /= w.grid(1);
-    s.grid[0] = task % w.grid(0);
-    s.bh = bh_begin + task / w.grid(0);
-    s.num_windows = w.grid(2) - s.window < per_strip ? w.grid(2) - s.window : per_strip;
+    s.shift = first_shift + split(task, shifts);
+    s.window = split(task, strips_per_row) * per_strip;
+    s.grid[1] = split(task, w.grid[1]);
+    s.grid[0] = split(task, w.grid[0]);
+    s.bh = bh_begin + task;
+    s.num_windows = w.grid[2] - s.window < per_strip ? w.grid[2] - s.window : per_strip;
     s.num_lines = w.patch[0] * w.patch[1];
     s.num_voxels = w.patch[2];
     return s;
@@ -54,9 +51,9 @@ inline Strip whole_window(const Windows& w, i64 shift, i64 bh, i64 window) {
   Strip s{};
   s.shift = shift;
   s.bh = bh;
-  s.window = window % w.grid(2);
-  s.grid[1] = window / w.grid(2) % w.grid(1);
-  s.grid[0] = window / w.grid(2) / w.grid(1);
+  s.window = split(window, w.grid[2]);
+  s.grid[1] = split(window, w.grid[1]);
+  s.grid[0] = window;
   s.num_windows = 1;
   s.num_lines = w.patch[0] * w.patch[1];
   s.num_voxels = w.patch[2];

@@ -74,7 +74,7 @@ template <class T>
 class WindowTiles final : public Tiles<T> {
  public:
   WindowTiles(i64 rows, i64 columns, Rows<T> x, Rows<T> dy, bool relu)
-      : Tiles<T>(rows, columns, 1, {1, 1}, 1), x_(x), dy_(dy), relu_(relu) {}
+      : Tiles<T>(rows, columns, 1, Parts::whole(1), 1), x_(x), dy_(dy), relu_(relu) {}
 
   i64 begin(i64) const override { return 0; }
   i64 valid(i64) const override { return this->columns; }
@@ -127,7 +127,7 @@ struct LongCut {
   // So many that X's tile, and some of the factors' beside it, leave room in the second-level cache.
   static i64 tile_columns(i64 rows, i64 rank, i64 element) {
     constexpr i64 least = 64, most = 4096;
-    const i64 fit = second_level_bytes * 3 / 4 / ((rows + 4 * rank) * element) / least * least;
+    const i64 fit = product_bytes * 3 / 4 / ((rows + 4 * rank) * element) / least * least;
     return fit < least ? least : fit < most ? fit : most;
   }
 

@@ -39,7 +39,7 @@ class Shares {
     const i64 fitting = elements / (size_ + 1), groups = fitting < least  ? least
                                                          : fitting > most ? most
                                                                           : fitting;
-    groups_ = {tiles_, tiles_ < groups ? (tiles_ > 0 ? tiles_ : 1) : groups};
+    groups_ = Parts::into(tiles_, tiles_ < groups ? (tiles_ > 0 ? tiles_ : 1) : groups);
     if (wanted) memory_ = arena.take<T>(groups_.count * size_);
   }
 
@@ -70,7 +70,7 @@ class Shares {
 
  private:
   i64 tiles_, size_ = 0;
-  Parts groups_{0, 1};
+  Parts groups_;
   T* memory_ = nullptr;
 };
 

@@ -20,7 +20,7 @@ class Prepared {
     return {rows, depth, parts, false, packed, arena};
   }
   static Prepared whole(i64 rows, i64 depth, bool packed, Arena& arena) {
-    return of_rows(rows, depth, {rows, 1}, packed, arena);
+    return of_rows(rows, depth, Parts::whole(rows), packed, arena);
   }
 
   // W[r, k] = w[r * row + k * column].

@@ -63,7 +63,7 @@ void write_tile(Rows<const T> from, i64 rows, i64 begin, i64 valid, const Column
 template <class T>
 i64 tile_columns(i64 rows) {
   constexpr i64 least = 64, most = 1024;
-  const i64 fit = second_level_bytes / 2 / (rows * i64(sizeof(T))) / least * least;
+  const i64 fit = product_bytes / 2 / (rows * i64(sizeof(T))) / least * least;
   return fit < least ? least : fit < most ? fit : most;
 }
 

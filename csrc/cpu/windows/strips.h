@@ -26,7 +26,7 @@ struct Strip {
 
 // The place of a strip's windows in the order of matrices: shift, (batch, head), grid.
 inline i64 matrix_index(const Windows& w, const Strip& s, i64 bh_begin, i64 num_bh) {
-  const i64 window = (s.grid[0] * w.grid(1) + s.grid[1]) * w.grid(2) + s.window;
+  const i64 window = (s.grid[0] * w.grid[1] + s.grid[1]) * w.grid[2] + s.window;
   return (s.shift * num_bh + s.bh - bh_begin) * w.num_windows() + window;
 }
 
@@ -37,12 +37,14 @@ inline i64 wrap(i64 index, i64 size) { return index < 0 ? index + size : index; 
 template <i64 Group, class F>
 inline void each_lines(const Windows& w, const Strip& s, const i64 (&stride)[3], F&& f) {
   const i64* shift = w.shifts + 3 * s.shift;
-  const i64 first_plane = wrap(s.grid[0] * w.patch[0] + s.line / w.patch[1] - shift[0], w.size[0]);
+  i64 plane = s.line;
+  const i64 line_of_plane = split(plane, w.patch[1]);
+  const i64 first_plane = wrap(s.grid[0] * w.patch[0] + plane - shift[0], w.size[0]);
   const i64 first_line = wrap(s.grid[1] * w.patch[1] - shift[1], w.size[1]);
   const i64 patch = w.patch[1], size[2] = {w.size[0], w.size[1]};
   const i64 step[2] = {stride[0], stride[1]};
   for (i64 channel = 0; channel < w.head_dim; ++channel) {
-    i64 i1 = first_plane, p2 = s.line % patch;
+    i64 i1 = first_plane, p2 = line_of_plane;
     i64 i2 = first_line + p2 < size[1] ? first_line + p2 : first_line + p2 - size[1];
     for (i64 line = 0; line < s.num_lines; line += Group) {
       i64 offsets[Group];
@@ -68,7 +70,8 @@ class Pieces {
   Pieces(const Windows& w, const Strip& s)
       : size_(w.size[2]), patch_(w.patch[2]), length_(s.num_voxels), windows_(s.num_windows) {
     first_ = wrap(s.window * patch_ + s.voxel - w.shifts[3 * s.shift + 2], size_);
-    const i64 before_end = (size_ - first_ + patch_ - 1) / patch_;  // windows that begin there
+    i64 before_end = size_ - first_ + patch_ - 1;
+    split(before_end, patch_);  // windows that begin there
     begin_of_rest_ = before_end < windows_ ? before_end : windows_;
     const i64 last = first_ + (begin_of_rest_ - 1) * patch_;
     cut_ = last + length_ > size_ ? size_ - last : 0;
@@ -117,7 +120,8 @@ struct Head {
 
 template <class S>
 inline Head<S> head_of(const Volume& v, const Windows& w, i64 bh) {
-  const i64 b = bh / w.heads, h = bh % w.heads;
+  i64 b = bh;
+  const i64 h = split(b, w.heads);
   return {static_cast<S*>(v.data) + b * v.stride[0] + h * w.head_dim * v.stride[1],
           v.stride[1],
           {v.stride[2], v.stride[3], v.stride[4]}};
@@ -133,10 +137,12 @@ inline Head<S> contiguous_head(S* data, const Windows& w) {
 // to the next row of windows, and the next plane of rows; of one window, the lines that follow.
 inline i64 to_next_strip(const Windows& w, const Strip& s, const i64 (&stride)[3]) {
   if (s.num_lines < w.patch[0] * w.patch[1]) {
-    return s.num_lines / w.patch[1] * stride[0] + s.num_lines % w.patch[1] * stride[1];
+    i64 planes = s.num_lines;
+    const i64 lines = split(planes, w.patch[1]);
+    return planes * stride[0] + lines * stride[1];
   }
-  if (s.window + s.num_windows < w.grid(2)) return s.num_windows * w.patch[2];
-  const i64 begin_of_row = -s.window * w.patch[2], rows = w.grid(1) - 1;
+  if (s.window + s.num_windows < w.grid[2]) return s.num_windows * w.patch[2];
+  const i64 begin_of_row = -s.window * w.patch[2], rows = w.grid[1] - 1;
   return begin_of_row +
          (s.grid[1] < rows ? w.patch[1] * stride[1] : w.patch[0] * stride[0] - rows * w.patch[1] * stride[1]);
 }

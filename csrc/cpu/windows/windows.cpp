@@ -14,11 +14,10 @@ namespace {
 Strip row_of_windows(const Windows& w, i64 task, i64 shift) {
   Strip s{};
   s.shift = shift;
-  s.grid[1] = task % w.grid(1);
-  task /= w.grid(1);
-  s.grid[0] = task % w.grid(0);
-  s.bh = task / w.grid(0);
-  s.num_windows = w.grid(2);
+  s.grid[1] = split(task, w.grid[1]);
+  s.grid[0] = split(task, w.grid[0]);
+  s.bh = task;
+  s.num_windows = w.grid[2];
   s.num_lines = w.patch[0] * w.patch[1];
   s.num_voxels = w.patch[2];
   return s;
@@ -38,7 +37,7 @@ template <class T, class S>
 void matricize(const Matricize& p) {
   using R = std::conditional_t<sizeof(S) == 2, std::uint16_t, S>;
   const Windows& w = p.windows;
-  const i64 rows_per_shift = w.batch * w.heads * w.grid(0) * w.grid(1);
+  const i64 rows_per_shift = w.batch * w.heads * w.grid[0] * w.grid[1];
   parallel_for(w.num_shifts * rows_per_shift, p.threads, [&](i64 task, int) {
     const Strip strip = row_of_windows(w, task % rows_per_shift, task / rows_per_shift);
     const i64 first = matrix_index(w, strip, 0, w.batch * w.heads) * w.head_dim * w.columns();
@@ -70,11 +69,11 @@ void dematricize(const Matricize& p) {
           const i64* by = w.shifts + 3 * shift;
           const i64 q1 = (i1 + by[0]) % w.size[0], q2 = (i2 + by[1]) % w.size[1];
           const i64 row =
-              ((shift * w.batch * w.heads + bh) * w.grid(0) + q1 / w.patch[0]) * w.grid(1) + q2 / w.patch[1];
+              ((shift * w.batch * w.heads + bh) * w.grid[0] + q1 / w.patch[0]) * w.grid[1] + q2 / w.patch[1];
           const i64 line = (q1 % w.patch[0] * w.patch[1] + q2 % w.patch[1]) * w.patch[2];
           i64 q3 = (begin + by[2]) % w.size[2];
           for (i64 n = 0; n < count;) {
-            const i64 voxel = q3 % w.patch[2], matrix = row * w.grid(2) + q3 / w.patch[2];
+            const i64 voxel = q3 % w.patch[2], matrix = row * w.grid[2] + q3 / w.patch[2];
             i64 run = w.patch[2] - voxel;
             if (run > count - n) run = count - n;
             const S* from = z + (matrix * w.head_dim + c) * w.columns() + line + voxel;

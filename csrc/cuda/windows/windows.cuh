@@ -65,7 +65,7 @@ struct DeviceWindows {
       size[axis] = static_cast<u32>(w.size[axis]);
       patch[axis] = static_cast<u32>(w.patch[axis]);
       by_patch[axis] = Divider(w.patch[axis]);
-      by_grid[axis] = Divider(w.grid(axis));
+      by_grid[axis] = Divider(w.grid[axis]);
       for (u32 copy = 0; copy < num_shifts; ++copy)
         shifts[copy][axis] = static_cast<u32>(w.shifts[3 * copy + axis]);
     }
