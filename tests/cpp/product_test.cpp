@@ -192,6 +192,28 @@ void check_whole(i64 batch, i64 rows, i64 depth, i64 columns, i64 spread) {
   }
 }
 
+// Of 32 bits and of more.
+void check_divisions() {
+  const i64 large = i64(1) << 32;
+  for (i64 n : {i64(0), i64(7), large - 1, large, large + 5, 1000 * large + 1}) {
+    for (i64 size : {i64(1), i64(3), large - 1, large, 2 * large + 1}) {
+      i64 quotient = n;
+      const i64 rest = fk::split(quotient, size);
+      expect(quotient == n / size && rest == n % size, "a quotient and its rest", double(n));
+    }
+    for (i64 largest : {i64(3), large / 2, large + 1}) {
+      const isa::Parts parts = isa::Parts::of(n, largest);
+      const i64 last = parts.count - 1;
+      expect(parts.count == (n > 0 ? (n + largest - 1) / largest : 1), "as few parts as there can be",
+             double(n));
+      expect(parts.begin(0) == 0 && parts.begin(last) + parts.size(last) == n, "all of it", double(n));
+      expect(parts.largest() <= largest && parts.size(0) - parts.size(last) <= 1, "of a size", double(n));
+      expect(parts.begin(last / 2) + parts.size(last / 2) == parts.begin(last / 2 + 1) || last == 0,
+             "one behind the other", double(n));
+    }
+  }
+}
+
 template <class T>
 void check_all() {
   for (i64 rows : {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 12, 13, 17, 25, 40}) {
@@ -221,6 +243,7 @@ void check_all() {
 }  // namespace
 
 int main() {
+  check_divisions();
   check_all<float>();
   check_all<double>();
   std::printf("%s, %s\n", fk::cpu_kernels().isa, failures == 0 ? "passed" : "failed");
