@@ -241,8 +241,8 @@ void multiply_panel(const typename Weights<T>::Panel& w, i64 depth, Rows<const T
                     bool accumulate, const T* bias) {
   constexpr i64 width = Simd<T>::width;
   // One pointer for three rows: x86 addresses take a register times 0, 1 and 2.
-  constexpr int pointers = Packed ? 1 : (H + 2) / 3;
-  const i64 row = w.row, column = Packed ? H : w.column;
+  constexpr int together = Packed ? H : 3, pointers = (H + together - 1) / together;
+  const i64 row = Packed ? 1 : w.row, column = Packed ? H : w.column;
   for (i64 n = 0; n < length; n += V * width) {
     Vec<T> sums[H][V];
     if (accumulate) {
@@ -267,7 +267,7 @@ void multiply_panel(const typename Weights<T>::Panel& w, i64 depth, Rows<const T
     }
     const T* coefficients[pointers];
 #pragma GCC unroll 16
-    for (int i = 0; i < pointers; ++i) coefficients[i] = w.data + 3 * i * row;
+    for (int i = 0; i < pointers; ++i) coefficients[i] = w.data + together * i * row;
     const T* x = in.data + n;
 #pragma GCC unroll 1
     for (i64 k = 0; k < depth; ++k) {
@@ -276,7 +276,7 @@ void multiply_panel(const typename Weights<T>::Panel& w, i64 depth, Rows<const T
       for (int v = 0; v < V; ++v) xs[v] = load(x + v * width);
 #pragma GCC unroll 16
       for (int p = 0; p < H; ++p) {
-        const T coefficient = Packed ? coefficients[0][p] : coefficients[p / 3 % pointers][p % 3 * row];
+        const T coefficient = coefficients[p / together][p % together * row];
 #pragma GCC unroll 16
         for (int v = 0; v < V; ++v) sums[p][v] += coefficient * xs[v];
       }
